@@ -1,0 +1,49 @@
+// One binary for every machine of an architecture: the window kernels are compiled once per
+// instruction set ("capability"), and the best one the processor has is taken at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace greenmim::cpu {
+
+enum class StorageType { Float32, Float64, BFloat16 };
+
+// One window, one head, and the images that share them. Rows are tokens: row r of image b starts
+// at (b * rows_per_image + rows[r]) * channels in `out` and at three times that in `qkv`.
+struct WindowTask {
+  StorageType storage;
+  const void* qkv;
+  const void* grad_out;      // backward only
+  void* out;                 // forward: out; backward: grad of qkv, or null
+  void* lse;                 // [images, heads, rows_per_image], arithmetic type
+  const void* table;         // column of this head, or null
+  void* grad_table;          // [rows of the table] sums of this task, or null
+  const int32_t* rows;       // [size]
+  const int32_t* positions;  // [size], h * (2 Mw - 1) + w
+  int32_t position_offset;   // (Mh - 1) * (2 Mw - 1) + Mw - 1
+  int32_t size;              // tokens in the window
+  int32_t head, num_heads, head_dim;
+  int64_t rows_per_image;
+  int64_t first_image, last_image;
+  double scale;
+};
+
+struct Kernels {
+  const char* name;
+  // Bytes of 64-byte aligned scratch that a task of this size and head dim needs at most.
+  int64_t (*scratch_bytes)(StorageType, int64_t size, int64_t head_dim);
+  void (*forward)(const WindowTask&, void* scratch);
+  void (*backward)(const WindowTask&, void* scratch);
+};
+
+// The kernels for this processor; GREENMIM_CPU_CAPABILITY may name a lesser one
+// (default, avx2, avx512). Throws std::runtime_error for one that is not there.
+const Kernels& kernels();
+
+extern const Kernels kernels_default;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace greenmim::cpu

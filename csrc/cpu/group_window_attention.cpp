@@ -1,0 +1,325 @@
+// block_diagonal_attention and group_window_attention for CPU tensors: exact work per window.
+//
+// The two operators differ only in where a token's row lies: in the row-major order of the visible
+// tokens, or in its slot of the gathered groups. A task is one head, a few windows and, where one
+// mask serves the batch, a few images. How tasks are cut depends on the problem alone, and the sums
+// of the tasks for the bias table are added in a fixed order, so the result does not depend on the
+// number of threads.
+#include "../checks.h"
+#include "capability.h"
+#include "windows.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+
+namespace greenmim::cpu {
+
+namespace {
+
+// Enough tasks to balance many threads; few enough to keep the partial sums of the table small.
+constexpr int64_t kTasks = 256;
+// Multiply-adds worth a thread of its own.
+constexpr int64_t kWorkPerThread = 1 << 15;
+
+StorageType storage_type(const Tensor& qkv) {
+  switch (qkv.scalar_type()) {
+    case ScalarType::Float: return StorageType::Float32;
+    case ScalarType::Double: return StorageType::Float64;
+    case ScalarType::BFloat16: return StorageType::BFloat16;
+    default:
+      STD_TORCH_CHECK(false, "the CPU kernels compute in float64, float32 and bfloat16 only");
+  }
+}
+
+ScalarType arithmetic_type(const Tensor& qkv) {
+  return qkv.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+struct Deleter {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+
+// The rows of qkv, whatever its form: [B, rows_per_image, 3C].
+struct Problem {
+  Tensor qkv, window_id, coords;
+  std::optional<Tensor> table, token_index;
+  int64_t batch, rows_per_image, channels, num_heads, head_dim, table_rows;
+  double scale;
+  Windows windows;
+
+  Problem(
+      const Tensor& qkv_any, const std::optional<Tensor>& table_any,
+      const std::optional<Tensor>& token_index_any, const Tensor& window_id_any,
+      const Tensor& coords_any, int64_t heads, int64_t window_height, int64_t window_width,
+      double factor)
+      : qkv(torch::stable::contiguous(qkv_any)),
+        window_id(torch::stable::contiguous(window_id_any)),
+        coords(torch::stable::contiguous(coords_any)),
+        num_heads(heads),
+        scale(factor) {
+    const int64_t axes = token_index_any ? 3 : 4;
+    STD_TORCH_CHECK(qkv.dim() == axes, "qkv must have ", axes, " axes, got ", qkv.dim());
+    check_indices(window_id, 3, "window_id");
+    check_indices(coords, 4, "coords");
+    batch = qkv.size(0);
+    check_batch(window_id, batch, "window_id");
+    const int64_t partitions = window_id.size(0), groups = window_id.size(1),
+                  slots = window_id.size(2);
+    STD_TORCH_CHECK(
+        coords.size(0) == partitions && coords.size(1) == groups && coords.size(2) == slots &&
+            coords.size(3) == 2,
+        "coords must be [P, G, S, 2] beside window_id [P, G, S]");
+    if (token_index_any) {
+      token_index = torch::stable::contiguous(*token_index_any);
+      check_indices(*token_index, 3, "token_index");
+      STD_TORCH_CHECK(
+          token_index->size(0) == partitions && token_index->size(1) == groups &&
+              token_index->size(2) == slots,
+          "token_index must have the shape of window_id");
+      rows_per_image = qkv.size(1);
+    } else {
+      STD_TORCH_CHECK(
+          qkv.size(1) == groups && qkv.size(2) == slots, "qkv must be [B, G, S, 3C]");
+      rows_per_image = groups * slots;
+    }
+    const int64_t width = qkv.size(axes - 1);
+    STD_TORCH_CHECK(
+        num_heads > 0 && width > 0 && width % (3 * num_heads) == 0,
+        "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", num_heads, " heads");
+    channels = width / 3;
+    head_dim = channels / num_heads;
+    STD_TORCH_CHECK(window_height > 0 && window_width > 0, "the window must not be empty");
+    table_rows = (2 * window_height - 1) * (2 * window_width - 1);
+    if (table_any) {
+      table = torch::stable::contiguous(*table_any);
+      STD_TORCH_CHECK(
+          table->dim() == 2 && table->size(0) == table_rows && table->size(1) == num_heads,
+          "the bias table must be [", table_rows, ", ", num_heads, "]");
+      STD_TORCH_CHECK(
+          table->scalar_type() == arithmetic_type(qkv), "the bias table must be in fp32 (fp64 for fp64)");
+    }
+    windows = find_windows(
+        token_index ? token_index->const_data_ptr<int32_t>() : nullptr,
+        window_id.const_data_ptr<int32_t>(), coords.const_data_ptr<int32_t>(), partitions, groups,
+        slots, rows_per_image, window_height, window_width);
+    position_offset = int32_t((window_height - 1) * (2 * window_width - 1) + window_width - 1);
+    cut();
+  }
+
+  // Blocks of windows times blocks of images; every head of such a block is a task.
+  void cut() {
+    const int64_t wanted = std::max<int64_t>(1, kTasks / num_heads);
+    int64_t total = 0;
+    for (const Window& window : windows.list) total += window.size;
+    const int64_t tokens = std::max<int64_t>(1, total / wanted);
+    int64_t block_tokens = 0;
+    window_blocks = {0};
+    for (int64_t i = 0; i < int64_t(windows.list.size()); i++) {
+      block_tokens += windows.list[i].size;
+      if (block_tokens >= tokens || i + 1 == int64_t(windows.list.size())) {
+        window_blocks.push_back(i + 1);
+        block_tokens = 0;
+      }
+    }
+    const int64_t blocks = int64_t(window_blocks.size()) - 1;
+    const int64_t images = window_id.size(0) == 1 ? batch : 1;
+    image_blocks = std::clamp<int64_t>((wanted + blocks - 1) / std::max<int64_t>(1, blocks), 1,
+                                       std::max<int64_t>(1, images));
+    images_per_partition = images;
+    work.assign(1, 0);
+    for (int64_t i = 0; i < blocks; i++) {
+      int64_t pairs = 0;
+      for (int64_t w = window_blocks[i]; w < window_blocks[i + 1]; w++)
+        pairs += int64_t(windows.list[w].size) * (windows.list[w].size + 8);
+      for (int64_t b = 0; b < image_blocks * num_heads; b++)
+        work.push_back(work.back() + std::max<int64_t>(1, pairs * head_dim * images / image_blocks));
+    }
+  }
+
+  int64_t blocks() const { return (int64_t(window_blocks.size()) - 1) * image_blocks; }
+
+  // Runs `kernel` for every window, head and image. `partial` [blocks, heads, table_rows] or null.
+  template <class Configure>
+  void run(void (*kernel)(const WindowTask&, void*), void* partial, Configure configure) const {
+    if (windows.list.empty() || batch == 0) return;
+    const StorageType storage = storage_type(qkv);
+    const int64_t element = int64_t(storage == StorageType::Float64 ? 8 : 4);
+    const int64_t scratch_bytes = kernels().scratch_bytes(storage, windows.largest, head_dim);
+    // A thread takes the tasks that start in its share of the work.
+    torch::stable::parallel_for(0, work.back(), kWorkPerThread, [&](int64_t begin, int64_t end) {
+      const int64_t first = std::lower_bound(work.begin(), work.end() - 1, begin) - work.begin();
+      const int64_t last = std::lower_bound(work.begin(), work.end() - 1, end) - work.begin();
+      if (first == last) return;
+      std::unique_ptr<void, Deleter> scratch(
+          ::operator new(scratch_bytes, std::align_val_t(64)));
+      for (int64_t i = first; i < last; i++) {
+        const int64_t block = i / num_heads, head = i % num_heads;
+        const int64_t window_block = block / image_blocks, image_block = block % image_blocks;
+        WindowTask task{};
+        task.storage = storage;
+        task.qkv = qkv.const_data_ptr();
+        if (table) task.table = static_cast<const char*>(table->const_data_ptr()) + head * element;
+        if (partial != nullptr)
+          task.grad_table = static_cast<char*>(partial) + i * table_rows * element;
+        task.position_offset = position_offset;
+        task.head = int32_t(head);
+        task.num_heads = int32_t(num_heads);
+        task.head_dim = int32_t(head_dim);
+        task.rows_per_image = rows_per_image;
+        task.scale = scale;
+        configure(task);
+        for (int64_t w = window_blocks[window_block]; w < window_blocks[window_block + 1]; w++) {
+          const Window& window = windows.list[w];
+          task.rows = windows.rows.data() + window.start;
+          task.positions = windows.positions.data() + window.start;
+          task.size = window.size;
+          task.first_image =
+              window.partition + images_per_partition * image_block / image_blocks;
+          task.last_image =
+              window.partition + images_per_partition * (image_block + 1) / image_blocks;
+          kernel(task, scratch.get());
+        }
+      }
+    });
+  }
+
+  // The padding rows of gathered groups: zero, and never anything else.
+  void zero_padding(Tensor& tensor) const {
+    if (token_index) return;
+    const int64_t row_bytes = tensor.size(3) * int64_t(tensor.element_size());
+    char* data = static_cast<char*>(tensor.mutable_data_ptr());
+    const int32_t* id = window_id.const_data_ptr<int32_t>();
+    for (int64_t b = 0; b < batch; b++)
+      for (int64_t row = 0; row < rows_per_image; row++)
+        if (id[(window_id.size(0) == 1 ? 0 : b * rows_per_image) + row] < 0)
+          std::memset(data + (b * rows_per_image + row) * row_bytes, 0, row_bytes);
+  }
+
+ private:
+  std::vector<int64_t> window_blocks, work;  // first window of a block; work before a task
+  int64_t image_blocks, images_per_partition;
+  int32_t position_offset;
+};
+
+std::tuple<Tensor, Tensor> forward(const Problem& problem) {
+  const Tensor& qkv = problem.qkv;
+  std::vector<int64_t> sizes(qkv.sizes().begin(), qkv.sizes().end());
+  sizes.back() = problem.channels;
+  Tensor out = torch::stable::new_empty(qkv, sizes);
+  Tensor lse = torch::stable::new_empty(
+      qkv, {problem.batch, problem.num_heads, problem.rows_per_image}, arithmetic_type(qkv));
+  // The lse of padding is never used, but an output must not hold what memory held before.
+  if (!problem.token_index) torch::stable::zero_(lse);
+  problem.zero_padding(out);
+  problem.run(kernels().forward, nullptr, [&](WindowTask& task) {
+    task.out = out.mutable_data_ptr();
+    task.lse = lse.mutable_data_ptr();
+  });
+  return {out, lse};
+}
+
+// grad_table[row, head] = sum over blocks of partial[block, head, row], in the order of blocks.
+template <class A>
+void reduce(const A* partial, A* grad_table, int64_t blocks, int64_t heads, int64_t rows) {
+  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; head++)
+      for (int64_t row = 0; row < rows; row++) {
+        A sum = 0;
+        for (int64_t block = 0; block < blocks; block++)
+          sum += partial[(block * heads + head) * rows + row];
+        grad_table[row * heads + head] = sum;
+      }
+  });
+}
+
+std::tuple<Tensor, Tensor> backward(
+    const Problem& problem, const Tensor& grad_out_any, const Tensor& lse_any, bool need_qkv,
+    bool need_table) {
+  const Tensor& qkv = problem.qkv;
+  const Tensor grad_out = torch::stable::contiguous(grad_out_any);
+  const Tensor lse = torch::stable::contiguous(lse_any);
+  STD_TORCH_CHECK(
+      grad_out.scalar_type() == qkv.scalar_type() && 3 * grad_out.numel() == qkv.numel(),
+      "grad_out must have the dtype of qkv and a third of its size");
+  STD_TORCH_CHECK(
+      lse.scalar_type() == arithmetic_type(qkv) &&
+          lse.numel() == problem.batch * problem.num_heads * problem.rows_per_image,
+      "lse must be what the forward pass returned");
+  need_table = need_table && problem.table.has_value();
+  const std::vector<int64_t> none{0};
+  std::vector<int64_t> sizes(qkv.sizes().begin(), qkv.sizes().end());
+  Tensor grad_qkv = torch::stable::new_empty(qkv, need_qkv ? sizes : none);
+  if (need_qkv) problem.zero_padding(grad_qkv);
+  Tensor partial = torch::stable::new_zeros(
+      lse,
+      need_table ? std::vector<int64_t>{problem.blocks(), problem.num_heads, problem.table_rows}
+                 : none);
+  problem.run(
+      kernels().backward, need_table ? partial.mutable_data_ptr() : nullptr,
+      [&](WindowTask& task) {
+        task.grad_out = grad_out.const_data_ptr();
+        task.lse = lse.mutable_data_ptr();
+        task.out = need_qkv ? grad_qkv.mutable_data_ptr() : nullptr;
+      });
+  if (!need_table) return {grad_qkv, partial};
+  Tensor grad_table = torch::stable::new_empty(lse, {problem.table_rows, problem.num_heads});
+  if (lse.scalar_type() == ScalarType::Double)
+    reduce(partial.const_data_ptr<double>(), grad_table.mutable_data_ptr<double>(),
+           problem.blocks(), problem.num_heads, problem.table_rows);
+  else
+    reduce(partial.const_data_ptr<float>(), grad_table.mutable_data_ptr<float>(),
+           problem.blocks(), problem.num_heads, problem.table_rows);
+  return {grad_qkv, grad_table};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> block_diagonal_attention(
+    const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id, const Tensor& coords,
+    int64_t num_heads, int64_t window_height, int64_t window_width, double scale) {
+  return forward({qkv, table, std::nullopt, window_id, coords, num_heads, window_height,
+                  window_width, scale});
+}
+
+std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
+    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& /*out*/,
+    const Tensor& lse, const Tensor& window_id, const Tensor& coords, int64_t num_heads,
+    int64_t window_height, int64_t window_width, double scale, bool need_qkv, bool need_table) {
+  return backward({qkv, table, std::nullopt, window_id, coords, num_heads, window_height,
+                   window_width, scale},
+                  grad_out, lse, need_qkv, need_table);
+}
+
+std::tuple<Tensor, Tensor> group_window_attention(
+    const Tensor& qkv, std::optional<Tensor> table, const Tensor& token_index,
+    const Tensor& window_id, const Tensor& coords, int64_t num_heads, int64_t window_height,
+    int64_t window_width, double scale) {
+  return forward({qkv, table, token_index, window_id, coords, num_heads, window_height,
+                  window_width, scale});
+}
+
+std::tuple<Tensor, Tensor> group_window_attention_backward(
+    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& /*out*/,
+    const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& coords,
+    int64_t num_heads, int64_t window_height, int64_t window_width, double scale, bool need_qkv,
+    bool need_table) {
+  return backward({qkv, table, token_index, window_id, coords, num_heads, window_height,
+                   window_width, scale},
+                  grad_out, lse, need_qkv, need_table);
+}
+
+}  // namespace greenmim::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(greenmim, CPU, m) {
+  m.impl("block_diagonal_attention", TORCH_BOX(&greenmim::cpu::block_diagonal_attention));
+  m.impl("block_diagonal_attention_backward",
+         TORCH_BOX(&greenmim::cpu::block_diagonal_attention_backward));
+  m.impl("group_window_attention", TORCH_BOX(&greenmim::cpu::group_window_attention));
+  m.impl("group_window_attention_backward",
+         TORCH_BOX(&greenmim::cpu::group_window_attention_backward));
+}

@@ -1,0 +1,143 @@
+// Vectors of the width of one instruction set. Included once per capability (see capability.h),
+// inside a namespace of its own and after GREENMIM_VECTOR_BYTES is set. Everything here is static
+// and inlined, so that no code of one instruction set can be linked into another.
+//
+// No header of the standard library may be included from here on: its inline functions would be
+// compiled for this instruction set, and the linker might keep that copy for every machine.
+
+#define GREENMIM_INLINE static inline __attribute__((always_inline))
+
+// Storage types are float, double and bfloat16 (a 16-bit integer); arithmetic is float or double.
+struct bfloat16 {
+  unsigned short bits;
+};
+
+template <class T>
+struct Arithmetic {
+  using type = T;
+};
+template <>
+struct Arithmetic<bfloat16> {
+  using type = float;
+};
+
+GREENMIM_INLINE float load_scalar(const float* p) { return *p; }
+GREENMIM_INLINE double load_scalar(const double* p) { return *p; }
+GREENMIM_INLINE float load_scalar(const bfloat16* p) {
+  const unsigned bits = unsigned(p->bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+GREENMIM_INLINE void store_scalar(float* p, float value) { *p = value; }
+GREENMIM_INLINE void store_scalar(double* p, double value) { *p = value; }
+GREENMIM_INLINE void store_scalar(bfloat16* p, float value) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &value, 4);
+  // Round to nearest, ties to even; a NaN stays one.
+  const unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  p->bits = (unsigned short)(value != value ? 0x7fc0 : rounded);
+}
+
+template <class A>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(GREENMIM_VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(GREENMIM_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int integer __attribute__((vector_size(GREENMIM_VECTOR_BYTES)));
+  static constexpr int width = GREENMIM_VECTOR_BYTES / 4;
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(GREENMIM_VECTOR_BYTES)));
+  typedef double unaligned
+      __attribute__((vector_size(GREENMIM_VECTOR_BYTES), aligned(8), may_alias));
+  typedef long long integer __attribute__((vector_size(GREENMIM_VECTOR_BYTES)));
+  static constexpr int width = GREENMIM_VECTOR_BYTES / 8;
+};
+
+template <class A>
+using Vec = typename Vector<A>::type;
+
+template <class A>
+GREENMIM_INLINE Vec<A> load(const A* p) {
+  return *(const typename Vector<A>::unaligned*)p;
+}
+template <class A>
+GREENMIM_INLINE void store(A* p, Vec<A> value) {
+  *(typename Vector<A>::unaligned*)p = value;
+}
+template <class A>
+GREENMIM_INLINE Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
+template <class A>
+GREENMIM_INLINE A horizontal_sum(Vec<A> value) {
+  A sum = 0;
+  for (int i = 0; i < Vector<A>::width; i++) sum += value[i];
+  return sum;
+}
+template <class A>
+GREENMIM_INLINE A horizontal_max(Vec<A> value) {
+  A largest = value[0];
+  for (int i = 1; i < Vector<A>::width; i++) largest = value[i] > largest ? value[i] : largest;
+  return largest;
+}
+
+// rows[i][l] <-> rows[l][i] for a square block: step s swaps bit s of the row with bit s of the lane.
+template <class A>
+GREENMIM_INLINE void transpose_block(Vec<A> (&rows)[Vector<A>::width]) {
+  constexpr int W = Vector<A>::width;
+#pragma GCC unroll 4
+  for (int s = W / 2; s > 0; s /= 2) {
+    typename Vector<A>::integer upper, lower;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; lane++) {
+      upper[lane] = lane & s ? lane - s + W : lane;
+      lower[lane] = lane & s ? lane + W : lane + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+      if (i & s) continue;
+      const Vec<A> a = rows[i], b = rows[i + s];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + s] = __builtin_shuffle(a, b, lower);
+    }
+  }
+}
+
+// exp of a float vector, for arguments up to 88: exp(x) = 2^n exp(r) with |r| <= ln(2)/2 and a
+// polynomial of degree 6 for exp(r) (Cephes' expf), within 2 ulp. Below -87 the result is exactly
+// zero, which makes the exclusion of a column with a bias of -inf exact.
+GREENMIM_INLINE Vec<float> exponential(Vec<float> x) {
+  using V = Vec<float>;
+  using I = Vector<float>::integer;
+  const V lowest = broadcast<float>(-87.0f);
+  const I excluded = x <= lowest;  // false for a NaN, which goes through
+  x = excluded ? lowest : x;
+  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+  const V magic = broadcast<float>(12582912.0f);
+  const V shifted = x * 1.44269504088896341f + magic;
+  const V n = shifted - magic;
+  V r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  V p = broadcast<float>(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // The integer part sits in the low bits of `shifted`; it moves to the exponent of the result.
+  const I exponent = ((I)shifted - 0x4b400000 + 127) << 23;
+  const V result = p * (V)exponent;
+  return excluded ? V{} : result;
+}
+
+// float64 is for checking, not for speed: the mathematical library's exp, element by element.
+GREENMIM_INLINE Vec<double> exponential(Vec<double> x) {
+  Vec<double> result;
+  for (int i = 0; i < Vector<double>::width; i++) result[i] = __builtin_exp(x[i]);
+  return result;
+}

@@ -1,0 +1,9 @@
+#include "capability.h"
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#define GREENMIM_CAPABILITY "avx2"
+#define GREENMIM_KERNELS kernels_avx2
+#define GREENMIM_VECTOR_BYTES 32
+#define GREENMIM_VECTOR_REGISTERS 16
+#include "window_attention.h"
+#endif

@@ -1,0 +1,193 @@
+"""Backends: their names, what each can do, whether it works here and why not, and the choice.
+
+The choice is made in Python at every call of a public function (while tracing, under
+``torch.compile``: a compiled function keeps the backend it was traced with).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterator
+
+import torch
+
+ENVIRONMENT_VARIABLE = "GREENMIM_BACKEND"
+OPERATORS = (
+    "group_gather",
+    "group_scatter",
+    "block_diagonal_attention",
+    "group_window_attention",
+)
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("greenmim_backend", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What a backend can do. ``None`` stands for "any"."""
+
+    device: str | None
+    operators: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+
+BACKENDS = {
+    "reference": Backend(device=None, operators=OPERATORS),
+    "cpp": Backend(
+        device="cpu",
+        operators=OPERATORS,
+        dtypes=(torch.float64, torch.float32, torch.bfloat16),
+    ),
+    "cuda": Backend(
+        device="cuda",
+        operators=("group_gather", "group_scatter"),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    ),
+    "triton": Backend(device="cuda", operators=()),
+}
+# What "auto" tries on a device, best first.
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "reference")}
+
+
+def _library_file(name: str) -> pathlib.Path | None:
+    return next(pathlib.Path(__file__).parent.glob(f"{name}.*so"), None)
+
+
+@functools.cache
+def load_library(name: str) -> str | None:
+    """Load the compiled module `_C` or `_C_cuda`; None, or the reason why it cannot be used."""
+    file = _library_file(name)
+    if file is None:
+        return f"greenmim_kernels.{name} was not built; the build log says why"
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        return f"greenmim_kernels.{name} does not load: {error}"
+    return None
+
+
+@functools.cache
+def cpu_capability() -> str:
+    """The instruction set that the cpp backend uses here: "default", "avx2" or "avx512".
+
+    The best one the processor has, or the one named in GREENMIM_CPU_CAPABILITY.
+
+    Raises:
+        RuntimeError: the cpp backend cannot be used; the message gives the reason.
+    """
+    if reason := load_library("_C"):
+        raise RuntimeError(reason)
+    library = ctypes.CDLL(str(_library_file("_C")))
+    for function in (library.greenmim_cpu_capability, library.greenmim_cpu_capability_problem):
+        function.restype = ctypes.c_char_p
+    name = library.greenmim_cpu_capability()
+    if name is None:
+        raise RuntimeError(library.greenmim_cpu_capability_problem().decode())
+    return name.decode()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name, with None if it can be used here, else the reason why not."""
+    return {name: _unusable(name) for name in BACKENDS}
+
+
+def _unusable(name: str) -> str | None:
+    if name == "cpp":
+        try:
+            cpu_capability()
+        except RuntimeError as error:
+            return str(error)
+    if name == "cuda":
+        if torch.version.cuda is None:
+            return "this torch was built without CUDA"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        return load_library("_C_cuda")
+    if name == "triton":
+        return "this version has no Triton kernels"
+    return None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one backend for all operators called in the ``with`` block (in this thread or task).
+
+    Args:
+        name: "auto", "reference", "cpp", "cuda" or "triton". A forced backend never falls back:
+            an operator it cannot run raises ValueError. "auto" undoes an outer force, the
+            environment variable GREENMIM_BACKEND included.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend cannot be used here; the message gives the reason.
+    """
+    _require_usable(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _require_usable(name: str, origin: str = "") -> None:
+    if name == "auto":
+        return
+    if name not in BACKENDS:
+        raise ValueError(
+            f"unknown backend {name!r}{origin}; choose one of auto, {', '.join(BACKENDS)}"
+        )
+    if reason := _unusable(name):
+        raise RuntimeError(f"the {name} backend{origin} cannot be used here: {reason}")
+
+
+def forced_backend() -> str:
+    """The name in force: the innermost ``use_backend``, else GREENMIM_BACKEND, else "auto"."""
+    name = _forced.get()
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        _require_usable(name, f" (from {ENVIRONMENT_VARIABLE})")
+    return name
+
+
+# Dynamo takes the answer as a constant of the trace and does not look inside.
+@torch.compiler.assume_constant_result
+def choose_backend(operator: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that runs `operator` on tensors of this device type and dtype.
+
+    Raises:
+        ValueError: a forced backend cannot do it, or the environment names an unknown backend.
+        RuntimeError: the backend named in the environment cannot be used here.
+    """
+    name = forced_backend()
+    if name != "auto":
+        if reason := cannot(name, operator, device, dtype):
+            raise ValueError(f"{reason}; use another backend or \"auto\"")
+        return name
+    return automatic_backend(operator, device, dtype)
+
+
+def automatic_backend(operator: str, device: str, dtype: torch.dtype) -> str:
+    """What "auto" takes: the first preference for the device that is usable and can do it."""
+    for name in PREFERENCE.get(device, ()):
+        if cannot(name, operator, device, dtype) is None and _unusable(name) is None:
+            return name
+    return "reference"
+
+
+def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | None:
+    """None if the backend does this, else a sentence that says what it lacks."""
+    backend = BACKENDS[name]
+    if backend.device not in (None, device):
+        return f"the {name} backend runs on {backend.device} tensors, these are on {device}"
+    if operator not in backend.operators:
+        return f"the {name} backend has no {operator}"
+    if backend.dtypes is not None and dtype not in backend.dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+        return f"the {name} backend computes in {known}, not {str(dtype).removeprefix('torch.')}"
+    return None

@@ -1,0 +1,57 @@
+"""Modules built on the operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .functional import group_window_attention
+from .partition import GroupPartition
+
+
+class GroupWindowAttention(nn.Module):
+    """Swin's window attention on visible tokens, with Swin's parameter names.
+
+    The state dict is that of Swin's ``WindowAttention`` (Liu et al., ICCV 2021) without its
+    ``relative_position_index`` buffer: ``qkv``, ``proj``, ``relative_position_bias_table``.
+
+    Args:
+        dim: channels C.
+        window_size: M or (Mh, Mw), in tokens.
+        num_heads: number of heads; divides `dim`.
+        qkv_bias: whether q, k and v have a bias.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
+    """
+
+    def __init__(
+        self, dim: int, window_size: int | tuple[int, int], num_heads: int, qkv_bias: bool = True
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        height, width = (window_size,) * 2 if isinstance(window_size, int) else window_size
+        self.window_size = (height, width)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(
+            torch.empty((2 * height - 1) * (2 * width - 1), num_heads)
+        )
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor, part: GroupPartition) -> Tensor:
+        """x [B, N, C], visible tokens in row-major order of their grid -> [B, N, C].
+
+        Raises:
+            ValueError: the partition has another window size, or does not fit `x`.
+        """
+        if tuple(part.window_size) != self.window_size:
+            raise ValueError(
+                f"the layer has windows of {self.window_size}, the partition of {part.window_size}"
+            )
+        out = group_window_attention(
+            self.qkv(x), self.relative_position_bias_table, part, self.num_heads
+        )
+        return self.proj(out)

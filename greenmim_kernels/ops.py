@@ -1,0 +1,152 @@
+"""Registration of the operators: schema, shape rule and autograd rule of each, once.
+
+The schemas live in the namespace ``greenmim``. The compiled modules only add kernels: ``_C`` under
+the CPU key, ``_C_cuda`` under the CUDA key, and the dispatcher picks by device. Backward passes are
+operators of their own. Conventions of every schema:
+
+- qkv [B, N, 3C] or [B, G, S, 3C]; table [(2Mh-1)(2Mw-1), heads] in the accumulation dtype, or None;
+- token_index, window_id [P, G, S] and coords [P, G, S, 2]: int32, P = 1 or B, padding -1;
+- lse [B, heads, rows]: log of the softmax's denominator, in the accumulation dtype; not
+  differentiable, kept for the backward pass;
+- a gradient that is not asked for comes back as an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .reference import accumulation_dtype
+
+NAMESPACE = "greenmim"
+_WINDOW = "int num_heads, int window_height, int window_width, float scale"
+SCHEMAS = {
+    "group_gather": "(Tensor x, Tensor token_index) -> Tensor",
+    "group_scatter": "(Tensor x, Tensor token_index, SymInt num_tokens) -> Tensor",
+    "block_diagonal_attention": (
+        f"(Tensor qkv, Tensor? table, Tensor window_id, Tensor coords, {_WINDOW})"
+        " -> (Tensor out, Tensor lse)"
+    ),
+    "block_diagonal_attention_backward": (
+        "(Tensor grad_out, Tensor qkv, Tensor? table, Tensor out, Tensor lse, Tensor window_id,"
+        f" Tensor coords, {_WINDOW}, bool need_qkv, bool need_table)"
+        " -> (Tensor grad_qkv, Tensor grad_table)"
+    ),
+    "group_window_attention": (
+        "(Tensor qkv, Tensor? table, Tensor token_index, Tensor window_id, Tensor coords,"
+        f" {_WINDOW}) -> (Tensor out, Tensor lse)"
+    ),
+    "group_window_attention_backward": (
+        "(Tensor grad_out, Tensor qkv, Tensor? table, Tensor out, Tensor lse, Tensor token_index,"
+        f" Tensor window_id, Tensor coords, {_WINDOW}, bool need_qkv, bool need_table)"
+        " -> (Tensor grad_qkv, Tensor grad_table)"
+    ),
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def operator(name: str) -> Callable:
+    """The registered operator, for example ``operator("group_gather")``."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _register(name: str, fake: Callable, backward: Callable, setup_context: Callable) -> None:
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+
+# --- gather and scatter: each is the other's backward -------------------------------------------
+
+
+def _gather_fake(x: Tensor, token_index: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], *token_index.shape[1:], x.shape[2])
+
+
+def _gather_setup(ctx, inputs, output) -> None:
+    x, token_index = inputs
+    ctx.num_tokens = x.shape[1]
+    ctx.save_for_backward(token_index)
+
+
+def _gather_backward(ctx, grad: Tensor):
+    (token_index,) = ctx.saved_tensors
+    return operator("group_scatter")(grad, token_index, ctx.num_tokens), None
+
+
+def _scatter_fake(x: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
+    return x.new_empty(x.shape[0], num_tokens, x.shape[3])
+
+
+def _scatter_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_backward(ctx, grad: Tensor):
+    (token_index,) = ctx.saved_tensors
+    return operator("group_gather")(grad, token_index), None, None
+
+
+_register("group_gather", _gather_fake, _gather_backward, _gather_setup)
+_register("group_scatter", _scatter_fake, _scatter_backward, _scatter_setup)
+
+
+# --- attention: the fused and the grouped form share one rule -----------------------------------
+
+
+def _register_attention(name: str, num_index_tensors: int) -> None:
+    """`num_index_tensors`: how many partition tensors stand between table and num_heads."""
+
+    def fake(qkv: Tensor, table: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+        num_heads = rest[num_index_tensors]
+        batch, *rows, channels = qkv.shape
+        num_rows = rows[0] * rows[1] if len(rows) == 2 else rows[0]
+        lse_dtype = accumulation_dtype(qkv.dtype)
+        return (
+            qkv.new_empty(batch, *rows, channels // 3),
+            qkv.new_empty(batch, num_heads, num_rows, dtype=lse_dtype),
+        )
+
+    def setup_context(ctx, inputs, output) -> None:
+        qkv, table, *rest = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.sizes = rest[num_index_tensors:]
+        ctx.save_for_backward(qkv, table, out, lse, *rest[:num_index_tensors])
+
+    def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+        nothing = (None,) * (num_index_tensors + len(ctx.sizes))
+        need_qkv, need_table = ctx.needs_input_grad[:2]
+        if grad_out is None or not (need_qkv or need_table):
+            return None, None, *nothing
+        grad_qkv, grad_table = operator(name + "_backward")(
+            grad_out, *ctx.saved_tensors, *ctx.sizes, need_qkv, need_table
+        )
+        return grad_qkv if need_qkv else None, grad_table if need_table else None, *nothing
+
+    def backward_fake(
+        grad_out: Tensor, qkv: Tensor, table: Tensor | None, out: Tensor, lse: Tensor, *rest
+    ) -> tuple[Tensor, Tensor]:
+        need_qkv, need_table = rest[-2:]
+        grad_qkv = qkv.new_empty(qkv.shape if need_qkv else (0,))
+        shape = table.shape if need_table and table is not None else (0,)
+        return grad_qkv, qkv.new_empty(shape, dtype=lse.dtype)
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{name} has no second derivative; for one, run it inside"
+            ' greenmim_kernels.use_backend("reference")'
+        )
+
+    _register(name, fake, backward, setup_context)
+    _register(name + "_backward", backward_fake, refuse, lambda ctx, inputs, output: None)
+
+
+_register_attention("block_diagonal_attention", num_index_tensors=2)
+_register_attention("group_window_attention", num_index_tensors=3)

@@ -1,0 +1,107 @@
+"""Group window attention in eager PyTorch: the oracle every other backend is checked against.
+
+It reads like the formulas and is slow and memory-hungry on purpose. All tensors carry the shapes of
+the public functions in :mod:`greenmim_kernels.functional`; nothing is validated here. float64 inputs
+are computed in float64, everything else in float32, and results come back in the input's dtype.
+
+The mathematics: Huang et al., Green Hierarchical Vision Transformer for Masked Image Modeling,
+NeurIPS 2022 (arXiv 2205.13515), section 3.2, with exact exclusion instead of a finite penalty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax, sums and the bias table inside every backend: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def group_gather(x: Tensor, token_index: Tensor) -> Tensor:
+    """x [B, N, C], token_index [P, G, S] -> [B, G, S, C]; zeros where token_index is -1."""
+    batch, _, channels = x.shape
+    _, groups, slots = token_index.shape
+    rows = token_index.clamp(min=0).long().flatten(1)  # [P, G*S]
+    rows = rows[..., None].expand(batch, -1, channels)
+    gathered = x.gather(1, rows).unflatten(1, (groups, slots))
+    return torch.where(token_index[..., None] >= 0, gathered, 0)
+
+
+def group_scatter(x: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
+    """x [B, G, S, C], token_index [P, G, S] -> [B, N, C]; every token lies in exactly one slot."""
+    batch, _, _, channels = x.shape
+    # Padding goes to a row of its own behind the last token, which is dropped.
+    rows = torch.where(token_index >= 0, token_index, num_tokens).long().flatten(1)
+    rows = rows[..., None].expand(batch, -1, channels)
+    scattered = x.new_zeros(batch, num_tokens + 1, channels).scatter(1, rows, x.flatten(1, 2))
+    return scattered[:, :num_tokens]
+
+
+def relative_position_bias(
+    table: Tensor, window_id: Tensor, coords: Tensor, window_size: tuple[int, int]
+) -> Tensor:
+    """table [(2Mh-1)(2Mw-1), heads] -> bias [P, G, heads, S, S], of use where windows are equal.
+
+    Entry (i, j) is T[(h_i - h_j + Mh - 1) * (2Mw - 1) + (w_i - w_j + Mw - 1)].
+    """
+    height, width = window_size
+    offset = coords[..., :, None, :] - coords[..., None, :, :]  # [P, G, S, S, 2]
+    index = (offset[..., 0] + height - 1) * (2 * width - 1) + (offset[..., 1] + width - 1)
+    index = torch.where(_same_window(window_id), index, 0).long()
+    return table[index].movedim(-1, 2)
+
+
+def block_diagonal_attention(
+    qkv: Tensor,
+    table: Tensor | None,
+    window_id: Tensor,
+    coords: Tensor,
+    num_heads: int,
+    window_size: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """qkv [B, G, S, 3C] -> [B, G, S, C]: softmax over the slots of the same window of a group."""
+    # Autocast would take the products to bf16; the contract is fp32 sums whatever the surroundings.
+    with torch.autocast(qkv.device.type, enabled=False):
+        dtype = accumulation_dtype(qkv.dtype)
+        valid = (window_id >= 0)[..., None]  # [P, G, S, 1]
+        # Padding may hold anything, NaN too. As zeros it forms a window of its own, whose outputs
+        # are zero and whose rows keep the softmax finite.
+        x = torch.where(valid, qkv, 0).to(dtype)
+        x = x.unflatten(-1, (3, num_heads, -1)).movedim(3, 0).transpose(-2, -3)
+        q, k, v = x.unbind(0)  # [B, G, heads, S, D]
+        scores = scale * (q @ k.transpose(-1, -2))  # [B, G, heads, S, S]
+        if table is not None:
+            scores = scores + relative_position_bias(
+                table.to(dtype), window_id, coords, window_size
+            )
+        scores = scores.masked_fill(~_same_window(window_id)[:, :, None], -torch.inf)
+        out = scores.softmax(-1) @ v
+        out = out.transpose(-2, -3).flatten(-2).to(qkv.dtype)
+        # The last `where` also keeps a NaN in the padding of the incoming gradient away.
+        return torch.where(valid, out, 0)
+
+
+def group_window_attention(
+    qkv: Tensor,
+    table: Tensor | None,
+    token_index: Tensor,
+    window_id: Tensor,
+    coords: Tensor,
+    num_heads: int,
+    window_size: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """qkv [B, N, 3C] -> [B, N, C]: gather, block-diagonal attention, scatter."""
+    grouped = group_gather(qkv, token_index)
+    out = block_diagonal_attention(
+        grouped, table, window_id, coords, num_heads, window_size, scale
+    )
+    return group_scatter(out, token_index, qkv.shape[1])
+
+
+def _same_window(window_id: Tensor) -> Tensor:
+    """[P, G, S] -> bool [P, G, S, S]."""
+    return window_id[..., :, None] == window_id[..., None, :]

@@ -1,0 +1,198 @@
+"""Shapes, inputs and the error budget shared by the tests and the benchmarks.
+
+The budget has no hand-tuned tolerance: a backend may be off from the fp64 result by a small multiple
+of what plain eager PyTorch in the same dtype is off, plus a rounding band of the dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backends import use_backend
+from .functional import group_window_attention
+from .partition import GroupPartition, group_partition
+from .reference import accumulation_dtype
+
+UNIT_PIXELS = 32
+PATCH_PIXELS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention layer: a stage of a Swin at some image size and mask ratio.
+
+    Attributes:
+        image_size: pixels (height, width), multiples of 32.
+        stage: 1 to 4; the token grid is image / (4 * 2 ** (stage - 1)).
+        window_size: M of the model; the grid itself where that is no larger.
+        per_image: one mask per image instead of one for the batch.
+        group_size: slots of a group; the cost model chooses if None.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    stage: int = 1
+    window_size: int = 7
+    shifted: bool = False
+    batch: int = 2
+    num_heads: int = 2
+    head_dim: int = 32
+    mask_ratio: float = 0.75
+    per_image: bool = False
+    group_size: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def channels(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def scale(self) -> int:
+        """Tokens per unit along an axis."""
+        return UNIT_PIXELS // (PATCH_PIXELS * 2 ** (self.stage - 1))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return tuple(side // UNIT_PIXELS * self.scale for side in self.image_size)
+
+    def window_and_shift(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        window = tuple(min(self.window_size, side) for side in self.grid)
+        shift = tuple(
+            self.window_size // 2 if self.shifted and side > self.window_size else 0
+            for side in self.grid
+        )
+        return window, shift
+
+    def __str__(self) -> str:
+        parts = [
+            "x".join(map(str, self.image_size)),
+            f"stage{self.stage}",
+            f"window{self.window_size}" + ("s" if self.shifted else ""),
+            f"B{self.batch}",
+            f"{self.num_heads}x{self.head_dim}",
+            f"r{self.mask_ratio:g}",
+            str(self.dtype).removeprefix("torch."),
+        ]
+        return "-".join(parts + ["per_image"] * self.per_image)
+
+
+def visible_tokens(case: Case, seed: int = 0) -> np.ndarray:
+    """A random visible token grid, bool [H, W], or [B, H, W] with one mask per image."""
+    rng = np.random.default_rng(seed)
+    height, width = (side // UNIT_PIXELS for side in case.image_size)
+    kept = max(1, int(height * width * (1 - case.mask_ratio)))
+    units = np.zeros((case.batch if case.per_image else 1, height * width), dtype=bool)
+    for row in units:
+        row[rng.permutation(row.size)[:kept]] = True
+    grids = units.reshape(-1, height, width).repeat(case.scale, 1).repeat(case.scale, 2)
+    return grids if case.per_image else grids[0]
+
+
+def make_partition(case: Case, seed: int = 0) -> GroupPartition:
+    window, shift = case.window_and_shift()
+    return group_partition(visible_tokens(case, seed), window, shift, case.group_size)
+
+
+@dataclasses.dataclass
+class Inputs:
+    """qkv [B, N, 3C], table [(2Mh-1)(2Mw-1), heads] in at least fp32, grad_out [B, N, C]."""
+
+    qkv: Tensor
+    table: Tensor
+    grad_out: Tensor
+    part: GroupPartition
+    num_heads: int
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        table_dtype = torch.promote_types(dtype, torch.float32)
+        return dataclasses.replace(
+            self,
+            qkv=self.qkv.to(dtype),
+            table=self.table.to(table_dtype),
+            grad_out=self.grad_out.to(dtype),
+        )
+
+
+def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
+    """Random inputs of a case; values that the case's dtype holds exactly."""
+    part = make_partition(case, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32)
+
+    height, width = part.window_size
+    inputs = Inputs(
+        qkv=draw(case.batch, part.num_tokens, 3 * case.channels),
+        table=draw((2 * height - 1) * (2 * width - 1), case.num_heads),
+        grad_out=draw(case.batch, part.num_tokens, case.channels),
+        part=part.to(device),
+        num_heads=case.num_heads,
+    ).to(case.dtype)
+    for name in ("qkv", "table", "grad_out"):
+        setattr(inputs, name, getattr(inputs, name).to(device))
+    return inputs
+
+
+def run(inputs: Inputs, attention=group_window_attention) -> dict[str, Tensor]:
+    """Forward and backward: {"out", "grad_qkv", "grad_table"}, in the backend in force."""
+    qkv = inputs.qkv.detach().requires_grad_()
+    table = inputs.table.detach().requires_grad_()
+    out = attention(qkv, table, inputs.part, inputs.num_heads)
+    grad_qkv, grad_table = torch.autograd.grad(out, (qkv, table), inputs.grad_out)
+    return {"out": out.detach(), "grad_qkv": grad_qkv, "grad_table": grad_table}
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Largest deviation, relative to the largest value of the exact tensor."""
+    if exact.numel() == 0:
+        return 0.0
+    error = (actual.double() - exact.double()).abs().max().item()
+    return error / max(exact.abs().max().item(), 1e-30) if math.isfinite(error) else math.inf
+
+
+def assert_within_budget(
+    actual: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    factor: float = 2.0,
+) -> None:
+    """Compare a backend's results with the fp64 reference's.
+
+    Args:
+        actual: results of the backend under test.
+        plain: results of the reference in the same dtype: what rounding alone costs. For fp64,
+            which has nothing more exact beside it, those in fp32, whose cost is scaled down.
+        exact: results of the reference in fp64, on the same values.
+        factor: how many times the plain error is allowed, on top of a rounding
+            band: 4 units of the result's dtype and 16 of the dtype that sums are taken in (small
+            cases have too few values for the plain error to be typical).
+
+    Raises:
+        AssertionError: names the tensor, its error and what was allowed.
+    """
+    for name, expected in exact.items():
+        got = actual[name]
+        assert got.shape == expected.shape, f"{name}: {list(got.shape)} != {list(expected.shape)}"
+        eps = torch.finfo(got.dtype).eps
+        cost = relative_error(plain[name], expected) * eps / torch.finfo(plain[name].dtype).eps
+        band = 4 * eps + 16 * torch.finfo(accumulation_dtype(got.dtype)).eps
+        error, allowed = relative_error(got, expected), factor * cost + band
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_backend_agrees(inputs: Inputs, backend: str, factor: float = 2.0) -> None:
+    """Run one backend and the reference on the same values and hold the error to the budget."""
+    dtype = inputs.qkv.dtype
+    with use_backend(backend):
+        actual = run(inputs)
+    with use_backend("reference"):
+        plain = run(inputs.to(torch.float32) if dtype == torch.float64 else inputs)
+        exact = run(inputs.to(torch.float64))
+    assert actual["out"].dtype == actual["grad_qkv"].dtype == dtype
+    assert actual["grad_table"].dtype == inputs.table.dtype
+    assert_within_budget(actual, plain, exact, factor)

@@ -1,0 +1,153 @@
+"""Build of the compiled modules; everything else about the package is in pyproject.toml.
+
+Switches (environment): USE_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, DEBUG=0|1.
+
+- greenmim_kernels._partition: the planner, over NumPy (pybind11).
+- greenmim_kernels._C: CPU operators, on libtorch's stable ABI.
+- greenmim_kernels._C_cuda: CUDA operators, built when a toolkit and a torch with CUDA are there. A
+  GPU is never asked for: the machine that builds often has none.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+from setuptools import setup
+
+ROOT = pathlib.Path(__file__).parent
+# The oldest torch that the binaries load under: 2.11.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+CUDA_ARCHITECTURES = "8.0;8.6;9.0;10.0;12.0+PTX"
+
+
+def stop(message: str) -> None:
+    raise SystemExit(f"greenmim build: {message}")
+
+
+def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default)
+    if value not in allowed:
+        stop(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+    return value
+
+
+def toolkit_of_nvcc() -> str | None:
+    """Where the nvcc on PATH has its headers: it may be a link or a script that calls the real one."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dry = subprocess.run(
+        [nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
+    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+    here = pathlib.Path(top[1].strip() if top else pathlib.Path(nvcc).resolve().parent.parent)
+    return str(here.resolve())
+
+
+def toolkit_problem(home: str | None, torch_cuda: str | None) -> str | None:
+    """One sentence that says why the CUDA module cannot be built, or None."""
+    if torch_cuda is None:
+        return "this torch was built without CUDA, so install a CUDA build of torch first"
+    if home is None:
+        return "no CUDA toolkit was found, so put nvcc on PATH or set CUDA_HOME"
+    root = pathlib.Path(home)
+    if not (root / "bin" / "nvcc").exists() or not (root / "include" / "cuda_runtime.h").exists():
+        return f"{home} has no bin/nvcc or include/cuda_runtime.h, so set CUDA_HOME to a whole toolkit"
+    if not any(root.glob("lib*/libcudart*")) and not any(root.glob("targets/*/lib/libcudart*")):
+        return f"{home} has no libcudart, so set CUDA_HOME to a whole toolkit"
+    version = subprocess.run(
+        [str(root / "bin" / "nvcc"), "--version"], capture_output=True, text=True
+    ).stdout
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    if found is None:
+        return f"{home}/bin/nvcc does not say its version, so set CUDA_HOME to a working toolkit"
+    if found[1] != torch_cuda.split(".")[0]:
+        return (
+            f"the toolkit in {home} is CUDA {found[1]}.{found[2]} and torch was built for CUDA"
+            f" {torch_cuda}, so use a toolkit of the same major version"
+        )
+    return None
+
+
+def sources(folder: str, *suffixes: str) -> list[str]:
+    found = [p for p in (ROOT / "csrc" / folder).iterdir() if p.suffix in suffixes]
+    return sorted(str(p.relative_to(ROOT)) for p in found)
+
+
+def headers() -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h"))
+
+
+def main() -> None:
+    use_cuda = switch("USE_CUDA", "auto", ("auto", "0", "1"))
+    debug = switch("DEBUG", "0", ("0", "1")) == "1"
+    try:
+        import pybind11
+        import torch
+    except ImportError as error:
+        stop(f"{error.name} is needed to build; install it, or let pip build in isolation.")
+    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
+        stop(f"torch 2.11 or newer is needed, found {torch.__version__}.")
+    if use_cuda != "0":
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or toolkit_of_nvcc()
+        problem = toolkit_problem(home, torch.version.cuda)
+        if problem is None:
+            # torch reads both when its build helpers are imported, so this comes first.
+            os.environ["CUDA_HOME"] = home
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        elif use_cuda == "1":
+            stop(f"{problem} (USE_CUDA=1).")
+    else:
+        problem = "USE_CUDA=0"
+    switches = {
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
+        "USE_CUDA": f"{use_cuda} -> {'yes' if problem is None else 'no: ' + problem}",
+        "CUDA_HOME": os.environ.get("CUDA_HOME", "") if problem is None else "-",
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "-"),
+        "MAX_JOBS": os.environ.get("MAX_JOBS", "all cores"),
+        "DEBUG": int(debug),
+    }
+    for name, value in switches.items():
+        print(f"greenmim build: {name:<20} {value}", file=sys.stderr, flush=True)
+
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
+    cxx = [*optimise, "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    modules = [
+        CppExtension(
+            "greenmim_kernels._partition",
+            sources("partition", ".cpp"),
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args={"cxx": cxx},
+            depends=headers(),
+        ),
+        CppExtension(
+            "greenmim_kernels._C",
+            sources("cpu", ".cpp"),
+            py_limited_api=True,
+            extra_compile_args={"cxx": [*cxx, STABLE_ABI]},
+            depends=headers(),
+        ),
+    ]
+    if problem is None:
+        nvcc = ["-O0", "-g", "-G"] if debug else ["-O3", "-lineinfo"]
+        modules.append(
+            CUDAExtension(
+                "greenmim_kernels._C_cuda",
+                sources("cuda", ".cu", ".cpp"),
+                py_limited_api=True,
+                extra_compile_args={
+                    "cxx": [*cxx, STABLE_ABI, "-DUSE_CUDA"],
+                    "nvcc": [*nvcc, STABLE_ABI, "-DUSE_CUDA"],
+                },
+                depends=headers(),
+            )
+        )
+    setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
+
+
+main()

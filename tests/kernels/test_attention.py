@@ -1,0 +1,214 @@
+"""The attention operators of the compiled backend against the fp64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import greenmim_kernels as gk
+from greenmim_kernels import reference
+from greenmim_kernels.testing import (
+    Case,
+    Inputs,
+    assert_backend_agrees,
+    make_inputs,
+    relative_error,
+    run,
+    visible_tokens,
+)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+CASES = [
+    Case(),
+    Case(shifted=True, num_heads=4, batch=3),
+    Case(stage=2, shifted=True, head_dim=16, batch=1),
+    Case(stage=3, num_heads=3, head_dim=8),
+    Case(stage=4, num_heads=8, head_dim=64),
+    Case(window_size=14, shifted=True, head_dim=64),
+    Case(window_size=14, stage=2),
+    Case(per_image=True, batch=3, shifted=True),
+    Case(image_size=(160, 288), window_size=6, shifted=True, head_dim=5),
+    Case(image_size=(32, 32), mask_ratio=0, head_dim=1, num_heads=1, batch=5),
+    Case(mask_ratio=0, window_size=7, head_dim=17, num_heads=1),
+    Case(mask_ratio=0.97, window_size=4, shifted=True),
+]
+
+
+def results(inputs: Inputs, backend: str, attention=gk.group_window_attention):
+    with gk.use_backend(backend):
+        return run(inputs, attention)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_reference(case, dtype):
+    assert_backend_agrees(make_inputs(dataclasses.replace(case, dtype=dtype)), "cpp")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.builds(
+        Case,
+        image_size=st.tuples(st.integers(1, 4), st.integers(1, 4)).map(
+            lambda units: (32 * units[0], 32 * units[1])
+        ),
+        stage=st.integers(1, 4),
+        window_size=st.integers(1, 9),
+        shifted=st.booleans(),
+        batch=st.integers(1, 3),
+        num_heads=st.integers(1, 3),
+        head_dim=st.integers(1, 40),
+        mask_ratio=st.sampled_from([0.0, 0.3, 0.6]),
+        per_image=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+    ),
+    st.integers(0, 1000),
+)
+def test_agrees_with_the_reference_on_drawn_shapes(case, seed):
+    assert_backend_agrees(make_inputs(case, seed), "cpp")
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("per_image", [False, True])
+def test_block_diagonal_attention_neither_reads_nor_fills_padding(dtype, per_image):
+    inputs = make_inputs(Case(batch=2, per_image=per_image, dtype=dtype, shifted=True))
+    part = inputs.part
+    padding = (part.token_index < 0).expand(2, -1, -1)
+    assert padding.any()
+
+    def grouped(qkv, table, part, num_heads):
+        with gk.use_backend("reference"):
+            x = gk.group_gather(qkv, part)
+        x = x.masked_fill(padding[..., None], math.nan).detach().requires_grad_()
+        out = gk.block_diagonal_attention(x, table, part, num_heads)
+        grouped.x, grouped.out = x, out
+        return out
+
+    qkv, table = inputs.qkv, inputs.table.requires_grad_()
+    with gk.use_backend("cpp"):
+        out = grouped(qkv, table, part, inputs.num_heads)
+        grad = reference.group_gather(inputs.grad_out, part.token_index)
+        grad = grad.masked_fill(padding[..., None], math.nan)
+        grad_x, grad_table = torch.autograd.grad(out, (grouped.x, table), grad)
+    assert (out[padding] == 0).all()
+    assert (grad_x[padding] == 0).all()
+    # The same numbers as the fused operator, bit by bit: they share the kernel.
+    fused = results(inputs, "cpp")
+    index, tokens = part.token_index, part.num_tokens
+    assert torch.equal(reference.group_scatter(out, index, tokens), fused["out"])
+    assert torch.equal(reference.group_scatter(grad_x, index, tokens), fused["grad_qkv"])
+    assert torch.equal(grad_table, fused["grad_table"])
+
+
+def test_without_a_bias_table_and_with_a_scale():
+    inputs = make_inputs(Case(shifted=True))
+    outs = {}
+    for backend in ("cpp", "reference"):
+        qkv = inputs.qkv.detach().requires_grad_()
+        with gk.use_backend(backend):
+            out = gk.group_window_attention(qkv, None, inputs.part, inputs.num_heads, scale=0.5)
+        outs[backend] = out, *torch.autograd.grad(out, qkv, inputs.grad_out)
+    for ours, expected in zip(outs["cpp"], outs["reference"], strict=True):
+        torch.testing.assert_close(ours, expected)
+    zeros = torch.zeros_like(inputs.table)
+    with gk.use_backend("cpp"):
+        same = gk.group_window_attention(inputs.qkv, zeros, inputs.part, inputs.num_heads, 0.5)
+        other = gk.group_window_attention(inputs.qkv, zeros, inputs.part, inputs.num_heads)
+    assert torch.equal(same, outs["cpp"][0])
+    assert not torch.allclose(same, other)
+
+
+def test_capacity_changes_nothing():
+    case = Case(shifted=True)
+    inputs = make_inputs(case)
+    window, shift = case.window_and_shift()
+    capacity = gk.partition_capacity(case.grid, window, shift, inputs.part.num_tokens)
+    expected = results(inputs, "reference")
+    for backend in ("cpp", "reference"):
+        padded = dataclasses.replace(
+            inputs,
+            part=gk.group_partition(visible_tokens(case), window, shift, capacity=capacity),
+        )
+        assert padded.part.num_groups == capacity
+        for name, value in results(padded, backend).items():
+            assert relative_error(value, expected[name]) < 1e-5, name
+
+
+def test_windows_in_any_order_within_a_group():
+    """A partition made by hand need not be sorted by window."""
+    inputs = make_inputs(Case())
+    part = inputs.part
+    order = torch.randperm(part.group_size, generator=torch.Generator().manual_seed(0))
+    mixed = dataclasses.replace(
+        part,
+        token_index=part.token_index[..., order].contiguous(),
+        window_id=part.window_id[..., order].contiguous(),
+        coords=part.coords[..., order, :].contiguous(),
+    )
+    expected = results(inputs, "reference")
+    for name, value in results(dataclasses.replace(inputs, part=mixed), "cpp").items():
+        assert relative_error(value, expected[name]) < 1e-5, name
+
+
+def test_a_nan_stays_in_its_window():
+    case = Case(batch=1)
+    inputs = make_inputs(case)
+    index = inputs.part.token_index[0]
+    window = inputs.part.window_id[0]
+    token = int(index[0, 0])
+    peers = index[window == window[0, 0]].long()
+    inputs.qkv[0, token] = math.nan
+    with gk.use_backend("cpp"):
+        out = gk.group_window_attention(inputs.qkv, inputs.table, inputs.part, inputs.num_heads)
+    hit = out[0].isnan().all(-1)
+    assert sorted(hit.nonzero().flatten().tolist()) == sorted(peers.tolist())
+    assert out[0, ~hit].isfinite().all()
+
+
+def test_large_scores_do_not_overflow():
+    inputs = make_inputs(Case())
+    inputs.qkv[..., : 2 * 64] *= 40.0
+    assert_backend_agrees(inputs, "cpp")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_for_any_number_of_threads(threads):
+    inputs = make_inputs(Case(batch=4, num_heads=4, shifted=True))
+    expected = results(inputs, "cpp")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(2):
+            for name, value in results(inputs, "cpp").items():
+                assert torch.equal(value, expected[name]), name
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_passes(capability):
+    """The whole of test_agrees_with_the_reference again, in a process of its own."""
+    environment = {**os.environ, "GREENMIM_CPU_CAPABILITY": capability}
+    probe = "from greenmim_kernels.backends import cpu_capability; print(cpu_capability())"
+    found = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True
+    )
+    if "does not have" in found.stderr:
+        pytest.skip(f"this processor has no {capability}")
+    assert found.stdout.strip() == capability
+    tests = [f"{__file__}::{test.__name__}" for test in (
+        test_agrees_with_the_reference, test_a_nan_stays_in_its_window,
+        test_large_scores_do_not_overflow)]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,0 +1,108 @@
+"""Names of backends, availability, forcing, and what "auto" takes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import greenmim_kernels as gk
+from greenmim_kernels import backends
+from greenmim_kernels.testing import Case, make_inputs
+
+
+def attention(inputs):
+    return gk.group_window_attention(inputs.qkv, inputs.table, inputs.part, inputs.num_heads)
+
+
+def backend_taken(inputs) -> str:
+    return backends.choose_backend("group_window_attention", "cpu", inputs.qkv.dtype)
+
+
+def test_available_backends():
+    available = gk.available_backends()
+    assert list(available) == ["reference", "cpp", "cuda", "triton"]
+    assert available["reference"] is None
+    assert available["cpp"] is None
+    for reason in available.values():
+        assert reason is None or len(reason) > 10
+
+
+def test_auto_takes_the_compiled_kernels_and_falls_back_to_the_reference():
+    inputs = make_inputs(Case())
+    assert backend_taken(inputs) == "cpp"
+    half = inputs.to(torch.float16)
+    assert backend_taken(half) == "reference"
+    assert attention(half).dtype == torch.float16
+
+
+def test_a_forced_backend_never_falls_back():
+    half = make_inputs(Case(dtype=torch.float16))
+    with gk.use_backend("cpp"):
+        with pytest.raises(ValueError, match="cpp backend computes in .*, not float16"):
+            attention(half)
+        with gk.use_backend("auto"):
+            attention(half)
+        with gk.use_backend("reference"):
+            assert backend_taken(half) == "reference"
+        assert backends.forced_backend() == "cpp"
+    assert backends.forced_backend() == "auto"
+
+
+def test_what_a_backend_lacks_is_said():
+    say = backends.cannot
+    assert "runs on cpu tensors" in say("cpp", "group_gather", "cuda", torch.float32)
+    assert "runs on cuda tensors" in say("cuda", "group_gather", "cpu", torch.float32)
+    assert "no group_window_attention" in say(
+        "cuda", "group_window_attention", "cuda", torch.float32
+    )
+    assert say("cuda", "group_gather", "cuda", torch.float32) is None
+
+
+def test_unknown_and_unusable_names():
+    with pytest.raises(ValueError, match="unknown backend 'metal'; choose one of auto, reference"):
+        with gk.use_backend("metal"):
+            pass
+    for name, reason in gk.available_backends().items():
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=f"the {name} backend cannot be used here"):
+                with gk.use_backend(name):
+                    pass
+
+
+def test_the_environment_is_read_at_each_call(monkeypatch):
+    inputs = make_inputs(Case())
+    monkeypatch.setenv("GREENMIM_BACKEND", "reference")
+    assert backend_taken(inputs) == "reference"
+    with gk.use_backend("cpp"):
+        assert backend_taken(inputs) == "cpp"
+    with gk.use_backend("auto"):
+        assert backend_taken(inputs) == "cpp"
+    monkeypatch.setenv("GREENMIM_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="'nonsense' \\(from GREENMIM_BACKEND\\)"):
+        attention(inputs)
+    monkeypatch.setenv("GREENMIM_BACKEND", "triton")
+    if gk.available_backends()["triton"]:
+        with pytest.raises(RuntimeError, match="GREENMIM_BACKEND"):
+            attention(inputs)
+    monkeypatch.delenv("GREENMIM_BACKEND")
+    assert backend_taken(inputs) == "cpp"
+
+
+def test_forcing_is_local_to_the_thread():
+    seen = []
+    with gk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.forced_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_a_missing_library_is_a_reason_not_a_crash(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_library_file", lambda name: None)
+    assert "was not built" in backends.load_library.__wrapped__("_C")
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(backends, "_library_file", lambda name: broken)
+    assert "does not load" in backends.load_library.__wrapped__("_C")
