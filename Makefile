@@ -1,0 +1,66 @@
+# Two commands for a fresh machine (Linux, Python 3.10 to 3.13 with venv, g++):
+#
+#   make demo    pre-train a small GreenMIM on real photographs on the CPU
+#   make test    run the tests
+#
+# Both set up a virtual environment first. Variables:
+#
+#   PYTHON=python3.12   interpreter that makes the environment
+#   VENV=.venv          where the environment is
+#   VENV=               use the interpreter in PYTHON as it is, install nothing
+#   TORCH="torch torchvision"   what to install as torch, for example "torch==2.14.1 torchvision==0.29.1"
+#   PIP_ARGS=           more arguments for pip when it installs torch, such as an index of CPU builds
+#   OUT=runs/demo       where the demo writes
+#   ARGS=               more arguments for pytest, the demo or the benchmark
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch torchvision
+PIP_ARGS ?=
+OUT ?= runs/demo
+ARGS ?=
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n 1,16p
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	@echo "installing $(TORCH)"
+	$(RUN) -m pip install --quiet $(PIP_ARGS) $(TORCH)
+	@touch $@
+
+# An editable install, built against the torch that was just chosen.
+$(VENV)/.ready: $(VENV)/.torch $(SOURCES)
+	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja numpy "pybind11>=2.12"
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,demo]"
+	@touch $@
+
+demo: $(READY)
+	$(RUN) -m examples.demo --out $(OUT) $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(RUN) -m benchmarks.cpu_attention $(ARGS)
+
+lint:
+	$(RUN) -m pip install --quiet ruff
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info greenmim_kernels/*.so

@@ -1,0 +1,201 @@
+"""State dicts of three kinds, and files that hold them.
+
+- greenmim: ``encoder.`` + timm's keys, and the decoder's keys as published.
+- official: the published checkpoints: patch merging stands at the end of the stage before, and
+  every block has a ``relative_position_index`` buffer.
+- timm: a Swin as in timm, without decoder and head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+KINDS = ("official", "timm", "greenmim")
+MERGE_ORDERS = ("swin", "row-major")
+_ENCODER = "encoder."
+_DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
+# Derived from the sizes, and rebuilt where a kind has them.
+_BUFFERS = ("relative_position_index", "attn_mask")
+
+
+def convert_checkpoint(
+    state_dict: Mapping[str, Tensor], source: str, target: str, merge_order: str = "swin"
+) -> dict[str, Tensor]:
+    """Convert a state dict from one kind to another.
+
+    Args:
+        state_dict: tensors by name, as `source` names them.
+        source: "official", "timm" or "greenmim".
+        target: "official", "timm" or "greenmim". "timm" leaves the decoder out; from "timm" there
+            is no decoder to convert, so only the encoder comes out.
+        merge_order: order in which patch merging concatenates the 2 x 2 cell in the given weights:
+            "swin" (0,0), (1,0), (0,1), (1,1), or "row-major" (0,0), (0,1), (1,0), (1,1), as in
+            official weights published before 2023. The result has Swin's order.
+
+    Returns:
+        A new dict; tensors that need no change are those of `state_dict`.
+
+    Raises:
+        ValueError: unknown kind or order, or a state dict that is not of kind `source`.
+    """
+    for name, value, allowed in (
+        ("source", source, KINDS),
+        ("target", target, KINDS),
+        ("merge_order", merge_order, MERGE_ORDERS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    # A model wrapped in DistributedDataParallel puts this before every name.
+    tensors = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    encoder, decoder = _read(tensors, source)
+    if merge_order == "row-major":
+        encoder = {name: _to_swin_order(name, tensor) for name, tensor in encoder.items()}
+    if target == "timm":
+        return encoder
+    if target == "official":
+        encoder = _to_official(encoder)
+    return {**{_ENCODER + name: tensor for name, tensor in encoder.items()}, **decoder}
+
+
+def _read(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split into the encoder, with timm's names, and the decoder."""
+    tensors = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _BUFFERS}
+    if source == "timm":
+        encoder = {n: t for n, t in tensors.items() if not n.startswith("head.")}
+        decoder = {}
+    else:
+        encoder = {n.removeprefix(_ENCODER): t for n, t in tensors.items() if n.startswith(_ENCODER)}
+        decoder = {n: t for n, t in tensors.items() if not n.startswith(_ENCODER)}
+    strangers = [n for n in encoder if not n.startswith(("patch_embed.", "layers.", "norm."))]
+    strangers += [n for n in decoder if not n.startswith(("decoder_", "mask_token"))]
+    merges = {int(found[1]) for found in map(_DOWNSAMPLE.match, encoder) if found}
+    expected = range(0, 3) if source == "official" else range(1, 4)
+    if strangers or merges != set(expected):
+        what = f"holds {strangers[0]!r}" if strangers else f"has patch merging in stages {merges}"
+        raise ValueError(f"this is not a Swin state dict of kind {source!r}: it {what}")
+    if source == "official":
+        encoder = {_move_downsample(n, 1): t for n, t in encoder.items()}
+    return encoder, decoder
+
+
+def _move_downsample(name: str, by: int) -> str:
+    return _DOWNSAMPLE.sub(lambda found: f"layers.{int(found[1]) + by}.downsample.", name)
+
+
+def _to_swin_order(name: str, tensor: Tensor) -> Tensor:
+    """Swap the middle two of the four channel blocks of a patch merging."""
+    if not _DOWNSAMPLE.match(name):
+        return tensor
+    # norm.weight and norm.bias [4C], reduction.weight [2C, 4C]: always the last axis.
+    first, second, third, fourth = tensor.chunk(4, -1)
+    return torch.cat([first, third, second, fourth], -1)
+
+
+def _to_official(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    official = {}
+    for name, tensor in encoder.items():
+        official[_move_downsample(name, -1)] = tensor
+        if name.endswith(".relative_position_bias_table"):
+            index = name.replace("bias_table", "index")
+            official[index] = _relative_position_index(name, tensor)
+    return official
+
+
+def _relative_position_index(name: str, table: Tensor) -> Tensor:
+    """Rows of the table for all pairs of a square window, int64 [M * M, M * M]."""
+    side = (round(table.shape[0] ** 0.5) + 1) // 2
+    if (2 * side - 1) ** 2 != table.shape[0]:
+        raise ValueError(f"{name} is of a window that is not square; official models have none")
+    coords = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    offset = coords[:, None] - coords[None] + side - 1
+    return offset[..., 0] * (2 * side - 1) + offset[..., 1]
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """The whole content of a checkpoint file, on the CPU.
+
+    Pickles are read with ``weights_only``: tensors and plain values, the ``argparse.Namespace`` of
+    official files, and no code.
+
+    Args:
+        path: a .safetensors file, or one written by ``torch.save``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or holds something else than a dict.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError,
+        UnicodeDecodeError,
+    ) as error:  # fmt: skip
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def load_state_dict_file(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The model's state dict in a checkpoint file, wherever in it that is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read or holds no state dict.
+    """
+    content = load_checkpoint(path)
+    for inner in (content.get("model"), content.get("state_dict"), content):
+        if isinstance(inner, Mapping) and inner:
+            if all(isinstance(value, Tensor) for value in inner.values()):
+                return dict(inner)
+    raise ValueError(f"{path} holds no state dict under 'model', 'state_dict' or at its top")
+
+
+def save_atomic(content: Any, path: str | os.PathLike) -> None:
+    """``torch.save`` so that the file is there whole or not at all, also after a power cut.
+
+    Args:
+        content: what to save.
+        path: the file to write or replace; its folder must be there.
+
+    Raises:
+        OSError: the folder is not there or cannot be written to, or the disk is full. What was at
+            `path` is untouched then, and nothing is left beside it.
+    """
+    path = pathlib.Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            with open(beside, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:
+            # torch's zip writer turns a failed write into an error of its own.
+            raise OSError(f"{path} could not be written: {error}") from error
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

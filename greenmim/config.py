@@ -1,0 +1,160 @@
+"""What a model is: sizes, and the names of the published ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+UNIT_PIXELS = 32
+PATCH_PIXELS = 4
+NUM_STAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a GreenMIM model: a Swin encoder and an MAE-like decoder.
+
+    The defaults are Swin-B with windows of 7 at 224 px (Huang et al., NeurIPS 2022,
+    arXiv 2205.13515).
+
+    Args:
+        image_size: pixels, one side or (height, width); multiples of 32.
+        window_size: side M of a window, in tokens.
+        embed_dim: channels of stage 1; each stage doubles them.
+        depths: blocks of each of the four stages.
+        num_heads: attention heads of each of the four stages.
+        norm_eps: epsilon of every LayerNorm (published: 1e-6; timm's own Swin: 1e-5).
+        drop_path: stochastic depth rate of the last block, growing from 0.
+        decoder_dim: channels of the decoder.
+        decoder_depth: blocks of the decoder.
+        decoder_heads: attention heads of the decoder.
+        norm_pix_loss: whether the target of a unit is normalised by its own mean and deviation.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    window_size: int = 7
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    norm_eps: float = 1e-6
+    drop_path: float = 0.0
+    decoder_dim: int = 512
+    decoder_depth: int = 1
+    decoder_heads: int = 16
+    norm_pix_loss: bool = True
+
+    def __post_init__(self) -> None:
+        # Lists come from YAML; a frozen dataclass is set this way.
+        for name in ("depths", "num_heads"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        self._check()
+
+    def _check(self) -> None:
+        check_image_size(self.image_size)
+        for name in ("depths", "num_heads"):
+            values = getattr(self, name)
+            if len(values) != NUM_STAGES or min(values) < 1:
+                raise ValueError(f"{name} must be {NUM_STAGES} positive numbers, got {values}")
+        positive = ("window_size", "embed_dim", "decoder_dim", "decoder_heads", "norm_eps")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.decoder_depth < 0:
+            raise ValueError(f"decoder_depth must not be negative, got {self.decoder_depth}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {self.drop_path}")
+        for stage, (dim, heads) in enumerate(zip(self.stage_dims, self.num_heads, strict=True), 1):
+            if dim % heads:
+                raise ValueError(
+                    f"the {dim} channels of stage {stage} cannot be split into {heads} heads"
+                )
+        if self.decoder_dim % 4 or self.decoder_dim % self.decoder_heads:
+            raise ValueError(
+                f"decoder_dim must be a multiple of 4 and of decoder_heads = {self.decoder_heads},"
+                f" got {self.decoder_dim}"
+            )
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return check_image_size(self.image_size)
+
+    @property
+    def unit_grid(self) -> tuple[int, int]:
+        """(height, width) in units of 32 px."""
+        height, width = self.image_hw
+        return height // UNIT_PIXELS, width // UNIT_PIXELS
+
+    @property
+    def num_units(self) -> int:
+        """Units L of an image."""
+        height, width = self.unit_grid
+        return height * width
+
+    @property
+    def stage_dims(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.embed_dim * 2**stage for stage in range(NUM_STAGES))
+
+    def stage_windows(
+        self, image_size: int | tuple[int, int] | None = None
+    ) -> tuple[tuple[tuple[int, int], tuple[int, int], tuple[int, int]], ...]:
+        """(token grid, window, shift of odd blocks), each (height, width), for every stage.
+
+        Per axis, where the grid is no larger than M, the window is the grid and the shift 0.
+        """
+        sides = check_image_size(self.image_size if image_size is None else image_size)
+        stages = []
+        for stage in range(NUM_STAGES):
+            grid = tuple(side // (PATCH_PIXELS * 2**stage) for side in sides)
+            window = tuple(min(self.window_size, side) for side in grid)
+            shift = tuple(self.window_size // 2 if side > self.window_size else 0 for side in grid)
+            stages.append((grid, window, shift))
+        return tuple(stages)
+
+
+def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels.
+
+    Raises:
+        ValueError: a side is not a positive multiple of 32.
+    """
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or any(side < UNIT_PIXELS or side % UNIT_PIXELS for side in sides):
+        raise ValueError(
+            f"image_size must be one or two positive multiples of {UNIT_PIXELS}, got {image_size}"
+        )
+    return sides
+
+
+_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+_SMALL = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}
+_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+_LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
+
+MODELS: dict[str, dict] = {
+    "greenmim_swin_tiny_patch4_window7_224": {**_TINY, "window_size": 7},
+    "greenmim_swin_small_patch4_window7_224": {**_SMALL, "window_size": 7},
+    "greenmim_swin_base_patch4_window7_224": {**_BASE, "window_size": 7},
+    "greenmim_swin_base_patch4_window14_224": {**_BASE, "window_size": 14},
+    "greenmim_swin_large_patch4_window14_224": {**_LARGE, "window_size": 14},
+}
+
+
+def model_config(name: str, **overrides) -> ModelConfig:
+    """The configuration of a named model, with some values changed.
+
+    Raises:
+        ValueError: unknown name (the nearest ones are named) or sizes that do not fit together.
+        TypeError: an override that ModelConfig does not have.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5) or list(MODELS)
+        raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
+    return ModelConfig(**{**MODELS[name], **overrides})

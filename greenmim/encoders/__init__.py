@@ -1,0 +1,5 @@
+"""Hierarchical encoders that compute visible tokens only."""
+
+from .swin import SwinEncoder
+
+__all__ = ["SwinEncoder"]

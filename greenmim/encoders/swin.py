@@ -1,0 +1,93 @@
+"""Swin on visible tokens only, with timm's parameters.
+
+Source of the method: Huang et al., NeurIPS 2022 (arXiv 2205.13515), section 3; of the network: Liu
+et al., ICCV 2021. With everything visible, on grids that are multiples of the window, it equals
+timm's dense Swin.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from greenmim_kernels import GroupPartition, group_window_attention
+
+from ..config import PATCH_PIXELS, ModelConfig
+from ..planning import Plan
+
+
+class SwinEncoder(SwinTransformer):
+    """timm's Swin without a head: its modules, its state dict, but visible tokens in and out.
+
+    Args:
+        config: sizes of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(
+            img_size=config.image_hw,
+            patch_size=PATCH_PIXELS,
+            window_size=config.window_size,
+            embed_dim=config.embed_dim,
+            depths=config.depths,
+            num_heads=config.num_heads,
+            drop_path_rate=config.drop_path,
+            norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),
+            num_classes=0,
+            global_pool="",
+        )
+
+    def forward(self, images: Tensor, plan: Plan) -> Tensor:
+        """images [B, 3, H, W] -> latent [B, n_vis, C4], after the final norm."""
+        return self.norm(self.stages(images, plan)[-1])
+
+    def stages(self, images: Tensor, plan: Plan) -> list[Tensor]:
+        """images [B, 3, H, W] -> for each stage, its visible tokens [B, N, C], row-major."""
+        x = self._embed(images, plan.patch_index)
+        outputs = []
+        for index, (stage, partitions) in enumerate(zip(self.layers, plan.partitions, strict=True)):
+            if index > 0:
+                x = merge_patches(stage.downsample, x, plan.merge_index[index - 1])
+            for number, block in enumerate(stage.blocks):
+                part = partitions[number % 2]
+                x = x + block.drop_path1(self._attend(block.attn, block.norm1(x), part))
+                x = x + block.drop_path2(block.mlp(block.norm2(x)))
+            outputs.append(x)
+        return outputs
+
+    def _embed(self, images: Tensor, patch_index: Tensor) -> Tensor:
+        """Pixels of visible patches -> tokens [B, N1, C]: hidden patches cost nothing."""
+        conv = self.patch_embed.proj
+        side = PATCH_PIXELS
+        patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, H/4, W/4, 3, 4, 4], a view
+        rows, columns = patch_index // patches.shape[2], patch_index % patches.shape[2]
+        if len(patch_index) == 1:
+            pixels = patches[:, rows[0], columns[0]]
+        else:
+            image = torch.arange(len(patches), device=images.device)[:, None]
+            pixels = patches[image, rows, columns]
+        return self.patch_embed.norm(F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias))
+
+    @staticmethod
+    def _attend(attention: nn.Module, x: Tensor, part: GroupPartition) -> Tensor:
+        table = attention.relative_position_bias_table
+        x = group_window_attention(attention.qkv(x), table, part, attention.num_heads)
+        return attention.proj(x)
+
+
+def merge_patches(merge: nn.Module, x: Tensor, merge_index: Tensor) -> Tensor:
+    """timm's PatchMerging on visible tokens: x [B, N, C], merge_index [P, M, 4] -> [B, M, 2C]."""
+    cells = gather_rows(x, merge_index.flatten(1)).unflatten(1, (-1, 4)).flatten(2)  # [B, M, 4C]
+    return merge.reduction(merge.norm(cells))
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, N, C], index [P, M] with P = 1 or B -> [B, M, C]."""
+    if len(index) == 1:
+        return x[:, index[0]]
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

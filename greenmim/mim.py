@@ -1,0 +1,236 @@
+"""GreenMIM: encode the visible units of an image, decode all of them, compare the hidden ones.
+
+Source: Huang et al., Green Hierarchical Vision Transformer for Masked Image Modeling, NeurIPS 2022
+(arXiv 2205.13515), sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import UNIT_PIXELS, ModelConfig, model_config
+from .decoder import decoder_blocks, sincos_position_embedding
+from .encoders import SwinEncoder
+from .masking import random_visible
+from .planning import Plan, Planner
+
+UNIT_VALUES = UNIT_PIXELS * UNIT_PIXELS * 3
+
+
+class MIMOutput(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: scalar, mean squared error over hidden units; 0 where nothing is hidden.
+        prediction: [B, L, 3072], pixels of every unit: row, column, channel.
+        latent: [B, n_vis, C4], visible units after the encoder's final norm, row-major.
+        visible: bool [P, L], True = visible; P = 1 for one mask per batch, or B.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    latent: Tensor
+    visible: Tensor
+
+
+class GreenMIM(nn.Module):
+    """A Swin encoder on visible tokens and an MAE-like decoder.
+
+    The state dict holds the encoder as ``encoder.`` + timm's keys, and the decoder as published.
+
+    Args:
+        config: sizes of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.planner = Planner(config)
+        self.encoder = SwinEncoder(config)
+        width = config.decoder_dim
+        self.decoder_embed = nn.Linear(config.stage_dims[-1], width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        # Fixed, but part of the published state dict.
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_position_embedding(width, config.unit_grid), requires_grad=False
+        )
+        self.decoder_blocks = decoder_blocks(config)
+        self.decoder_norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.decoder_pred = nn.Linear(width, UNIT_VALUES)
+        self._initialise_decoder()
+
+    def _initialise_decoder(self) -> None:
+        """As MAE: Xavier-uniform matrices, zero biases, a small mask token.
+
+        The encoder is initialised by timm as Swin is: truncated normal, deviation 0.02.
+        """
+        nn.init.normal_(self.mask_token, std=0.02)
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+
+    def plan(self, visible: np.ndarray | Tensor) -> Plan:
+        """Plan a step on the CPU (see :class:`greenmim.planning.Planner`, which loaders can use).
+
+        Args:
+            visible: bool unit grid, row-major: [L] for the whole batch or [B, L], one per image.
+
+        Raises:
+            ValueError: wrong shape or dtype, no visible unit, or counts that differ between images.
+        """
+        return self.planner(visible)
+
+    def forward(
+        self,
+        images: Tensor,
+        visible: np.ndarray | Tensor | None = None,
+        mask_ratio: float = 0.75,
+        plan: Plan | None = None,
+    ) -> MIMOutput:
+        """Reconstruct images from their visible units.
+
+        Args:
+            images: float [B, 3, H, W], normalised as the data is.
+            visible: bool unit grid [L] or [B, L], row-major, True = visible. None draws one mask
+                for the batch from PyTorch's global generator.
+            mask_ratio: share of hidden units, where `visible` is drawn.
+            plan: `self.plan(visible)` made ahead, in place of `visible`; this form compiles with
+                ``fullgraph=True`` and moves to the images' device if it is elsewhere.
+
+        Raises:
+            ValueError: images or mask of the wrong shape, no visible unit, counts that differ
+                between images, or both `visible` and `plan`.
+        """
+        self._check_images(images, self.config.image_hw)
+        if plan is None:
+            if visible is None:
+                seed = int(torch.randint(2**62, ()))
+                rng = np.random.default_rng(seed)
+                visible = random_visible(rng, self.config.num_units, mask_ratio)
+            plan = self.plan(visible)
+        elif visible is not None:
+            raise ValueError("visible and plan say the same twice; give one of them")
+        if len(plan.visible) not in (1, len(images)):
+            raise ValueError(
+                f"the masks are for {len(plan.visible)} images and the batch has {len(images)};"
+                " give one mask for the batch or one per image"
+            )
+        if plan.visible.device != images.device:
+            plan = plan.to(images.device, non_blocking=True)
+        latent = self.encoder(images, plan)
+        prediction = self.decode(latent, plan)
+        return MIMOutput(self.loss(images, prediction, plan), prediction, latent, plan.visible)
+
+    def decode(self, latent: Tensor, plan: Plan) -> Tensor:
+        """latent [B, n_vis, C4] -> prediction [B, L, 3072]. Each latent goes to its own place."""
+        x = self.decoder_embed(latent)
+        batch, _, width = x.shape
+        units = plan.visible.shape[1]
+        index = plan.unit_index[..., None].expand(batch, -1, width)
+        placed = x.new_zeros(batch, units, width).scatter(1, index, x)
+        x = torch.where(plan.visible[..., None], placed, self.mask_token.to(x.dtype))
+        x = x + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def loss(self, images: Tensor, prediction: Tensor, plan: Plan) -> Tensor:
+        """Mean squared error over the hidden units, at least in float32; a scalar."""
+        target = self.target(images)
+        error = (prediction.to(target.dtype) - target).square().mean(-1)  # [B, L]
+        hidden = plan.visible.logical_not()
+        count = len(images) * (plan.visible.shape[1] - plan.unit_index.shape[1])
+        # Not a division by zero where nothing is hidden or the batch is empty: the sum is 0 then.
+        return (error * hidden).sum() / max(count, 1)
+
+    def target(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> [B, L, 3072]; normalised per unit with ``norm_pix_loss``."""
+        target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
+        if self.config.norm_pix_loss:
+            variance, mean = torch.var_mean(target, -1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return target
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> [B, L, 3072]: pixels of each unit in row, column, channel order."""
+        side = UNIT_PIXELS
+        x = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, h, 32, w, 32]
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """[B, L, 3072] -> images [B, 3, H, W]; undoes :meth:`patchify`."""
+        x = patches.unflatten(2, (UNIT_PIXELS, UNIT_PIXELS, 3))
+        x = x.unflatten(1, self.config.unit_grid)  # [B, h, w, 32, 32, 3]
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of the four stages with everything visible, for downstream use.
+
+        Args:
+            images: float [B, 3, H, W]; H and W multiples of 32, of any size for which the windows
+                of every stage are those of the model.
+
+        Returns:
+            Four tensors [B, C, H / s, W / s] with s = 4, 8, 16, 32, before the final norm (as
+            timm's ``features_only``).
+
+        Raises:
+            ValueError: images of a wrong shape, or so small or large that windows change.
+        """
+        size = tuple(images.shape[2:])
+        self._check_images(images, size)
+        planner = Planner(self.config, size)
+        ours, theirs = (
+            [window for _, window, _ in stages] for stages in (self.planner.stages, planner.stages)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} px have windows of {theirs} tokens and the model,"
+                f" made for {self.config.image_hw}, of {ours}; create it with that image_size"
+            )
+        height, width = planner.unit_grid
+        plan = planner(np.ones(height * width, dtype=bool)).to(images.device, non_blocking=True)
+        maps = zip(self.encoder.stages(images, plan), planner.stages, strict=True)
+        return [x.transpose(1, 2).unflatten(2, grid).contiguous() for x, (grid, _, _) in maps]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: 1-d, tables, tokens, positions."""
+        tokens = ("relative_position_bias_table", "mask_token", "decoder_pos_embed")
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim <= 1 or name.endswith(tokens)
+        }
+
+    @staticmethod
+    def _check_images(images: Tensor, size: tuple[int, ...]) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != size:
+            raise ValueError(
+                f"images must be [B, 3, {size[0]}, {size[1]}] for this model,"
+                f" got shape {list(images.shape)}"
+                if len(size) == 2
+                else f"images must be [B, 3, H, W], got shape {list(images.shape)}"
+            )
+        if not images.dtype.is_floating_point:
+            raise ValueError(f"images must be floating point, got {images.dtype}")
+
+
+def create_model(name: str, **overrides) -> GreenMIM:
+    """A model by name, with fresh weights.
+
+    Args:
+        name: greenmim_swin_{tiny,small,base}_patch4_window7_224 or
+            greenmim_swin_{base,large}_patch4_window14_224.
+        overrides: fields of :class:`ModelConfig` to change, such as ``image_size=(192, 256)``.
+
+    Raises:
+        ValueError: unknown name (the nearest ones are named) or sizes that do not fit together.
+        TypeError: an override that ModelConfig does not have.
+    """
+    return GreenMIM(model_config(name, **overrides))

@@ -1,0 +1,71 @@
+"""Golden numbers and small models, shared by the model tests."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+import greenmim
+from greenmim.checkpoint import load_state_dict_file
+from greenmim_kernels import use_backend
+
+DATA = pathlib.Path(__file__).parent.parent / "data"
+SMALL = {
+    "image_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 2, 1, 1),
+    "num_heads": (1, 2, 4, 8), "decoder_dim": 32, "decoder_heads": 2,
+}  # fmt: skip
+
+
+def load_json(name: str) -> dict:
+    return json.loads((DATA / name).read_text())
+
+
+def load_arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(DATA / name) as file:
+        return dict(file)
+
+
+def golden_model(weights: str, config: dict, **overrides) -> greenmim.GreenMIM:
+    """One of the small official models, converted; float64."""
+    model = greenmim.GreenMIM(
+        greenmim.ModelConfig(
+            image_size=config["img_px"],
+            window_size=config["window"],
+            embed_dim=config["embed_dim"],
+            depths=config["depths"],
+            num_heads=config["heads"],
+            decoder_dim=config["dec_dim"],
+            decoder_depth=config["dec_depth"],
+            decoder_heads=config["dec_heads"],
+            **overrides,
+        )
+    )
+    state = load_state_dict_file(DATA / weights)
+    converted = greenmim.convert_checkpoint(state, source="official", target="greenmim")
+    model.double().load_state_dict(converted, strict=True)
+    return model
+
+
+def official_names(model: greenmim.GreenMIM) -> dict[str, str]:
+    """Our parameter name -> the official one."""
+    numbers = {name: torch.tensor(i) for i, name in enumerate(dict(model.named_parameters()))}
+    with_tables = {
+        name: torch.zeros(parameter.shape) if name.endswith("table") else numbers[name].expand(4)
+        for name, parameter in model.named_parameters()
+    }
+    # The conversion keeps the order of the parameters and adds buffers.
+    official = greenmim.convert_checkpoint(with_tables, source="greenmim", target="official")
+    names = [name for name in official if not name.endswith("relative_position_index")]
+    encoder_first = sorted(with_tables, key=lambda name: not name.startswith("encoder."))
+    return dict(zip(encoder_first, names, strict=True))
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request):
+    """Run the test in each backend."""
+    with use_backend(request.param):
+        yield request.param

@@ -1,0 +1,72 @@
+"""The build's switches: printed first, and a wrong one is one clear sentence."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def setup(**environment: str) -> subprocess.CompletedProcess:
+    """`setup.py --name` evaluates every switch and builds nothing."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_switches_are_printed():
+    pytest.importorskip("pybind11")
+    done = setup(USE_CUDA="0", MAX_JOBS="3")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("greenmim build:")]
+    shown = {line.split()[2]: line.split()[3:] for line in lines}
+    assert set(shown) == {
+        "torch", "USE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "DEBUG",
+    }  # fmt: skip
+    assert shown["USE_CUDA"][:3] == ["0", "->", "no:"]
+    assert shown["MAX_JOBS"] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"USE_CUDA": "yes"}, "USE_CUDA must be one of auto, 0, 1, got 'yes'."),
+        ({"DEBUG": "2"}, "DEBUG must be one of 0, 1, got '2'."),
+    ],
+)
+def test_a_wrong_switch_is_one_sentence(environment, message):
+    done = setup(**environment)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == f"greenmim build: {message}"
+
+
+def test_a_missing_or_wrong_toolkit_is_one_sentence(tmp_path):
+    pytest.importorskip("pybind11")
+    done = setup(USE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    if torch.version.cuda is None:
+        assert "this torch was built without CUDA" in last
+        return
+    assert f"{tmp_path} has no bin/nvcc" in last
+    # A whole toolkit of another major version.
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart.so"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2'\n")
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    done = setup(USE_CUDA="1", CUDA_HOME=str(tmp_path))
+    last = done.stderr.strip().splitlines()[-1]
+    assert "is CUDA 9.2 and torch was built for CUDA" in last
+    assert done.returncode != 0
+    # Without USE_CUDA=1 the same is only told, and the rest is built.
+    done = setup(CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "is CUDA 9.2" in done.stderr

@@ -1,0 +1,108 @@
+"""A file imports only from lower floors (DESIGN.md, section 3), and the kernels stand alone."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Lowest first; a module may import from floors below its own only. Modules of one floor do not
+# know each other, but for the pairs in SIDEWAYS.
+FLOORS = [
+    ["greenmim_kernels._partition", "greenmim_kernels._C", "greenmim_kernels._C_cuda"],
+    ["greenmim_kernels.partition", "greenmim_kernels.reference", "greenmim_kernels.backends"],
+    ["greenmim_kernels.ops"],
+    ["greenmim_kernels.functional"],
+    ["greenmim_kernels.modules", "greenmim_kernels.testing"],
+    ["greenmim_kernels"],
+    ["greenmim.config", "greenmim.masking"],
+    ["greenmim.planning"],
+    ["greenmim.encoders.swin", "greenmim.decoder"],
+    ["greenmim.encoders"],
+    ["greenmim.mim"],
+    ["greenmim.checkpoint"],
+    ["greenmim"],
+]
+
+
+def floor_of() -> dict[str, int]:
+    return {name: number for number, floor in enumerate(FLOORS) for name in floor}
+
+
+def modules() -> dict[str, pathlib.Path]:
+    found = {}
+    for package in ("greenmim_kernels", "greenmim"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = path
+    return found
+
+
+def imports(name: str, path: pathlib.Path, known: set[str]) -> set[str]:
+    """Our own modules that a file imports anywhere in it."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                found.add(inner if inner in known else module)
+    return {module for module in found if module in known}
+
+
+def upward(floors: dict[str, int], graph: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{name} (floor {floors[name]}) imports {target} (floor {floors[target]})"
+        for name, targets in graph.items()
+        for target in sorted(targets)
+        if floors[target] >= floors[name]
+    ]
+
+
+def test_every_module_has_a_floor_and_imports_only_from_below():
+    floors = floor_of()
+    found = modules()
+    known = set(floors)
+    missing = sorted(set(found) - known)
+    assert not missing, f"give these modules a floor: {missing}"
+    graph = {name: imports(name, path, known) for name, path in found.items()}
+    assert not upward(floors, graph)
+    assert graph["greenmim_kernels.functional"] >= {
+        "greenmim_kernels.ops",
+        "greenmim_kernels.partition",
+    }
+
+
+def test_an_upward_import_is_seen():
+    floors = floor_of()
+    graph = {"greenmim_kernels.reference": {"greenmim_kernels.ops"}}
+    assert len(upward(floors, graph)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("greenmim_kernels", ["timm", "torchvision", "jsonargparse", "tensorboard", "matplotlib"]),
+        ("greenmim_kernels.testing", ["timm", "jsonargparse", "tensorboard", "matplotlib"]),
+        ("greenmim", ["jsonargparse", "tensorboard", "matplotlib", "tqdm.rich"]),
+        ("benchmarks.cpu_attention", ["timm", "jsonargparse", "tensorboard", "matplotlib"]),
+    ],
+)
+def test_what_an_import_must_not_need(module, unwanted):
+    code = (
+        "import sys\n"
+        f"for name in {unwanted!r}: sys.modules[name] = None\n"
+        f"import {module}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
