@@ -1,0 +1,37 @@
+"""What the README says: its example runs, its figures stand in result files, its files exist."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs():
+    (example,) = re.findall(r"```python\n(import torch\n.*?)```", README, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 10
+    names: dict = {}
+    exec(example, names)
+    assert names["out"].shape == (8, names["part"].num_tokens, 128)
+    assert names["qkv"].grad.isfinite().all() and names["table"].grad.isfinite().all()
+
+
+def test_every_figure_stands_in_a_result_file():
+    command = [sys.executable, "-m", "benchmarks.report", "--check"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0, "run python -m benchmarks.report"
+    for file in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        environment = json.loads(file.read_text())["environment"]
+        assert environment["device"] and environment["commit"] and not environment["dirty"], file
+    # Outside the generated tables the README claims no speed.
+    outside = re.sub(r"<!-- measured:begin -->.*<!-- measured:end -->", "", README, flags=re.DOTALL)
+    assert not re.findall(r"\d+(?:\.\d+)?(?:x\b| ?ms\b| img/s)", outside)
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
