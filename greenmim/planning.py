@@ -27,15 +27,14 @@ class Plan:
         patch_index: int64 [P, N1], the visible patches in the flattened patch grid.
         partitions: for each stage, those of its even blocks and of its odd (shifted) blocks; one
             object twice where nothing is shifted.
-        merge_index: for each step to the next stage, int64 [P, N_next, 4]: where the four tokens of
-            a 2 x 2 cell are among the visible tokens, in Swin's order (0,0), (1,0), (0,1), (1,1).
+        merges: for each step to the next stage, the 2 x 2 cells as groups (`merge_partition`).
     """
 
     visible: Tensor
     unit_index: Tensor
     patch_index: Tensor
     partitions: tuple[tuple[GroupPartition, GroupPartition], ...]
-    merge_index: tuple[Tensor, ...]
+    merges: tuple[GroupPartition, ...]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """A copy of the plan on a device."""
@@ -55,7 +54,7 @@ class Plan:
             unit_index=move(self.unit_index),
             patch_index=move(self.patch_index),
             partitions=tuple(partitions),
-            merge_index=tuple(move(index) for index in self.merge_index),
+            merges=tuple(move(part) for part in self.merges),
         )
 
 
@@ -96,9 +95,9 @@ class Planner:
             odd = self._partition(tokens, window, shift, count) if any(shift) else even
             if index == 0:
                 patch_index = _positions(tokens)
-                merge_index = []
+                merges = []
             else:
-                merge_index.append(children_index(previous, tokens))
+                merges.append(merge_partition(previous, tokens))
             previous = tokens
             stages.append((even, odd))
         return Plan(
@@ -106,7 +105,7 @@ class Planner:
             unit_index=_positions(units),
             patch_index=patch_index,
             partitions=tuple(stages),
-            merge_index=tuple(merge_index),
+            merges=tuple(merges),
         )
 
     def _check(self, visible: np.ndarray | Tensor) -> np.ndarray:
@@ -148,16 +147,28 @@ def _positions(grid: np.ndarray) -> Tensor:
     return torch.from_numpy(flat.nonzero()[1].reshape(len(grid), -1))
 
 
-def children_index(fine: np.ndarray, coarse: np.ndarray) -> Tensor:
-    """Where the children of every visible token of a coarse grid are among those of the fine grid.
+def merge_partition(fine: np.ndarray, coarse: np.ndarray) -> GroupPartition:
+    """Patch merging as a gather: the four tokens of every visible 2 x 2 cell are a group.
 
     Args:
         fine: bool [P, 2H, 2W], visible tokens of a stage.
         coarse: bool [P, H, W], visible tokens of the next; a visible one has four visible children.
 
     Returns:
-        int64 [P, N_coarse, 4], children in Swin's order (0,0), (1,0), (0,1), (1,1).
+        A partition with a group for each visible token of `coarse`, in row-major order, and its
+        children in Swin's order (0,0), (1,0), (0,1), (1,1) - not row-major, as windows are.
     """
-    rank = fine.reshape(len(fine), -1).cumsum(1).reshape(fine.shape) - 1
-    cells = [rank[:, h::2, w::2] for h, w in ((0, 0), (1, 0), (0, 1), (1, 1))]
-    return torch.from_numpy(np.stack(cells, -1)[coarse].reshape(len(fine), -1, 4))
+    rank = fine.reshape(len(fine), -1).cumsum(1, dtype=np.int32).reshape(fine.shape) - 1
+    places = ((0, 0), (1, 0), (0, 1), (1, 1))
+    children = np.stack([rank[:, h::2, w::2] for h, w in places], -1)  # [P, H, W, 4]
+    cell = coarse.reshape(len(coarse), -1).nonzero()[1].reshape(len(coarse), -1, 1)
+    row_column = np.stack(np.divmod(cell, coarse.shape[2]), -1)  # [P, M, 1, 2]
+    return GroupPartition(
+        token_index=torch.from_numpy(children[coarse].reshape(len(fine), -1, 4)),
+        window_id=torch.from_numpy(cell.repeat(4, 2).astype(np.int32)),
+        coords=torch.from_numpy((2 * row_column + places).astype(np.int32)),
+        num_tokens=4 * cell.shape[1],
+        window_size=(2, 2),
+        shift_size=(0, 0),
+        grid_size=fine.shape[1:],
+    )

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from greenmim_kernels import GroupPartition, group_window_attention
+from greenmim_kernels import GroupPartition, group_gather, group_window_attention
 
 from ..config import PATCH_PIXELS, ModelConfig
 from ..planning import Plan
@@ -51,7 +51,7 @@ class SwinEncoder(SwinTransformer):
         outputs = []
         for index, (stage, partitions) in enumerate(zip(self.layers, plan.partitions, strict=True)):
             if index > 0:
-                x = merge_patches(stage.downsample, x, plan.merge_index[index - 1])
+                x = merge_patches(stage.downsample, x, plan.merges[index - 1])
             for number, block in enumerate(stage.blocks):
                 part = partitions[number % 2]
                 x = x + block.drop_path1(self._attend(block.attn, block.norm1(x), part))
@@ -80,14 +80,6 @@ class SwinEncoder(SwinTransformer):
         return attention.proj(x)
 
 
-def merge_patches(merge: nn.Module, x: Tensor, merge_index: Tensor) -> Tensor:
-    """timm's PatchMerging on visible tokens: x [B, N, C], merge_index [P, M, 4] -> [B, M, 2C]."""
-    cells = gather_rows(x, merge_index.flatten(1)).unflatten(1, (-1, 4)).flatten(2)  # [B, M, 4C]
-    return merge.reduction(merge.norm(cells))
-
-
-def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, C], index [P, M] with P = 1 or B -> [B, M, C]."""
-    if len(index) == 1:
-        return x[:, index[0]]
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+def merge_patches(merge: nn.Module, x: Tensor, cells: GroupPartition) -> Tensor:
+    """timm's PatchMerging on visible tokens: x [B, N, C] -> [B, N / 4, 2C]."""
+    return merge.reduction(merge.norm(group_gather(x, cells).flatten(2)))

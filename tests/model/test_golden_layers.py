@@ -12,7 +12,7 @@ from timm.models.swin_transformer import PatchMerging
 
 import greenmim_kernels as gk
 from greenmim.encoders.swin import merge_patches
-from greenmim.planning import children_index
+from greenmim.planning import merge_partition
 from greenmim_kernels.modules import GroupWindowAttention
 
 from .conftest import DATA, load_arrays, load_json
@@ -70,17 +70,21 @@ def test_window_attention(case, dtype, backend):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("file", MERGINGS)
-def test_patch_merging(file, dtype):
+def test_patch_merging(file, dtype, backend):
     arrays = load_arrays(file)
     grid = tuple(int(side) for side in arrays["resolution_hw"])
     fine = upsample(arrays["unit_mask"], grid)[None]
     coarse = upsample(arrays["unit_mask"], (grid[0] // 2, grid[1] // 2))[None]
     np.testing.assert_array_equal(np.argwhere(coarse[0]), arrays["coords_out"])
+    cells = merge_partition(fine, coarse)
+    index, coords = cells.token_index[0].long(), torch.from_numpy(arrays["coords"]).int()
+    assert torch.equal(cells.coords[0], coords[index])
+    assert torch.equal(cells.coords[0, :, 0] // 2, torch.from_numpy(arrays["coords_out"]).int())
     merge = PatchMerging(arrays["x"].shape[-1]).to(dtype)
     merge.norm.eps = 1e-6
     load_parameters(merge, arrays)
     x = torch.from_numpy(arrays["x"]).to(dtype).requires_grad_()
-    out = merge_patches(merge, x, children_index(fine, coarse))
+    out = merge_patches(merge, x, cells)
     check(merge, out, x, arrays, dtype)
     if "official_out_wrong" in arrays:  # wider than high: the published code errs here
         wrong = torch.from_numpy(arrays["official_out_wrong"])

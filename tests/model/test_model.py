@@ -201,10 +201,9 @@ def test_the_shapes_of_a_plan_never_depend_on_the_mask():
     planner = pickle.loads(pickle.dumps(Planner(ModelConfig())))
 
     def shapes(plan):
-        tensors = [plan.visible, plan.unit_index, plan.patch_index, *plan.merge_index]
-        for pair in plan.partitions:
-            for part in pair:
-                tensors += [part.token_index, part.window_id, part.coords]
+        tensors = [plan.visible, plan.unit_index, plan.patch_index]
+        for part in (*plan.merges, *(part for pair in plan.partitions for part in pair)):
+            tensors += [part.token_index, part.window_id, part.coords]
         return [tuple(tensor.shape) for tensor in tensors]
 
     rng = np.random.default_rng(0)
@@ -237,7 +236,7 @@ def test_plans_move_and_stay_whole():
     moved = plan.to("meta")
     assert moved.partitions[3][0] is moved.partitions[3][1]
     assert moved.partitions[0][1].token_index.device.type == "meta"
-    assert moved.merge_index[2].device.type == "meta"
+    assert moved.merges[2].coords.device.type == "meta"
 
 
 def test_visible_counts_are_the_published_ones():
