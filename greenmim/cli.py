@@ -1,0 +1,257 @@
+"""The command line: `greenmim pretrain | reconstruct | convert | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+
+from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from greenmim.recipe import Recipe, UserError, preset_names, resolve_config
+
+EXIT_CODES = (
+    "exit codes: 0 done; 2 bad input, told in one line; 3 stopped because losses were not finite;"
+    " 75 stopped by SIGTERM or SIGUSR1 after saving, repeat the command with --resume;"
+    " 130 the same after Ctrl-C"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (see `EXIT_CODES`).
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+    """
+    arguments = [_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in arguments or os.environ.get("GREENMIM_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        parser, commands = build_parser()
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help(sys.stderr)
+            return EXIT_BAD_INPUT
+        subparser, function = commands[options.command]
+        return function(subparser, options[options.command])
+    except SystemExit as leaving:  # --help and --print-config
+        return int(leaving.code or 0)
+    except KeyboardInterrupt:
+        print("greenmim: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except argparse.ArgumentError as error:
+        if debug:
+            raise
+        return _complain(_in_our_words(error))
+    except UserError as error:
+        if debug:
+            raise
+        return _complain(str(error))
+
+
+def _complain(message: str) -> int:
+    print(f"greenmim: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _in_our_words(error: argparse.ArgumentError) -> str:
+    """jsonargparse's message with options named as they are typed and types as people call them."""
+    text = " ".join(str(error).split())
+    text = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{m[1].replace('_', '-')}:", text)
+    text = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.)", r"expected \1", text)
+    text = re.sub(
+        r"are required: (.+)",
+        lambda m: "are required: " + re.sub(r"\b\w+\.(\w+)", r"--\1", m[1]),
+        text,
+    )
+    return f"{text} (--help lists the options)"
+
+
+def _underscores(argument: str) -> str:
+    """`--work-dir=x` as `--work_dir=x`: both spellings of an option's name are understood."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+class _Formatter(DefaultHelpFormatter):
+    """Option names with dashes, as they are usually typed; line breaks of a text are kept."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(
+            textwrap.fill(
+                line, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+            )
+            for line in text.splitlines()
+        )
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        text = super()._format_action_invocation(action)
+        for option in action.option_strings:
+            text = text.replace(option, option.replace("_", "-"))
+        return text
+
+
+def _parser(**options: str) -> ArgumentParser:
+    return ArgumentParser(exit_on_error=False, formatter_class=_Formatter, **options)
+
+
+def build_parser() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Callable[..., int]]]]:
+    """The whole parser, and each subcommand's parser and function."""
+    parser = _parser(
+        prog="greenmim",
+        usage="greenmim COMMAND [options]",
+        description="Masked image modelling that computes only the visible quarter of the image.",
+        epilog="--debug (or GREENMIM_DEBUG=1) shows the traceback of an error.",
+    )
+    subcommands = parser.add_subcommands(dest="command", required=False, title="commands")
+    commands = {}
+    for name, make, function, text in (
+        ("pretrain", _pretrain_parser, _pretrain, "pre-train a Swin on a folder of images"),
+        ("reconstruct", _reconstruct_parser, _reconstruct, "draw original, masked, reconstruction"),
+        ("convert", _convert_parser, _convert, "convert checkpoints: official, greenmim, timm"),
+        ("doctor", _doctor_parser, _doctor, "say what is installed and which backends work"),
+    ):
+        subparser = make()
+        subcommands.add_subcommand(name, subparser, help=text)
+        commands[name] = (subparser, function)
+    return parser, commands
+
+
+# ---- pretrain -----------------------------------------------------------------------------------
+
+
+class _Preset(ActionConfigFile):
+    """`--config` that takes the name of a preset as well as a file."""
+
+    @staticmethod
+    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
+        ActionConfigFile.apply_config(parser, cfg, dest, resolve_config(value))
+
+
+def _pretrain_parser() -> ArgumentParser:
+    parser = _parser(
+        usage="greenmim pretrain --config NAME_OR_FILE --data.root FOLDER --work-dir FOLDER"
+        " [--resume [CHECKPOINT]] [--any.value X]",
+        description="Pre-train on a folder of images. Presets for --config:\n  "
+        + "\n  ".join(preset_names()),
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument(
+        "--config",
+        action=_Preset,
+        metavar="NAME_OR_FILE",
+        help="a preset or a YAML file; options after it override its values",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on with the run in --work-dir (or start it), or from this checkpoint",
+    )
+    parser.add_argument(
+        "--mask_per_image", action="store_true", help="the same as --mask.per-image true"
+    )
+    parser.add_class_arguments(Recipe, None, as_group=False)
+    groups = {f.name for f in dataclasses.fields(Recipe) if "Config" in str(f.type)}
+    for action in parser._actions:
+        if action.dest in groups:  # `--model FILE` and the like work, but only clutter the help
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
+    from greenmim.train import pretrain
+
+    values = options.clone()
+    for name in ("config", "resume", "mask_per_image"):
+        values.pop(name, None)
+    try:
+        recipe = Recipe(**vars(parser.instantiate(values)))
+    except ValueError as error:  # the model's own checks
+        raise UserError(str(error)) from error
+    if options.mask_per_image:
+        recipe.mask.per_image = True
+    return pretrain(recipe, options.resume).exit_code
+
+
+# ---- reconstruct --------------------------------------------------------------------------------
+
+
+def _reconstruct_parser() -> ArgumentParser:
+    parser = _parser(
+        usage="greenmim reconstruct --checkpoint FILE --images FILE_OR_FOLDER ... --output PICTURE",
+        description="Draw a grid of original, masked and reconstructed images.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=str, required=True, help="a run's checkpoint, or one with --model")
+    add("--images", type=str, nargs="+", required=True, help="image files or folders of them")
+    add("--output", type=str, required=True, help="picture to write (.png, .jpg, .pdf, .svg)")
+    add("--model", type=str | None, help="model's name, for a checkpoint that does not say")
+    add("--seed", type=int, default=0, help="seed of the masks, one mask per image")
+    add("--mask_ratio", type=float | None, help="share of hidden units; null takes the run's")
+    add("--paste_visible", type=bool, default=True, help="show visible patches as they are")
+    add("--limit", type=int, default=12, help="greatest number of images")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    return parser
+
+
+def _reconstruct(_: ArgumentParser, options: Namespace) -> int:
+    from greenmim.reconstruct import reconstruct
+
+    print(f"wrote {reconstruct(**vars(options))}")
+    return 0
+
+
+# ---- convert, doctor ----------------------------------------------------------------------------
+
+
+def _convert_parser() -> ArgumentParser:
+    parser = _parser(
+        usage="greenmim convert --input FILE --output FILE [--source NAME] [--target NAME]",
+        description="Convert a checkpoint file. The output's suffix chooses its format.",
+    )
+    formats = ("official", "timm", "greenmim")
+    orders = ("swin", "row-major")
+    add = parser.add_argument
+    add("--input", type=str, required=True, help="checkpoint to read")
+    add("--output", type=str, required=True, help="file to write")
+    add("--source", choices=formats, help="what the input is; a run's checkpoint is recognised")
+    add("--target", choices=formats, default="timm", help="what to write")
+    add(
+        "--merge_order",
+        choices=orders,
+        default="swin",
+        help="row-major for official weights published before 2023",
+    )
+    add("--overwrite", action="store_true", help="replace the output if it is there already")
+    return parser
+
+
+def _convert(_: ArgumentParser, options: Namespace) -> int:
+    from greenmim.convert import convert_file
+
+    count = convert_file(**vars(options))
+    print(f"wrote {options.output}: {count} tensors, {options.target} names")
+    return 0
+
+
+def _doctor_parser() -> ArgumentParser:
+    return _parser(
+        usage="greenmim doctor",
+        description="Say what is installed, which backends work here, and why others do not.",
+    )
+
+
+def _doctor(_: ArgumentParser, options: Namespace) -> int:
+    from greenmim.doctor import report
+
+    print(report())
+    return 0

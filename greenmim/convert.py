@@ -1,0 +1,98 @@
+"""Converting checkpoint files; the conversion itself is `checkpoint.convert_checkpoint`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+import greenmim
+from greenmim.checkpoint import (
+    convert_checkpoint,
+    load_checkpoint,
+    load_state_dict_file,
+    save_atomic,
+)
+from greenmim.recipe import UserError
+from greenmim.run_folder import RUN_FORMAT, first_line
+
+OUTPUT_SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def convert_file(
+    input: str | Path,
+    output: str | Path,
+    *,
+    source: str | None = None,
+    target: str = "timm",
+    merge_order: str = "swin",
+    overwrite: bool = False,
+) -> int:
+    """Convert a checkpoint file.
+
+    Args:
+        input: A .safetensors or PyTorch file; a run's own checkpoint is recognised.
+        output: Written whole or not at all; .safetensors holds the tensors, .pth and .pt {"model":
+            tensors}.
+        source: official, timm or greenmim; None for a run's own checkpoint.
+        target: official, timm or greenmim.
+        merge_order: "row-major" for official weights published before 2023, else "swin".
+        overwrite: Replace an output that is there already.
+
+    Returns:
+        Number of tensors written.
+
+    Raises:
+        UserError: a file is missing, unreadable or there already, or not what `source` says.
+    """
+    input, output = Path(input), Path(output)
+    if not input.is_file():
+        raise UserError(f"There is no checkpoint {input}.")
+    if output.suffix not in OUTPUT_SUFFIXES:
+        raise UserError(f"--output {output} has to end in one of {', '.join(OUTPUT_SUFFIXES)}.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
+    try:
+        weights = load_state_dict_file(input)
+        own = input.suffix != ".safetensors" and load_checkpoint(input).get("format") == RUN_FORMAT
+    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
+        raise UserError(f"The checkpoint {input} cannot be read: {first_line(error)}") from error
+    if own:
+        if source not in (None, "greenmim"):
+            raise UserError(
+                f"{input} is a checkpoint of `greenmim pretrain`, not --source {source}."
+            )
+        source = "greenmim"
+    if source is None:
+        raise UserError(
+            f"{input} does not say what it is; pass --source official, timm or greenmim."
+        )
+    try:
+        converted = convert_checkpoint(
+            weights, source=source, target=target, merge_order=merge_order
+        )
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{input} cannot be converted: {' '.join(str(error).split())}") from error
+    converted = {name: tensor.detach().cpu().contiguous() for name, tensor in converted.items()}
+    try:
+        if output.suffix == ".safetensors":
+            _save_safetensors(converted, output, {"source": source, "target": target})
+        else:
+            save_atomic({"model": converted}, output)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}.") from error
+    return len(converted)
+
+
+def _save_safetensors(tensors: dict, path: Path, facts: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, {"format": "pt", "greenmim": greenmim.__version__, **facts})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""What is installed here, which kernels work, and why others do not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import greenmim
+from greenmim_kernels import available_backends
+from greenmim_kernels.backends import (
+    ENVIRONMENT_VARIABLE,
+    OPERATORS,
+    PREFERENCE,
+    automatic_backend,
+    load_library,
+)
+
+PACKAGES = ("torchvision", "timm", "numpy", "triton", "safetensors", "jsonargparse", "tensorboard")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def report() -> str:
+    """The report of `greenmim doctor`."""
+    lines = ["installed"]
+    lines += _table(
+        [
+            ("greenmim", greenmim.__version__),
+            ("python", f"{platform.python_version()} ({platform.platform()})"),
+            ("torch", f"{torch.__version__} ({_torch_build()})"),
+            *((name, _version(name)) for name in PACKAGES),
+        ]
+    )
+    lines += ["", "machine"]
+    lines += _table(
+        [
+            (
+                "cpu",
+                f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads and"
+                f" {torch.backends.cpu.get_cpu_capability()}",
+            ),
+            *(("gpu", text) for text in _gpus()),
+        ]
+    )
+    lines += ["", "compiled modules of greenmim_kernels"]
+    lines += _table(
+        [
+            ("_partition", _importable("greenmim_kernels._partition")),
+            ("_C", _loadable("_C")),
+            ("_C_cuda", _loadable("_C_cuda")),
+        ]
+    )
+    lines += ["", "backends"]
+    lines += _table(
+        [
+            (name, "works" if reason is None else f"not here: {reason}")
+            for name, reason in available_backends().items()
+        ]
+    )
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    lines += [
+        "",
+        f'"auto" takes{f" (but {ENVIRONMENT_VARIABLE}={forced} is set)" if forced else ""}',
+    ]
+    lines += _choices()
+    return "\n".join(lines)
+
+
+def _choices() -> list[str]:
+    """Rows device and operator, columns dtype: the backend that "auto" takes."""
+    rows = [("", "", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))]
+    has_gpu = torch.cuda.is_available()
+    for device in ("cpu", "cuda") if has_gpu else ("cpu",):
+        for operator in OPERATORS:
+            chosen = (automatic_backend(operator, device, dtype) for dtype in DTYPES)
+            rows.append((device, operator, *chosen))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  " + "  ".join(cells).rstrip())
+    if not has_gpu:
+        order = ", ".join(PREFERENCE["cuda"])
+        lines.append(f"  cuda  no GPU here; with one, the first of these that works: {order}")
+    return lines
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name.ljust(width)}  {text}" for name, text in rows]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _torch_build() -> str:
+    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["torch sees no CUDA device"]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found.append(
+            f"{index}: {facts.name}, sm_{facts.major}{facts.minor},"
+            f" {facts.total_memory / 2**30:.0f} GiB"
+        )
+    return found
+
+
+def _importable(name: str) -> str:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"missing: {error}"
+    return "present"
+
+
+def _loadable(name: str) -> str:
+    reason = load_library(name)
+    return "present" if reason is None else f"missing: {reason}"

@@ -1,0 +1,307 @@
+"""The recipe of a pre-training run: plain dataclasses, read from YAML presets and the command line.
+
+`greenmim pretrain --help` lists every value below; the resolved recipe is saved beside each run as
+`config.yaml` and can be passed back as `--config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from greenmim.config import ModelConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line on stderr, exit code 2."""
+
+
+@dataclass
+class DataConfig:
+    """Where the images are and how they are augmented.
+
+    Args:
+        root: Folder of images, nested in any way; class folders are fine and ignored.
+        batch_size: Images per process and per forward pass.
+        repeats: How often an epoch goes through the folder, each time with other crops; for small
+            folders.
+        workers: Loader processes; 0 loads in the main process.
+        crop_scale: Least and greatest share of the image's area in a random crop.
+        crop_ratio: Least and greatest width / height of a random crop, before it is resized.
+        flip: Probability of a horizontal flip.
+        mean: Mean of each RGB channel, in 0 to 1.
+        std: Standard deviation of each RGB channel, in 0 to 1.
+    """
+
+    root: str | None = None
+    batch_size: int = 128
+    repeats: int = 1
+    workers: int = 4
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass
+class MaskConfig:
+    """What is hidden.
+
+    Args:
+        ratio: Share of the 32-px units that is hidden.
+        per_image: One random mask per image; false is one per batch and process, as in the paper.
+    """
+
+    ratio: float = 0.75
+    per_image: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """AdamW.
+
+    Args:
+        base_lr: Peak learning rate at base_batch images per update; scaled linearly to the real
+            number.
+        base_batch: Images per update that base_lr (and schedule.min_lr) are meant for.
+        lr: Peak learning rate as it is, without scaling; replaces base_lr.
+        betas: AdamW's betas.
+        eps: AdamW's epsilon.
+        weight_decay: Weight decay; biases, norms, position tables and tokens have none.
+        clip: Greatest gradient norm; null clips nothing.
+        accumulate: Forward and backward passes per update.
+    """
+
+    base_lr: float = 1.5e-4
+    base_batch: int = 256
+    lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip: float | None = None
+    accumulate: int = 1
+
+
+@dataclass
+class ScheduleConfig:
+    """Cosine decay after a linear warm-up, set anew before every update.
+
+    Args:
+        warmup_epochs: Epochs in which the learning rate rises from 0 to its peak; fractions are
+            fine.
+        min_lr: Learning rate at the end; scaled like optim.base_lr.
+    """
+
+    warmup_epochs: float = 40.0
+    min_lr: float = 0.0
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved and what is kept. A checkpoint is always written at the end.
+
+    Args:
+        every_epochs: Save after this many epochs.
+        every_steps: Save after this many updates as well; null for epochs only.
+        keep_last: Checkpoints kept, the newest first.
+        keep_every_epochs: Checkpoints of these epochs are never removed; null removes all but
+            keep_last.
+    """
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep_last: int = 2
+    keep_every_epochs: int | None = 100
+
+
+@dataclass
+class LogConfig:
+    """What is written while training.
+
+    Args:
+        every_steps: Updates between two log lines; each line averages the loss over them.
+        tensorboard: Write TensorBoard event files beside log.jsonl.
+    """
+
+    every_steps: int = 20
+    tensorboard: bool = True
+
+
+@dataclass
+class Recipe:
+    """One pre-training run.
+
+    Args:
+        work_dir: Folder of the run: config.yaml, log.jsonl, TensorBoard events, checkpoints.
+        epochs: Passes over the data (each data.repeats times the folder).
+        seed: Seed of weights, masks, crops and order.
+        device: Where to train; auto takes CUDA when there is one.
+        precision: Autocast type; auto is bf16 on CUDA and fp32 on the CPU.
+        compile: Compile the training step's model with torch.compile.
+        backend: Kernels: auto, or one of those that `greenmim doctor` lists.
+        threads: CPU threads of the training process; null leaves the choice to PyTorch.
+        max_skipped: Stop after this many updates in a row with a loss or gradient that is not
+            finite.
+        model: The network.
+        data: The images.
+        mask: What is hidden.
+        optim: The optimiser.
+        schedule: The learning rate over time.
+        checkpoint: When the run is saved.
+        log: What is written while training.
+    """
+
+    work_dir: str | None = None
+    epochs: int = 800
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    backend: Literal["auto", "reference", "cpp", "cuda", "triton"] = "auto"
+    threads: int | None = None
+    max_skipped: int = 20
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values (no tuples), the same after a trip through YAML or a checkpoint."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _check(recipe: Recipe) -> None:
+    def need(ok: bool, name: str, value: Any, wanted: str) -> None:
+        if not ok:
+            raise UserError(f"--{name} is {value!r}; it has to be {wanted}.")
+
+    for name, value in (("data.root", recipe.data.root), ("work-dir", recipe.work_dir)):
+        if not value:
+            raise UserError(f"--{name} is missing; pass a folder.")
+    counts = {
+        "epochs": recipe.epochs,
+        "max-skipped": recipe.max_skipped,
+        "data.batch-size": recipe.data.batch_size,
+        "data.repeats": recipe.data.repeats,
+        "optim.accumulate": recipe.optim.accumulate,
+        "optim.base-batch": recipe.optim.base_batch,
+        "checkpoint.every-epochs": recipe.checkpoint.every_epochs,
+        "checkpoint.every-steps": recipe.checkpoint.every_steps,
+        "checkpoint.keep-last": recipe.checkpoint.keep_last,
+        "checkpoint.keep-every-epochs": recipe.checkpoint.keep_every_epochs,
+        "log.every-steps": recipe.log.every_steps,
+        "threads": recipe.threads,
+    }
+    for name, value in counts.items():
+        need(value is None or value >= 1, name, value, "at least 1")
+    need(recipe.data.workers >= 0, "data.workers", recipe.data.workers, "0 or more")
+    need(recipe.seed >= 0, "seed", recipe.seed, "0 or more")
+    need(0 <= recipe.mask.ratio < 1, "mask.ratio", recipe.mask.ratio, "at least 0 and less than 1")
+    need(0 <= recipe.data.flip <= 1, "data.flip", recipe.data.flip, "between 0 and 1")
+    low, high = recipe.data.crop_scale
+    need(0 < low <= high <= 1, "data.crop-scale", [low, high], "two rising values in 0 to 1")
+    low, high = recipe.data.crop_ratio
+    need(0 < low <= high, "data.crop-ratio", [low, high], "two rising values above 0")
+    need(min(recipe.data.std) > 0, "data.std", list(recipe.data.std), "above 0")
+    warmup = recipe.schedule.warmup_epochs
+    need(
+        0 <= warmup <= recipe.epochs,
+        "schedule.warmup-epochs",
+        warmup,
+        f"between 0 and the run's {recipe.epochs} epochs",
+    )
+    for name, value in (
+        ("optim.base-lr", recipe.optim.base_lr),
+        ("optim.lr", recipe.optim.lr),
+        ("optim.eps", recipe.optim.eps),
+        ("optim.clip", recipe.optim.clip),
+    ):
+        need(value is None or (value > 0 and math.isfinite(value)), name, value, "above 0")
+    for beta in recipe.optim.betas:
+        need(0 <= beta < 1, "optim.betas", list(recipe.optim.betas), "at least 0 and less than 1")
+    for name, value in (
+        ("optim.weight-decay", recipe.optim.weight_decay),
+        ("schedule.min-lr", recipe.schedule.min_lr),
+    ):
+        need(value >= 0 and math.isfinite(value), name, value, "0 or more")
+
+
+# ---- learning rate ------------------------------------------------------------------------------
+
+
+def learning_rate(
+    epoch: float, *, peak: float, final: float, warmup_epochs: float, epochs: float
+) -> float:
+    """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine to `final`.
+
+    The published schedule (Huang et al., NeurIPS 2022, arXiv 2205.13515), set before every update.
+    """
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    if epochs <= warmup_epochs:
+        return peak
+    progress = min((epoch - warmup_epochs) / (epochs - warmup_epochs), 1.0)
+    return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def scaled_rates(recipe: Recipe, images_per_update: int) -> tuple[float, float, str]:
+    """Peak and final learning rate for the real number of images per update, and their origin."""
+    optim, minimum = recipe.optim, recipe.schedule.min_lr
+    if optim.lr is not None:
+        return optim.lr, minimum, f"learning rate {optim.lr:.3g} (as given), final {minimum:.3g}"
+    scale = images_per_update / optim.base_batch
+    peak, final = optim.base_lr * scale, minimum * scale
+    how = (
+        f"learning rate {optim.base_lr:.3g} for {optim.base_batch} images per update"
+        f" x {images_per_update}/{optim.base_batch} = {peak:.3g}, final {final:.3g}"
+    )
+    return peak, final, how
+
+
+# ---- presets ------------------------------------------------------------------------------------
+
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def resolve_config(name_or_path: str) -> str:
+    """Path of a recipe file: a file given as such, or the preset of that name.
+
+    Raises:
+        UserError: neither a file nor a preset; the message lists the presets.
+    """
+    if Path(name_or_path).is_file():
+        return str(name_or_path)
+    name = name_or_path.removesuffix(".yaml")
+    if name in preset_names():
+        return str(CONFIGS / f"{name}.yaml")
+    raise UserError(
+        f"--config {name_or_path} is neither a file nor a preset; the presets are"
+        f" {', '.join(preset_names())}."
+    )

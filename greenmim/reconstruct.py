@@ -1,0 +1,214 @@
+"""Pictures of what a model makes of hidden patches: original, masked, reconstruction."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from greenmim.checkpoint import convert_checkpoint, load_checkpoint, load_state_dict_file
+from greenmim.config import ModelConfig
+from greenmim.data import normalise
+from greenmim.images import find_images, open_rgb
+from greenmim.masking import random_visible
+from greenmim.mim import GreenMIM, create_model
+from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, UserError
+from greenmim.run_folder import RUN_FORMAT, first_line
+
+HIDDEN_GREY = 0.78
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+
+
+def reconstruct(
+    checkpoint: str | Path,
+    images: Sequence[str | Path],
+    output: str | Path,
+    *,
+    model: str | None = None,
+    seed: int = 0,
+    mask_ratio: float | None = None,
+    paste_visible: bool = True,
+    limit: int = 12,
+    device: str = "auto",
+) -> Path:
+    """Draw a grid of original, masked and reconstructed images.
+
+    Args:
+        checkpoint: A run's checkpoint, or any greenmim or official one with a decoder (then with
+            `model`).
+        images: Files, or folders of which the first `limit` images are taken.
+        output: The picture to write; the suffix chooses the format.
+        model: Name of the model (see `create_model`), for a checkpoint that does not say.
+        seed: Seed of the masks, one per image.
+        mask_ratio: Share of hidden units; None takes the run's, or 0.75.
+        paste_visible: Show visible patches as they are, and only hidden ones as predicted.
+        limit: Greatest number of images.
+        device: auto, cpu or cuda.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the checkpoint is of another model.
+    """
+    output = Path(output)
+    if output.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"--output {output} has to end in one of {', '.join(PICTURE_SUFFIXES)}.")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
+    if limit < 1:
+        raise UserError(f"--limit is {limit}; it has to be at least 1.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU here.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    files = _image_files(images)[:limit]
+    network, run = load_model(checkpoint, model)
+    network = network.to(device).eval()
+    data = run.get("data", {})
+    mean, std = list(data.get("mean", IMAGENET_MEAN)), list(data.get("std", IMAGENET_STD))
+    if mask_ratio is None:
+        mask_ratio = run.get("mask", {}).get("ratio", 0.75)
+
+    height, width = network.config.image_hw
+    pictures = torch.stack([normalise(_read(file, (width, height)), mean, std) for file in files])
+    rng = np.random.default_rng(seed)
+    try:
+        visible = random_visible(rng, network.config.num_units, mask_ratio, batch=len(files))
+    except ValueError as error:
+        raise UserError(f"--mask-ratio: {error}.") from error
+    columns = _columns(network, pictures.to(device), visible, paste_visible)
+    to_pixels = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
+    shown = [(column.cpu() * to_pixels[0] + to_pixels[1]).clamp(0, 1) for column in columns]
+    hidden = _spread(torch.from_numpy(~visible), height, width)
+    shown[1] = torch.where(hidden, torch.tensor(HIDDEN_GREY), shown[1])
+    titles = ("original", f"masked ({100 * mask_ratio:.0f} % hidden)", "reconstruction")
+    _draw(shown, titles, [file.stem for file in files], output)
+    return output
+
+
+@torch.no_grad()
+def _columns(
+    network: GreenMIM, images: torch.Tensor, visible: np.ndarray, paste_visible: bool
+) -> list[torch.Tensor]:
+    """Original, masked and reconstructed images [B, 3, H, W], normalised as the input is."""
+    patches = network.patchify(images)
+    prediction = network(images, visible=visible).prediction.to(patches.dtype)
+    if network.config.norm_pix_loss:
+        # The model predicts each patch in units of the patch's own contrast: give it back the true
+        # one.
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        prediction = prediction * (variance + 1e-6).sqrt() + mean
+    if paste_visible:
+        keep = torch.from_numpy(visible).to(images.device).unsqueeze(-1)
+        prediction = torch.where(keep, patches, prediction)
+    return [images, images, network.unpatchify(prediction)]
+
+
+def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMIM, dict[str, Any]]:
+    """The model of a checkpoint with its weights, and the recipe of its run ({} without a run).
+
+    Raises:
+        UserError: unreadable file, no decoder in it, or another model than `name`.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}.")
+    try:
+        content = {} if path.suffix == ".safetensors" else load_checkpoint(path)
+        weights = load_state_dict_file(path)
+    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
+        raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
+    if content.get("format") == RUN_FORMAT:
+        run = content["recipe"]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in run["model"].items()}
+        network = GreenMIM(ModelConfig(**values))
+    elif name is None:
+        raise UserError(f"{path} does not say what model it is; pass --model with its name.")
+    else:
+        run = {}
+        try:
+            network = create_model(name)
+        except (ValueError, KeyError) as error:
+            raise UserError(first_line(error)) from error
+    problems = []
+    for source in ("greenmim", "official"):
+        try:
+            network.load_state_dict(convert_checkpoint(weights, source=source, target="greenmim"))
+            return network, run
+        except (RuntimeError, ValueError, KeyError) as error:
+            problems.append(" ".join(str(error).split()))
+    raise UserError(f"The checkpoint {path} is of another model: {problems[0][:300]}")
+
+
+def _image_files(images: Sequence[str | Path]) -> list[Path]:
+    files = []
+    for given in map(Path, images):
+        if given.is_dir():
+            try:
+                files += [given / os.fsdecode(name) for name in find_images(given)]
+            except OSError as error:
+                raise UserError(str(error)) from error
+        elif given.is_file():
+            files.append(given)
+        else:
+            raise UserError(f"There is no image {given}.")
+    return files
+
+
+def _read(file: Path, size: tuple[int, int]) -> Image.Image:
+    try:
+        return ImageOps.fit(open_rgb(file), size, Image.Resampling.BICUBIC)
+    except Exception as error:  # decoders raise anything on a broken file
+        raise UserError(f"{file} cannot be read as an image: {first_line(error)}") from error
+
+
+def _spread(units: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """bool [B, L] of units to bool [B, 1, H, W] of pixels."""
+    grid = units.view(-1, 1, height // 32, width // 32)
+    return grid.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3)
+
+
+def _draw(
+    columns: list[torch.Tensor], titles: Sequence[str], names: Sequence[str], output: Path
+) -> None:
+    """Rows of images under titled columns, in blocks that keep the page near square."""
+    from matplotlib.figure import Figure
+
+    count, (height, width) = len(names), columns[0].shape[-2:]
+    blocks = 1 if count <= 4 else 2 if count <= 16 else 3
+    rows = -(-count // blocks)
+    cell_width, cell_height, gap, top, between = 1.7, 1.7 * height / width, 0.05, 0.32, 0.35
+    page_width = blocks * 3 * (cell_width + gap) + (blocks - 1) * between + 2 * gap
+    page_height = rows * (cell_height + gap) + top + gap
+    figure = Figure(figsize=(page_width, page_height), dpi=max(100, min(width / cell_width, 200)))
+    for index in range(count):
+        block, row = divmod(index, rows)
+        for column in range(3):
+            left = gap + block * (3 * (cell_width + gap) + between) + column * (cell_width + gap)
+            bottom = page_height - top - (row + 1) * (cell_height + gap) + gap
+            axes = figure.add_axes(
+                (
+                    left / page_width,
+                    bottom / page_height,
+                    cell_width / page_width,
+                    cell_height / page_height,
+                )
+            )
+            axes.imshow(columns[column][index].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(titles[column], fontsize=10, pad=5)
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    try:
+        figure.savefig(temporary)
+        os.replace(temporary, output)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

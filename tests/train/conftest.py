@@ -1,0 +1,76 @@
+"""A folder of small pictures and the command line of a run that takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from train_pictures import picture
+
+TINY = """
+epochs: 2
+device: cpu
+threads: 1
+model:
+  image_size: [96, 64]
+  window_size: 2
+  embed_dim: 16
+  depths: [1, 2, 1, 1]
+  num_heads: [1, 2, 4, 8]
+  decoder_dim: 32
+  decoder_depth: 1
+  decoder_heads: 2
+data:
+  batch_size: 3
+  repeats: 2
+  workers: 0
+mask:
+  ratio: 0.5
+optim:
+  lr: 1.0e-3
+schedule:
+  warmup_epochs: 0.5
+log:
+  every_steps: 1
+"""
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures, some in class folders: 12 positions, 4 updates per epoch of the tiny run."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    for index, place in enumerate((".", ".", "cats", "cats", "dogs/big", "dogs/big")):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(index)).save(folder / place / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe file of the tiny run."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _threads_left_alone():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def finished_run(photos: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run that went through, with a checkpoint after each of its 8 updates."""
+    from greenmim.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    code = main(
+        ["pretrain", "--config", str(tiny), "--data.root", str(photos), "--work-dir", str(folder)]
+        + ["--checkpoint.every-steps", "1", "--checkpoint.keep-last", "8"]
+    )
+    assert code == 0
+    return folder

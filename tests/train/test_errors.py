@@ -1,0 +1,245 @@
+"""Bad input: one line on stderr, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from greenmim.cli import main
+from greenmim.world import World
+
+
+def complaint(capsys, *arguments: str) -> str:
+    """Run the command, expect exit code 2, and return its one line."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("greenmim: error: ")
+    assert captured.out == ""
+    return lines[0]
+
+
+def pretrain(tiny: Path, photos: Path | str, work_dir: Path, *more: str) -> list[str]:
+    return [
+        "pretrain",
+        "--config",
+        str(tiny),
+        "--data.root",
+        str(photos),
+        "--work-dir",
+        str(work_dir),
+        *more,
+    ]
+
+
+def test_folder_of_images(tmp_path: Path, tiny: Path, capsys) -> None:
+    work = tmp_path / "run"
+    assert "no folder" in complaint(capsys, *pretrain(tiny, tmp_path / "nowhere", work))
+    (tmp_path / "empty").mkdir()
+    assert "no image in" in complaint(capsys, *pretrain(tiny, tmp_path / "empty", work))
+    (tmp_path / "file.png").touch()
+    assert "is a file" in complaint(capsys, *pretrain(tiny, tmp_path / "file.png", work))
+    assert not work.exists()
+
+
+def test_all_images_corrupt(tmp_path: Path, tiny: Path, capsys) -> None:
+    (tmp_path / "bad").mkdir()
+    for index in range(4):
+        (tmp_path / "bad" / f"{index}.jpg").write_bytes(b"rubbish")
+    text = complaint(capsys, *pretrain(tiny, tmp_path / "bad", tmp_path / "run"))
+    assert "No image can be read" in text and "0.jpg" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_images_than_a_batch(tmp_path: Path, tiny: Path, photos: Path, capsys) -> None:
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", "--data.batch-size", "13"))
+    assert "--data.batch-size to 12 or less" in text and "--data.repeats to at least 3" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--epochs", "0", "--epochs is 0"),
+        ("--epochs", "many", "--epochs: expected int. Got value: many"),
+        ("--mask.ratio", "1.0", "--mask.ratio is 1.0"),
+        ("--mask.ratio", "0.9", "0.9 hides all 6 units"),
+        ("--data.crop-scale", "[0.9,0.1]", "--data.crop-scale"),
+        ("--schedule.warmup-epochs", "3", "--schedule.warmup-epochs is 3"),
+        ("--optim.lr", "-1", "--optim.lr is -1"),
+        ("--optim.betas", "[0.9,1.0]", "--optim.betas"),
+        ("--model.image-size", "100", "100"),
+        ("--model.num-heads", "[3,2,4,8]", "cannot be split into 3 heads"),
+        ("--backend", "triton", "triton"),
+        ("--backend", "abacus", "abacus"),
+        ("--precision", "fp16", "--precision fp16 needs CUDA"),
+        ("--epoch-count", "3", "epoch_count"),
+        ("--checkpoint.keep-last", "0", "--checkpoint.keep-last is 0"),
+        ("--config", "greenmim_swin-giant", "the presets are"),
+        ("--resume", "nowhere.pth", "no checkpoint nowhere.pth"),
+    ],
+)
+def test_values(
+    option: str, value: str, wanted: str, tmp_path: Path, tiny: Path, photos: Path, capsys
+) -> None:
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", option, value))
+    assert wanted in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_options_and_commands(tiny: Path, photos: Path, capsys) -> None:
+    assert "--data.root" in complaint(capsys, "pretrain", "--config", str(tiny), "--work-dir", "x")
+    assert "--work-dir" in complaint(
+        capsys, "pretrain", "--config", str(tiny), "--data.root", str(photos)
+    )
+    assert "fly" in complaint(capsys, "fly")
+    text = complaint(capsys, "reconstruct", "--images", "a", "--output", "b.png")
+    assert "required: --checkpoint" in text
+    assert main([]) == 2
+
+
+def test_broken_recipe_files(tmp_path: Path, photos: Path, capsys) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for content, wanted in (
+        ("epochs: [3\n", "parsing"),
+        ("epochz: 3\n", "epochz"),
+        ("data: {root: [1]}\n", "root"),
+    ):
+        recipe.write_text(content)
+        assert wanted in complaint(capsys, *pretrain(recipe, photos, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_work_dir_that_cannot_be_made(tmp_path: Path, tiny: Path, photos: Path, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "file"))
+    assert "is a file" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "cannot be written" in complaint(
+        capsys, *pretrain(tiny, photos, Path("/proc/greenmim-run"))
+    )
+
+
+def test_a_run_is_not_overwritten(finished_run: Path, tiny: Path, photos: Path, capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    text = complaint(capsys, *pretrain(tiny, photos, finished_run))
+    assert "already holds a run" in text and "--resume" in text
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+def test_checkpoint_of_another_model(
+    finished_run: Path, tiny: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    last = str(finished_run / "checkpoints" / "last.pth")
+    text = complaint(
+        capsys,
+        *pretrain(tiny, photos, tmp_path / "run", "--resume", last, "--model.embed-dim", "32"),
+    )
+    assert "another model" in text and "embed_dim is 16 there and 32" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_are_none(tiny: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    bad = tmp_path / "bad.pth"
+    bad.write_bytes(b"not a checkpoint at all")
+    assert "cannot be read" in complaint(
+        capsys, *pretrain(tiny, photos, tmp_path / "r", "--resume", str(bad))
+    )
+    torch.save({"model": {}}, bad)
+    assert "not written by" in complaint(
+        capsys, *pretrain(tiny, photos, tmp_path / "r", "--resume", str(bad))
+    )
+    assert not (tmp_path / "r").exists()
+
+
+def test_checkpoint_of_another_run_is_not_mixed_in(
+    finished_run: Path, tiny: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    foreign = tmp_path / "other.pth"
+    foreign.write_bytes((finished_run / "checkpoints" / "last.pth").read_bytes())
+    text = complaint(capsys, *pretrain(tiny, photos, finished_run, "--resume", str(foreign)))
+    assert "not part of" in text
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, tiny: Path, monkeypatch) -> None:
+    arguments = pretrain(tiny, tmp_path / "nowhere", tmp_path / "run")
+    with pytest.raises(Exception, match="no folder"):
+        main([*arguments, "--debug"])
+    monkeypatch.setenv("GREENMIM_DEBUG", "1")
+    with pytest.raises(Exception, match="no folder"):
+        main(arguments)
+
+
+def test_world_comes_from_the_environment(
+    tiny: Path, photos: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    assert World.from_environment({}) == World(0, 0, 1)
+    torchrun = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
+    assert World.from_environment(torchrun) == World(5, 1, 8)
+    with pytest.raises(ValueError, match="RANK is '-1'"):
+        World.from_environment({"RANK": "-1"})
+    with pytest.raises(ValueError, match="RANK is 2 but WORLD_SIZE is 1"):
+        World.from_environment({"RANK": "2"})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
+
+
+# ---- reconstruct, convert -----------------------------------------------------------------------
+
+
+def test_reconstruct(finished_run: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    last = str(finished_run / "checkpoints" / "last.pth")
+
+    def text(
+        checkpoint: str = last, images: str = str(photos), output: str = "p.png", *more: str
+    ) -> str:
+        return complaint(
+            capsys,
+            "reconstruct",
+            "--checkpoint",
+            checkpoint,
+            "--images",
+            images,
+            "--output",
+            str(tmp_path / output),
+            *more,
+        )
+
+    assert "no checkpoint" in text(checkpoint=str(tmp_path / "no.pth"))
+    assert "no image" in text(images=str(tmp_path / "no.png"))
+    assert "has to end in" in text(output="p.doc")
+    assert "no folder" in text(output="nowhere/p.png")
+    assert "--mask-ratio: mask_ratio must be" in text(last, str(photos), "p.png", "--mask-ratio", "1.5")
+    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
+    assert "--model" in text(checkpoint=str(tmp_path / "other.pth"))
+    named = ("--model", "greenmim_swin_tiny_patch4_window7_224")
+    assert "another model" in text(str(tmp_path / "other.pth"), str(photos), "p.png", *named)
+    (tmp_path / "bad.png").write_text("no picture")
+    assert "bad.png cannot be read" in text(images=str(tmp_path / "bad.png"))
+    assert not list(tmp_path.glob("*p.png"))
+
+
+def test_convert(finished_run: Path, tmp_path: Path, capsys) -> None:
+    last = str(finished_run / "checkpoints" / "last.pth")
+
+    def text(*more: str, input: str = last, output: str = "o.safetensors") -> str:
+        return complaint(
+            capsys, "convert", "--input", input, "--output", str(tmp_path / output), *more
+        )
+
+    assert "no checkpoint" in text(input=str(tmp_path / "no.pth"))
+    assert "has to end in" in text(output="o.onnx")
+    assert "no folder" in text(output="nowhere/o.pth")
+    assert "not --source official" in text("--source", "official")
+    assert "mxnet" in text("--target", "mxnet")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    assert "pass --source" in text(input=str(tmp_path / "other.pth"))
+    (tmp_path / "bad.pth").write_bytes(b"rubbish")
+    assert "cannot be read" in text(input=str(tmp_path / "bad.pth"))
+    (tmp_path / "there.pth").write_text("mine")
+    assert "--overwrite" in text(output="there.pth")
+    assert (tmp_path / "there.pth").read_text() == "mine"
+    assert not (tmp_path / "o.safetensors").exists()

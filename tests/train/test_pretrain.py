@@ -1,0 +1,512 @@
+"""Whole runs: what they write, that stopping and going on changes nothing, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from greenmim import train
+from greenmim.cli import main
+from greenmim.config import ModelConfig
+from greenmim.guards import FiniteGuard
+from greenmim.mim import GreenMIM
+from greenmim.recipe import CheckpointConfig, DataConfig, Recipe
+from greenmim.run import make_optimizer
+from greenmim.run_folder import RunFolder
+from greenmim.run_log import RunLog, read_log
+from greenmim_kernels.backends import forced_backend
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def command(tiny: Path, photos: Path, work_dir: Path, *more: str) -> list[str]:
+    return [
+        "pretrain",
+        "--config",
+        str(tiny),
+        "--data.root",
+        str(photos),
+        "--work-dir",
+        str(work_dir),
+        *more,
+    ]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_log(folder / "log.jsonl") if r["event"] == "train"}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["model"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: every loss that both logged, and the final weights."""
+    assert losses(a) == losses(b)
+    assert all(torch.equal(w, weights(b)[name]) for name, w in weights(a).items())
+
+
+def _config(state: dict) -> ModelConfig:
+    values = state["recipe"]["model"]
+    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# ---- what a run writes --------------------------------------------------------------------------
+
+
+def test_files_of_a_run(finished_run: Path) -> None:
+    assert sorted(p.name for p in finished_run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "log.jsonl",
+        "tensorboard",
+    ]
+    files = sorted(p.name for p in (finished_run / "checkpoints").iterdir())
+    assert files == ["last.pth", *(f"step_{step:08d}.pth" for step in range(1, 9))]
+    assert (finished_run / "checkpoints" / "last.pth").resolve().name == "step_00000008.pth"
+
+
+def test_log_has_every_figure(finished_run: Path) -> None:
+    records = read_log(finished_run / "log.jsonl")
+    assert [r["event"] for r in (records[0], records[-1])] == ["start", "end"]
+    lines = [r for r in records if r["event"] == "train"]
+    assert [r["step"] for r in lines] == list(range(1, 9))
+    for line in lines:
+        assert line["images_per_second"] > 0 and 0 <= line["data_wait"] <= 1
+        assert (
+            0.05 < line["peak_memory_gib"] < 64 and line["grad_norm"] > 0 and line["skipped"] == 0
+        )
+    assert lines[0]["lr"] == 0 and max(r["lr"] for r in lines) == pytest.approx(1e-3)
+    assert lines[-1]["epoch"] == 2
+    assert lines[-1]["loss"] != lines[0]["loss"]
+
+
+def test_tensorboard_agrees_with_the_log(finished_run: Path) -> None:
+    events = EventAccumulator(str(finished_run / "tensorboard"))
+    events.Reload()
+    got = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert got == pytest.approx(losses(finished_run), rel=1e-6)
+    assert "train/images_per_second" in events.Tags()["scalars"]
+
+
+def test_checkpoint_holds_the_whole_state(finished_run: Path) -> None:
+    state = torch.load(finished_run / "checkpoints" / "step_00000005.pth", weights_only=True)
+    assert state["step"] == 5 and state["epoch"] == 1.25 and state["steps_per_epoch"] == 4
+    assert set(state) >= {
+        "model",
+        "optimizer",
+        "scaler",
+        "rng",
+        "recipe",
+        "greenmim",
+        "format",
+        "version",
+    }
+    assert state["recipe"]["model"]["image_size"] == [96, 64]
+    parameters = list(GreenMIM(_config(state)).parameters())
+    assert len(state["optimizer"]["state"]) == sum(p.requires_grad for p in parameters)
+
+
+def test_loss_falls(tiny: Path, tmp_path: Path) -> None:
+    """Pictures of one colour each: what is hidden can be told from what is visible."""
+    (tmp_path / "flat").mkdir()
+    for index, colour in enumerate(("red", "lime", "blue", "white", "black", "yellow")):
+        Image.new("RGB", (70, 70), colour).save(tmp_path / "flat" / f"{index}.png")
+    more = ("--epochs", "15", "--optim.lr", "3e-3", "--model.norm-pix-loss", "false")
+    assert main(command(tiny, tmp_path / "flat", tmp_path / "run", *more)) == 0
+    found = list(losses(tmp_path / "run").values())
+    assert sum(found[-10:]) < 0.5 * sum(found[:10])
+
+
+def test_learning_rate_is_scaled_and_printed(
+    tiny: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    more = (
+        "--optim.lr",
+        "null",
+        "--optim.base-lr",
+        "0.1024",
+        "--optim.base-batch",
+        "256",
+        "--optim.accumulate",
+        "2",
+        "--schedule.min-lr",
+        "0.0256",
+        "--schedule.warmup-epochs",
+        "0",
+    )
+    assert main(command(tiny, photos, tmp_path / "run", *more)) == 0
+    assert (
+        "learning rate 0.102 for 256 images per update x 6/256 = 0.0024, final 0.0006"
+        in capsys.readouterr().out
+    )
+    found = [r["lr"] for r in read_log(tmp_path / "run" / "log.jsonl") if r["event"] == "train"]
+    assert (
+        len(found) == 4
+        and found[0] == pytest.approx(0.0024)
+        and 0.0006 < found[-1] < found[-2] < found[0]
+    )
+
+
+def test_accumulation_equals_a_larger_batch(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    one_mask = np.array([True, False, False, True, True, False])
+    monkeypatch.setattr("greenmim.data.random_visible", lambda *_, **__: one_mask)
+    for name, batch, parts in (("whole", "6", "1"), ("parts", "3", "2")):
+        more = ("--data.batch-size", batch, "--optim.accumulate", parts, "--epochs", "3")
+        assert main(command(tiny, photos, tmp_path / name, *more)) == 0
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert len(whole) == 6 and parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_gray_alpha_and_other_pictures_train(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for index, mode in enumerate(("L", "LA", "RGBA", "P", "CMYK", "I;16")):
+        suffix = "tif" if mode == "CMYK" else "png"
+        Image.linear_gradient("L").convert(mode).save(folder / f"{index}.{suffix}")
+    assert main(command(tiny, folder, tmp_path / "run", "--epochs", "1", "--mask-per-image")) == 0
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    assert records[-1]["event"] == "end" and records[-1]["unreadable"] == 0
+    assert "per_image: true" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_corrupt_images_are_skipped_counted_and_named_once(
+    workers: str, tiny: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    whole = (folder / "0.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cats" / "2.png").write_text("no picture")
+    assert main(command(tiny, folder, tmp_path / "run", "--data.workers", workers)) == 0
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    named = [Path(r["path"]).name for r in records if r["event"] == "unreadable_image"]
+    assert sorted(named) == ["1.png", "2.png"]
+    assert records[-1]["unreadable"] == 2
+    assert capsys.readouterr().out.count("cannot read") == 2
+
+
+def test_as_a_program(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """`python -m greenmim` outside of the repository: plain lines, exit code 0."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "greenmim",
+            *command(tiny, photos, tmp_path / "run", "--data.workers", "1"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("img/s") == 8 and "finished: 2 epochs, 8 updates" in done.stdout
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+# ---- stopping and going on ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Send this process a signal during the n-th update."""
+
+    def arrange(updates: int, number: int = signal.SIGTERM) -> None:
+        done = 0
+        real = RunLog.step_done
+
+        def step_done(log: RunLog) -> None:
+            nonlocal done
+            done += 1
+            if done == updates:
+                os.kill(os.getpid(), number)
+            real(log)
+
+        monkeypatch.setattr(RunLog, "step_done", step_done)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("workers", "more"),
+    [
+        ("0", ()),
+        ("2", ()),
+        ("0", ("--mask-per-image", "--optim.accumulate", "2", "--optim.clip", "0.5")),
+    ],
+    ids=["workers-0", "workers-2", "accumulate"],
+)
+def test_stop_and_resume_is_exact(
+    workers: str,
+    more: tuple[str, ...],
+    tiny: Path,
+    photos: Path,
+    tmp_path: Path,
+    stop_after,
+    capsys,
+) -> None:
+    options = ("--data.workers", workers, "--epochs", "3", *more)
+    assert main(command(tiny, photos, tmp_path / "whole", *options)) == 0
+    stop_after(3)
+    assert main(command(tiny, photos, tmp_path / "parts", *options)) == 75
+    assert "SIGTERM received: saved" in capsys.readouterr().out
+    assert list(losses(tmp_path / "parts")) == [1, 2, 3]
+    assert main(command(tiny, photos, tmp_path / "parts", *options, "--resume")) == 0
+    assert "resumed after update 3" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_after_a_crash_drops_what_was_logged_after_the_checkpoint(
+    finished_run: Path, tiny: Path, photos: Path, tmp_path: Path
+) -> None:
+    crashed = tmp_path / "crashed"
+    shutil.copytree(finished_run, crashed, symlinks=True)
+    for step in (6, 7, 8):
+        (crashed / "checkpoints" / f"step_{step:08d}.pth").unlink()
+    (crashed / "checkpoints" / "last.pth").unlink()
+    with open(crashed / "log.jsonl", "a") as log:
+        log.write('{"event": "train", "st')  # cut off in the middle of a line
+    assert main(command(tiny, photos, crashed, "--resume")) == 0
+    steps = [r["step"] for r in read_log(crashed / "log.jsonl") if r["event"] == "train"]
+    assert steps == list(range(1, 9))
+    assert_same_run(finished_run, crashed)
+
+
+def test_resume_from_a_chosen_checkpoint_into_a_new_folder(
+    finished_run: Path, tiny: Path, photos: Path, tmp_path: Path
+) -> None:
+    chosen = str(finished_run / "checkpoints" / "step_00000002.pth")
+    assert main(command(tiny, photos, tmp_path / "new", "--resume", chosen)) == 0
+    assert list(losses(tmp_path / "new")) == [3, 4, 5, 6, 7, 8]
+    whole = losses(finished_run)
+    assert all(loss == whole[step] for step, loss in losses(tmp_path / "new").items())
+
+
+def test_resume_without_a_run_starts_one_and_a_finished_run_is_left_alone(
+    tiny: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    arguments = command(
+        tiny, photos, tmp_path / "run", "--resume", "--epochs", "1", "--schedule.warmup-epochs", "0"
+    )
+    assert main(arguments) == 0
+    assert "starts from the beginning" in capsys.readouterr().out
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    assert main(arguments) == 0
+    assert "is finished (1 epochs)" in capsys.readouterr().out
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_new_values_on_resume_count_and_are_told(
+    finished_run: Path, tiny: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    chosen = str(finished_run / "checkpoints" / "step_00000004.pth")
+    more = ("--resume", chosen, "--optim.weight-decay", "0.2", "--data.batch-size", "6")
+    assert main(command(tiny, photos, tmp_path / "new", *more)) == 0
+    text = capsys.readouterr().out
+    assert "changed since the checkpoint: data, optim" in text
+    assert "2 updates now, 4 in the checkpoint" in text and "epoch 1.00" in text
+    state = torch.load(tmp_path / "new" / "checkpoints" / "last.pth", weights_only=True)
+    assert state["step"] == 4
+    assert [g["weight_decay"] for g in state["optimizer"]["param_groups"]] == [0.2, 0.0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_other_signals(
+    number: int, code: int, tiny: Path, photos: Path, tmp_path: Path, stop_after
+) -> None:
+    before = signal.getsignal(number)
+    stop_after(2, number)
+    assert main(command(tiny, photos, tmp_path / "run")) == code
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002.pth").is_file()
+    assert signal.getsignal(number) is before
+
+
+def test_sigterm_to_the_whole_process_group(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """As a scheduler does it: the loader's workers get the signal too and must live on."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "greenmim",
+            *command(tiny, photos, run, "--epochs", "5000", "--data.workers", "2"),
+        ],
+        env=environment(),
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not (run / "log.jsonl").exists() or '"train"' not in (run / "log.jsonl").read_text():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 75, errors
+    stopped = [r for r in read_log(run / "log.jsonl") if r["event"] == "stopped"]
+    assert stopped[0]["signal"] == "SIGTERM"
+    state = torch.load(run / "checkpoints" / "last.pth", weights_only=True)
+    assert state["step"] == stopped[0]["step"]
+
+
+# ---- checkpoints kept ---------------------------------------------------------------------------
+
+
+def test_rotation_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    keep = CheckpointConfig(keep_last=2, keep_every_epochs=2)
+    for step in range(3, 40, 3):
+        folder.save({"step": step, "steps_per_epoch": 3}, keep)
+    kept = sorted(int(p.stem[5:]) for p in folder.checkpoints.glob("step_*.pth"))
+    assert kept == [6, 12, 18, 24, 30, 36, 39]
+    assert folder.newest_checkpoint().name == "step_00000039.pth"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    folder.save({"step": 1, "steps_per_epoch": 3}, CheckpointConfig())
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Exception, match="No space left"):
+        folder.save({"step": 2, "steps_per_epoch": 3}, CheckpointConfig())
+    assert folder.newest_checkpoint().name == "step_00000001.pth"
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["last.pth", "step_00000001.pth"]
+
+
+# ---- losses that are not finite -----------------------------------------------------------------
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch):
+    """Make the loss of chosen forward passes (counted from 1) not a number."""
+
+    def arrange(*chosen: int) -> None:
+        calls = 0
+        real = GreenMIM.forward
+
+        def forward(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            out = real(self, *args, **kwargs)
+            if calls in chosen:
+                out = out._replace(loss=out.loss * float("nan"))
+            return out
+
+        monkeypatch.setattr(GreenMIM, "forward", forward)
+
+    return arrange
+
+
+def test_an_update_that_is_not_finite_is_skipped(
+    tiny: Path, photos: Path, tmp_path: Path, poison
+) -> None:
+    poison(3, 6)
+    more = ("--checkpoint.every-steps", "1", "--checkpoint.keep-last", "8")
+    assert main(command(tiny, photos, tmp_path / "run", *more)) == 0
+
+    def state(step: int) -> dict:
+        return torch.load(
+            tmp_path / "run" / "checkpoints" / f"step_{step:08d}.pth", weights_only=True
+        )
+
+    def steps(step: int) -> set[float]:
+        return {float(s["step"]) for s in state(step)["optimizer"]["state"].values()}
+
+    before, after, later = state(2)["model"], state(3)["model"], state(4)["model"]
+    assert all(torch.equal(w, after[name]) for name, w in before.items())
+    assert any(not torch.equal(w, later[name]) for name, w in after.items())
+    assert steps(2) == steps(3) == {2.0} and steps(8) == {6.0}
+    assert all(torch.isfinite(w).all() for w in state(8)["model"].values())
+    records = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["event"] == "train"]
+    assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert records[2]["loss"] is None and records[3]["loss"] is not None
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_run_stops_after_many_in_a_row_with_advice(
+    tiny: Path, photos: Path, tmp_path: Path, poison, capsys
+) -> None:
+    poison(2, 4, 5, 6)
+    assert main(command(tiny, photos, tmp_path / "run", "--max-skipped", "3")) == 3
+    text = capsys.readouterr().out
+    assert "stopped after update 6: 3 updates in a row" in text and "--optim.base-lr" in text
+    assert "step_00000004.pth is from before it" in text
+
+
+def test_guard_counts_runs_and_totals() -> None:
+    guard = FiniteGuard(torch.device("cpu"), limit=3)
+    for bad in (1, 1, 0, 1, 1):
+        guard.count(torch.tensor(bool(bad)))
+    assert guard.total() == 4 and not guard.tripped()
+    guard.count(torch.tensor(True))
+    assert guard.tripped()
+    guard.count(torch.tensor(False))
+    assert guard.tripped()  # looked at now and then only, so it must remember
+
+
+# ---- parts --------------------------------------------------------------------------------------
+
+
+def test_weight_decay_groups(finished_run: Path) -> None:
+    state = torch.load(finished_run / "checkpoints" / "last.pth", weights_only=True)
+    model = GreenMIM(_config(state))
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(model, Recipe(work_dir="x", data=DataConfig(root="x")))
+    decayed, kept = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert any("relative_position_bias_table" in name for name in kept)
+    assert "mask_token" in kept and not any(name.endswith(".bias") for name in decayed)
+    assert len(decayed) + len(kept) == len(names)
+
+
+def test_backend_of_the_recipe_is_used(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    seen = set()
+    real = train.run_state
+    monkeypatch.setattr(
+        train, "run_state", lambda run, step: seen.add(forced_backend()) or real(run, step)
+    )
+    more = ("--epochs", "1", "--backend", "reference")
+    assert main(command(tiny, photos, tmp_path / "a", *more)) == 0
+    assert seen == {"reference"}
+    monkeypatch.setenv("GREENMIM_BACKEND", "reference")
+    seen.clear()
+    assert main(command(tiny, photos, tmp_path / "b", "--epochs", "1")) == 0
+    assert seen == {"reference"}  # "auto" in the recipe leaves the environment's choice alone

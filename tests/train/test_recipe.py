@@ -1,0 +1,190 @@
+"""The learning rate, the presets, and the trip of a recipe through YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from greenmim.cli import build_parser, main
+from greenmim.recipe import (
+    CONFIGS,
+    DataConfig,
+    OptimConfig,
+    Recipe,
+    ScheduleConfig,
+    UserError,
+    learning_rate,
+    preset_names,
+    resolve_config,
+    scaled_rates,
+)
+
+DATA = Path(__file__).parents[1] / "data"
+GOLDEN = json.loads((DATA / "lr_schedule_and_keep_counts.json").read_text())
+
+
+@pytest.mark.parametrize("case", ["base_200ep", "large_800ep"])
+def test_learning_rate_matches_the_published_schedule(case: str) -> None:
+    golden = GOLDEN[case]
+    recipe = Recipe(
+        work_dir="x",
+        data=DataConfig(root="x"),
+        epochs=golden["epochs"],
+        optim=OptimConfig(base_lr=golden["blr"], base_batch=256),
+        schedule=ScheduleConfig(golden["warmup_epochs"], golden["min_lr"]),
+    )
+    peak, final, how = scaled_rates(recipe, golden["effective_batch"])
+    assert peak == pytest.approx(golden["lr"], rel=1e-12)
+    assert f"x {golden['effective_batch']}/256" in how
+    got = [
+        learning_rate(
+            e,
+            peak=peak,
+            final=final,
+            warmup_epochs=golden["warmup_epochs"],
+            epochs=golden["epochs"],
+        )
+        for e in golden["epoch"]
+    ]
+    np.testing.assert_allclose(got, golden["lr_at_epoch"], rtol=1e-9, atol=1e-18)
+
+
+def test_learning_rate_ends_at_min_lr() -> None:
+    golden = GOLDEN["min_lr_case"]
+    got = [
+        learning_rate(
+            e,
+            peak=golden["lr"],
+            final=golden["min_lr"],
+            warmup_epochs=golden["warmup_epochs"],
+            epochs=golden["epochs"],
+        )
+        for e in golden["epoch"]
+    ]
+    np.testing.assert_allclose(got, golden["lr_at_epoch"], rtol=1e-9)
+
+
+def test_learning_rate_per_update_matches_the_training_curve() -> None:
+    curve = json.loads((DATA / "training_curve_shared_win7_224.json").read_text())
+    variant = curve["variants"]["warmup_cosine_rowmajor"]
+    plan = variant["schedule"]
+    expected = np.load(DATA / "training_curve_shared_win7_224.npz")["warmup_cosine_rowmajor__lr"]
+    got = [
+        learning_rate(
+            step / plan["steps_per_epoch"],
+            peak=variant["lr"],
+            final=plan["min_lr"],
+            warmup_epochs=plan["warmup_epochs"],
+            epochs=plan["epochs"],
+        )
+        for step in range(curve["steps"])
+    ]
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert learning_rate(0, peak=1.0, final=0.1, warmup_epochs=0, epochs=10) == 1.0
+    assert learning_rate(10, peak=1.0, final=0.1, warmup_epochs=0, epochs=10) == pytest.approx(0.1)
+
+
+def resolved(*arguments: str) -> dict:
+    parser, _ = build_parser()
+    return parser.parse_args(["pretrain", *arguments]).pretrain.as_dict()
+
+
+def test_every_preset_makes_a_model_config() -> None:
+    assert preset_names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    assert "greenmim_swin-base_16xb128-amp-coslr-100e_in1k" in preset_names()
+    for name in preset_names():
+        parser, commands = build_parser()
+        options = parser.parse_args(
+            ["pretrain", "--config", name, "--data.root", "x", "--work_dir", "y"]
+        )
+        options = options.pretrain
+        for extra in ("config", "resume", "mask_per_image"):
+            options.pop(extra)
+        recipe = commands["pretrain"][0].instantiate(options)
+        assert len(recipe.model.depths) == 4
+
+
+def test_seed_preset_has_the_figures_of_its_name() -> None:
+    recipe = resolved("--config", "greenmim_swin-base_16xb128-amp-coslr-100e_in1k")
+    assert recipe["epochs"] == 100
+    assert recipe["data"]["batch_size"] * 16 == recipe["optim"]["base_batch"] == 2048
+    assert recipe["optim"]["base_lr"] == 8e-4 and recipe["schedule"]["min_lr"] == 4e-5
+    assert recipe["schedule"]["warmup_epochs"] == 10 and recipe["optim"]["clip"] == 5.0
+    assert recipe["optim"]["betas"] == (0.9, 0.999)
+    assert recipe["model"]["decoder_depth"] == 8 and not recipe["model"]["norm_pix_loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "embed_dim", "base_lr"),
+    [
+        ("greenmim_swin-base_8xb256-amp-coslr-800e_in1k", 7, 128, 1.5e-4),
+        ("greenmim_swin-base-win14_8xb256-amp-coslr-800e_in1k", 14, 128, 1.5e-4),
+        ("greenmim_swin-large-win14_8xb256-amp-coslr-800e_in1k", 14, 192, 1.0e-4),
+    ],
+)
+def test_published_presets(name: str, window: int, embed_dim: int, base_lr: float) -> None:
+    recipe = resolved("--config", name)
+    assert recipe["model"]["window_size"] == window and recipe["model"]["embed_dim"] == embed_dim
+    assert recipe["optim"]["base_lr"] == base_lr and recipe["optim"]["base_batch"] == 256
+    assert recipe["epochs"] == 800 and recipe["schedule"]["warmup_epochs"] == 40
+    assert recipe["optim"]["betas"] == (0.9, 0.95) and recipe["optim"]["clip"] is None
+    assert recipe["model"]["norm_pix_loss"] and recipe["model"]["decoder_depth"] == 1
+
+
+def test_options_after_the_config_override_it_and_dashes_equal_underscores(tiny: Path) -> None:
+    recipe = resolved("--config", str(tiny), "--data.batch_size", "5", "--model.embed_dim=32")
+    assert recipe["data"]["batch_size"] == 5 and recipe["model"]["embed_dim"] == 32
+    assert recipe["data"]["repeats"] == 2
+
+
+def test_saved_recipe_comes_back_the_same(finished_run: Path, tmp_path: Path, capsys) -> None:
+    saved = yaml.safe_load((finished_run / "config.yaml").read_text())
+    code = main(
+        [
+            "pretrain",
+            "--config",
+            str(finished_run / "config.yaml"),
+            "--work-dir",
+            str(tmp_path / "b"),
+        ]
+        + ["--epochs", "1"]
+    )
+    assert code == 0, capsys.readouterr().err
+    again = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
+    assert again.pop("work_dir") == str(tmp_path / "b") and again.pop("epochs") == 1
+    assert saved.pop("work_dir") == str(finished_run) and saved.pop("epochs") == 2
+    assert again == saved
+
+
+def test_unknown_preset_lists_the_presets() -> None:
+    with pytest.raises(UserError) as raised:
+        resolve_config("greenmim_swin-huge")
+    assert all(name in str(raised.value) for name in preset_names())
+
+
+def test_help_is_readable(capsys) -> None:
+    assert main(["pretrain", "--help"]) == 0
+    text = capsys.readouterr().out
+    for wanted in (
+        "--data.batch-size",
+        "--mask.per-image",
+        "greenmim_swin-demo-cpu",
+        "exit codes",
+        "75",
+    ):
+        assert wanted in text
+    assert "_size" not in text.replace("base_lr", "")
+    assert "Path to a configuration file" not in text
+
+
+def test_each_command_has_help(capsys) -> None:
+    for command in ("reconstruct", "convert", "doctor"):
+        assert main([command, "--help"]) == 0
+        assert f"greenmim {command}" in capsys.readouterr().out
