@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -119,9 +120,11 @@ def new_run_folder(folder: Path) -> Path:
 
 def draw_loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
     """Loss over updates: as logged, and averaged over a window of about a tenth of the run."""
-    reach = max(len(losses) // 20, 1)
-    windows = (losses[max(i - reach, 0) : i + reach + 1] for i in range(len(losses)))
-    smooth = [sum(window) / len(window) for window in windows]
+    smooth = []
+    for i in range(len(losses)):
+        # Narrower towards the ends, so that it stays centred and follows a steep start.
+        reach = min(max(len(losses) // 20, 1), i, len(losses) - 1 - i)
+        smooth.append(statistics.fmean(losses[i - reach : i + reach + 1]))
     figure = Figure(figsize=(7, 4), dpi=140, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="loss as logged")

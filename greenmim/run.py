@@ -261,8 +261,8 @@ def _restore(
 
 
 def run_state(run: Run, step: int) -> dict[str, Any]:
-    on_gpu = run.device.type == "cuda"
     """What a checkpoint holds after `step` updates."""
+    on_gpu = run.device.type == "cuda"
     return {
         "format": RUN_FORMAT,
         "version": 1,

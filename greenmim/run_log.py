@@ -15,6 +15,8 @@ import torch
 
 from greenmim.run_folder import RunFolder
 
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
 
 class RunLog:
     """Writes one run's log. `train` lines hold the figures of the updates since the line before.
@@ -44,9 +46,8 @@ class RunLog:
             self._bar = tqdm(
                 total=total_steps,
                 initial=first_step,
-                unit="step",
                 dynamic_ncols=True,
-                smoothing=0.1,
+                bar_format=BAR,
             )
         self._named = {r["path"] for r in records if r["event"] == "unreadable_image"}
 
@@ -89,16 +90,18 @@ class RunLog:
             for name, value in values.items():
                 if name != "epoch":
                     self._writer.add_scalar(f"train/{name}", value, step)
-        text = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}"
-            f"  {values['images_per_second']:.1f} img/s"
-            f"  wait {100 * values['data_wait']:.0f}%  mem {values['peak_memory_gib']:.2f} GiB"
-        )
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+        speed = f"{values['images_per_second']:.1f} img/s"
+        wait = f"wait {100 * values['data_wait']:.0f}%"
+        if self._bar is not None:  # short, for terminals of 80 columns
+            loss = f"loss {values['loss']:.3f}"
+            memory = f"{values['peak_memory_gib']:.1f} GiB"
+            self._bar.set_postfix_str(f"{loss}, {speed}, {wait}, {memory}", refresh=False)
         else:
             print(
-                f"step {step:>6}/{self.total_steps}  epoch {values['epoch']:.2f}  {text}",
+                f"step {step:>6}/{self.total_steps}  epoch {values['epoch']:.2f}"
+                f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
+                f"  grad {values['grad_norm']:.2f}"
+                f"  {speed}  {wait}  mem {values['peak_memory_gib']:.2f} GiB",
                 flush=True,
             )
 

@@ -232,7 +232,8 @@ def test_masks_per_batch_and_per_image(photos: Path) -> None:
     assert all(batch.plan.visible.shape == (1, 6) for batch in shared)
     assert all(batch.plan.visible.shape == (3, 6) for batch in own)
     assert all((batch.plan.visible.sum(1) == 3).all() for batch in shared + own)
-    assert len({tuple(batch.plan.visible[0].tolist()) for batch in shared}) > 1
+    # The four batches of one epoch, too, have masks of their own.
+    assert len({tuple(batch.plan.visible[0].tolist()) for batch in shared[:4]}) > 1
     assert any(len(batch.plan.visible.unique(dim=0)) > 1 for batch in own)
 
 

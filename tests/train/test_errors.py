@@ -212,7 +212,9 @@ def test_reconstruct(finished_run: Path, photos: Path, tmp_path: Path, capsys) -
     assert "no image" in text(images=str(tmp_path / "no.png"))
     assert "has to end in" in text(output="p.doc")
     assert "no folder" in text(output="nowhere/p.png")
-    assert "--mask-ratio: mask_ratio must be" in text(last, str(photos), "p.png", "--mask-ratio", "1.5")
+    assert "--mask-ratio: mask_ratio must be" in text(
+        last, str(photos), "p.png", "--mask-ratio", "1.5"
+    )
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
     assert "--model" in text(checkpoint=str(tmp_path / "other.pth"))
     named = ("--model", "greenmim_swin_tiny_patch4_window7_224")
