@@ -11,6 +11,7 @@ import contextvars
 import ctypes
 import dataclasses
 import functools
+import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ class Backend:
     device: str | None
     operators: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] | None = None
+    head_dims: tuple[int, ...] | None = None
+    largest_group: int | None = None
 
 
 BACKENDS = {
@@ -49,10 +52,16 @@ BACKENDS = {
         operators=("group_gather", "group_scatter"),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
     ),
-    "triton": Backend(device="cuda", operators=()),
+    "triton": Backend(
+        device="cuda",
+        operators=OPERATORS,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        head_dims=(16, 32, 64),
+        largest_group=256,
+    ),
 }
 # What "auto" tries on a device, best first.
-PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "reference")}
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 def _library_file(name: str) -> pathlib.Path | None:
@@ -110,8 +119,16 @@ def _unusable(name: str) -> str | None:
             return "torch sees no CUDA device"
         return load_library("_C_cuda")
     if name == "triton":
-        return "this version has no Triton kernels"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not triton_interprets() and (torch.version.cuda is None or not torch.cuda.is_available()):
+            return "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
     return None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors: for checking, not for speed."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @contextlib.contextmanager
@@ -157,37 +174,74 @@ def forced_backend() -> str:
 
 # Dynamo takes the answer as a constant of the trace and does not look inside.
 @torch.compiler.assume_constant_result
-def choose_backend(operator: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that runs `operator` on tensors of this device type and dtype.
+def candidates(operator: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends to try on tensors of this device type and dtype, best first; one if forced.
 
     Raises:
         ValueError: a forced backend cannot do it, or the environment names an unknown backend.
         RuntimeError: the backend named in the environment cannot be used here.
     """
     name = forced_backend()
-    if name != "auto":
-        if reason := cannot(name, operator, device, dtype):
-            raise ValueError(f"{reason}; use another backend or \"auto\"")
-        return name
-    return automatic_backend(operator, device, dtype)
+    if name == "auto":
+        return tuple(
+            name
+            for name in PREFERENCE.get(device, ("reference",))
+            if cannot(name, operator, device, dtype) is None and _unusable(name) is None
+        )
+    if reason := cannot(name, operator, device, dtype):
+        raise ValueError(f'{reason}; use another backend or "auto"')
+    return (name,)
+
+
+def choose_backend(
+    operator: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int | None = None,
+    group_size: int | None = None,
+) -> str:
+    """The backend that runs `operator`; `head_dim` and `group_size` matter to attention only.
+
+    Raises:
+        ValueError: a forced backend cannot do it, or the environment names an unknown backend.
+        RuntimeError: the backend named in the environment cannot be used here.
+    """
+    names = candidates(operator, device, dtype)
+    for name in names:
+        reason = _does_not_fit(name, head_dim, group_size)
+        if reason is None:
+            return name
+    raise ValueError(f'{reason}; use another backend or "auto"')
 
 
 def automatic_backend(operator: str, device: str, dtype: torch.dtype) -> str:
-    """What "auto" takes: the first preference for the device that is usable and can do it."""
-    for name in PREFERENCE.get(device, ()):
-        if cannot(name, operator, device, dtype) is None and _unusable(name) is None:
-            return name
-    return "reference"
+    """What "auto" takes on this machine, where head dim and group size allow."""
+    with use_backend("auto"):
+        return candidates(operator, device, dtype)[0]
 
 
 def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | None:
-    """None if the backend does this, else a sentence that says what it lacks."""
+    """None if the backend does this, else what it lacks."""
     backend = BACKENDS[name]
-    if backend.device not in (None, device):
+    interpreted = name == "triton" and triton_interprets() and device == "cpu"
+    if backend.device not in (None, device) and not interpreted:
         return f"the {name} backend runs on {backend.device} tensors, these are on {device}"
     if operator not in backend.operators:
         return f"the {name} backend has no {operator}"
     if backend.dtypes is not None and dtype not in backend.dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
         return f"the {name} backend computes in {known}, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _does_not_fit(name: str, head_dim: int | None, group_size: int | None) -> str | None:
+    backend = BACKENDS[name]
+    if head_dim is not None and backend.head_dims and head_dim not in backend.head_dims:
+        known = ", ".join(map(str, backend.head_dims))
+        return f"the {name} backend takes head dims {known}, not {head_dim}"
+    if group_size is not None and backend.largest_group and group_size > backend.largest_group:
+        return (
+            f"the {name} backend takes groups of at most {backend.largest_group} slots,"
+            f" not {group_size}"
+        )
     return None

@@ -10,6 +10,9 @@ from .backends import choose_backend
 from .ops import operator
 from .partition import GroupPartition
 
+# Under which of an operator's two names a backend is registered (see `ops`).
+VARIANT = {"cpp": "", "cuda": "", "triton": "_triton"}
+
 
 def group_gather(x: Tensor, part: GroupPartition) -> Tensor:
     """Bring the tokens of every group together.
@@ -25,9 +28,10 @@ def group_gather(x: Tensor, part: GroupPartition) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
     """
     _check_tokens("x", x, part)
-    if choose_backend("group_gather", x.device.type, x.dtype) == "reference":
+    backend = choose_backend("group_gather", x.device.type, x.dtype)
+    if backend == "reference":
         return reference.group_gather(x, part.token_index)
-    return operator("group_gather")(x, part.token_index)
+    return operator("group_gather", VARIANT[backend])(x, part.token_index)
 
 
 def group_scatter(x: Tensor, part: GroupPartition) -> Tensor:
@@ -44,9 +48,10 @@ def group_scatter(x: Tensor, part: GroupPartition) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
     """
     _check_groups("x", x, part)
-    if choose_backend("group_scatter", x.device.type, x.dtype) == "reference":
+    backend = choose_backend("group_scatter", x.device.type, x.dtype)
+    if backend == "reference":
         return reference.group_scatter(x, part.token_index, part.num_tokens)
-    return operator("group_scatter")(x, part.token_index, part.num_tokens)
+    return operator("group_scatter", VARIANT[backend])(x, part.token_index, part.num_tokens)
 
 
 def block_diagonal_attention(
@@ -77,9 +82,11 @@ def block_diagonal_attention(
     table, scale = _check_attention(qkv, table, part, num_heads, scale)
     arguments = (qkv, table, part.window_id, part.coords, num_heads)
     name = "block_diagonal_attention"
-    if choose_backend(name, qkv.device.type, qkv.dtype) == "reference":
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    backend = choose_backend(name, qkv.device.type, qkv.dtype, head_dim, part.group_size)
+    if backend == "reference":
         return reference.block_diagonal_attention(*arguments, part.window_size, scale)
-    return operator(name)(*arguments, *part.window_size, scale)[0]
+    return operator(name, VARIANT[backend])(*arguments, *part.window_size, scale)[0]
 
 
 def group_window_attention(
@@ -113,9 +120,11 @@ def group_window_attention(
     table, scale = _check_attention(qkv, table, part, num_heads, scale)
     arguments = (qkv, table, part.token_index, part.window_id, part.coords, num_heads)
     name = "group_window_attention"
-    if choose_backend(name, qkv.device.type, qkv.dtype) == "reference":
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    backend = choose_backend(name, qkv.device.type, qkv.dtype, head_dim, part.group_size)
+    if backend == "reference":
         return reference.group_window_attention(*arguments, part.window_size, scale)
-    return operator(name)(*arguments, *part.window_size, scale)[0]
+    return operator(name, VARIANT[backend])(*arguments, *part.window_size, scale)[0]
 
 
 def _check_tokens(name: str, x: Tensor, part: GroupPartition) -> None:

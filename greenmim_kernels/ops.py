@@ -1,8 +1,10 @@
 """Registration of the operators: schema, shape rule and autograd rule of each, once.
 
 The schemas live in the namespace ``greenmim``. The compiled modules only add kernels: ``_C`` under
-the CPU key, ``_C_cuda`` under the CUDA key, and the dispatcher picks by device. Backward passes are
-operators of their own. Conventions of every schema:
+the CPU key, ``_C_cuda`` under the CUDA key, and the dispatcher picks by device. Triton's kernels
+stand beside them under names of their own, ``<operator>_triton``, with the same rules; which of the
+two is called is decided in Python. Backward passes are operators of their own. Conventions of every
+schema:
 
 - qkv [B, N, 3C] or [B, G, S, 3C]; table [(2Mh-1)(2Mw-1), heads] in the accumulation dtype, or None;
 - token_index, window_id [P, G, S] and coords [P, G, S, 2]: int32, P = 1 or B, padding -1;
@@ -45,18 +47,37 @@ SCHEMAS = {
     ),
 }
 
+# The compiled kernels, and Triton's.
+VARIANTS = ("", "_triton")
+
+
+def _triton_kernel(name: str) -> Callable:
+    def call(*arguments):
+        # Imported when the dispatcher first runs it, so that nothing else needs Triton.
+        from ._triton import operators
+
+        return getattr(operators, name)(*arguments)
+
+    return call
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
+    for _variant in VARIANTS:
+        _library.define(_name + _variant + _schema)
+    for _key in ("CUDA", "CPU"):  # the CPU through Triton's interpreter
+        _library.impl(_name + "_triton", _triton_kernel(_name), _key)
 
 
-def operator(name: str) -> Callable:
-    """The registered operator, for example ``operator("group_gather")``."""
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+def operator(name: str, variant: str = "") -> Callable:
+    """The registered operator, for example ``operator("group_gather", "_triton")``."""
+    return getattr(getattr(torch.ops, NAMESPACE), name + variant).default
 
 
-def _register(name: str, fake: Callable, backward: Callable, setup_context: Callable) -> None:
-    qualified = f"{NAMESPACE}::{name}"
+def _register(
+    name: str, variant: str, fake: Callable, backward: Callable, setup_context: Callable
+) -> None:
+    qualified = f"{NAMESPACE}::{name}{variant}"
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
 
@@ -74,11 +95,6 @@ def _gather_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(token_index)
 
 
-def _gather_backward(ctx, grad: Tensor):
-    (token_index,) = ctx.saved_tensors
-    return operator("group_scatter")(grad, token_index, ctx.num_tokens), None
-
-
 def _scatter_fake(x: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
     return x.new_empty(x.shape[0], num_tokens, x.shape[3])
 
@@ -87,19 +103,23 @@ def _scatter_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _scatter_backward(ctx, grad: Tensor):
-    (token_index,) = ctx.saved_tensors
-    return operator("group_gather")(grad, token_index), None, None
+def _register_copies(variant: str) -> None:
+    def gather_backward(ctx, grad: Tensor):
+        (token_index,) = ctx.saved_tensors
+        return operator("group_scatter", variant)(grad, token_index, ctx.num_tokens), None
 
+    def scatter_backward(ctx, grad: Tensor):
+        (token_index,) = ctx.saved_tensors
+        return operator("group_gather", variant)(grad, token_index), None, None
 
-_register("group_gather", _gather_fake, _gather_backward, _gather_setup)
-_register("group_scatter", _scatter_fake, _scatter_backward, _scatter_setup)
+    _register("group_gather", variant, _gather_fake, gather_backward, _gather_setup)
+    _register("group_scatter", variant, _scatter_fake, scatter_backward, _scatter_setup)
 
 
 # --- attention: the fused and the grouped form share one rule -----------------------------------
 
 
-def _register_attention(name: str, num_index_tensors: int) -> None:
+def _register_attention(name: str, variant: str, num_index_tensors: int) -> None:
     """`num_index_tensors`: how many partition tensors stand between table and num_heads."""
 
     def fake(qkv: Tensor, table: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
@@ -125,7 +145,7 @@ def _register_attention(name: str, num_index_tensors: int) -> None:
         need_qkv, need_table = ctx.needs_input_grad[:2]
         if grad_out is None or not (need_qkv or need_table):
             return None, None, *nothing
-        grad_qkv, grad_table = operator(name + "_backward")(
+        grad_qkv, grad_table = operator(name + "_backward", variant)(
             grad_out, *ctx.saved_tensors, *ctx.sizes, need_qkv, need_table
         )
         return grad_qkv if need_qkv else None, grad_table if need_table else None, *nothing
@@ -144,9 +164,13 @@ def _register_attention(name: str, num_index_tensors: int) -> None:
             ' greenmim_kernels.use_backend("reference")'
         )
 
-    _register(name, fake, backward, setup_context)
-    _register(name + "_backward", backward_fake, refuse, lambda ctx, inputs, output: None)
+    _register(name, variant, fake, backward, setup_context)
+    _register(
+        name + "_backward", variant, backward_fake, refuse, lambda ctx, inputs, output: None
+    )
 
 
-_register_attention("block_diagonal_attention", num_index_tensors=2)
-_register_attention("group_window_attention", num_index_tensors=3)
+for _variant in VARIANTS:
+    _register_copies(_variant)
+    _register_attention("block_diagonal_attention", _variant, num_index_tensors=2)
+    _register_attention("group_window_attention", _variant, num_index_tensors=3)

@@ -11,6 +11,7 @@ import torch
 
 import greenmim
 from greenmim.checkpoint import load_state_dict_file
+from greenmim.masking import random_visible
 from greenmim_kernels import use_backend
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
@@ -62,6 +63,35 @@ def official_names(model: greenmim.GreenMIM) -> dict[str, str]:
     names = [name for name in official if not name.endswith("relative_position_index")]
     encoder_first = sorted(with_tables, key=lambda name: not name.startswith("encoder."))
     return dict(zip(encoder_first, names, strict=True))
+
+
+def small(**overrides) -> greenmim.GreenMIM:
+    torch.manual_seed(0)
+    model = greenmim.GreenMIM(greenmim.ModelConfig(**{**SMALL, **overrides}))
+    for parameter in model.parameters():  # biases and norms away from their plain initial values
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.double()
+
+
+def images_for(model: greenmim.GreenMIM, batch: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, *model.config.image_hw, generator=generator).to(
+        next(model.parameters()).dtype
+    )
+
+
+def some_visible(model: greenmim.GreenMIM, batch: int | None = None, seed: int = 0) -> np.ndarray:
+    return random_visible(np.random.default_rng(seed), model.config.num_units, 0.5, batch)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["reference", "cpp"])

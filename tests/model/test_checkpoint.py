@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fractions
 import os
 
 import pytest
@@ -97,7 +98,7 @@ def test_timm_loads_the_encoder(tmp_path):
     for suffix in ("safetensors", "pth"):
         file = tmp_path / f"encoder.{suffix}"
         if suffix == "pth":
-            save_atomic(weights, file)
+            save_atomic({"model": weights}, file)  # as `greenmim convert` writes it
         else:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
         swin = timm.create_model(
@@ -150,9 +151,23 @@ def test_official_pickles_load_without_running_code(tmp_path, model):
             return os.system, (f"touch {tmp_path}/ran",)
 
     torch.save({"model": official, "args": Evil()}, file)
-    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=f"holds a {os.system.__module__}.system.*can run code"):
         load_checkpoint(file)
     assert not (tmp_path / "ran").exists()
+    torch.save({"model": official, "args": fractions.Fraction(1)}, file)
+    with pytest.raises(ValueError, match="holds a fractions.Fraction"):
+        load_checkpoint(file)
+
+
+def test_old_official_pickles(tmp_path, model):
+    """Written by a PyTorch before 1.6, with a path among the arguments."""
+    official = convert_checkpoint(model.state_dict(), source="greenmim", target="official")
+    arguments = argparse.Namespace(output_dir=tmp_path)
+    file = tmp_path / "old.pth"
+    content = {"model": official, "args": arguments}
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    assert_equal(load_state_dict_file(file), official)
+    assert load_checkpoint(file)["args"].output_dir == tmp_path
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])

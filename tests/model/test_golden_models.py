@@ -96,9 +96,7 @@ def test_training_curve(variant, backend):
         betas=CURVE["betas"],
         eps=CURVE["eps"],
     )
-    for step, (mask, lr) in enumerate(
-        zip(arrays["masks"], arrays[f"{variant}__lr"], strict=True)
-    ):
+    for step, (mask, lr) in enumerate(zip(arrays["masks"], arrays[f"{variant}__lr"], strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = float(lr)
         loss = model(images, visible=mask == 0).loss

@@ -1,0 +1,75 @@
+"""Repairs of Triton's interpreter (3.6 to 3.8), for tests only: bfloat16 arithmetic.
+
+The interpreter keeps bfloat16 as 16-bit integers and forgets it in products, arithmetic and some
+casts, so that results are wrong by orders of magnitude without an error. Here bfloat16 values are
+widened to float32 before an operation and rounded to nearest even after it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 bits, to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _is_bf16(handle: Handle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _widened(handle: Handle) -> Handle:
+    return Handle(widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def repair() -> None:
+    """Patch the interpreter of this process, once."""
+    if getattr(Builder, "_bf16_repaired", False):
+        return
+    dot, binary, unary = Builder.create_dot, Builder.binary_op, Builder.unary_op
+    cast, convert = Builder.cast_impl, Builder.create_fp_to_fp
+
+    def create_dot(self, a, b, d, precision, max_imprecise):
+        return dot(self, _widened(a), _widened(b), d, precision, max_imprecise)
+
+    def binary_op(self, left, right, operation):
+        if not (_is_bf16(left) and _is_bf16(right)):
+            return binary(self, left, right, operation)
+        result = operation(widen(left.data), widen(right.data))
+        if result.dtype == bool:
+            return Handle(result, tl.int1)
+        return Handle(narrow(result), tl.bfloat16)
+
+    def unary_op(self, value, operation):
+        if not _is_bf16(value):
+            return unary(self, value, operation)
+        return Handle(narrow(operation(widen(value.data))), tl.bfloat16)
+
+    def cast_impl(self, source, target):
+        if _is_bf16(source) and target.scalar != tl.bfloat16:
+            dtype = interpreter._get_np_dtype(target)
+            return Handle(widen(source.data).astype(dtype), target.scalar)
+        if target.scalar == tl.bfloat16 and not _is_bf16(source):
+            return Handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, source, target)
+
+    def create_fp_to_fp(self, source, target, rounding):
+        if _is_bf16(source) or target.scalar == tl.bfloat16:
+            return cast_impl(self, source, target)
+        return convert(self, source, target, rounding)
+
+    Builder.create_dot, Builder.binary_op, Builder.unary_op = create_dot, binary_op, unary_op
+    Builder.cast_impl, Builder.create_fp_to_fp = cast_impl, create_fp_to_fp
+    Builder._bf16_repaired = True

@@ -1,0 +1,363 @@
+"""Triton's kernels: through the interpreter on any machine, and as they are on a GPU.
+
+The interpreter has to be chosen before a kernel is defined, so without a GPU the tests of this file
+run in a process of their own, started by `test_in_the_interpreter`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import greenmim_kernels as gk
+from greenmim_kernels.backends import triton_interprets
+from greenmim_kernels.ops import SCHEMAS, operator
+from greenmim_kernels.reference import relative_position_bias
+from greenmim_kernels.testing import (
+    Case,
+    assert_within_budget,
+    make_inputs,
+    relative_error,
+    run,
+    visible_tokens,
+)
+
+INTERPRETED = triton_interprets()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def kernel_test(test):
+    """A test that runs kernels: here in the interpreter, else marked for a GPU."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [
+    Case(shifted=True),
+    Case(stage=2, head_dim=16, num_heads=3, batch=3),
+    Case(stage=2, head_dim=64, per_image=True),
+    Case(stage=3, shifted=True, num_heads=1),
+    Case(stage=4, num_heads=2, batch=5),
+    Case(image_size=(96, 64), window_size=5, shifted=True, mask_ratio=0.4, group_size=29),
+    Case(image_size=(32, 32), stage=4, mask_ratio=0, head_dim=16, batch=1),
+    Case(stage=2, window_size=7, group_size=48),
+    Case(stage=2, window_size=14, shifted=True, head_dim=16),
+    Case(stage=2, window_size=14, group_size=150, head_dim=64, num_heads=1),
+    Case(stage=1, window_size=14, image_size=(128, 160), per_image=True, num_heads=1),
+    Case(image_size=(64, 64), window_size=16, mask_ratio=0, num_heads=1, batch=1),
+]
+
+if INTERPRETED:
+    # pytest puts this file's folder on the path, which does not make it a package.
+    from interpreter import repair
+
+    repair()
+
+
+@pytest.mark.skipif(
+    INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process"
+)
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
+
+
+def budget_of(inputs, plain_dtype):
+    """What plain PyTorch in the same precision costs: products of rounded probabilities, as here."""
+
+    def attention(qkv, table, part, num_heads):
+        x = gk.group_gather(qkv, part)
+        q, k, v = x.unflatten(-1, (3, num_heads, -1)).movedim(3, 0).transpose(-2, -3).unbind(0)
+        same = (part.window_id[..., :, None] == part.window_id[..., None, :])[:, :, None]
+        bias = relative_position_bias(table, part.window_id, part.coords, part.window_size)
+        scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5 + bias
+        p = scores.masked_fill(~same, -math.inf).softmax(-1).to(plain_dtype)
+        out = (p @ v).transpose(-2, -3).flatten(-2)
+        return gk.group_scatter(out, part)
+
+    with gk.use_backend("reference"):
+        return run(inputs, attention)
+
+
+def assert_agrees(inputs):
+    with gk.use_backend("triton"):
+        actual = run(inputs)
+    with gk.use_backend("reference"):
+        exact = run(inputs.to(torch.float64))
+    assert actual["out"].dtype == actual["grad_qkv"].dtype == inputs.qkv.dtype
+    assert_within_budget(actual, budget_of(inputs, inputs.qkv.dtype), exact)
+    return actual
+
+
+@kernel_test
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_reference(case, dtype):
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype), device=DEVICE)
+    first = assert_agrees(inputs)
+    with gk.use_backend("triton"):
+        for name, value in run(inputs).items():
+            assert torch.equal(value, first[name]), f"{name} differs between two runs"
+
+
+@kernel_test
+# No shrinking: the interpreter takes seconds for an example, and the drawn case is small enough.
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    st.builds(
+        Case,
+        image_size=st.tuples(st.integers(1, 3), st.integers(1, 3)).map(
+            lambda units: (32 * units[0], 32 * units[1])
+        ),
+        stage=st.integers(1, 4),
+        window_size=st.integers(1, 10),
+        shifted=st.booleans(),
+        batch=st.integers(1, 3),
+        num_heads=st.integers(1, 2),
+        head_dim=st.sampled_from([16, 32]),
+        mask_ratio=st.sampled_from([0.0, 0.3, 0.6]),
+        per_image=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+    ),
+    st.integers(0, 1000),
+)
+def test_agrees_with_the_reference_on_drawn_shapes(case, seed):
+    assert_agrees(make_inputs(case, seed, device=DEVICE))
+
+
+@kernel_test
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("window", [7, 14])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_block_diagonal_attention_neither_reads_nor_fills_padding(dtype, window, per_image):
+    case = Case(stage=2, window_size=window, per_image=per_image, dtype=dtype, shifted=True,
+                group_size=49 if window == 7 else 200)  # fmt: skip
+    inputs = make_inputs(case, device=DEVICE)
+    part = inputs.part
+    padding = (part.token_index < 0).expand(2, -1, -1)
+    assert padding.any()
+    with gk.use_backend("triton"):
+        fused = run(inputs)
+        x = gk.group_gather(inputs.qkv, part).masked_fill(padding[..., None], math.nan)
+        table = inputs.table.requires_grad_()
+        out = gk.block_diagonal_attention(x.requires_grad_(), table, part, inputs.num_heads)
+        grad = gk.group_gather(inputs.grad_out, part).masked_fill(padding[..., None], math.nan)
+        grad_x, grad_table = torch.autograd.grad(out, (x, table), grad)
+        assert (out[padding] == 0).all()
+        assert (grad_x[padding] == 0).all()
+        assert torch.equal(gk.group_scatter(out, part), fused["out"])
+        assert torch.equal(gk.group_scatter(grad_x, part), fused["grad_qkv"])
+        assert relative_error(grad_table, fused["grad_table"]) < 1e-6
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("channels", [1, 24, 300])
+def test_gather_and_scatter(dtype, per_image, channels):
+    part = make_inputs(Case(stage=2, batch=3, per_image=per_image), device=DEVICE).part
+    x = torch.randn(3, part.num_tokens, channels, device=DEVICE).to(dtype)
+    with gk.use_backend("reference"):
+        expected = gk.group_gather(x, part)
+    with gk.use_backend("triton"):
+        gathered = gk.group_gather(x, part)
+        assert torch.equal(gathered, expected)
+        poisoned = gathered.masked_fill((part.token_index < 0)[..., None], math.nan)
+        assert torch.equal(gk.group_scatter(poisoned, part), x)
+
+
+@kernel_test
+def test_empty_groups_and_empty_batch():
+    case = Case(stage=2, shifted=True)
+    window, shift = case.window_and_shift()
+    inputs = make_inputs(case, device=DEVICE)
+    capacity = gk.partition_capacity(case.grid, window, shift, inputs.part.num_tokens)
+    part = gk.group_partition(visible_tokens(case), window, shift, capacity=capacity + 2)
+    padded = dataclasses.replace(inputs, part=part.to(DEVICE))
+    with gk.use_backend("triton"):
+        expected = run(inputs)
+        for name, value in run(padded).items():
+            assert relative_error(value, expected[name]) < 1e-5, name
+        empty = dataclasses.replace(inputs, qkv=inputs.qkv[:0], grad_out=inputs.grad_out[:0])
+        assert (run(empty)["grad_table"] == 0).all()
+
+
+@kernel_test
+@pytest.mark.parametrize("window", [7, 14])
+@pytest.mark.parametrize("only", ["qkv", "table"])
+def test_one_gradient_and_no_table(window, only):
+    case = Case(stage=2, window_size=window, group_size=49 if window == 7 else 200)
+    inputs = make_inputs(case, device=DEVICE)
+    with gk.use_backend("triton"):
+        expected = run(inputs)[f"grad_{only}"]
+        leaf = getattr(inputs, only).requires_grad_()
+        out = gk.group_window_attention(inputs.qkv, inputs.table, inputs.part, inputs.num_heads)
+        out.backward(inputs.grad_out)
+        assert torch.equal(leaf.grad, expected)
+        qkv = inputs.qkv.detach().requires_grad_()
+        out = gk.group_window_attention(qkv, None, inputs.part, inputs.num_heads, scale=0.3)
+        (grad,) = torch.autograd.grad(out, qkv, inputs.grad_out)
+    with gk.use_backend("reference"):
+        qkv = inputs.qkv.detach().requires_grad_()
+        out2 = gk.group_window_attention(qkv, None, inputs.part, inputs.num_heads, scale=0.3)
+        (grad2,) = torch.autograd.grad(out2, qkv, inputs.grad_out)
+    assert relative_error(out, out2) < 1e-5 and relative_error(grad, grad2) < 1e-5
+
+
+@kernel_test
+def test_images_per_program_change_no_output(monkeypatch):
+    """However the batch is cut into programs; the table's sums are cut differently."""
+    from greenmim_kernels._triton import operators
+
+    inputs = make_inputs(Case(stage=3, batch=7, shifted=True), device=DEVICE)
+    results = []
+    for images in (1, 3, 7):
+        monkeypatch.setattr(operators, "images_per_program", lambda *_, images=images: images)
+        with gk.use_backend("triton"):
+            results.append(run(inputs))
+    for other in results[1:]:
+        assert torch.equal(other["out"], results[0]["out"])
+        assert torch.equal(other["grad_qkv"], results[0]["grad_qkv"])
+        assert relative_error(other["grad_table"], results[0]["grad_table"]) < 1e-5
+
+
+@kernel_test
+def test_a_gradient_that_is_not_finite_shows():
+    inputs = make_inputs(Case(stage=3), device=DEVICE)
+    for value in (math.nan, math.inf):
+        inputs.grad_out[0, 0, 0] = value
+        with gk.use_backend("triton"):
+            assert not run(inputs)["grad_table"].isfinite().all()
+
+
+@kernel_test
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_gradients_of_any_size_reach_the_table(scale):
+    """The sums are integers on the way; their power of two follows the gradient."""
+    inputs = make_inputs(Case(stage=3, num_heads=1), device=DEVICE)
+    with gk.use_backend("triton"):
+        expected = run(inputs)["grad_table"]
+        inputs.grad_out *= scale
+        scaled = run(inputs)["grad_table"]
+    assert relative_error(scaled.double() / scale, expected) < 1e-5
+
+
+@kernel_test
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck(name):
+    inputs = make_inputs(Case(stage=3, batch=2, num_heads=1, head_dim=16), device=DEVICE)
+    part = inputs.part
+    sizes = (inputs.num_heads, *part.window_size, 0.3)
+    grouped = name.startswith("block_diagonal") or name == "group_scatter"
+    with gk.use_backend("reference"):
+        qkv = gk.group_gather(inputs.qkv, part) if grouped else inputs.qkv
+        grad = gk.group_gather(inputs.grad_out, part) if grouped else inputs.grad_out
+    indices = (part.window_id, part.coords)
+    if not grouped:
+        indices = (part.token_index, *indices)
+    if name == "group_gather":
+        arguments = (qkv.requires_grad_(), part.token_index)
+    elif name == "group_scatter":
+        arguments = (qkv.requires_grad_(), part.token_index, part.num_tokens)
+    elif name.endswith("_backward"):
+        forward = operator(name.removesuffix("_backward"), "_triton")
+        saved = forward(qkv, inputs.table, *indices, *sizes)
+        arguments = (grad, qkv, inputs.table, *saved, *indices, *sizes, True, True)
+    else:
+        arguments = (qkv.requires_grad_(), inputs.table.requires_grad_(), *indices, *sizes)
+    torch.library.opcheck(operator(name, "_triton"), arguments)
+
+
+@kernel_test
+def test_compiles_whole():
+    inputs = make_inputs(Case(stage=3, shifted=True), device=DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(gk.group_window_attention, fullgraph=True, backend="aot_eager")
+    with gk.use_backend("triton"):
+        expected = run(inputs)
+        for name, value in run(inputs, compiled).items():
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.gpu
+def test_no_wait_for_the_device_and_a_cuda_graph():
+    """Forward and backward never wait, and replay from a graph when the mask changes."""
+    case = Case(stage=2, shifted=True, batch=4, dtype=torch.bfloat16)
+    window, shift = case.window_and_shift()
+    inputs = make_inputs(case, device="cuda")
+    capacity = gk.partition_capacity(case.grid, window, shift, inputs.part.num_tokens)
+
+    def partition(seed):
+        grid = visible_tokens(case, seed)
+        return gk.group_partition(grid, window, shift, capacity=capacity).to("cuda")
+
+    static = dataclasses.replace(inputs, part=partition(0))
+    with gk.use_backend("triton"):
+        run(static)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(static)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run(static)
+        for seed in (1, 2):
+            other = partition(seed)
+            for name in ("token_index", "window_id", "coords"):
+                getattr(static.part, name).copy_(getattr(other, name))
+            graph.replay()
+            for name, value in run(dataclasses.replace(inputs, part=other)).items():
+                assert torch.equal(results[name], value), name
+
+
+@kernel_test
+def test_what_it_cannot_do_is_said():
+    inputs = make_inputs(Case(stage=3, head_dim=24), device=DEVICE)
+    with gk.use_backend("triton"), pytest.raises(ValueError, match="head dims 16, 32, 64, not 24"):
+        run(inputs)
+    large = make_inputs(Case(stage=3, group_size=300), device=DEVICE)
+    with gk.use_backend("triton"), pytest.raises(ValueError, match="at most 256 slots, not 300"):
+        run(large)
+    with gk.use_backend("triton"), pytest.raises(ValueError, match="not float64"):
+        run(make_inputs(Case(stage=3, dtype=torch.float64), device=DEVICE))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
+def test_the_repaired_interpreter_rounds_bfloat16():
+    import triton
+    import triton.language as tl
+    from interpreter import narrow, widen
+
+    values = torch.cat([torch.randn(1000) * 10.0**e for e in (-30, -3, 0, 30)])
+    assert torch.equal(
+        torch.from_numpy(widen(narrow(values.numpy()))), values.bfloat16().float()
+    )
+
+    @triton.jit
+    def kernel(p_x, p_y, p_product, p_sum, N: tl.constexpr):
+        o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+        b_x, b_y = tl.load(p_x + o), tl.load(p_y + o)
+        tl.store(p_product + o, tl.dot(b_x, b_y))
+        tl.store(p_sum + o, (b_x.to(tl.float32) * 2.0).to(tl.bfloat16) + b_y)
+
+    x, y = torch.randn(2, 16, 16).bfloat16().unbind(0)
+    product, total = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
+    kernel[(1,)](x, y, product, total, 16)
+    torch.testing.assert_close(product, x.float() @ y.float())
+    assert torch.equal(total, (x.float() * 2).bfloat16() + y)

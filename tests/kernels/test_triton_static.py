@@ -1,0 +1,63 @@
+"""Every shipped launch compiled ahead of time for three architectures, without a GPU.
+
+The figures stand in a committed file, so that a change in registers shows in a diff:
+`python -m greenmim_kernels._triton.ahead_of_time` rewrites it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from greenmim_kernels.backends import triton_interprets
+
+if triton_interprets():
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from greenmim_kernels._triton import ahead_of_time
+from greenmim_kernels._triton.launch import HEAD_DIMS, launch_table
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, dict[str, dict[str, int]]]:
+    return ahead_of_time.compile_all()
+
+
+def test_the_table_has_every_class_and_is_not_long():
+    table = launch_table()
+    assert len(table) <= 60
+    for precision in ("16bit", "fp32"):
+        for head_dim in HEAD_DIMS:
+            names = [f"fwd-{tile}-{head_dim}-{precision}" for tile in (16, 32, 64, "long")]
+            for kernel in ("bwd_query", "bwd_key", "bwd_table"):
+                names.append(f"{kernel}-long-{head_dim}-{precision}")
+            largest = ahead_of_time.LARGEST_BACKWARD_TILE[precision][head_dim]
+            names += [
+                f"bwd-{tile}-{head_dim}-{precision}" for tile in (16, 32, 64) if tile <= largest
+            ]
+            assert set(names) <= set(table)
+
+
+def test_no_spills_wide_loads_and_room_in_shared_memory(figures):
+    for name, by_architecture in figures.items():
+        _, _, head_dim, precision = name.split("-")
+        for architecture, found in by_architecture.items():
+            where = f"{name} on sm_{architecture}: {found}"
+            assert found["shared_bytes"] <= ahead_of_time.SHARED_LIMIT[int(architecture)], where
+            assert found["loads_16_bytes"] > 0, where
+            if precision == "16bit":
+                assert found["tensor_core"] > 0, where
+            if precision == "16bit" or head_dim != "64":
+                assert found["spill_loads"] == found["spill_stores"] == 0, where
+
+
+def test_the_committed_figures_are_these(figures):
+    file = ahead_of_time.FIGURES
+    committed = json.loads(file.read_text())
+    assert sorted(committed["launches"]) == sorted(figures), f"rewrite {file}"
+    if committed["triton"] != ahead_of_time.triton.__version__:
+        pytest.skip(f"the figures are of triton {committed['triton']}")
+    assert committed["launches"] == figures, f"rewrite {file}"
