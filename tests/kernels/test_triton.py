@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -69,7 +70,8 @@ def test_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    root = pathlib.Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "passed" in done.stdout
 
@@ -291,6 +293,42 @@ def test_compiles_whole():
         expected = run(inputs)
         for name, value in run(inputs, compiled).items():
             assert torch.equal(value, expected[name]), name
+
+
+@kernel_test
+@pytest.mark.parametrize("name", ["fwd-16-16-16bit", "bwd-16-16-fp32"])
+def test_the_search_leaves_out_what_is_wrong_and_sorts_the_rest(name, monkeypatch):
+    import triton.testing
+
+    from benchmarks import tune
+    from greenmim_kernels._triton import launch
+
+    shipped = launch.launch_table()[name]
+    slow = dataclasses.replace(shipped, images=shipped.images + 1)
+    broken = dataclasses.replace(shipped, images=shipped.images + 2)
+    times = iter([2.0, 1.0])
+    monkeypatch.setattr(tune, "DEVICE", DEVICE)
+    monkeypatch.setattr(tune, "CHANNELS", 16)
+    small = {"window_size": 4, "group_size": 16, "image_size": (64, 64)}
+    monkeypatch.setitem(tune.PROBLEMS, "16", small)
+    monkeypatch.setattr(tune, "candidates", lambda _: [shipped, slow, broken])
+    monkeypatch.setattr(triton.testing, "do_bench", lambda *_, **__: [next(times)] * 3)
+    original = tune.runner
+
+    def runner(name, inputs):
+        run = original(name, inputs)
+
+        def wrong_where_broken():
+            out = run()
+            return [t + (launch.launch_table()[name] == broken) for t in out]
+
+        return wrong_where_broken
+
+    monkeypatch.setattr(tune, "runner", runner)
+    rows = tune.tune(name, batch=1)
+    assert [row.get("ms") for row in rows] == [1.0, 2.0, None]
+    assert rows[0]["images"] == slow.images and "differs" in rows[2]["refused"]
+    assert launch.launch_table()[name] == shipped
 
 
 @pytest.mark.gpu

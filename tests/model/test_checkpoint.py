@@ -200,8 +200,13 @@ def test_save_atomic_keeps_the_old_file(tmp_path):
         save_atomic({"step": lambda: 2}, file)
     assert os.listdir(tmp_path) == ["last.pth"]
     assert load_checkpoint(file) == {"step": 1}
+    old = file.read_bytes()
+    with open(file, "rb") as reader:  # whoever reads the old file meanwhile reads all of it
+        save_atomic({"step": 2}, file)
+        assert reader.read() == old
+    assert load_checkpoint(file) == {"step": 2}
     with pytest.raises(OSError):
-        save_atomic({"step": 2}, tmp_path / "missing" / "last.pth")
+        save_atomic({"step": 3}, tmp_path / "missing" / "last.pth")
     if os.path.exists("/dev/full"):
         # A device that is always full: torch's writer must come out as an OSError.
         link = tmp_path / f".full.pth.{os.getpid()}"

@@ -80,6 +80,15 @@ def test_planning_a_step_is_quick():
     assert min(seconds) < 2e-3
 
 
+def test_a_plan_is_not_changed_by_what_becomes_of_the_mask():
+    model = small()
+    for visible in (some_visible(model), torch.from_numpy(some_visible(model, 3))):
+        plan = model.plan(visible)
+        before = plan.visible.clone()
+        visible[:] = ~visible
+        assert torch.equal(plan.visible, before)
+
+
 def test_plans_move_and_stay_whole():
     model = small(image_size=(224, 224), window_size=7)
     plan = model.plan(some_visible(model))

@@ -1,0 +1,148 @@
+"""Search for the launch parameters of the Triton kernels on this GPU.
+
+    python -m benchmarks.tune                   # measure every class and write the launch table
+    python -m benchmarks.tune --only fwd-64     # classes whose name holds this
+    python -m benchmarks.tune --dry-run         # say what would be measured, on any machine
+
+Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with what the shipped
+launch computes before it is timed; one that differs, does not compile or does not fit is left out.
+The table is written whole, at the end and after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+
+import torch
+
+from greenmim_kernels._triton import launch, operators
+from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
+
+from .environment import describe, folder_of
+
+DEVICE = "cuda"
+CHANNELS = 128  # of Swin-B at stage 1
+# The problem that stands for a tile: the widest windows whose groups have that many slots.
+PROBLEMS = {
+    "16": {"window_size": 4, "group_size": 16},
+    "32": {"window_size": 5, "group_size": 32},
+    "64": {"window_size": 7, "group_size": 64},
+    "long": {"window_size": 14, "group_size": 208},
+}
+WARPS = {"16": (1, 2), "32": (1, 2, 4), "64": (2, 4, 8), "long": (2, 4, 8)}
+STAGES = (1, 2, 3)
+IMAGES = (4, 8, 16, 32)
+LONG_BLOCKS = (32, 64)
+
+
+def candidates(name: str) -> list[launch.Launch]:
+    """What is tried for a class, the shipped launch first."""
+    tile = name.split("-")[1]
+    blocks = LONG_BLOCKS if tile == "long" else (int(tile),)
+    tried = [launch.launch_table()[name]]
+    for warps, stages, images, block in itertools.product(WARPS[tile], STAGES, IMAGES, blocks):
+        found = launch.Launch(warps, stages, images, block)
+        if found not in tried:
+            tried.append(found)
+    return tried
+
+
+def problem_of(name: str, batch: int) -> Inputs:
+    """Inputs of a class."""
+    _, tile, head_dim, precision = name.split("-")
+    case = Case(
+        batch=batch,
+        head_dim=int(head_dim),
+        num_heads=CHANNELS // int(head_dim),
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        **PROBLEMS[tile],
+    )
+    return make_inputs(case, device=DEVICE)
+
+
+def runner(name: str, inputs: Inputs):
+    """A function that runs the kernels of a class once and returns what they wrote."""
+    part = inputs.part
+    sizes = (inputs.num_heads, *part.window_size, 0.2)
+    arguments = (inputs.table, part.token_index, part.window_id, part.coords)
+    saved = operators.group_window_attention(inputs.qkv, *arguments, *sizes)
+    kernel = name.split("-")[0]
+    if kernel == "fwd":
+        return lambda: operators.group_window_attention(inputs.qkv, *arguments, *sizes)
+    # The kernels of a long backward pass run together; each is tuned with the others as they are.
+    return lambda: operators.group_window_attention_backward(
+        inputs.grad_out, inputs.qkv, inputs.table, *saved, *arguments[1:], *sizes, True, True
+    )
+
+
+def tune(name: str, batch: int) -> list[dict]:
+    """Measure the candidates of a class; rows sorted by time, the fastest first."""
+    import triton.testing
+
+    table = launch.launch_table()
+    shipped = table[name]
+    run = runner(name, problem_of(name, batch))
+    expected = [tensor.clone() for tensor in run()]
+    rows = []
+    try:
+        for candidate in candidates(name):
+            table[name] = candidate
+            row = dataclasses.asdict(candidate)
+            try:
+                errors = [relative_error(a, b) for a, b in zip(run(), expected, strict=True)]
+                if max(errors) > 1e-2:
+                    row["refused"] = f"differs by {max(errors):.1e}"
+                else:
+                    times = triton.testing.do_bench(run, quantiles=[0.5, 0.2, 0.8])
+                    row |= dict(zip(("ms", "ms_p20", "ms_p80"), times, strict=True))
+            except Exception as error:  # out of resources, or the compiler gives up
+                row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            rows.append(row)
+    finally:
+        table[name] = shipped
+    return sorted(rows, key=lambda row: row.get("ms", float("inf")))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="part of a class's name")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--dry-run", action="store_true", help="measure nothing")
+    options = parser.parse_args(argv)
+    names = [name for name in launch.launch_table() if options.only in name]
+    if options.dry_run:
+        for name in names:
+            print(f"{name:<28}{len(candidates(name)):>4} candidates")
+        return 0
+    if not torch.cuda.is_available():
+        print("benchmarks.tune needs a CUDA device; --dry-run says what it would do.", file=sys.stderr)
+        return 2
+    device = torch.cuda.get_device_name()
+    results, best = {}, dict(launch.launch_table())
+    try:
+        for name in names:
+            results[name] = rows = tune(name, options.batch)
+            if "ms" in rows[0]:
+                best[name] = launch.Launch(**{k: rows[0][k] for k in dataclasses.asdict(best[name])})
+            print(f"{name:<28}{rows[0].get('ms', float('nan')):>9.4f} ms  {best[name]}", flush=True)
+    finally:
+        folder = folder_of(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {**describe(torch.get_num_threads()), "device": device}
+        _write(folder / "tune.json", {"environment": environment, "classes": results})
+        _write(launch.TABLE, {name: dataclasses.asdict(value) for name, value in best.items()})
+    return 0
+
+
+def _write(file, content) -> None:
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
