@@ -8,14 +8,15 @@
 #   PYTHON=python3.12   interpreter that makes the environment
 #   VENV=.venv          where the environment is
 #   VENV=               use the interpreter in PYTHON as it is, install nothing
-#   TORCH="torch torchvision"   what to install as torch, for example "torch==2.14.1 torchvision==0.29.1"
+#   TORCH="torch torchvision"   what to install as torch (default: the versions this is tested with)
 #   PIP_ARGS=           more arguments for pip when it installs torch, such as an index of CPU builds
 #   OUT=runs/demo       where the demo writes
 #   ARGS=               more arguments for pytest, the demo or the benchmark
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch torchvision
+# The versions this release is tested with.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 PIP_ARGS ?=
 OUT ?= runs/demo
 ARGS ?=

@@ -35,7 +35,7 @@ def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:
 
 
 def toolkit_of_nvcc() -> str | None:
-    """Where the nvcc on PATH has its headers: it may be a link or a script that calls the real one."""
+    """Where the nvcc on PATH has its headers: it may be a script that calls the real one."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
@@ -55,7 +55,9 @@ def toolkit_problem(home: str | None, torch_cuda: str | None) -> str | None:
         return "no CUDA toolkit was found, so put nvcc on PATH or set CUDA_HOME"
     root = pathlib.Path(home)
     if not (root / "bin" / "nvcc").exists() or not (root / "include" / "cuda_runtime.h").exists():
-        return f"{home} has no bin/nvcc or include/cuda_runtime.h, so set CUDA_HOME to a whole toolkit"
+        return (
+            f"{home} has no bin/nvcc or include/cuda_runtime.h, so set CUDA_HOME to a whole toolkit"
+        )
     if not any(root.glob("lib*/libcudart*")) and not any(root.glob("targets/*/lib/libcudart*")):
         return f"{home} has no libcudart, so set CUDA_HOME to a whole toolkit"
     version = subprocess.run(

@@ -1,7 +1,7 @@
 """The README's table of measurements, made from the result files alone.
 
-    python -m benchmarks.report           # rewrite the table in README.md
-    python -m benchmarks.report --check   # exit 1 if it is not what the files say
+python -m benchmarks.report           # rewrite the table in README.md
+python -m benchmarks.report --check   # exit 1 if it is not what the files say
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 HEADER = """\
 Forward + backward of one attention layer of Swin-B (window 7, three quarters hidden) on {device},
-{threads} threads ({cpu_capability}), {system}, torch {torch}, commit {commit:.9}. *Naive* is grouped
-masked attention in eager PyTorch (gather, dense scores, dense bias, mask, softmax, scatter);
-*memory* is extra memory, the peak minus inputs, outputs and gradients of the inputs, from PyTorch's
-record of tensor allocations, and in brackets from the resident memory of the process.
+{threads} threads ({cpu_capability}), {system}, torch {torch}, commit {commit:.9}. *Naive* is
+grouped masked attention in eager PyTorch (gather, dense scores, dense bias, mask, softmax, scatter);
+*memory* is extra memory, the peak minus inputs, outputs and gradients of the inputs, from
+PyTorch's record of tensor allocations, and in brackets from the resident memory of the process.
 
 | stage | tokens per image | naive | fused | faster | memory |
 |---|---|---|---|---|---|

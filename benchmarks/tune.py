@@ -4,8 +4,8 @@
     python -m benchmarks.tune --only fwd-64     # classes whose name holds this
     python -m benchmarks.tune --dry-run         # say what would be measured, on any machine
 
-Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with what the shipped
-launch computes before it is timed; one that differs, does not compile or does not fit is left out.
+Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with what the
+shipped launch computes before it is timed; one that differs, does not compile or does not fit is left out.
 The table is written whole, at the end and after an interruption.
 """
 
@@ -119,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:<28}{len(candidates(name)):>4} candidates")
         return 0
     if not torch.cuda.is_available():
-        print("benchmarks.tune needs a CUDA device; --dry-run says what it would do.", file=sys.stderr)
+        print(
+            "benchmarks.tune needs a CUDA device; --dry-run says what it would do.", file=sys.stderr
+        )
         return 2
     device = torch.cuda.get_device_name()
     results, best = {}, dict(launch.launch_table())
@@ -127,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             results[name] = rows = tune(name, options.batch)
             if "ms" in rows[0]:
-                best[name] = launch.Launch(**{k: rows[0][k] for k in dataclasses.asdict(best[name])})
+                best[name] = launch.Launch(
+                    **{k: rows[0][k] for k in dataclasses.asdict(best[name])}
+                )
             print(f"{name:<28}{rows[0].get('ms', float('nan')):>9.4f} ms  {best[name]}", flush=True)
     finally:
         folder = folder_of(device)

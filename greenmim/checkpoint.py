@@ -27,6 +27,9 @@ _ENCODER = "encoder."
 _DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 # Derived from the sizes, and rebuilt where a kind has them.
 _BUFFERS = ("relative_position_index", "attn_mask")
+# What official files hold beside tensors and plain values: the command line they were made with.
+_PLAIN_CLASSES = [argparse.Namespace, pathlib.PosixPath]
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def convert_checkpoint(
@@ -75,7 +78,9 @@ def _read(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], d
         encoder = {n: t for n, t in tensors.items() if not n.startswith("head.")}
         decoder = {}
     else:
-        encoder = {n.removeprefix(_ENCODER): t for n, t in tensors.items() if n.startswith(_ENCODER)}
+        encoder = {
+            n.removeprefix(_ENCODER): t for n, t in tensors.items() if n.startswith(_ENCODER)
+        }
         decoder = {n: t for n, t in tensors.items() if not n.startswith(_ENCODER)}
     strangers = [n for n in encoder if not n.startswith(("patch_embed.", "layers.", "norm."))]
     strangers += [n for n in decoder if not n.startswith(("decoder_", "mask_token"))]
@@ -126,14 +131,15 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The whole content of a checkpoint file, on the CPU.
 
     Pickles are read with ``weights_only``: tensors and plain values, the ``argparse.Namespace`` of
-    official files, and no code.
+    official files with its paths, and no code.
 
     Args:
         path: a .safetensors file, or one written by ``torch.save``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or holds something else than a dict.
+        ValueError: the file cannot be read, or holds an object of another class (which is named),
+            or something else than a dict.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -141,12 +147,18 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (
         safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError,
         UnicodeDecodeError,
     ) as error:  # fmt: skip
+        refused = _REFUSED.search(str(error))
+        if refused:
+            raise ValueError(
+                f"{path} holds a {refused[1]}, and only tensors and plain values are read, for a"
+                " pickle can run code; save its state dict alone"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
     if not isinstance(content, dict):

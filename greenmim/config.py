@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
+from operator import index
 
 UNIT_PIXELS = 32
 PATCH_PIXELS = 4
@@ -48,25 +50,20 @@ class ModelConfig:
     norm_pix_loss: bool = True
 
     def __post_init__(self) -> None:
-        # Lists come from YAML; a frozen dataclass is set this way.
+        # YAML brings lists and NumPy its own integers; a frozen dataclass is set this way.
+        sides = check_image_size(self.image_size)
+        pair = isinstance(self.image_size, (tuple, list))
+        object.__setattr__(self, "image_size", sides if pair else sides[0])
         for name in ("depths", "num_heads"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
+            object.__setattr__(self, name, _positive_integers(getattr(self, name), name))
+        for name in ("window_size", "embed_dim", "decoder_dim", "decoder_heads"):
+            object.__setattr__(self, name, _integer(getattr(self, name), name, 1))
+        object.__setattr__(self, "decoder_depth", _integer(self.decoder_depth, "decoder_depth", 0))
         self._check()
 
     def _check(self) -> None:
-        check_image_size(self.image_size)
-        for name in ("depths", "num_heads"):
-            values = getattr(self, name)
-            if len(values) != NUM_STAGES or min(values) < 1:
-                raise ValueError(f"{name} must be {NUM_STAGES} positive numbers, got {values}")
-        positive = ("window_size", "embed_dim", "decoder_dim", "decoder_heads", "norm_eps")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.decoder_depth < 0:
-            raise ValueError(f"decoder_depth must not be negative, got {self.decoder_depth}")
+        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be at least 0 and below 1, got {self.drop_path}")
         for stage, (dim, heads) in enumerate(zip(self.stage_dims, self.num_heads, strict=True), 1):
@@ -125,12 +122,36 @@ def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: a side is not a positive multiple of 32.
     """
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    try:
+        sides = tuple(index(side) for side in sides)
+    except TypeError:
+        sides = ()
     if len(sides) != 2 or any(side < UNIT_PIXELS or side % UNIT_PIXELS for side in sides):
         raise ValueError(
-            f"image_size must be one or two positive multiples of {UNIT_PIXELS}, got {image_size}"
+            f"image_size must be one or two positive multiples of {UNIT_PIXELS}, got {image_size!r}"
         )
     return sides
+
+
+def _integer(value: int, name: str, least: int) -> int:
+    try:
+        number = index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return number
+
+
+def _positive_integers(values: Sequence[int], name: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(index(value) for value in values)
+    except TypeError:
+        numbers = ()
+    if len(numbers) != NUM_STAGES or min(numbers) < 1:
+        raise ValueError(f"{name} must be {NUM_STAGES} positive integers, got {values!r}")
+    return numbers
 
 
 _TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}

@@ -16,6 +16,7 @@ from greenmim_kernels.backends import (
     OPERATORS,
     PREFERENCE,
     automatic_backend,
+    cpu_capability,
     load_library,
 )
 
@@ -54,12 +55,7 @@ def report() -> str:
         ]
     )
     lines += ["", "backends"]
-    lines += _table(
-        [
-            (name, "works" if reason is None else f"not here: {reason}")
-            for name, reason in available_backends().items()
-        ]
-    )
+    lines += _table([(name, _state(name, reason)) for name, reason in available_backends().items()])
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     lines += [
         "",
@@ -86,6 +82,12 @@ def _choices() -> list[str]:
         order = ", ".join(PREFERENCE["cuda"])
         lines.append(f"  cuda  no GPU here; with one, the first of these that works: {order}")
     return lines
+
+
+def _state(name: str, reason: str | None) -> str:
+    if reason is not None:
+        return f"not here: {reason}"
+    return f"works ({cpu_capability()})" if name == "cpp" else "works"
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

@@ -105,7 +105,7 @@ class GreenMIM(nn.Module):
 
         Raises:
             ValueError: images or mask of the wrong shape, no visible unit, counts that differ
-                between images, or both `visible` and `plan`.
+                between images, a plan made for another model, or both `visible` and `plan`.
         """
         self._check_images(images, self.config.image_hw)
         if plan is None:
@@ -116,6 +116,12 @@ class GreenMIM(nn.Module):
             plan = self.plan(visible)
         elif visible is not None:
             raise ValueError("visible and plan say the same twice; give one of them")
+        grid, expected = plan.partitions[0][0].grid_size, self.planner.stages[0][0]
+        if grid != expected:
+            raise ValueError(
+                f"the plan is for {grid[0]} x {grid[1]} patches and this model has {expected[0]} x"
+                f" {expected[1]}; make it with this model's plan()"
+            )
         if len(plan.visible) not in (1, len(images)):
             raise ValueError(
                 f"the masks are for {len(plan.visible)} images and the batch has {len(images)};"
@@ -158,7 +164,7 @@ class GreenMIM(nn.Module):
         return target
 
     def patchify(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, L, 3072]: pixels of each unit in row, column, channel order."""
+        """images [B, 3, H, W] -> [B, L, 3072]: each unit's pixels by row, column, channel."""
         side = UNIT_PIXELS
         x = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, h, 32, w, 32]
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -200,7 +206,7 @@ class GreenMIM(nn.Module):
         return [x.transpose(1, 2).unflatten(2, grid).contiguous() for x, (grid, _, _) in maps]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: 1-d, tables, tokens, positions."""
+        """Names of the parameters without weight decay: 1-d, tables, tokens, positions."""
         tokens = ("relative_position_bias_table", "mask_token", "decoder_pos_embed")
         return {
             name

@@ -1,12 +1,13 @@
 """What a step needs to know about its masks, worked out on the CPU ahead of the step.
 
 The shapes of a plan depend on the configuration and the number of visible units alone, never on
-which units are visible: a step that is given its plan has no host synchronisation, and compiles once.
+which units are visible: a step given its plan does not wait for the host, and compiles once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -86,26 +87,21 @@ class Planner:
             ValueError: wrong shape or dtype, no visible unit, or counts that differ between images.
         """
         units = self._check(visible)
-        stages = []
-        for index, (grid, window, shift) in enumerate(self.stages):
-            scale = grid[0] // self.unit_grid[0]
-            tokens = units.reshape(-1, *self.unit_grid).repeat(scale, 1).repeat(scale, 2)
+        blocks = units.reshape(-1, *self.unit_grid)
+        scales = [grid[0] // self.unit_grid[0] for grid, _, _ in self.stages]
+        grids = [blocks.repeat(scale, 1).repeat(scale, 2) for scale in scales]  # [P, H, W] each
+        partitions = []
+        for tokens, (_, window, shift) in zip(grids, self.stages, strict=True):
             count = int(tokens[0].sum())
             even = self._partition(tokens, window, (0, 0), count)
             odd = self._partition(tokens, window, shift, count) if any(shift) else even
-            if index == 0:
-                patch_index = _positions(tokens)
-                merges = []
-            else:
-                merges.append(merge_partition(previous, tokens))
-            previous = tokens
-            stages.append((even, odd))
+            partitions.append((even, odd))
         return Plan(
             visible=torch.from_numpy(units),
             unit_index=_positions(units),
-            patch_index=patch_index,
-            partitions=tuple(stages),
-            merges=tuple(merges),
+            patch_index=_positions(grids[0]),
+            partitions=tuple(partitions),
+            merges=tuple(merge_partition(fine, coarse) for fine, coarse in pairwise(grids)),
         )
 
     def _check(self, visible: np.ndarray | Tensor) -> np.ndarray:

@@ -26,7 +26,9 @@ OPERATORS = (
     "group_window_attention",
 )
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("greenmim_backend", default=None)
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "greenmim_backend", default=None
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +123,15 @@ def _unusable(name: str) -> str | None:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if not triton_interprets() and (torch.version.cuda is None or not torch.cuda.is_available()):
+        if not triton_interprets() and (
+            torch.version.cuda is None or not torch.cuda.is_available()
+        ):
             return "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
     return None
 
 
 def triton_interprets() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors: for checking, not for speed."""
+    """Whether Triton's interpreter runs the kernels, on CPU tensors: to check, not for speed."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

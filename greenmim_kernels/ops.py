@@ -165,9 +165,7 @@ def _register_attention(name: str, variant: str, num_index_tensors: int) -> None
         )
 
     _register(name, variant, fake, backward, setup_context)
-    _register(
-        name + "_backward", variant, backward_fake, refuse, lambda ctx, inputs, output: None
-    )
+    _register(name + "_backward", variant, backward_fake, refuse, lambda ctx, inputs, output: None)
 
 
 for _variant in VARIANTS:

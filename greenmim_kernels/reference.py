@@ -1,8 +1,8 @@
 """Group window attention in eager PyTorch: the oracle every other backend is checked against.
 
 It reads like the formulas and is slow and memory-hungry on purpose. All tensors carry the shapes of
-the public functions in :mod:`greenmim_kernels.functional`; nothing is validated here. float64 inputs
-are computed in float64, everything else in float32, and results come back in the input's dtype.
+the public functions in :mod:`greenmim_kernels.functional`; nothing is validated here. float64
+inputs are computed in float64, everything else in float32, and results come back in the input's dtype.
 
 The mathematics: Huang et al., Green Hierarchical Vision Transformer for Masked Image Modeling,
 NeurIPS 2022 (arXiv 2205.13515), section 3.2, with exact exclusion instead of a finite penalty.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax, sums and the bias table inside every backend: fp64 for fp64, else fp32."""
+    """Of softmax, sums and the bias table inside every backend: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -96,9 +96,7 @@ def group_window_attention(
 ) -> Tensor:
     """qkv [B, N, 3C] -> [B, N, C]: gather, block-diagonal attention, scatter."""
     grouped = group_gather(qkv, token_index)
-    out = block_diagonal_attention(
-        grouped, table, window_id, coords, num_heads, window_size, scale
-    )
+    out = block_diagonal_attention(grouped, table, window_id, coords, num_heads, window_size, scale)
     return group_scatter(out, token_index, qkv.shape[1])
 
 

@@ -1,7 +1,7 @@
 """Shapes, inputs and the error budget shared by the tests and the benchmarks.
 
-The budget has no hand-tuned tolerance: a backend may be off from the fp64 result by a small multiple
-of what plain eager PyTorch in the same dtype is off, plus a rounding band of the dtype.
+The budget has no hand-tuned tolerance: a backend may be off from the fp64 result by a small
+multiple of what plain eager PyTorch in the same dtype is off, plus a rounding band of the dtype.
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ def assert_within_budget(
         least = terms.abs().max().item() if name == "grad_table" and terms.numel() else 1e-30
         assert got.shape == expected.shape, f"{name}: {list(got.shape)} != {list(expected.shape)}"
         eps = torch.finfo(got.dtype).eps
-        cost = relative_error(plain[name], expected, least) * eps / torch.finfo(plain[name].dtype).eps
+        cost = (
+            relative_error(plain[name], expected, least) * eps / torch.finfo(plain[name].dtype).eps
+        )
         band = 4 * eps + 16 * torch.finfo(accumulation_dtype(got.dtype)).eps
         error, allowed = relative_error(got, expected, least), factor * cost + band
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"

@@ -116,10 +116,6 @@ def test_an_upward_import_is_seen():
     ],
 )
 def test_what_an_import_must_not_need(module, unwanted):
-    code = (
-        "import sys\n"
-        f"for name in {unwanted!r}: sys.modules[name] = None\n"
-        f"import {module}\n"
-    )
+    code = f"import sys\nfor name in {unwanted!r}: sys.modules[name] = None\nimport {module}\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]

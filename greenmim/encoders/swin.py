@@ -39,6 +39,9 @@ class SwinEncoder(SwinTransformer):
             norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),
             num_classes=0,
             global_pool="",
+            # Else every shifted block holds a dense mask as a buffer, which nothing here reads but
+            # devices store and distributed training sends around.
+            strict_img_size=False,
         )
 
     def forward(self, images: Tensor, plan: Plan) -> Tensor:

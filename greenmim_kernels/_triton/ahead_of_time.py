@@ -21,9 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import long_groups as long
-from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
-from .launch import LARGEST_BACKWARD_TILE, launch_table
+from .launch import launch_table
 
 FIGURES = pathlib.Path(__file__).parent / "static_figures.json"
 ARCHITECTURES = (80, 90, 100)
@@ -96,7 +95,7 @@ def compile_launch(name: str, architecture: int):
 
 
 def inspect(compiled) -> dict[str, int]:
-    """Registers, spilled bytes, shared memory, and counts of the accesses and products that matter."""
+    """Registers, spills, shared memory, and counts of wide loads and tensor core products."""
     tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -1,8 +1,8 @@
 """Launch parameters of every kernel, in one table keyed by problem class.
 
 The table is `launch_table.json`, which `python -m benchmarks.tune` writes; nothing is tuned while a
-step runs. A class is "<kernel>-<tile>-<head dim>-<precision>", where the tile is the power of two that
-holds a group, or "long", and the precision "16bit" or "fp32".
+step runs. A class is "<kernel>-<tile>-<head dim>-<precision>", where the tile is the power of two
+that holds a group, or "long", and the precision "16bit" or "fp32".
 """
 
 from __future__ import annotations

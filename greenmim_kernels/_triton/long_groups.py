@@ -318,9 +318,11 @@ def long_attention_bwd_table_kernel(
             )
             b_grad_bias += b_ds
         per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1) * tl.num_programs(2)
-        program = i_head * per_head + (
-            i_group * tl.num_programs(1) + tl.program_id(1)
-        ) * tl.num_programs(2) + tl.program_id(2)
+        program = (
+            i_head * per_head
+            + (i_group * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2)
+            + tl.program_id(2)
+        )
         add_to_table(
             p_partial + program.to(tl.int64) * TABLE_ROWS,
             p_scale + program,

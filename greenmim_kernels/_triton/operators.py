@@ -102,9 +102,7 @@ class _Problem:
         heads_groups = self.num_heads * self.num_groups
         images = 1
         if self.partitions == 1:
-            images = images_per_program(
-                launch, heads_groups * blocks, self.batch, self.qkv.device
-            )
+            images = images_per_program(launch, heads_groups * blocks, self.batch, self.qkv.device)
         chunks = triton.cdiv(self.batch, images)
         grid = (heads_groups, chunks) if self.tile else (heads_groups, blocks, chunks)
         constants = {

@@ -91,8 +91,8 @@ def add_to_table(p_partial, p_scale, b_grad, b_entry, m_pair):
     """Add a tile of the bias' gradient to this program's own row of sums, the same bits every time.
 
     Pairs at the same offset meet in one entry in no given order, and float sums would depend on it.
-    So the tile is scaled by a power of two to 41 bits and added as integers, which do not; `p_scale`
-    takes the power back (NaN, where the tile is not finite).
+    So the tile is scaled by a power of two to 41 bits and added as integers, which do not;
+    `p_scale` takes the power back (NaN, where the tile is not finite).
     """
     b_grad = tl.where(m_pair, b_grad, 0.0)
     largest = tl.max(tl.max(tl.abs(b_grad), 1), 0)

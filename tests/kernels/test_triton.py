@@ -77,7 +77,7 @@ def test_in_the_interpreter():
 
 
 def budget_of(inputs, plain_dtype):
-    """What plain PyTorch in the same precision costs: products of rounded probabilities, as here."""
+    """What plain PyTorch costs in the same precision: products of rounded probabilities."""
 
     def attention(qkv, table, part, num_heads):
         x = gk.group_gather(qkv, part)
@@ -383,9 +383,7 @@ def test_the_repaired_interpreter_rounds_bfloat16():
     from interpreter import narrow, widen
 
     values = torch.cat([torch.randn(1000) * 10.0**e for e in (-30, -3, 0, 30)])
-    assert torch.equal(
-        torch.from_numpy(widen(narrow(values.numpy()))), values.bfloat16().float()
-    )
+    assert torch.equal(torch.from_numpy(widen(narrow(values.numpy()))), values.bfloat16().float())
 
     @triton.jit
     def kernel(p_x, p_y, p_product, p_sum, N: tl.constexpr):

@@ -20,9 +20,15 @@ if triton_interprets():
 from greenmim_kernels._triton import ahead_of_time
 from greenmim_kernels._triton.launch import HEAD_DIMS, launch_table
 
+COMMITTED = json.loads(ahead_of_time.FIGURES.read_text())
+
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, dict[str, dict[str, int]]]:
+    version = ahead_of_time.triton.__version__
+    if version != COMMITTED["triton"]:
+        # Another compiler allocates other registers; what is gated is the one we measured.
+        pytest.skip(f"the figures are of triton {COMMITTED['triton']}, this is {version}")
     return ahead_of_time.compile_all()
 
 
@@ -55,9 +61,4 @@ def test_no_spills_wide_loads_and_room_in_shared_memory(figures):
 
 
 def test_the_committed_figures_are_these(figures):
-    file = ahead_of_time.FIGURES
-    committed = json.loads(file.read_text())
-    assert sorted(committed["launches"]) == sorted(figures), f"rewrite {file}"
-    if committed["triton"] != ahead_of_time.triton.__version__:
-        pytest.skip(f"the figures are of triton {committed['triton']}")
-    assert committed["launches"] == figures, f"rewrite {file}"
+    assert COMMITTED["launches"] == figures, f"rewrite {ahead_of_time.FIGURES}"
