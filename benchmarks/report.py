@@ -17,8 +17,8 @@ BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 HEADER = """\
 Forward + backward of one attention layer of Swin-B (window 7, three quarters hidden) on {device},
 {threads} threads ({cpu_capability}), {system}, torch {torch}, commit {commit:.9}. *Naive* is
-grouped masked attention in eager PyTorch (gather, dense scores, dense bias, mask, softmax, scatter);
-*memory* is extra memory, the peak minus inputs, outputs and gradients of the inputs, from
+grouped masked attention in eager PyTorch (gather, dense scores, dense bias, mask, softmax,
+scatter); *memory* is extra memory, the peak minus inputs, outputs and gradients of the inputs, from
 PyTorch's record of tensor allocations, and in brackets from the resident memory of the process.
 
 | stage | tokens per image | naive | fused | faster | memory |

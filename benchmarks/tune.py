@@ -5,7 +5,8 @@
     python -m benchmarks.tune --dry-run         # say what would be measured, on any machine
 
 Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with what the
-shipped launch computes before it is timed; one that differs, does not compile or does not fit is left out.
+shipped launch computes before it is timed; one that differs, does not compile or does not fit is
+left out.
 The table is written whole, at the end and after an interruption.
 """
 

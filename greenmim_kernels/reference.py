@@ -2,7 +2,7 @@
 
 It reads like the formulas and is slow and memory-hungry on purpose. All tensors carry the shapes of
 the public functions in :mod:`greenmim_kernels.functional`; nothing is validated here. float64
-inputs are computed in float64, everything else in float32, and results come back in the input's dtype.
+inputs are computed in float64, everything else in float32, and results have the input's dtype.
 
 The mathematics: Huang et al., Green Hierarchical Vision Transformer for Masked Image Modeling,
 NeurIPS 2022 (arXiv 2205.13515), section 3.2, with exact exclusion instead of a finite penalty.
