@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import long_groups as long
+from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
 from .launch import launch_table
 
@@ -54,8 +55,8 @@ def _type(name: str, element: str) -> str:
     return "fp32" if name.startswith("scale") else "i32"
 
 
-def compile_launch(name: str, architecture: int):
-    """The compiled kernel of one class of the launch table."""
+def compile_launch(name: str, architecture: int, **flags):
+    """The compiled kernel of one class of the launch table, or a variant by its constants."""
     kernel_name, tile, head_dim, precision = name.split("-")
     long_tile = tile == "long"
     function = KERNELS[f"{kernel_name}-long" if long_tile else kernel_name]
@@ -74,9 +75,20 @@ def compile_launch(name: str, architecture: int):
         "NEED_QKV": True,
         "NEED_TABLE": True,
         "PRECISION": "ieee",
+        **flags,
     }
-    constants = {n: values[n] for n in function.arg_names if n in values}
     element = "fp32" if precision == "fp32" else "bf16"
+    return _compile(function, values, element, architecture, launch.warps, launch.stages)
+
+
+def compile_copy(architecture: int, **flags):
+    """The compiled kernel of gather and scatter."""
+    values = {"BLOCK_SLOTS": 16, "BLOCK_CHANNELS": 128, "SCATTER": False, "PER_IMAGE": False}
+    return _compile(copy_rows_kernel, {**values, **flags}, "bf16", architecture, 4, 2)
+
+
+def _compile(function, values: dict, element: str, architecture: int, warps: int, stages: int):
+    constants = {n: values[n] for n in function.arg_names if n in values}
     signature = {
         n: "constexpr" if n in constants else _type(n, element) for n in function.arg_names
     }
@@ -90,7 +102,7 @@ def compile_launch(name: str, architecture: int):
     return triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
+        options={"num_warps": warps, "num_stages": stages},
     )
 
 

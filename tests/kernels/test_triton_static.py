@@ -62,3 +62,22 @@ def test_no_spills_wide_loads_and_room_in_shared_memory(figures):
 
 def test_the_committed_figures_are_these(figures):
     assert COMMITTED["launches"] == figures, f"rewrite {ahead_of_time.FIGURES}"
+
+
+@pytest.mark.parametrize("flag", ["GATHERED", "PER_IMAGE", "HAS_TABLE", "NEED_QKV", "NEED_TABLE"])
+def test_the_variants_that_are_not_in_the_figures_compile(flag):
+    """The interpreter does not check types; the compiler does."""
+    names = [name for name in launch_table() if name.endswith("-32-16bit")]
+    kernels = {name.split("-")[0] + str("long" in name): name for name in names}
+    for name in kernels.values():
+        flipped = flag in ("GATHERED", "PER_IMAGE")
+        assert ahead_of_time.compile_launch(name, 90, **{flag: flipped}).asm["cubin"]
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_gather_and_scatter_compile(scatter, per_image):
+    found = ahead_of_time.inspect(
+        ahead_of_time.compile_copy(90, SCATTER=scatter, PER_IMAGE=per_image)
+    )
+    assert found["spill_loads"] == 0 and found["shared_bytes"] <= ahead_of_time.SHARED_LIMIT[90]
