@@ -7,16 +7,20 @@ run in a process of their own, started by `test_in_the_interpreter`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import greenmim_kernels as gk
 from greenmim_kernels.backends import triton_interprets
@@ -31,6 +35,7 @@ from greenmim_kernels.testing import (
     visible_tokens,
 )
 
+DATA = pathlib.Path(__file__).resolve().parents[1] / "data"
 INTERPRETED = triton_interprets()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -285,14 +290,61 @@ def test_opcheck(name):
 
 
 @kernel_test
-def test_compiles_whole():
-    inputs = make_inputs(Case(stage=3, shifted=True), device=DEVICE)
+def test_compiles_whole_and_once_for_all_masks():
+    case = Case(stage=3, shifted=True)
+    window, shift = case.window_and_shift()
+    inputs = make_inputs(case, device=DEVICE)
+    capacity = gk.partition_capacity(case.grid, window, shift, inputs.part.num_tokens)
+    counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(gk.group_window_attention, fullgraph=True, backend="aot_eager")
+    counted = torch.compile(gk.group_window_attention, fullgraph=True, backend=counter)
     with gk.use_backend("triton"):
-        expected = run(inputs)
-        for name, value in run(inputs, compiled).items():
-            assert torch.equal(value, expected[name]), name
+        for seed in range(3):
+            grid = visible_tokens(case, seed)
+            part = gk.group_partition(grid, window, shift, capacity=capacity).to(DEVICE)
+            inputs = dataclasses.replace(inputs, part=part)
+            expected = run(inputs)
+            for name, value in run(inputs, compiled).items():
+                assert torch.equal(value, expected[name]), name
+            counted(inputs.qkv, inputs.table, part, inputs.num_heads)
+    assert counter.frame_count == 1
+
+
+GOLDEN = json.loads((DATA / "attention_index.json").read_text())["cases"]
+
+
+@kernel_test
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden["name"])
+def test_agrees_with_the_published_numbers(golden):
+    """The golden layers in fp32; their small heads are padded with zeros to 16 channels."""
+    with np.load(DATA / golden["file"]) as file:
+        arrays = {
+            name: torch.from_numpy(value).to(DEVICE)
+            for name, value in file.items()
+            if not name.startswith("official")
+        }
+    visible = (arrays["unit_mask"] == 0).cpu().numpy()
+    scale = golden["resolution"] // len(visible)
+    grid = visible.repeat(scale, 0).repeat(scale, 1)
+    part = gk.group_partition(grid, golden["window"], golden["shift"]).to(DEVICE)
+    heads, dim = golden["heads"], golden["dim"]
+    padding = max(16 - dim // heads, 0)
+    weights = {n: v.float() for n, v in arrays.items() if n.startswith("param.")}
+    leaves = [arrays["x"].float(), weights["param.qkv.weight"], weights["param.qkv.bias"],
+              weights["param.relative_position_bias_table"]]  # fmt: skip
+    x, weight, bias, table = (leaf.requires_grad_() for leaf in leaves)
+    qkv = F.linear(x, weight, bias).unflatten(-1, (3, heads, -1))
+    qkv = F.pad(qkv, (0, padding)).flatten(-3)
+    with gk.use_backend("triton"):
+        out = gk.group_window_attention(qkv, table, part, heads, (dim // heads) ** -0.5)
+        out = out.unflatten(-1, (heads, -1))[..., : dim // heads].flatten(-2)
+        out = F.linear(out, weights["param.proj.weight"], weights["param.proj.bias"])
+        gradients = torch.autograd.grad(out, (x, weight, bias, table), arrays["g"].float())
+    torch.testing.assert_close(out.double(), arrays["out"], rtol=0, atol=1e-4)
+    names = ("grad_x", "grad.qkv.weight", "grad.qkv.bias", "grad.relative_position_bias_table")
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), arrays[name], rtol=0, atol=1e-4, msg=name)
 
 
 @kernel_test
