@@ -34,7 +34,7 @@ endif
 .PHONY: help demo test bench lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n 1,16p
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
