@@ -18,7 +18,7 @@ if triton_interprets():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from greenmim_kernels._triton import ahead_of_time
-from greenmim_kernels._triton.launch import HEAD_DIMS, launch_table
+from greenmim_kernels._triton.launch import HEAD_DIMS, LARGEST_BACKWARD_TILE, launch_table
 
 COMMITTED = json.loads(ahead_of_time.FIGURES.read_text())
 
@@ -40,7 +40,7 @@ def test_the_table_has_every_class_and_is_not_long():
             names = [f"fwd-{tile}-{head_dim}-{precision}" for tile in (16, 32, 64, "long")]
             for kernel in ("bwd_query", "bwd_key", "bwd_table"):
                 names.append(f"{kernel}-long-{head_dim}-{precision}")
-            largest = ahead_of_time.LARGEST_BACKWARD_TILE[precision][head_dim]
+            largest = LARGEST_BACKWARD_TILE[precision][head_dim]
             names += [
                 f"bwd-{tile}-{head_dim}-{precision}" for tile in (16, 32, 64) if tile <= largest
             ]
