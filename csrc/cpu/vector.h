@@ -68,6 +68,29 @@ template <class A>
 GREENMIM_INLINE void store(A* p, Vec<A> value) {
   *(typename Vector<A>::unaligned*)p = value;
 }
+// The same from and to storage types.
+template <class A>
+GREENMIM_INLINE Vec<A> load_storage(const A* p) {
+  return load<A>(p);
+}
+template <class A>
+GREENMIM_INLINE void store_storage(A* p, Vec<A> value) {
+  store<A>(p, value);
+}
+typedef unsigned Bits __attribute__((vector_size(GREENMIM_VECTOR_BYTES)));
+typedef unsigned short HalfBits
+    __attribute__((vector_size(GREENMIM_VECTOR_BYTES / 2), aligned(2), may_alias));
+template <class A>
+GREENMIM_INLINE Vec<float> load_storage(const bfloat16* p) {
+  return (Vec<float>)(__builtin_convertvector(*(const HalfBits*)p, Bits) << 16);
+}
+template <class A>
+GREENMIM_INLINE void store_storage(bfloat16* p, Vec<float> value) {
+  const Bits bits = (Bits)value;
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits nan = (Bits)(value != value);
+  *(HalfBits*)p = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), HalfBits);
+}
 template <class A>
 GREENMIM_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};

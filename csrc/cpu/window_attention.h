@@ -45,8 +45,13 @@ template <class A, class T>
 GREENMIM_INLINE void load_rows(
     A* tile, int64_t dp, const T* from, int64_t stride, const int32_t* rows, int n, int head_dim,
     A factor) {
+  constexpr int W = Vector<A>::width;
   for (int i = 0; i < n; i++, tile += dp) {
     const T* row = from + rows[i] * stride;
+    if (head_dim == dp) {  // whole vectors
+      for (int64_t d = 0; d < dp; d += W) store<A>(tile + d, factor * load_storage<A>(row + d));
+      continue;
+    }
     for (int d = 0; d < head_dim; d++) tile[d] = factor * load_scalar(row + d);
     for (int64_t d = head_dim; d < dp; d++) tile[d] = 0;
   }
@@ -72,8 +77,13 @@ template <class A, class T>
 GREENMIM_INLINE void store_rows(
     T* to, int64_t stride, const int32_t* rows, const A* tile, int64_t dp, int n, int head_dim,
     A factor) {
+  constexpr int W = Vector<A>::width;
   for (int i = 0; i < n; i++, tile += dp) {
     T* row = to + rows[i] * stride;
+    if (head_dim == dp) {
+      for (int64_t d = 0; d < dp; d += W) store_storage<A>(row + d, factor * load<A>(tile + d));
+      continue;
+    }
     for (int d = 0; d < head_dim; d++) store_scalar(row + d, factor * tile[d]);
   }
 }
