@@ -4,10 +4,9 @@
 
 One layer of Swin-B (window 7, three quarters of the units hidden) at each stage, fp32, forward +
 backward. Both are checked against the fp64 reference first, then timed in the same process: each by
-itself, round after round, and once more taking turns, where each finds the caches full of the other's
-arrays. Extra memory is the peak minus inputs, outputs and
-gradients of the inputs; it is measured twice: from PyTorch's record of tensor allocations, and from
-the peak of the process's resident memory, which also sees the kernels' own scratch space.
+itself, round after round, and once more taking turns, where each finds the caches full of the
+other's arrays. Extra memory is the peak minus inputs, outputs and gradients of the inputs; it is
+measured twice: from PyTorch's record of tensor allocations, and from the peak of the process's resident memory, which also sees the kernels' own scratch space.
 """
 
 from __future__ import annotations
@@ -151,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
 
     result = {"environment": describe(options.threads), "rows": []}
     print(
-        f"{'case':<58}{'naive ms':>10}{'fused ms':>10}{'faster':>9}{'in turn':>9}{'memory':>9}{'RSS':>8}"
+        f"{'case':<58}{'naive ms':>10}{'fused ms':>10}{'faster':>9}{'in turn':>9}"
+        f"{'memory':>9}{'RSS':>8}"
     )
     for number, case in enumerate(STAGES):
         inputs, peers = make(case, options.batch)
