@@ -6,7 +6,8 @@ One layer of Swin-B (window 7, three quarters of the units hidden) at each stage
 backward. Both are checked against the fp64 reference first, then timed in the same process: each by
 itself, round after round, and once more taking turns, where each finds the caches full of the
 other's arrays. Extra memory is the peak minus inputs, outputs and gradients of the inputs; it is
-measured twice: from PyTorch's record of tensor allocations, and from the peak of the process's resident memory, which also sees the kernels' own scratch space.
+measured twice: from PyTorch's record of tensor allocations, and from the peak of the process's
+resident memory, which also sees the kernels' own scratch space.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ Forward + backward of one attention layer of Swin-B (window 7, three quarters hi
 grouped masked attention in eager PyTorch (gather, dense scores, dense bias, mask, softmax,
 scatter). *Faster* compares each running by itself, *in turn* taking turns, where each finds the
 caches full of the other's arrays. *Memory* is extra memory, the peak minus inputs, outputs and
-gradients of the inputs, from PyTorch's record of tensor allocations, and in brackets from the resident memory of the process.
+gradients of the inputs, from PyTorch's record of tensor allocations, and in brackets from the
+resident memory of the process.
 
 | stage | tokens per image | naive | fused | faster | in turn | memory |
 |---|---|---|---|---|---|---|
