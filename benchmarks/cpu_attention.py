@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import pathlib
 import statistics
@@ -30,7 +29,7 @@ import torch
 import greenmim_kernels as gk
 from greenmim_kernels.testing import Case, Inputs, assert_within_budget, make_inputs, run
 
-from .environment import describe, folder_of
+from .environment import describe, folder_of, write_json
 from .naive import NaiveGroupAttention
 
 # Group size 49, as the published method packs at stages 1 and 2.
@@ -186,12 +185,8 @@ def main(argv: list[str] | None = None) -> None:
             flush=True,
         )
     if not options.no_save:
-        folder = folder_of(result["environment"]["device"])
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "cpu_attention.json"
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        beside.replace(file)
+        file = folder_of(result["environment"]["device"]) / "cpu_attention.json"
+        write_json(file, result)
         print(f"written to {file}")
 
 

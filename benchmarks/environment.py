@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import platform
 import re
@@ -47,3 +48,11 @@ def describe(threads: int) -> dict:
 def folder_of(device: str) -> pathlib.Path:
     """benchmarks/results/<device>, in letters every file system takes."""
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def write_json(file: pathlib.Path, content: dict) -> None:
+    """Write a result file whole or not at all; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(file)

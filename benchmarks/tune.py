@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 
 import torch
@@ -23,7 +22,7 @@ import torch
 from greenmim_kernels._triton import launch, operators
 from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
 
-from .environment import describe, folder_of
+from .environment import describe, folder_of, write_json
 
 DEVICE = "cuda"
 CHANNELS = 128  # of Swin-B at stage 1
@@ -136,17 +135,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:<28}{rows[0].get('ms', float('nan')):>9.4f} ms  {best[name]}", flush=True)
     finally:
         folder = folder_of(device)
-        folder.mkdir(parents=True, exist_ok=True)
         environment = {**describe(torch.get_num_threads()), "device": device}
-        _write(folder / "tune.json", {"environment": environment, "classes": results})
-        _write(launch.TABLE, {name: dataclasses.asdict(value) for name, value in best.items()})
+        write_json(folder / "tune.json", {"environment": environment, "classes": results})
+        write_json(launch.TABLE, {name: dataclasses.asdict(value) for name, value in best.items()})
     return 0
-
-
-def _write(file, content) -> None:
-    beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(file)
 
 
 if __name__ == "__main__":

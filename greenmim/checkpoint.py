@@ -173,7 +173,15 @@ def load_state_dict_file(path: str | os.PathLike) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read or holds no state dict.
     """
-    content = load_checkpoint(path)
+    return find_state_dict(load_checkpoint(path), path)
+
+
+def find_state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
+    """The model's state dict in what :func:`load_checkpoint` gave for `path`.
+
+    Raises:
+        ValueError: there is none.
+    """
     for inner in (content.get("model"), content.get("state_dict"), content):
         if isinstance(inner, Mapping) and inner:
             if all(isinstance(value, Tensor) for value in inner.values()):

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 import greenmim
 from greenmim.checkpoint import (
     convert_checkpoint,
+    find_state_dict,
     load_checkpoint,
-    load_state_dict_file,
     save_atomic,
 )
 from greenmim.recipe import UserError
@@ -56,11 +56,11 @@ def convert_file(
     if output.exists() and not overwrite:
         raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
     try:
-        weights = load_state_dict_file(input)
-        own = input.suffix != ".safetensors" and load_checkpoint(input).get("format") == RUN_FORMAT
+        content = load_checkpoint(input)
+        weights = find_state_dict(content, input)
     except Exception as error:  # pickle, zip and torch raise anything on a damaged file
         raise UserError(f"The checkpoint {input} cannot be read: {first_line(error)}") from error
-    if own:
+    if input.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
         if source not in (None, "greenmim"):
             raise UserError(
                 f"{input} is a checkpoint of `greenmim pretrain`, not --source {source}."

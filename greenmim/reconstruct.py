@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from greenmim.checkpoint import convert_checkpoint, load_checkpoint, load_state_dict_file
+from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkpoint
 from greenmim.config import ModelConfig
 from greenmim.data import normalise
 from greenmim.images import find_images, open_rgb
@@ -120,14 +120,13 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
     try:
-        content = {} if path.suffix == ".safetensors" else load_checkpoint(path)
-        weights = load_state_dict_file(path)
+        content = load_checkpoint(path)
+        weights = find_state_dict(content, path)
     except Exception as error:  # pickle, zip and torch raise anything on a damaged file
         raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
-    if content.get("format") == RUN_FORMAT:
+    if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
         run = content["recipe"]
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in run["model"].items()}
-        network = GreenMIM(ModelConfig(**values))
+        network = GreenMIM(ModelConfig(**run["model"]))
     elif name is None:
         raise UserError(f"{path} does not say what model it is; pass --model with its name.")
     else:
