@@ -95,38 +95,60 @@ template <class A>
 GREENMIM_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
-template <class A>
-GREENMIM_INLINE A horizontal_sum(Vec<A> value) {
-  A sum = 0;
-  for (int i = 0; i < Vector<A>::width; i++) sum += value[i];
-  return sum;
+// 0, 1, ... of the lanes as a parameter pack: a shuffle is one instruction only where its indices
+// are a constant before the loops around it are unrolled.
+template <int... lane>
+struct Lanes {};
+template <int count, int... lane>
+struct Count : Count<count - 1, count - 1, lane...> {};
+template <int... lane>
+struct Count<0, lane...> {
+  using lanes = Lanes<lane...>;
+};
+
+// Lane l of the result is lane l ^ s of the value.
+template <class A, int s, int... lane>
+GREENMIM_INLINE Vec<A> swap_lanes(Vec<A> value, Lanes<lane...>) {
+  return __builtin_shuffle(value, typename Vector<A>::integer{(lane ^ s)...});
 }
-template <class A>
+template <class A, int s = Vector<A>::width / 2>
+GREENMIM_INLINE A horizontal_sum(Vec<A> value) {
+  if constexpr (s == 0) {
+    return value[0];
+  } else {
+    value += swap_lanes<A, s>(value, typename Count<Vector<A>::width>::lanes{});
+    return horizontal_sum<A, s / 2>(value);
+  }
+}
+template <class A, int s = Vector<A>::width / 2>
 GREENMIM_INLINE A horizontal_max(Vec<A> value) {
-  A largest = value[0];
-  for (int i = 1; i < Vector<A>::width; i++) largest = value[i] > largest ? value[i] : largest;
-  return largest;
+  if constexpr (s == 0) {
+    return value[0];
+  } else {
+    const Vec<A> other = swap_lanes<A, s>(value, typename Count<Vector<A>::width>::lanes{});
+    return horizontal_max<A, s / 2>(value > other ? value : other);
+  }
 }
 
-// rows[i][l] <-> rows[l][i] for a square block: step s swaps bit s of the row with bit s of the lane.
-template <class A>
+// One step of a transposition: bit s of the row changes places with bit s of the lane.
+template <class A, int s, int... lane>
+GREENMIM_INLINE void swap_with_rows(Vec<A> (&rows)[sizeof...(lane)], Lanes<lane...>) {
+  using I = typename Vector<A>::integer;
+  constexpr int W = sizeof...(lane);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) {
+    if (i & s) continue;
+    const Vec<A> a = rows[i], b = rows[i + s];
+    rows[i] = __builtin_shuffle(a, b, I{(lane & s ? lane - s + W : lane)...});
+    rows[i + s] = __builtin_shuffle(a, b, I{(lane & s ? lane + W : lane + s)...});
+  }
+}
+// rows[i][l] <-> rows[l][i] for a square block.
+template <class A, int s = Vector<A>::width / 2>
 GREENMIM_INLINE void transpose_block(Vec<A> (&rows)[Vector<A>::width]) {
-  constexpr int W = Vector<A>::width;
-#pragma GCC unroll 4
-  for (int s = W / 2; s > 0; s /= 2) {
-    typename Vector<A>::integer upper, lower;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < W; lane++) {
-      upper[lane] = lane & s ? lane - s + W : lane;
-      lower[lane] = lane & s ? lane + W : lane + s;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) {
-      if (i & s) continue;
-      const Vec<A> a = rows[i], b = rows[i + s];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + s] = __builtin_shuffle(a, b, lower);
-    }
+  if constexpr (s > 0) {
+    swap_with_rows<A, s>(rows, typename Count<Vector<A>::width>::lanes{});
+    transpose_block<A, s / 2>(rows);
   }
 }
 
