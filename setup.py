@@ -136,7 +136,7 @@ def main() -> None:
         ),
     ]
     if problem is None:
-        nvcc = ["-O0", "-g", "-G"] if debug else ["-O3", "-lineinfo"]
+        nvcc = ["-O0", "-g", "-G"] if debug else ["-O3"]
         modules.append(
             CUDAExtension(
                 "greenmim_kernels._C_cuda",

@@ -1,0 +1,72 @@
+// One call of an attention operator, as kernels and launchers see it: plain numbers and pointers.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace greenmim::cuda {
+
+constexpr int kStrip = 16;       // slots of a strip: what a warp owns, the rows of one mma
+constexpr int kMostStrips = 4;   // of a block
+
+struct Attention {
+  const void* qkv;          // [batch, rows, 3C], or gathered groups [batch, G, S, 3C]
+  const float* table;       // [table_rows, heads], or null
+  const int* token_index;   // [P, G, S], or null for gathered groups
+  const int* window_id;     // [P, G, S]
+  const int* coords;        // [P, G, S, 2]
+  void* out;                // [batch, rows, C]; written forward, read backward by long groups
+  float* lse;               // [batch, heads, rows]; written forward, read backward
+  const void* grad_out;     // [batch, rows, C]
+  void* grad_qkv;           // like qkv, or null
+  float* partial;           // [programs, heads, table_rows], or null
+  int64_t batch;
+  int rows;                 // of an image: N, or G * S for gathered groups
+  int groups, slots, heads;
+  int window_height, window_width;
+  bool per_image;           // P = batch instead of 1
+  float scale;
+
+  // The plan of the launch.
+  bool is_long;             // groups of more slots than a block holds: it goes over them in pieces
+  int strips;               // of a block: its warps
+  int images;               // that a block goes over, one after another
+
+  constexpr int table_rows() const { return (2 * window_height - 1) * (2 * window_width - 1); }
+  constexpr int group_strips() const { return (slots + kStrip - 1) / kStrip; }
+  constexpr int pieces() const { return (group_strips() + strips - 1) / strips; }
+  constexpr int64_t image_chunks() const { return (batch + images - 1) / images; }
+  // Blocks of a launch but for the heads: each has a row of partial sums.
+  constexpr int64_t programs() const { return int64_t(groups) * pieces() * image_chunks(); }
+  constexpr int64_t blocks() const { return programs() * heads; }
+
+  // A window is no larger than this, so its slots, which are neighbours, reach this many strips
+  // beyond the strip that one of them is in.
+  constexpr int reach() const {
+    return std::min((window_height * window_width - 1 + kStrip - 1) / kStrip, group_strips());
+  }
+  // Strips that may share a window with one strip, and with a block.
+  constexpr int strips_of_strip() const { return std::min(group_strips(), 1 + 2 * reach()); }
+  constexpr int strips_of_block() const { return std::min(group_strips(), strips + 2 * reach()); }
+};
+
+// What the launcher knows of the device.
+struct Device {
+  int processors;           // streaming multiprocessors
+  int shared_bytes;         // that a block may ask for
+};
+
+enum class Pass { Forward, Backward };
+
+// Fills in the plan of a launch; false where there is no kernel for this head dimension or a block
+// would need more shared memory than the device has. Compiled in attention_<type>.cu for T = float,
+// bfloat16 and float16.
+template <class T>
+bool plan_attention(Attention& a, int head_dim, Pass pass, const Device& device);
+
+// Launches a planned call; `stream` is a cudaStream_t.
+template <class T>
+void run_attention(const Attention& a, int head_dim, Pass pass, void* stream);
+
+}  // namespace greenmim::cuda

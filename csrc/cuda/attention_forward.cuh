@@ -1,0 +1,205 @@
+// Forward attention: a block takes one head of one group, or a piece of a long group, and goes over
+// images. A warp owns 16 queries and visits the strips of keys that share a window with them.
+#pragma once
+
+#include "slots.cuh"
+
+namespace greenmim::cuda {
+
+template <class T, int D>
+struct ForwardMemory {
+  // Two tiles on their way while one is worked on.
+  static constexpr int kStages = 3;
+  enum Tile { kQuery, kKey, kValue, kTiles };
+
+  int tile;      // elements of a tile
+  T* stages;     // [kStages][kTiles][rows of the block][kStride]
+  T* kept;       // [strips][Products::kKept]
+  Slots slots;
+  Band* bands;   // of each warp
+  size_t bytes;
+
+  __host__ __device__ ForwardMemory(char* start, const Attention& a)
+      : ForwardMemory(Carver{start}, a) {}
+
+  __device__ T* at(int stage, Tile which) const { return stages + (stage * kTiles + which) * tile; }
+
+ private:
+  __host__ __device__ ForwardMemory(Carver carver, const Attention& a)
+      : tile(a.strips * kStrip * kStride<T, D>),
+        stages(carver.take<T>(int64_t(kStages) * kTiles * tile)),
+        kept(carver.take<T>(a.strips * Products<T, D>::kKept)),
+        slots(carver, a),
+        bands(carver.take<Band>(kMostStrips)),
+        bytes(carver.bytes) {}
+};
+
+// kLong: keys come in several pieces, with a running softmax, and the bias is looked up; otherwise
+// there is one piece and the bias stays in registers for all images.
+template <class T, int D, bool kLong>
+__global__ void __launch_bounds__(32 * kMostStrips, 1)
+    attention_forward_kernel(const Attention a) {
+  using P = Products<T, D>;
+  using Memory = ForwardMemory<T, D>;
+  DYNAMIC_SHARED(shared);
+  const Memory memory(shared, a);
+  const Place place(a);
+  const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int channels = a.heads * D, strip = place.own - place.base + warp;
+  const int centre = table_centre(a);
+  const float* table = memory.slots.table;
+  const int2* cell = memory.slots.cell;
+
+  memory.slots.fill(a, place);
+  __syncthreads();
+  const Band band = band_of(memory.slots, place, strip, a.reach());
+  const Band keys = kLong ? union_of(band, memory.bands) : Band{0, a.strips};
+  // Groups of padding are left at once; where they are part of the result they are written as zeros.
+  if (a.token_index != nullptr && cell[(place.own - place.base) * kStrip].x < 0) return;
+  const int pieces = kLong ? (keys.last - keys.first + a.strips - 1) / a.strips : 1;
+  const int pieces_or_one = pieces > 1 ? pieces : 1;
+
+  const int2 upper = cell[strip * kStrip + g], lower = cell[strip * kStrip + g + 8];
+  float bias[kLong ? 1 : kMostStrips][2][4];
+  if constexpr (!kLong) {
+#pragma unroll
+    for (int j = 0; j < kMostStrips; ++j)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          bias[j][n][e] = band.holds(j) ? bias_of(e < 2 ? upper : lower,
+                                                  cell[j * kStrip + 8 * n + 2 * q + e % 2], table,
+                                                  centre)
+                                        : -INFINITY;
+  }
+
+  struct Cursor {
+    int64_t image;
+    int piece;
+  };
+  const auto advance = [&](Cursor& cursor) {
+    if (++cursor.piece == pieces_or_one) {
+      cursor.piece = 0;
+      ++cursor.image;
+    }
+  };
+  const auto start_load = [&](int stage, const Cursor& cursor) {
+    if (cursor.image < place.last_image) {
+      const T* source = static_cast<const T*>(a.qkv) + cursor.image * a.rows * (3 * channels) +
+                        place.head * D;
+      const int* row = memory.slots.row;
+      const int first = (keys.first + cursor.piece * a.strips) * kStrip;
+      if (cursor.piece == 0)
+        load_tile<T, D>(memory.at(stage, Memory::kQuery), source, 3 * channels,
+                        row + (place.own - place.base) * kStrip);
+      load_tile<T, D>(memory.at(stage, Memory::kKey), source + channels, 3 * channels, row + first);
+      load_tile<T, D>(
+          memory.at(stage, Memory::kValue), source + 2 * channels, 3 * channels, row + first);
+    }
+    copy_async_commit();
+  };
+
+  Cursor now{place.first_image, 0}, next = now;
+  for (int i = 0; i < Memory::kStages - 1; ++i) {
+    start_load(i, next);
+    advance(next);
+  }
+  typename P::Left query;
+  Wide<D> out;
+  float top[2], sum[2];
+  const float scale = a.scale * 1.4426950408889634f;
+  int stage = 0;
+  for (; now.image < place.last_image; advance(now)) {
+    copy_async_wait<Memory::kStages - 2>();
+    // Also: no warp still works on the stage that is filled next.
+    __syncthreads();
+    start_load(stage == 0 ? Memory::kStages - 1 : stage - 1, next);
+    advance(next);
+    T* own_rows = memory.at(stage, Memory::kQuery) + warp * kStrip * kStride<T, D>;
+    if (now.piece == 0) {
+      query.load(own_rows, memory.kept + warp * P::kKept);
+      clear<D>(out);
+      top[0] = top[1] = -INFINITY;
+      sum[0] = sum[1] = 0;
+    }
+    const int first = kLong ? keys.first + now.piece * a.strips : 0;
+    Square score[kMostStrips];
+    float new_top[2] = {top[0], top[1]};
+#pragma unroll
+    for (int j = 0; j < kMostStrips; ++j) {
+      if (j >= a.strips || !band.holds(first + j)) continue;
+      clear(score[j]);
+      P::scores(score[j], query,
+                memory.at(stage, Memory::kKey) + j * kStrip * kStride<T, D>);
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float added;
+          if constexpr (kLong)
+            added = bias_of(e < 2 ? upper : lower,
+                            cell[(first + j) * kStrip + 8 * n + 2 * q + e % 2], table, centre);
+          else
+            added = bias[j][n][e];
+          score[j][n][e] = fmaf(score[j][n][e], scale, added);
+          new_top[e / 2] = fmaxf(new_top[e / 2], score[j][n][e]);
+        }
+    }
+    float pivot[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      new_top[half] = quad_max(new_top[half]);
+      // A row of padding has no key at all.
+      pivot[half] = new_top[half] == -INFINITY ? 0.0f : new_top[half];
+      if constexpr (kLong) {
+        const float factor = exp2_fast(top[half] - pivot[half]);
+        sum[half] *= factor;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          out[n][2 * half] *= factor;
+          out[n][2 * half + 1] *= factor;
+        }
+      }
+      top[half] = new_top[half];
+    }
+#pragma unroll
+    for (int j = 0; j < kMostStrips; ++j) {
+      if (j >= a.strips || !band.holds(first + j)) continue;
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          score[j][n][e] = exp2_fast(score[j][n][e] - pivot[e / 2]);
+          sum[e / 2] += score[j][n][e];
+        }
+      P::apply(out, score[j], memory.at(stage, Memory::kValue) + j * kStrip * kStride<T, D>);
+    }
+    if (now.piece == pieces_or_one - 1) {
+      float inverse[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float total = quad_sum(sum[half]);
+        const int own_row = strip * kStrip + g + 8 * half;
+        inverse[half] = total > 0 ? 1 / total : total;  // NaN stays NaN
+        const int slot = place.base * kStrip + own_row;
+        int to = memory.slots.row[own_row];
+        if (a.token_index == nullptr)
+          to = slot < a.slots ? place.group * a.slots + slot : -1;
+        if (q == 0 && to >= 0)
+          a.lse[(now.image * a.heads + place.head) * a.rows + to] =
+              total == 0 ? 0.0f : (top[half] + log2_fast(total)) * 0.6931471805599453f;
+      }
+      // The strip of queries is in registers now, so its memory serves the results; in later pieces
+      // nothing was loaded there.
+      store_strip<T, D>(
+          out, inverse[0], inverse[1], own_rows,
+          static_cast<T*>(a.out) + now.image * a.rows * channels + place.head * D, channels, a,
+          place, strip, memory.slots.row);
+    }
+    stage = stage == Memory::kStages - 1 ? 0 : stage + 1;
+  }
+  copy_async_wait<0>();
+}
+
+}  // namespace greenmim::cuda

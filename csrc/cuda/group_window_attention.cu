@@ -1,0 +1,273 @@
+// block_diagonal_attention and group_window_attention for CUDA tensors. The two differ only in where
+// a token's row lies: in the row-major order of the visible tokens, or in its slot of its group.
+#include "../checks.h"
+#include "attention.h"
+#include "primitives.cuh"
+#include "stream.h"
+#include "table_gradient.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+namespace greenmim::cuda {
+
+namespace {
+
+constexpr int64_t kAlignment = 16;  // bytes of an access
+
+// Contiguous, and starting where 16 bytes can be read at once: a view may start anywhere.
+Tensor ready(const Tensor& any) {
+  const Tensor x = torch::stable::contiguous(any);
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0) return x;
+  Tensor copy = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "cannot ask the device: ", cudaGetErrorString(error));
+  return value;
+}
+
+struct Problem {
+  Tensor qkv, window_id, coords;
+  std::optional<Tensor> table, token_index;
+  int64_t channels, head_dim;
+  Attention a{};
+
+  Problem(
+      const Tensor& qkv_any, const std::optional<Tensor>& table_any,
+      const std::optional<Tensor>& token_index_any, const Tensor& window_id_any,
+      const Tensor& coords_any, int64_t heads, int64_t window_height, int64_t window_width,
+      double scale)
+      : qkv(ready(qkv_any)),
+        window_id(torch::stable::contiguous(window_id_any)),
+        coords(torch::stable::contiguous(coords_any)) {
+    const int64_t axes = token_index_any ? 3 : 4;
+    STD_TORCH_CHECK(qkv.dim() == axes, "qkv must have ", axes, " axes, got ", qkv.dim());
+    check_indices(window_id, 3, "window_id");
+    check_indices(coords, 4, "coords");
+    const int64_t batch = qkv.size(0);
+    check_batch(window_id, batch, "window_id");
+    const int64_t partitions = window_id.size(0), groups = window_id.size(1),
+                  slots = window_id.size(2);
+    STD_TORCH_CHECK(
+        coords.size(0) == partitions && coords.size(1) == groups && coords.size(2) == slots &&
+            coords.size(3) == 2,
+        "coords must be [P, G, S, 2] beside window_id [P, G, S]");
+    int64_t rows = groups * slots;
+    if (token_index_any) {
+      token_index = torch::stable::contiguous(*token_index_any);
+      check_indices(*token_index, 3, "token_index");
+      STD_TORCH_CHECK(
+          token_index->size(0) == partitions && token_index->size(1) == groups &&
+              token_index->size(2) == slots,
+          "token_index must have the shape of window_id");
+      rows = qkv.size(1);
+    } else {
+      STD_TORCH_CHECK(
+          qkv.size(1) == groups && qkv.size(2) == slots, "qkv must be [B, G, S, 3C]");
+    }
+    const int64_t width = qkv.size(axes - 1);
+    STD_TORCH_CHECK(
+        heads > 0 && width > 0 && width % (3 * heads) == 0,
+        "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
+    channels = width / 3;
+    head_dim = channels / heads;
+    STD_TORCH_CHECK(
+        head_dim == 16 || head_dim == 32 || head_dim == 64,
+        "the CUDA kernels take head dims 16, 32 and 64, got ", head_dim);
+    STD_TORCH_CHECK(window_height > 0 && window_width > 0, "the window must not be empty");
+    constexpr int64_t kMost = std::numeric_limits<int>::max();
+    STD_TORCH_CHECK(rows < kMost && groups * slots < kMost, "an image must have fewer than 2^31 rows");
+    a.qkv = qkv.const_data_ptr();
+    a.token_index = token_index ? token_index->const_data_ptr<int>() : nullptr;
+    a.window_id = window_id.const_data_ptr<int>();
+    a.coords = coords.const_data_ptr<int>();
+    a.batch = batch;
+    a.rows = int(rows);
+    a.groups = int(groups);
+    a.slots = int(slots);
+    a.heads = int(heads);
+    a.window_height = int(window_height);
+    a.window_width = int(window_width);
+    a.per_image = partitions > 1;
+    a.scale = float(scale);
+    if (table_any) {
+      table = torch::stable::contiguous(*table_any);
+      STD_TORCH_CHECK(
+          table->dim() == 2 && table->size(0) == a.table_rows() && table->size(1) == heads,
+          "the bias table must be [", a.table_rows(), ", ", heads, "]");
+      STD_TORCH_CHECK(
+          table->scalar_type() == ScalarType::Float, "the bias table must be in float32");
+      a.table = table->const_data_ptr<float>();
+    }
+    for (const Tensor* x : {&window_id, &coords, token_index ? &*token_index : &window_id,
+                            table ? &*table : &window_id})
+      STD_TORCH_CHECK(
+          x->is_cuda() && x->get_device_index() == qkv.get_device_index(),
+          "qkv, the table and the partition must be on one device");
+  }
+
+  bool empty() const { return a.batch == 0 || a.rows == 0 || a.groups == 0 || a.slots == 0; }
+
+  std::vector<int64_t> sizes(int64_t last) const {
+    std::vector<int64_t> result(qkv.sizes().begin(), qkv.sizes().end());
+    result.back() = last;
+    return result;
+  }
+
+  template <class T>
+  void plan_of(Pass pass) {
+    const int device = qkv.get_device_index();
+    const Device facts{attribute(cudaDevAttrMultiProcessorCount, device),
+                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+    STD_TORCH_CHECK(
+        plan_attention<T>(a, int(head_dim), pass, facts), "windows of ", a.window_height, " x ",
+        a.window_width, " in groups of ", a.slots, " slots need more shared memory than this GPU's ",
+        facts.shared_bytes, " bytes; use another backend");
+    STD_TORCH_CHECK(
+        a.blocks() < int64_t(std::numeric_limits<int>::max()),
+        "the batch needs 2^31 blocks or more; split it");
+  }
+
+  template <class Call>
+  void for_type(Call call) const {
+    switch (qkv.scalar_type()) {
+      case ScalarType::Float: return call(float{});
+      case ScalarType::BFloat16: return call(bfloat16{});
+      case ScalarType::Half: return call(float16{});
+      default:
+        STD_TORCH_CHECK(false, "the CUDA kernels compute in float32, bfloat16 and float16 only");
+    }
+  }
+
+  void plan(Pass pass) {
+    for_type([&](auto zero) { plan_of<decltype(zero)>(pass); });
+  }
+
+  void run(Pass pass) const {
+    const cudaStream_t stream = current_stream(qkv.get_device_index());
+    for_type([&](auto zero) {
+      run_attention<decltype(zero)>(a, int(head_dim), pass, stream);
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+using Guard = torch::stable::accelerator::DeviceGuard;
+
+std::tuple<Tensor, Tensor> forward(Problem problem) {
+  const Tensor& qkv = problem.qkv;
+  Tensor out = torch::stable::new_empty(qkv, problem.sizes(problem.channels));
+  Tensor lse = torch::stable::new_empty(
+      qkv, {problem.a.batch, problem.a.heads, problem.a.rows}, ScalarType::Float);
+  if (!problem.empty()) {
+    problem.a.out = out.mutable_data_ptr();
+    problem.a.lse = lse.mutable_data_ptr<float>();
+    problem.plan(Pass::Forward);
+    problem.run(Pass::Forward);
+  }
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> backward(
+    Problem problem, const Tensor& grad_out_any, const Tensor& out_any, const Tensor& lse_any,
+    bool need_qkv, bool need_table) {
+  const Tensor& qkv = problem.qkv;
+  Attention& a = problem.a;
+  const Tensor grad_out = ready(grad_out_any), out = ready(out_any);
+  const Tensor lse = torch::stable::contiguous(lse_any);
+  for (const Tensor* x : {&grad_out, &out})
+    STD_TORCH_CHECK(
+        x->scalar_type() == qkv.scalar_type() && 3 * x->numel() == qkv.numel(),
+        "grad_out and out must have the dtype of qkv and a third of its size");
+  STD_TORCH_CHECK(
+      lse.scalar_type() == ScalarType::Float && lse.numel() == a.batch * a.heads * a.rows,
+      "lse must be what the forward pass returned");
+  need_table = need_table && problem.table.has_value();
+  const std::vector<int64_t> none{0};
+  Tensor grad_qkv =
+      torch::stable::new_empty(qkv, need_qkv ? problem.sizes(3 * problem.channels) : none);
+  if (problem.empty() || !(need_qkv || need_table)) {
+    Tensor grad_table = torch::stable::new_zeros(
+        lse, need_table ? std::vector<int64_t>{a.table_rows(), a.heads} : none);
+    return {grad_qkv, grad_table};
+  }
+  Tensor grad_table = torch::stable::new_empty(
+      lse, need_table ? std::vector<int64_t>{a.table_rows(), a.heads} : none);
+  a.grad_out = grad_out.const_data_ptr();
+  // Long groups read it; nothing writes it.
+  a.out = const_cast<void*>(out.const_data_ptr());
+  a.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  a.grad_qkv = need_qkv ? grad_qkv.mutable_data_ptr() : nullptr;
+  // The plan depends on whether there are sums, their size on the plan.
+  a.partial = need_table ? grad_table.mutable_data_ptr<float>() : nullptr;
+  problem.plan(Pass::Backward);
+  Tensor partial = torch::stable::new_empty(
+      lse, need_table ? std::vector<int64_t>{a.programs(), a.heads, a.table_rows()} : none);
+  if (need_table) a.partial = partial.mutable_data_ptr<float>();
+  problem.run(Pass::Backward);
+  if (need_table) {
+    run_table_gradient(a.partial, grad_table.mutable_data_ptr<float>(), a.programs(), a.heads,
+                       a.table_rows(), current_stream(qkv.get_device_index()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return {grad_qkv, grad_table};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> block_diagonal_attention(
+    const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id, const Tensor& coords,
+    int64_t num_heads, int64_t window_height, int64_t window_width, double scale) {
+  const Guard guard(qkv.get_device_index());
+  return forward({qkv, table, std::nullopt, window_id, coords, num_heads, window_height,
+                  window_width, scale});
+}
+
+std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
+    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& out,
+    const Tensor& lse, const Tensor& window_id, const Tensor& coords, int64_t num_heads,
+    int64_t window_height, int64_t window_width, double scale, bool need_qkv, bool need_table) {
+  const Guard guard(qkv.get_device_index());
+  return backward({qkv, table, std::nullopt, window_id, coords, num_heads, window_height,
+                   window_width, scale},
+                  grad_out, out, lse, need_qkv, need_table);
+}
+
+std::tuple<Tensor, Tensor> group_window_attention(
+    const Tensor& qkv, std::optional<Tensor> table, const Tensor& token_index,
+    const Tensor& window_id, const Tensor& coords, int64_t num_heads, int64_t window_height,
+    int64_t window_width, double scale) {
+  const Guard guard(qkv.get_device_index());
+  return forward({qkv, table, token_index, window_id, coords, num_heads, window_height,
+                  window_width, scale});
+}
+
+std::tuple<Tensor, Tensor> group_window_attention_backward(
+    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& out,
+    const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& coords,
+    int64_t num_heads, int64_t window_height, int64_t window_width, double scale, bool need_qkv,
+    bool need_table) {
+  const Guard guard(qkv.get_device_index());
+  return backward({qkv, table, token_index, window_id, coords, num_heads, window_height,
+                   window_width, scale},
+                  grad_out, out, lse, need_qkv, need_table);
+}
+
+}  // namespace greenmim::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(greenmim, CUDA, m) {
+  m.impl("block_diagonal_attention", TORCH_BOX(&greenmim::cuda::block_diagonal_attention));
+  m.impl("block_diagonal_attention_backward",
+         TORCH_BOX(&greenmim::cuda::block_diagonal_attention_backward));
+  m.impl("group_window_attention", TORCH_BOX(&greenmim::cuda::group_window_attention));
+  m.impl("group_window_attention_backward",
+         TORCH_BOX(&greenmim::cuda::group_window_attention_backward));
+}

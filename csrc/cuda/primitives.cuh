@@ -1,0 +1,141 @@
+// What the kernels take from the hardware beyond plain C++: all inline PTX is here and nowhere else.
+//
+// Each primitive has a twin in tests/emulator/emulated_primitives.h, so that the kernels' own source
+// also runs on the CPU under sanitizers; tests/emulator/conformance.cu compares the two on a GPU.
+#pragma once
+
+#ifdef GREENMIM_EMULATE
+#include "emulated_primitives.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+// A name for all of the block's dynamic shared memory, as bytes.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
+// A variable in static shared memory; the type has to be one word (an alias for arrays).
+#define STATIC_SHARED(Type, name) __shared__ Type name
+
+namespace greenmim::cuda {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
+
+// Two values rounded to nearest even, the first in the low half: how registers of a fragment hold
+// them.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  else
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+// d += a b for a [16, 16], b [16, 8], d [16, 8]; sums in float32.
+template <class T>
+__device__ __forceinline__ void mma(
+    float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8
+// of matrix l / 8. Lane l receives elements 2 (l % 4) and the next of row l / 4, or, transposed, of
+// column l / 4.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// 16 bytes from global to shared memory without a register between; zeros where not valid, and then
+// nothing is read. Complete after the commit and the wait that follow.
+__device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(valid ? 4 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until no more than kPending of this thread's committed groups are on their way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The same number, but what is computed from it is not moved out of the loop around: an address that
+// takes an instruction or two is not worth a register for the whole loop.
+__device__ __forceinline__ int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Within 2 ulp, and exact at minus infinity.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
+
+// Blocks of `threads` threads on a line. The launch is checked by the caller.
+template <class Kernel, class... Arguments>
+void launch(
+    Kernel* kernel, unsigned grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
+    Arguments... arguments) {
+  // Beyond 48 KB a kernel has to ask; an attribute that is refused shows at the launch.
+  if (shared_bytes > 48 * 1024)
+    cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+}
+
+}  // namespace greenmim::cuda
+
+#endif

@@ -1,0 +1,143 @@
+// The attention and gather kernels as a program: a problem on standard input, the results on
+// standard output. Compiled by a C++ compiler it runs them on the emulator, by nvcc on a GPU.
+// tests/kernels/emulated.py writes the one and reads the other.
+#include "../../csrc/cuda/attention_launch.cuh"
+#include "../../csrc/cuda/group_gather.cuh"
+#include "../../csrc/cuda/table_gradient.cuh"
+#include "memory.h"
+
+using namespace greenmim::cuda;
+
+// Only these, where a test compiles many variants of the program.
+#ifndef ONLY_HEAD_DIM
+#define ONLY_HEAD_DIM 0
+#endif
+#ifndef ONLY_ELEMENT
+#define ONLY_ELEMENT -1
+#endif
+
+namespace {
+
+// In the order of the Python side.
+struct Header {
+  int64_t thread_order, element, head_dim, batch, rows, partitions, groups, slots, heads,
+      window_height, window_width, has_table, gathered, need_qkv, need_table, processors,
+      shared_bytes;
+  double scale;
+};
+
+struct Inputs {
+  Buffer qkv, grad_out, table, token_index, window_id, coords;
+
+  Inputs(const Header& h, size_t element, int64_t table_bytes)
+      : qkv(h.batch * h.rows * 3 * h.heads * h.head_dim * element),
+        grad_out(h.batch * h.rows * h.heads * h.head_dim * element),
+        table(h.has_table ? table_bytes : 0),
+        token_index(h.gathered ? 0 : h.partitions * h.groups * h.slots * 4),
+        window_id(h.partitions * h.groups * h.slots * 4),
+        coords(h.partitions * h.groups * h.slots * 8) {
+    for (Buffer* buffer : {&qkv, &grad_out, &table, &token_index, &window_id, &coords})
+      buffer->read();
+  }
+};
+
+template <class T, int D>
+void attend(const Header& h) {
+  Attention a{};
+  a.batch = h.batch;
+  a.rows = int(h.rows);
+  a.groups = int(h.groups);
+  a.slots = int(h.slots);
+  a.heads = int(h.heads);
+  a.window_height = int(h.window_height);
+  a.window_width = int(h.window_width);
+  a.per_image = h.partitions > 1;
+  a.scale = float(h.scale);
+  const int64_t table_bytes = int64_t(a.table_rows()) * h.heads * 4;
+  const Inputs in(h, sizeof(T), table_bytes);
+  a.qkv = in.qkv.as<T>();
+  a.table = h.has_table ? in.table.as<float>() : nullptr;
+  a.token_index = h.gathered ? nullptr : in.token_index.as<int>();
+  a.window_id = in.window_id.as<int>();
+  a.coords = in.coords.as<int>();
+  const int64_t elements = h.batch * h.rows * h.heads * D;
+  const Buffer out(elements * sizeof(T)), lse(h.batch * h.heads * h.rows * 4);
+  a.out = out.as<T>();
+  a.lse = lse.as<float>();
+  const Device device{int(h.processors), int(h.shared_bytes)};
+  if (!plan<T, D>(a, Pass::Forward, device)) throw std::runtime_error("no room for forward");
+  launch_attention<T, D>(a, Pass::Forward, nullptr);
+  out.write();
+  lse.write();
+
+  const Buffer grad_qkv(h.need_qkv ? 3 * elements * sizeof(T) : 0);
+  const Buffer grad_table(h.need_table ? table_bytes : 0);
+  a.grad_out = in.grad_out.as<T>();
+  a.grad_qkv = h.need_qkv ? grad_qkv.as<T>() : nullptr;
+  a.partial = h.need_table ? grad_table.as<float>() : nullptr;  // the plan asks whether there is one
+  if (!plan<T, D>(a, Pass::Backward, device)) throw std::runtime_error("no room for backward");
+  const Buffer partial(h.need_table ? a.programs() * table_bytes : 0);
+  if (h.need_table) a.partial = partial.as<float>();
+  launch_attention<T, D>(a, Pass::Backward, nullptr);
+  if (h.need_table)
+    run_table_gradient(a.partial, grad_table.as<float>(), a.programs(), a.heads, a.table_rows(),
+                       nullptr);
+  grad_qkv.write();
+  grad_table.write();
+}
+
+template <class T>
+void attend(const Header& h) {
+  if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 16)
+    if (h.head_dim == 16) return attend<T, 16>(h);
+  if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 32)
+    if (h.head_dim == 32) return attend<T, 32>(h);
+  if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 64)
+    if (h.head_dim == 64) return attend<T, 64>(h);
+  throw std::runtime_error("this head dimension was not compiled");
+}
+
+// "gather" and "scatter": rows of `head_dim` elements of `element` bytes, without heads.
+void copy(const Header& h, bool gather) {
+  const int64_t slots = h.groups * h.slots, row_bytes = h.head_dim * h.element;
+  const int64_t all_slots = h.batch * slots * row_bytes, all_tokens = h.batch * h.rows * row_bytes;
+  Buffer from(gather ? all_tokens : all_slots), token_index(h.partitions * slots * 4);
+  const Buffer to(gather ? all_slots : all_tokens);
+  from.read();
+  token_index.read();
+  RowCopy c{};
+  c.from = from.as<char>();
+  c.to = to.as<char>();
+  c.token_index = token_index.as<int>();
+  c.batch = h.batch;
+  c.slots = slots;
+  c.tokens = h.rows;
+  c.per_image = h.partitions > 1;
+  copy_rows(c, gather, row_bytes, nullptr);
+  to.write();
+}
+
+}  // namespace
+
+int main(int count, char** arguments) try {
+  Header h;
+  if (std::fread(&h, sizeof h, 1, stdin) != 1) throw std::runtime_error("no header");
+#ifdef GREENMIM_EMULATE
+  emulator::thread_order = unsigned(h.thread_order);
+#endif
+  const std::string what = count > 1 ? arguments[1] : "attention";
+  if (what != "attention") {
+    copy(h, what == "gather");
+    return 0;
+  }
+  if constexpr (ONLY_ELEMENT == -1 || ONLY_ELEMENT == 0)
+    if (h.element == 0) attend<float>(h);
+  if constexpr (ONLY_ELEMENT == -1 || ONLY_ELEMENT == 1)
+    if (h.element == 1) attend<bfloat16>(h);
+  if constexpr (ONLY_ELEMENT == -1 || ONLY_ELEMENT == 2)
+    if (h.element == 2) attend<float16>(h);
+  return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "attention: %s\n", error.what());
+  return 1;
+}

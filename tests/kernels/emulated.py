@@ -1,0 +1,178 @@
+"""The CUDA kernels as a program (tests/emulator): build it, feed it, collect what it wrote.
+
+Built by a C++ compiler the program runs the kernels on the emulator, by nvcc on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+import struct
+import subprocess
+import tempfile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import greenmim_kernels as gk
+from greenmim_kernels.partition import GroupPartition
+from greenmim_kernels.testing import Inputs
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLAGS = {
+    "plain": ["-O2"],
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+}
+# The shared memory that a block may ask for on sm_90, and on sm_86, where it is least.
+LARGE, SMALL = 232448, 101376
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="greenmim_emulator_")
+
+
+@functools.cache
+def build(
+    program: str, kind: str = "plain", *defines: str, root: pathlib.Path = ROOT
+) -> pathlib.Path:
+    """Compile a program of tests/emulator for the emulator; `kind` names the sanitizers."""
+    name = "-".join([program, kind, root.name, *(define.replace("=", "") for define in defines)])
+    binary = pathlib.Path(_folder().name) / name
+    emulator = root / "tests" / "emulator"
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", *FLAGS[kind], "-fno-strict-aliasing"]
+    command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DGREENMIM_EMULATE"]
+    command += [f"-D{define}" for define in defines]
+    command += [f"-I{emulator}", "-x", "c++", str(emulator / program), "-o", str(binary)]
+    subprocess.run(command, check=True, timeout=600)
+    return binary
+
+
+@functools.cache
+def build_for_gpu(program: str, *defines: str) -> pathlib.Path:
+    """Compile a program of tests/emulator with nvcc for the GPU of this machine."""
+    binary = pathlib.Path(_folder().name) / f"{program}-gpu"
+    command = ["nvcc", "-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-arch=native"]
+    command += [f"-D{define}" for define in defines]
+    command += [str(ROOT / "tests" / "emulator" / program), "-o", str(binary)]
+    subprocess.run(command, check=True, timeout=600)
+    return binary
+
+
+def run_binary(
+    command: list[str | pathlib.Path], data: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    environment = {
+        **os.environ,
+        # Fibers leave their stacks for good; that is no leak.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
+    }
+    return subprocess.run(
+        list(map(str, command)), input=data, capture_output=True, env=environment, timeout=600
+    )
+
+
+@dataclasses.dataclass
+class Launch:
+    """How the emulator runs a problem."""
+
+    thread_order: int = 0
+    processors: int = 1
+    shared_bytes: int = LARGE
+    gathered: bool = False
+    need_qkv: bool = True
+    need_table: bool = True
+
+
+def _bytes(tensor: Tensor | None) -> bytes:
+    if tensor is None:
+        return b""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def run(
+    inputs: Inputs, launch: Launch | None = None, binary: pathlib.Path | None = None
+) -> dict[str, Tensor]:
+    """Forward and backward: {"out", "lse", "grad_qkv", "grad_table"} as the kernels wrote them.
+
+    Raises:
+        Caught: the program stopped; the message is what it or a sanitizer wrote.
+    """
+    launch = launch or Launch()
+    done = run_binary([binary or build("attention.cu")], encode(inputs, launch))
+    if done.returncode != 0:
+        raise Caught(done.stderr.decode(errors="replace")[:4000])
+    return decode(inputs, launch, done.stdout)
+
+
+class Caught(Exception):
+    """The emulator or a sanitizer stopped the program."""
+
+
+def copy_rows(rows: Tensor, part: GroupPartition, what: str, order: int = 0) -> Tensor:
+    """"gather" [B, N, C] -> [B, G * S, C], or "scatter" back, as the copy kernels do it."""
+    slots = part.num_groups * part.group_size
+    header = struct.pack(
+        "=17qd", order, rows.element_size(), rows.shape[2], len(rows), part.num_tokens,
+        part.token_index.shape[0], part.num_groups, part.group_size, *[0] * 9, 0.0,
+    )  # fmt: skip
+    data = header + _bytes(rows) + _bytes(part.token_index)
+    done = run_binary([build("attention.cu"), what], data)
+    if done.returncode != 0:
+        raise Caught(done.stderr.decode(errors="replace")[:4000])
+    raw = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)
+    count = slots if what == "gather" else part.num_tokens
+    return raw.view(rows.dtype).view(len(rows), count, rows.shape[2])
+
+
+def _rows(inputs: Inputs, launch: Launch) -> int:
+    part = inputs.part
+    return part.num_groups * part.group_size if launch.gathered else part.num_tokens
+
+
+def encode(inputs: Inputs, launch: Launch) -> bytes:
+    part, qkv, grad_out = inputs.part, inputs.qkv, inputs.grad_out
+    if launch.gathered:
+        with gk.use_backend("reference"):
+            padding = (part.window_id < 0).expand(len(qkv), -1, -1)[..., None]
+            # Padding is never read: it holds NaN.
+            qkv, grad_out = (
+                gk.group_gather(x, part).masked_fill(padding, torch.nan) for x in (qkv, grad_out)
+            )
+    head_dim = qkv.shape[-1] // (3 * inputs.num_heads)
+    header = struct.pack(
+        "=17qd", launch.thread_order, ELEMENTS[qkv.dtype], head_dim, len(qkv),
+        _rows(inputs, launch), part.token_index.shape[0], part.num_groups, part.group_size,
+        inputs.num_heads, *part.window_size, inputs.table is not None, launch.gathered,
+        launch.need_qkv, launch.need_table and inputs.table is not None, launch.processors,
+        launch.shared_bytes, head_dim**-0.5,
+    )  # fmt: skip
+    arrays = (qkv, grad_out, inputs.table, None if launch.gathered else part.token_index,
+              part.window_id, part.coords)  # fmt: skip
+    return header + b"".join(map(_bytes, arrays))
+
+
+def decode(inputs: Inputs, launch: Launch, data: bytes) -> dict[str, Tensor]:
+    batch, rows, heads = len(inputs.qkv), _rows(inputs, launch), inputs.num_heads
+    channels = inputs.qkv.shape[-1] // 3
+    dtype = inputs.qkv.dtype
+    shapes = {"out": ((batch, rows, channels), dtype), "lse": ((batch, heads, rows), torch.float32)}
+    if launch.need_qkv:
+        shapes["grad_qkv"] = ((batch, rows, 3 * channels), dtype)
+    if launch.need_table and inputs.table is not None:
+        shapes["grad_table"] = (tuple(inputs.table.shape), torch.float32)
+    results, offset = {}, 0
+    for name, (shape, element) in shapes.items():
+        count = int(np.prod(shape)) * element.itemsize
+        raw = torch.frombuffer(bytearray(data[offset : offset + count]), dtype=torch.uint8)
+        results[name] = raw.view(element).view(shape)
+        offset += count
+    if offset != len(data):
+        raise RuntimeError(f"the emulator wrote {len(data)} bytes where {offset} were expected")
+    return results

@@ -1,0 +1,204 @@
+"""The CUDA kernels' own source, run on the CPU: results against fp64, threads in several orders."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from budget import plain_results
+from emulated import SMALL, Launch, copy_rows
+from emulated import run as emulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import greenmim_kernels as gk
+from greenmim_kernels import reference
+from greenmim_kernels.testing import (
+    Case,
+    assert_within_budget,
+    make_inputs,
+    make_partition,
+    relative_error,
+    run,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [
+    Case(shifted=True, batch=3),
+    Case(stage=2, head_dim=16, num_heads=3, batch=3),
+    Case(stage=2, head_dim=64, per_image=True),
+    Case(stage=3, shifted=True, num_heads=1),
+    Case(stage=4, num_heads=2, batch=5),
+    Case(image_size=(96, 64), window_size=5, shifted=True, mask_ratio=0.4, group_size=29),
+    Case(image_size=(32, 32), stage=4, mask_ratio=0, head_dim=16, batch=1),
+    Case(stage=2, window_size=7, group_size=48),
+    Case(stage=2, window_size=14, shifted=True, head_dim=16, batch=3),
+    Case(stage=2, window_size=14, group_size=150, head_dim=64, num_heads=1),
+    Case(stage=1, window_size=14, image_size=(128, 160), per_image=True, num_heads=1),
+    Case(image_size=(64, 64), window_size=16, mask_ratio=0, num_heads=1, batch=1),
+    Case(image_size=(96, 96), window_size=24, mask_ratio=0, num_heads=1, head_dim=16, batch=1),
+]
+ORDERS = (0, 1, 2026)  # ascending, descending, shuffled
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def exact_results(inputs):
+    with gk.use_backend("reference"):
+        return run(inputs.to(torch.float64))
+
+
+def agree(actual, inputs):
+    """Within twice what the same formulas cost in plain PyTorch.
+
+    Groups that fit into a block take delta from the probabilities, others from the output.
+    """
+    head_dim = inputs.qkv.shape[-1] // (3 * inputs.num_heads)
+    saved_output = inputs.part.group_size > 64 or head_dim > 32
+    checked = {key: actual[key] for key in ("out", "grad_qkv", "grad_table")}
+    assert_within_budget(checked, plain_results(inputs, saved_output), exact_results(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_reference_in_any_order_of_threads(case, dtype):
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    first = emulate(inputs)
+    agree(first, inputs)
+    for order in ORDERS[1:]:
+        for key, value in emulate(inputs, Launch(thread_order=order)).items():
+            assert torch.equal(value, first[key]), f"{key} depends on the order of threads"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    units=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stage=st.integers(1, 4),
+    window_size=st.integers(2, 9),
+    shifted=st.booleans(),
+    batch=st.integers(1, 4),
+    num_heads=st.integers(1, 3),
+    head_dim=st.sampled_from((16, 32, 64)),
+    mask_ratio=st.sampled_from((0.0, 0.4, 0.75)),
+    per_image=st.booleans(),
+    extra_slots=st.integers(0, 40),
+    dtype=st.sampled_from(DTYPES),
+    processors=st.sampled_from((1, 3, 132)),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(units, extra_slots, processors, seed, **fields):
+    case = Case(image_size=tuple(32 * n for n in units), **fields)
+    fullest = make_partition(case, seed)
+    fullest = int(torch.bincount(fullest.window_id[fullest.window_id >= 0].flatten()).max())
+    if not case.per_image:  # beside odd sizes, the one that the cost model chooses
+        case = dataclasses.replace(case, group_size=fullest + extra_slots)
+    inputs = make_inputs(case, seed)
+    agree(emulate(inputs, Launch(processors=processors)), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[8]], ids=str)
+def test_how_a_batch_is_cut_changes_no_bit_of_an_image(case, dtype):
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    together, apart = (emulate(inputs, Launch(processors=n)) for n in (1, 1000))
+    for key in ("out", "lse", "grad_qkv"):
+        assert torch.equal(together[key], apart[key]), key
+    agree(apart, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("head_dim", [16, 32, 64])
+def test_little_shared_memory(head_dim, dtype):
+    """Groups too long for four strips a block on a GPU with 99 KB of shared memory."""
+    case = Case(image_size=(64, 64), window_size=16, mask_ratio=0, num_heads=1, batch=2,
+                head_dim=head_dim, dtype=dtype)  # fmt: skip
+    inputs = make_inputs(case)
+    agree(emulate(inputs, Launch(shared_bytes=SMALL)), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5], CASES[9], CASES[10]], ids=str)
+def test_gathered_groups(case, dtype):
+    """Padding is not read (it holds NaN) and written as zeros; the rest is what the fused form has."""
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    fused, grouped = emulate(inputs), emulate(inputs, Launch(gathered=True))
+    padding = (inputs.part.window_id < 0).flatten(1).expand(case.batch, -1)
+    shape = (case.batch, inputs.part.num_groups, inputs.part.group_size, -1)
+    with gk.use_backend("reference"):
+        for key in ("out", "grad_qkv"):
+            assert (grouped[key][padding] == 0).all(), key
+            tokens = gk.group_scatter(grouped[key].view(shape), inputs.part)
+            assert torch.equal(tokens, fused[key]), key
+    assert torch.equal(grouped["grad_table"], fused["grad_table"])
+    assert (grouped["lse"].transpose(1, 2)[padding] == 0).all()
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
+def test_only_the_gradients_that_are_asked_for(case):
+    inputs = make_inputs(dataclasses.replace(case, dtype=torch.bfloat16))
+    whole = emulate(inputs)
+    for asked, other in (("need_qkv", "need_table"), ("need_table", "need_qkv")):
+        part = emulate(inputs, Launch(**{other: False}))
+        key = asked.replace("need", "grad")
+        assert other.replace("need", "grad") not in part
+        assert torch.equal(part[key], whole[key]), key
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
+def test_without_a_table(case):
+    inputs = make_inputs(dataclasses.replace(case, dtype=torch.float16))
+    zeros = dataclasses.replace(inputs, table=torch.zeros_like(inputs.table))
+    with_zeros, without = emulate(zeros), emulate(dataclasses.replace(inputs, table=None))
+    for key in ("out", "lse", "grad_qkv"):
+        assert torch.equal(without[key], with_zeros[key]), key
+    assert "grad_table" not in without
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[9], CASES[10]], ids=str)
+def test_lse(case):
+    inputs = make_inputs(case)
+    x = reference.group_gather(inputs.qkv.double(), inputs.part.token_index)
+    q, k, _ = x.unflatten(-1, (3, case.num_heads, -1)).movedim(3, 0).transpose(-2, -3).unbind(0)
+    same = inputs.part.window_id[..., :, None] == inputs.part.window_id[..., None, :]
+    scores = q @ k.transpose(-1, -2) * case.head_dim**-0.5
+    scores = scores + reference.relative_position_bias(
+        inputs.table.double(), inputs.part.window_id, inputs.part.coords, inputs.part.window_size
+    )
+    lse = scores.masked_fill(~same[:, :, None], -torch.inf).logsumexp(-1)  # [B, G, heads, S]
+    tokens = inputs.part.num_tokens
+    exact = reference.group_scatter(lse.transpose(-1, -2), inputs.part.token_index, tokens)
+    assert relative_error(emulate(inputs)["lse"].transpose(1, 2), exact) < 1e-6
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_group_and_shows(poison):
+    case = Case(batch=1, num_heads=1)
+    inputs = make_inputs(case)
+    group = inputs.part.token_index[0, 0]
+    members = group[group >= 0].long()
+    clean = emulate(inputs)
+    inputs.qkv[0, members[0], case.channels] = poison  # a key
+    result = emulate(inputs)
+    others = torch.ones(inputs.part.num_tokens, dtype=torch.bool)
+    others[members] = False
+    for key in ("out", "grad_qkv"):
+        assert torch.equal(result[key][0, others], clean[key][0, others]), key
+        assert not result[key][0, members].isfinite().all(), key
+    assert not result["grad_table"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("channels", [1, 6, 16, 96, 250])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_gather_and_scatter(channels, per_image, dtype):
+    case = Case(image_size=(96, 64), batch=3, per_image=per_image, group_size=50)
+    part = make_partition(case)
+    x = torch.randn(3, part.num_tokens, channels).to(dtype)
+    for order in ORDERS:
+        groups = copy_rows(x, part, "gather", order)
+        with gk.use_backend("reference"):
+            assert torch.equal(groups, gk.group_gather(x, part).flatten(1, 2))
+        assert torch.equal(copy_rows(groups, part, "scatter", order), x)

@@ -1,0 +1,236 @@
+"""The emulator sees what it is there to see: rules broken in small kernels, faults planted in ours."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import shutil
+
+import emulated
+import pytest
+import torch
+from budget import plain_results
+from emulated import Caught, Launch, build, run_binary
+
+import greenmim_kernels as gk
+from greenmim_kernels.testing import Case, assert_within_budget, make_inputs, run
+
+CASE = Case(image_size=(96, 64), batch=3, num_heads=1, shifted=True, dtype=torch.bfloat16)
+LONG_CASE = Case(image_size=(64, 96), stage=1, window_size=14, batch=2, num_heads=1,
+                 mask_ratio=0.5, dtype=torch.bfloat16)  # fmt: skip
+ONLY = ("ONLY_HEAD_DIM=32", "ONLY_ELEMENT=1")
+
+
+def selftest(name: str, kind: str = "plain", order: int = 0):
+    done = run_binary([build("selftest.cpp", kind), name, str(order)])
+    return done.returncode, done.stdout.decode().split(), done.stderr.decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "message"),
+    [
+        ("barrier-for-some", 0, "deadlock"),
+        ("different-collectives", 0, "different collectives"),
+        ("ended-lanes", 0, "ended while its warp waits"),
+        ("ended-lanes", 1, "lanes that have ended"),
+        ("absent-lane", 0, "a lane that is not there"),
+        ("copies-never-waited-for", 0, "before it waited for its cp.async"),
+        ("misaligned-copy", 0, "no multiples"),
+        ("misaligned-ldmatrix", 0, "no multiple of 16"),
+    ],
+)
+def test_a_broken_rule_stops_the_program(name, order, message):
+    status, _, error = selftest(name, order=order)
+    assert status != 0 and message in error
+
+
+@pytest.mark.parametrize("order", [0, 1, 7])
+def test_right_kernels_run(order):
+    expected = [str(float(32 + i)).removesuffix(".0") for i in range(64)]
+    assert selftest("barrier", order=order)[1] == expected[:32] + [str(i) for i in range(32)]
+    assert selftest("warp-barrier", order=order)[1][:4] == ["1", "0", "3", "2"]
+    assert selftest("poison", order=order)[1] == ["1"] * 64
+    assert selftest("atomics", order=order)[1][0] == str(3 * 64 * 63 // 2)
+
+
+def test_orders_of_threads():
+    assert selftest("order", order=0)[1] == [str(i) for i in range(64)]
+    assert selftest("order", order=1)[1] == [str(63 - i) for i in range(64)]
+    shuffled = selftest("order", order=7)[1]
+    assert sorted(map(int, shuffled)) == list(range(64)) and shuffled != selftest("order", order=8)[1]
+
+
+def test_a_copy_lands_at_its_wait():
+    landed = selftest("copies")[1]
+    assert landed == [str(4 * (64 + i) + 1) if i % 2 == 0 else "0" for i in range(64)]
+    early = selftest("copies-not-waited-for")[1]
+    assert all(math.isnan(float(x)) for x in early)
+
+
+@pytest.mark.parametrize("barrier", ["barrier", "warp-barrier"])
+def test_a_missing_barrier_is_a_race_and_a_wrong_result(barrier):
+    assert selftest(barrier, "thread")[0] == 0
+    status, _, error = selftest(f"missing-{barrier}", "thread")
+    assert status != 0 and "data race" in error
+    assert any("nan" in x for x in selftest(f"missing-{barrier}", order=1)[1])
+
+
+def test_an_access_beyond_shared_memory():
+    assert selftest("barrier", "address")[0] == 0
+    status, _, error = selftest("beyond-shared-memory", "address")
+    assert status != 0 and "heap-buffer-overflow" in error
+
+
+# --- the kernels themselves ----------------------------------------------------------------------
+
+
+def check(binary: pathlib.Path, case: Case = CASE) -> None:
+    """Results within the budget and equal in every order, or an exception."""
+    inputs = make_inputs(case)
+    with gk.use_backend("reference"):
+        exact = run(inputs.to(torch.float64))
+    plain = plain_results(inputs, saved_output=inputs.part.group_size > 64)
+    for order in (0, 1, 7):
+        actual = emulated.run(inputs, Launch(thread_order=order), binary)
+        assert_within_budget({name: actual[name] for name in exact}, plain, exact)
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("case", [CASE, LONG_CASE], ids=str)
+def test_sanitizers_find_nothing(case, kind):
+    inputs = make_inputs(case)
+    for gathered in (False, True):
+        emulated.run(inputs, Launch(gathered=gathered), build("attention.cu", kind, *ONLY))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sanitizers_find_nothing_in_other_kernels(dtype):
+    defines = ("ONLY_HEAD_DIM=16", f"ONLY_ELEMENT={emulated.ELEMENTS[dtype]}")
+    case = Case(image_size=(64, 64), batch=2, num_heads=2, head_dim=16, per_image=True, dtype=dtype)
+    for kind in ("address", "thread"):
+        emulated.run(make_inputs(case), Launch(), build("attention.cu", kind, *defines))
+
+
+FORWARD, BACKWARD, LONG = (
+    f"attention_{name}.cuh" for name in ("forward", "backward", "backward_long")
+)
+TOP = "    // Also: no warp still works on the stage that is filled next.\n    __syncthreads();\n"
+# file, what stands there, what is planted, the sanitizer that has to see it, the case
+FAULTS = {
+    "forward: no barrier after the wait": (FORWARD, TOP, "", "thread", CASE),
+    "backward: no barrier after the wait": (BACKWARD, TOP, "", "thread", CASE),
+    "long backward: no barrier after the wait": (LONG, TOP, "", "thread", LONG_CASE),
+    "backward: no barrier before the keys": (
+        BACKWARD,
+        "    __syncthreads();  // the probabilities of all queries; and nobody needs k and v any more\n",
+        "",
+        "thread",
+        CASE,
+    ),
+    "backward: no barrier before the table": (
+        BACKWARD,
+        "  __syncthreads();  // nobody reads tiles or bias any more\n",
+        "",
+        "thread",
+        CASE,
+    ),
+    "results read by other lanes without a barrier": (
+        "slots.cuh",
+        "  __syncwarp();\n  constexpr int kPiece",
+        "  constexpr int kPiece",
+        "thread",
+        CASE,
+    ),
+    "rows of the table added without a barrier": (
+        "slots.cuh",
+        "    __syncwarp();\n  }\n}\n\n// The sum of the warps' copies",
+        "  }\n}\n\n// The sum of the warps' copies",
+        "thread",
+        CASE,
+    ),
+    "forward: a wait that leaves one more on its way": (
+        FORWARD,
+        "copy_async_wait<Memory::kStages - 2>",
+        "copy_async_wait<Memory::kStages - 1>",
+        "plain",
+        CASE,
+    ),
+    "backward: a wait that leaves one on its way": (
+        BACKWARD,
+        "    copy_async_wait<0>();\n    // Also",
+        "    copy_async_wait<1>();\n    // Also",
+        "plain",
+        CASE,
+    ),
+    "the table read one beyond its end": (
+        "slots.cuh",
+        "i < a.table_rows(); i += int(blockDim.x))\n      table[i]",
+        "i <= a.table_rows(); i += int(blockDim.x))\n      table[i]",
+        "address",
+        CASE,
+    ),
+    "lse written one beyond its row": (
+        FORWARD,
+        "* a.rows + to] =",
+        "* a.rows + to + 1] =",
+        "address",
+        CASE,
+    ),
+    "the staging strip of the next warp": (
+        LONG,
+        "memory.staging + warp * kStrip",
+        "memory.staging + (warp + 1) * kStrip",
+        "plain",
+        LONG_CASE,
+    ),
+    "a fragment of the right operand from the wrong half": (
+        "products.cuh",
+        "(lane % 8 + lane / 16 * 8) * kStride<T, D> + lane / 8 % 2 * 8",
+        "(lane % 8 + lane / 8 % 2 * 8) * kStride<T, D> + lane / 16 * 8",
+        "plain",
+        CASE,
+    ),
+    "a transposed fragment that is not": (
+        "products.cuh",
+        "load_matrices<true>(a, p",
+        "load_matrices<false>(a, p",
+        "plain",
+        CASE,
+    ),
+    "the softmax of long groups not scaled to the new largest score": (
+        FORWARD,
+        "sum[half] *= factor;",
+        "",
+        "plain",
+        LONG_CASE,
+    ),
+    "keys of the next window attended": (
+        "slots.cuh",
+        "return query.x == key.x && query.x >= 0;",
+        "return query.x >= 0 && key.x >= 0;",
+        "plain",
+        CASE,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault, tmp_path):
+    file, before, after, kind, case = FAULTS[fault]
+    root = tmp_path / fault.replace(" ", "_").replace(":", "")
+    for folder in ("csrc/cuda", "tests/emulator"):
+        shutil.copytree(emulated.ROOT / folder, root / folder)
+    source = root / "csrc" / "cuda" / file
+    text = source.read_text()
+    assert text.count(before) == 1, f"{file} has changed: plant this fault anew"
+    source.write_text(text.replace(before, after))
+    binary = build("attention.cu", kind, *ONLY, root=root)
+    with pytest.raises((AssertionError, Caught)) as caught:
+        check(binary, case)
+    expected = {"thread": "data race", "address": "Sanitizer", "plain": "error"}[kind]
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("case", [CASE, LONG_CASE], ids=str)
+def test_without_a_fault_nothing_is_caught(case):
+    check(build("attention.cu", "plain", *ONLY), case)
