@@ -10,7 +10,7 @@ import platform
 import torch
 
 import greenmim
-from greenmim_kernels import available_backends
+from greenmim_kernels import automatic, available_backends
 from greenmim_kernels.backends import (
     ENVIRONMENT_VARIABLE,
     OPERATORS,
@@ -62,6 +62,10 @@ def report() -> str:
         f'"auto" takes{f" (but {ENVIRONMENT_VARIABLE}={forced} is set)" if forced else ""}',
     ]
     lines += _choices()
+    lines += ["", "of a GPU's two backends it takes, and why"]
+    lines += _table(
+        [(name, f"{found.backend}: {found.reason}") for name, found in automatic.choices().items()]
+    )
     return "\n".join(lines)
 
 

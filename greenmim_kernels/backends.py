@@ -18,6 +18,8 @@ from collections.abc import Iterator
 
 import torch
 
+from . import automatic
+
 ENVIRONMENT_VARIABLE = "GREENMIM_BACKEND"
 OPERATORS = (
     "group_gather",
@@ -40,6 +42,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = None
     head_dims: tuple[int, ...] | None = None
     largest_group: int | None = None
+    largest_window: int | None = None
 
 
 BACKENDS = {
@@ -51,8 +54,10 @@ BACKENDS = {
     ),
     "cuda": Backend(
         device="cuda",
-        operators=("group_gather", "group_scatter"),
+        operators=OPERATORS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        head_dims=(16, 32, 64),
+        largest_window=16,
     ),
     "triton": Backend(
         device="cuda",
@@ -203,25 +208,32 @@ def choose_backend(
     dtype: torch.dtype,
     head_dim: int | None = None,
     group_size: int | None = None,
+    window: int | None = None,
 ) -> str:
-    """The backend that runs `operator`; `head_dim` and `group_size` matter to attention only.
+    """The backend that runs `operator`; the last three matter to attention only.
+
+    `window` is the longer side of the window. Where "auto" has both backends of a GPU to choose
+    from, it follows the table of `automatic`.
 
     Raises:
         ValueError: a forced backend cannot do it, or the environment names an unknown backend.
         RuntimeError: the backend named in the environment cannot be used here.
     """
     names = candidates(operator, device, dtype)
+    if len(names) > 1 and device == "cuda":
+        first = automatic.choice(operator, dtype, head_dim, group_size).backend
+        names = (first, *names) if first in names else names
     for name in names:
-        reason = _does_not_fit(name, head_dim, group_size)
+        reason = _does_not_fit(name, head_dim, group_size, window)
         if reason is None:
             return name
     raise ValueError(f'{reason}; use another backend or "auto"')
 
 
 def automatic_backend(operator: str, device: str, dtype: torch.dtype) -> str:
-    """What "auto" takes on this machine, where head dim and group size allow."""
+    """What "auto" takes on this machine for Swin's sizes."""
     with use_backend("auto"):
-        return candidates(operator, device, dtype)[0]
+        return choose_backend(operator, device, dtype)
 
 
 def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | None:
@@ -238,7 +250,9 @@ def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | N
     return None
 
 
-def _does_not_fit(name: str, head_dim: int | None, group_size: int | None) -> str | None:
+def _does_not_fit(
+    name: str, head_dim: int | None, group_size: int | None, window: int | None
+) -> str | None:
     backend = BACKENDS[name]
     if head_dim is not None and backend.head_dims and head_dim not in backend.head_dims:
         known = ", ".join(map(str, backend.head_dims))
@@ -247,5 +261,10 @@ def _does_not_fit(name: str, head_dim: int | None, group_size: int | None) -> st
         return (
             f"the {name} backend takes groups of at most {backend.largest_group} slots,"
             f" not {group_size}"
+        )
+    if window is not None and backend.largest_window and window > backend.largest_window:
+        return (
+            f"the {name} backend takes windows of at most {backend.largest_window} tokens a side,"
+            f" not {window}"
         )
     return None

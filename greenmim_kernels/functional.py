@@ -82,7 +82,9 @@ def block_diagonal_attention(
     arguments = (qkv, table, part.window_id, part.coords, num_heads)
     name = "block_diagonal_attention"
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    backend = choose_backend(name, qkv.device.type, qkv.dtype, head_dim, part.group_size)
+    backend = choose_backend(
+        name, qkv.device.type, qkv.dtype, head_dim, part.group_size, max(part.window_size)
+    )
     if backend == "reference":
         return reference.block_diagonal_attention(*arguments, part.window_size, scale)
     return operator(name, VARIANT[backend])(*arguments, *part.window_size, scale)[0]
@@ -120,7 +122,9 @@ def group_window_attention(
     arguments = (qkv, table, part.token_index, part.window_id, part.coords, num_heads)
     name = "group_window_attention"
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    backend = choose_backend(name, qkv.device.type, qkv.dtype, head_dim, part.group_size)
+    backend = choose_backend(
+        name, qkv.device.type, qkv.dtype, head_dim, part.group_size, max(part.window_size)
+    )
     if backend == "reference":
         return reference.group_window_attention(*arguments, part.window_size, scale)
     return operator(name, VARIANT[backend])(*arguments, *part.window_size, scale)[0]

@@ -1,0 +1,111 @@
+"""Measure the two GPU backends against each other and write the table that "auto" follows.
+
+    python -m benchmarks.choose              # every class, forward and backward
+    python -m benchmarks.choose --dry-run    # say what would be measured, on any machine
+
+Every class runs Swin-B's first stage at batch 128, forward and backward, under both backends in
+turn; the one with the smaller median is taken. The table is written whole, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+
+import greenmim_kernels as gk
+from greenmim_kernels import automatic
+from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error, run
+
+from .environment import describe, folder_of, write_json
+
+BACKENDS = ("cuda", "triton")
+CHANNELS = 128  # of Swin-B at stage 1
+WINDOWS = {"short": 7, "long": 14}
+ROUNDS = 5
+
+
+def problem_of(name: str, batch: int, device: str) -> Inputs:
+    """Inputs of a class; of the copies, those of the attention around them."""
+    if name in automatic.COPIES:
+        length, head_dim, precision = "short", 32, "16bit"
+    else:
+        _, length, head_dim, precision = name.split("-")
+    case = Case(
+        batch=batch,
+        window_size=WINDOWS[length],
+        head_dim=int(head_dim),
+        num_heads=CHANNELS // int(head_dim),
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+    )
+    return make_inputs(case, device=device)
+
+
+def work_of(name: str, inputs: Inputs) -> Callable[[], dict[str, torch.Tensor]]:
+    """A function that runs a class once, in the backend in force."""
+    if name == "group_gather":
+        return lambda: {"out": gk.group_gather(inputs.qkv, inputs.part)}
+    if name == "group_scatter":
+        with gk.use_backend("reference"):
+            groups = gk.group_gather(inputs.qkv, inputs.part)
+        return lambda: {"out": gk.group_scatter(groups, inputs.part)}
+    return lambda: run(inputs)
+
+
+def measure(name: str, batch: int, time: Callable[[Callable], float], device: str = "cuda") -> dict:
+    """Median milliseconds of each backend, taken in turn, and the faster one.
+
+    Args:
+        time: milliseconds of one call of a function.
+
+    Raises:
+        RuntimeError: the two disagree.
+    """
+    work = work_of(name, problem_of(name, batch, device))
+    times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+    results = {}
+    for _ in range(ROUNDS):
+        for backend in BACKENDS:
+            with gk.use_backend(backend):
+                results[backend] = work()
+                times[backend].append(time(work))
+    for key, value in results["cuda"].items():
+        if (error := relative_error(value, results["triton"][key])) > 2e-2:
+            raise RuntimeError(f"{name}: cuda and triton differ in {key} by {error:.1e}")
+    medians = {backend: statistics.median(found) for backend, found in times.items()}
+    row = {"backend": min(medians, key=medians.__getitem__)}
+    return row | {f"{backend}_ms": value for backend, value in medians.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--dry-run", action="store_true", help="measure nothing")
+    options = parser.parse_args(argv)
+    names = list(automatic.choices())
+    if options.dry_run:
+        print("\n".join(names))
+        return 0
+    if missing := [f"{name}: {why}" for name, why in gk.available_backends().items()
+                   if name in BACKENDS and why]:  # fmt: skip
+        print(f"benchmarks.choose needs both GPU backends; {'; '.join(missing)}", file=sys.stderr)
+        return 2
+    import triton.testing
+
+    rows = {}
+    for name in names:
+        rows[name] = measure(name, options.batch, lambda f: triton.testing.do_bench(f))
+        print(f"{name:<28}{rows[name]}", flush=True)
+    device = torch.cuda.get_device_name()
+    environment = {**describe(torch.get_num_threads()), "device": device}
+    content = {"environment": environment, "batch": options.batch, "classes": rows}
+    write_json(folder_of(device) / "choose.json", content)
+    write_json(automatic.TABLE, {"device": device, "classes": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
