@@ -26,15 +26,16 @@ size_t shared_bytes(const Attention& a, Pass pass) {
 // Fills in the plan. False where a block would need more shared memory than the device has.
 template <class T, int D>
 bool plan(Attention& a, Pass pass, const Device& device) {
-  a.is_long = a.group_strips() > kMostStrips ||
-              (pass == Pass::Backward && !kHasShortBackward<T, D>);
+  const auto room = size_t(device.shared_bytes);
   a.images = 1;
   a.strips = std::min(a.group_strips(), kMostStrips);
+  a.is_long = a.group_strips() > kMostStrips ||
+              (pass == Pass::Backward && !kHasShortBackward<T, D>);
+  a.is_long = a.is_long || shared_bytes<T, D>(a, pass) > room;
   if (a.is_long)
     // Two blocks side by side hide each other's waiting.
-    while (a.strips > 1 && 2 * shared_bytes<T, D>(a, pass) > size_t(device.shared_bytes))
-      a.strips = (a.strips + 1) / 2;
-  if (shared_bytes<T, D>(a, pass) > size_t(device.shared_bytes)) return false;
+    while (a.strips > 1 && 2 * shared_bytes<T, D>(a, pass) > room) a.strips = (a.strips + 1) / 2;
+  if (shared_bytes<T, D>(a, pass) > room) return false;
   if (!a.per_image && a.batch > 1) {
     const int64_t blocks = int64_t(a.heads) * a.groups * a.pieces();
     const int64_t chunks = std::clamp<int64_t>(

@@ -97,6 +97,32 @@ void attend(const Header& h) {
   throw std::runtime_error("this head dimension was not compiled");
 }
 
+// "plan": what a launch of each pass would be, without one.
+template <class T, int D>
+void print_plan(const Header& h) {
+  Attention a{};
+  a.batch = h.batch;
+  a.groups = int(h.groups);
+  a.slots = int(h.slots);
+  a.heads = int(h.heads);
+  a.window_height = int(h.window_height);
+  a.window_width = int(h.window_width);
+  float unused;
+  for (Pass pass : {Pass::Forward, Pass::Backward}) {
+    a.partial = pass == Pass::Backward ? &unused : nullptr;
+    const bool fits = plan<T, D>(a, pass, {int(h.processors), int(h.shared_bytes)});
+    std::printf("%d %d %d %d %zu\n", fits, a.is_long, a.strips, a.images,
+                shared_bytes<T, D>(a, pass));
+  }
+}
+
+template <class T>
+void print_plan(const Header& h) {
+  if (h.head_dim == 16) print_plan<T, 16>(h);
+  if (h.head_dim == 32) print_plan<T, 32>(h);
+  if (h.head_dim == 64) print_plan<T, 64>(h);
+}
+
 // "gather" and "scatter": rows of `head_dim` elements of `element` bytes, without heads.
 void copy(const Header& h, bool gather) {
   const int64_t slots = h.groups * h.slots, row_bytes = h.head_dim * h.element;
@@ -126,6 +152,10 @@ int main(int count, char** arguments) try {
   emulator::thread_order = unsigned(h.thread_order);
 #endif
   const std::string what = count > 1 ? arguments[1] : "attention";
+  if (what == "plan") {
+    h.element == 0 ? print_plan<float>(h) : print_plan<bfloat16>(h);
+    return 0;
+  }
   if (what != "attention") {
     copy(h, what == "gather");
     return 0;

@@ -131,6 +131,20 @@ def copy_rows(rows: Tensor, part: GroupPartition, what: str, order: int = 0) -> 
     return raw.view(rows.dtype).view(len(rows), count, rows.shape[2])
 
 
+def plan(
+    dtype: torch.dtype, head_dim: int, slots: int, window: int, shared_bytes: int = LARGE
+) -> list[dict[str, int]]:
+    """How a launch would be made, forward and backward, for Swin-B's first stage at batch 256."""
+    header = struct.pack(
+        "=17qd", 0, ELEMENTS[dtype], head_dim, 256, 768, 1, -(-768 // slots), slots,
+        128 // head_dim, window, window, *[0] * 4, 132, shared_bytes, 1.0,
+    )  # fmt: skip
+    done = run_binary([build("attention.cu"), "plan"], header)
+    names = ("fits", "is_long", "strips", "images", "shared_bytes")
+    lines = done.stdout.decode().splitlines()
+    return [dict(zip(names, map(int, line.split()), strict=True)) for line in lines]
+
+
 def _rows(inputs: Inputs, launch: Launch) -> int:
     part = inputs.part
     return part.num_groups * part.group_size if launch.gathered else part.num_tokens

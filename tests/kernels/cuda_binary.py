@@ -1,0 +1,145 @@
+"""What the compiler made of the CUDA kernels: registers, spills, shared memory, wide accesses.
+
+The figures stand in cuda_figures.json beside this file, so that a change shows in a diff;
+`python tests/kernels/cuda_binary.py` rewrites it from the built module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+from collections import Counter
+
+import torch
+
+FIGURES = pathlib.Path(__file__).parent / "cuda_figures.json"
+COUNTED = {
+    "tensor_core": re.compile(r"\bHMMA\."),
+    "spills": re.compile(r"\b(LDL|STL)\b"),
+    "reads_16_bytes": re.compile(r"\b(LDGSTS|LDG)\.[A-Z0-9.]*128\b"),
+    "writes_16_bytes": re.compile(r"\bSTG\.[A-Z0-9.]*128\b"),
+}
+
+
+def module() -> pathlib.Path | None:
+    import greenmim_kernels
+
+    return next(pathlib.Path(greenmim_kernels.__file__).parent.glob("_C_cuda.*so"), None)
+
+
+def cuobjdump() -> str | None:
+    """The tool that reads cubins: of the toolkit, or the one that triton ships."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    places = [pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    if spec := importlib.util.find_spec("triton"):
+        places.append(pathlib.Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    return next((str(p / "cuobjdump") for p in places if (p / "cuobjdump").exists()), None)
+
+
+def short_name(symbol: str) -> str | None:
+    """ "attention_forward-bfloat16-32-short" and the like, from a mangled name; None if not ours."""
+    names = r"attention_(?:forward|backward_long|backward)|row_copy|table_gradient"
+    found = re.search(rf"cuda\d+({names})_kernel(I.*?E)?E?v", symbol)
+    if found is None:
+        return None
+    parts = [found[1]]
+    arguments = found[2] or ""
+    for mark, name in (("__nv_bfloat16", "bfloat16"), ("__half", "float16"), ("If", "float32"),
+                       ("uint4", "16bytes"), ("Ij", "4bytes"), ("It", "2bytes")):  # fmt: skip
+        if mark in arguments:
+            parts.append(name)
+            break
+    parts += re.findall(r"Li(\d+)E", arguments)
+    for flag in re.findall(r"Lb(\d)E", arguments):
+        words = ("scatter", "gather") if found[1] == "row_copy" else ("short", "long")
+        parts.append(words[int(flag)])
+    return "-".join(parts)
+
+
+def figures(binary: pathlib.Path, tool: str) -> dict[str, dict[str, dict[str, int]]]:
+    """{kernel: {architecture: {"registers", "stack_bytes", and the counts of COUNTED}}}."""
+    result: dict[str, dict[str, dict[str, int]]] = {}
+    usage = subprocess.run(
+        [tool, "-res-usage", str(binary)], capture_output=True, text=True, check=True
+    )
+    architecture = name = ""
+    for line in usage.stdout.splitlines():
+        if found := re.match(r"arch = sm_(\w+)", line):
+            architecture = found[1]
+        elif found := re.match(r"\s*Function (\S+):", line):
+            name = short_name(found[1])
+        elif name and (found := re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", line)):
+            result.setdefault(name, {})[architecture] = {
+                "registers": int(found[1]),
+                "stack_bytes": int(found[2]) + int(found[3]),
+            }
+    with subprocess.Popen(
+        [tool, "-sass", str(binary)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        counts: Counter = Counter()
+        for line in process.stdout:
+            if found := re.match(r"arch = sm_(\w+)", line):
+                architecture = found[1]
+            elif found := re.search(r"Function : (\S+)", line):
+                name = short_name(found[1])
+                counts = Counter(dict.fromkeys(COUNTED, 0))
+                if name:
+                    result[name][architecture]["counts"] = counts
+            else:
+                for key, pattern in COUNTED.items():
+                    if pattern.search(line):
+                        counts[key] += 1
+    for by_architecture in result.values():
+        for row in by_architecture.values():
+            row.update(row.pop("counts"))
+    return result
+
+
+def shared_memory() -> dict[str, dict[str, int]]:
+    """{problem: {"forward", "backward": bytes of a block, "strips": of it backward}}."""
+    from emulated import LARGE, SMALL, plan
+
+    rows = {}
+    for precision, dtype in (("16bit", torch.bfloat16), ("fp32", torch.float32)):
+        for head_dim in (16, 32, 64):
+            for slots, window in ((16, 7), (32, 7), (48, 7), (64, 7), (208, 14), (256, 16)):
+                for limit in (LARGE, SMALL):
+                    forward, backward = plan(dtype, head_dim, slots, window, limit)
+                    rows[f"{precision}-{head_dim}-{slots}slots-window{window}-of{limit}"] = {
+                        "forward": forward["shared_bytes"],
+                        "backward": backward["shared_bytes"],
+                        "strips": backward["strips"],
+                    }
+    return rows
+
+
+def compiler() -> str:
+    """The release of nvcc, such as "13.0"."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(pathlib.Path(home) / "bin" / "nvcc") if home else "nvcc"
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    except OSError:
+        return "none"
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    return found[1] if found else "none"
+
+
+def main() -> None:
+    content = {
+        "nvcc": compiler(),
+        "kernels": figures(module(), cuobjdump()),
+        "shared_memory": shared_memory(),
+    }
+    FIGURES.write_text(json.dumps(content, indent=None, separators=(",", ":")).replace(
+        '},"', '},\n"').replace("}},", "}},\n") + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

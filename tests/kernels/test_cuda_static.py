@@ -1,0 +1,100 @@
+"""The compiled CUDA module, read without a GPU: registers, spills, instructions, ABI."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import cuda_binary
+import pytest
+import torch
+from emulated import LARGE, SMALL, plan
+
+COMMITTED = json.loads(cuda_binary.FIGURES.read_text())
+MOST_THREADS = 128  # of a block of attention
+REGISTERS = 64 * 1024  # of a multiprocessor, on every architecture
+
+binary = cuda_binary.module()
+needs_module = pytest.mark.skipif(
+    binary is None or cuda_binary.cuobjdump() is None,
+    reason="the CUDA module was not built here, or there is no cuobjdump",
+)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return cuda_binary.figures(binary, cuda_binary.cuobjdump())
+
+
+@needs_module
+def test_every_kernel_is_there_for_every_architecture(figures):
+    architectures = {arch for rows in COMMITTED["kernels"].values() for arch in rows}
+    assert {"80", "86", "90", "100", "120"} <= architectures
+    assert set(figures) == set(COMMITTED["kernels"])
+    for dtype in ("bfloat16", "float16", "float32"):
+        for head_dim in (16, 32, 64):
+            assert f"attention_forward-{dtype}-{head_dim}-short" in figures
+            assert f"attention_backward_long-{dtype}-{head_dim}" in figures
+    built = {arch for rows in figures.values() for arch in rows}
+    for name, rows in figures.items():
+        assert set(rows) == built, name
+
+
+@needs_module
+def test_no_spills_tensor_cores_and_wide_accesses(figures):
+    for name, rows in figures.items():
+        for architecture, found in rows.items():
+            where = f"{name} on sm_{architecture}: {found}"
+            assert found["stack_bytes"] == found["spills"] == 0, where
+            if name.startswith("attention"):
+                # A launch with too many registers for its threads would fail.
+                assert found["registers"] * MOST_THREADS <= REGISTERS, where
+                assert found["reads_16_bytes"] > 0 and found["writes_16_bytes"] > 0, where
+                assert (found["tensor_core"] > 0) == ("float32" not in name), where
+            if name.startswith("row_copy-16bytes"):
+                assert found["reads_16_bytes"] > 0 and found["writes_16_bytes"] > 0, where
+
+
+@needs_module
+def test_the_committed_figures_are_these(figures):
+    if cuda_binary.compiler() != COMMITTED["nvcc"]:
+        # Another compiler allocates other registers; what is gated above holds for it too.
+        pytest.skip(f"the figures are of nvcc {COMMITTED['nvcc']}, not {cuda_binary.compiler()}")
+    rewrite = "run python tests/kernels/cuda_binary.py and look at the diff"
+    for name, rows in figures.items():
+        for architecture, found in rows.items():
+            assert found == COMMITTED["kernels"][name].get(architecture, found), rewrite
+
+
+def test_shared_memory_is_as_committed_and_fits():
+    found = cuda_binary.shared_memory()
+    assert found == COMMITTED["shared_memory"]
+    for problem, row in found.items():
+        limit = int(problem.rsplit("of", 1)[1])
+        assert max(row["forward"], row["backward"]) <= limit, problem
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [1, 16, 17, 64, 65, 256, 1000, 3136])
+def test_every_group_of_a_window_up_to_16_has_a_launch(slots, dtype, head_dim):
+    """Also on GPUs with the least shared memory that the kernels run on."""
+    for limit in (LARGE, SMALL):
+        for row in plan(dtype, head_dim, slots, 16, limit):
+            assert row["fits"] and row["shared_bytes"] <= limit
+            assert 1 <= row["strips"] <= 4 and 1 <= row["images"] <= 256
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+def test_the_binaries_use_the_stable_abi_of_torch_2_11(name):
+    file = next(binary.parent.glob(f"{name}.*so"), None) if binary else None
+    if file is None:
+        pytest.skip(f"{name} was not built here")
+    command = [sys.executable, "-m", "torch_abi_audit.cli", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (found,) = json.loads(done.stdout)["bundled_libs"]
+    assert found["torch"]["uses_torch"] and found["torch"]["stable"], found
+    assert found["torch"]["unstable_symbols"] == []
+    assert found["torch"]["min_torch_version"] == "2.11.0"
