@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
     }
     if (a.grad_qkv == nullptr) continue;
 
-    __syncthreads();  // the probabilities of all queries; and nobody needs k and v any more
+    __syncthreads();  // all probabilities are there; nobody needs k and v any more
     {  // The strip as keys.
       Wide<D> grad_key, grad_value;
       clear<D>(grad_key);

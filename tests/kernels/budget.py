@@ -31,7 +31,7 @@ class _SavedOutput(torch.autograd.Function):
 
 
 def plain_results(inputs: Inputs, saved_output: bool = False) -> dict[str, Tensor]:
-    """Forward and backward with scores and softmax in float32, probabilities in the dtype of qkv."""
+    """Forward and backward, softmax in float32, probabilities in the dtype of qkv."""
 
     def attention(qkv, table, part, num_heads):
         x = gk.group_gather(qkv, part)

@@ -43,7 +43,7 @@ def cuobjdump() -> str | None:
 
 
 def short_name(symbol: str) -> str | None:
-    """ "attention_forward-bfloat16-32-short" and the like, from a mangled name; None if not ours."""
+    """From a mangled name, such as attention_forward-bfloat16-32-short; None if it is not ours."""
     names = r"attention_(?:forward|backward_long|backward)|row_copy|table_gradient"
     found = re.search(rf"cuda\d+({names})_kernel(I.*?E)?E?v", symbol)
     if found is None:

@@ -116,7 +116,7 @@ class Caught(Exception):
 
 
 def copy_rows(rows: Tensor, part: GroupPartition, what: str, order: int = 0) -> Tensor:
-    """"gather" [B, N, C] -> [B, G * S, C], or "scatter" back, as the copy kernels do it."""
+    """ "gather" [B, N, C] -> [B, G * S, C], or "scatter" back, as the copy kernels do it."""
     slots = part.num_groups * part.group_size
     header = struct.pack(
         "=17qd", order, rows.element_size(), rows.shape[2], len(rows), part.num_tokens,

@@ -81,9 +81,7 @@ def test_it_does_not_break_a_graph():
 
 def test_the_measurement_takes_the_faster_one_and_refuses_different_results(monkeypatch):
     small = Case(image_size=(64, 64), batch=1, num_heads=1)
-    monkeypatch.setattr(
-        choose, "problem_of", lambda *_: choose.make_inputs(small, device="cpu")
-    )
+    monkeypatch.setattr(choose, "problem_of", lambda *_: choose.make_inputs(small, device="cpu"))
     monkeypatch.setattr(choose, "BACKENDS", ("cuda", "triton"))
     real = {"cuda": "cpp", "triton": "reference"}
     force = choose.gk.use_backend

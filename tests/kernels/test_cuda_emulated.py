@@ -122,7 +122,7 @@ def test_little_shared_memory(head_dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5], CASES[9], CASES[10]], ids=str)
 def test_gathered_groups(case, dtype):
-    """Padding is not read (it holds NaN) and written as zeros; the rest is what the fused form has."""
+    """Padding is not read (it holds NaN) and written as zeros; the rest is the fused form's."""
     inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
     fused, grouped = emulate(inputs), emulate(inputs, Launch(gathered=True))
     padding = (inputs.part.window_id < 0).flatten(1).expand(case.batch, -1)

@@ -1,4 +1,4 @@
-"""The emulator sees what it is there to see: rules broken in small kernels, faults planted in ours."""
+"""The emulator sees what it is there for: broken rules, and faults planted in our kernels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_orders_of_threads():
     assert selftest("order", order=0)[1] == [str(i) for i in range(64)]
     assert selftest("order", order=1)[1] == [str(63 - i) for i in range(64)]
     shuffled = selftest("order", order=7)[1]
-    assert sorted(map(int, shuffled)) == list(range(64)) and shuffled != selftest("order", order=8)[1]
+    assert (
+        sorted(map(int, shuffled)) == list(range(64)) and shuffled != selftest("order", order=8)[1]
+    )
 
 
 def test_a_copy_lands_at_its_wait():
@@ -122,7 +124,7 @@ FAULTS = {
     "long backward: no barrier after the wait": (LONG, TOP, "", "thread", LONG_CASE),
     "backward: no barrier before the keys": (
         BACKWARD,
-        "    __syncthreads();  // the probabilities of all queries; and nobody needs k and v any more\n",
+        "    __syncthreads();  // all probabilities are there; nobody needs k and v any more\n",
         "",
         "thread",
         CASE,
