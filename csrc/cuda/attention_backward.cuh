@@ -84,10 +84,9 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       const T* grad_out =
           static_cast<const T*>(a.grad_out) + image * a.rows * channels + place.head * D;
       const int* row = memory.slots.row;
-      load_tile<T, D>(memory.at(stage, Memory::kQuery), qkv, 3 * channels, row);
-      load_tile<T, D>(memory.at(stage, Memory::kKey), qkv + channels, 3 * channels, row);
-      load_tile<T, D>(memory.at(stage, Memory::kValue), qkv + 2 * channels, 3 * channels, row);
-      load_tile<T, D>(memory.at(stage, Memory::kGradOut), grad_out, channels, row);
+      load_tiles<T, D, 3>(
+          memory.at(stage, Memory::kQuery), qkv, 3 * channels, row, memory.tile, channels);
+      load_tiles<T, D>(memory.at(stage, Memory::kGradOut), grad_out, channels, row);
       load_numbers(memory.lse + stage * memory.rows,
                    a.lse + (image * a.heads + place.head) * a.rows, row);
     }

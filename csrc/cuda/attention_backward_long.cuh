@@ -124,17 +124,17 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       const int first = own ? first_own : whole.first + piece * a.strips;
       const int* row = memory.slots.row + first * kStrip;
       if (queries) {
-        load_tile<T, D>(memory.at(stage, 0), qkv, 3 * channels, row);
         const int64_t offset = first_row * channels + place.head * D;
-        load_tile<T, D>(
+        load_tiles<T, D>(memory.at(stage, 0), qkv, 3 * channels, row);
+        load_tiles<T, D>(
             memory.at(stage, 1), static_cast<const T*>(a.grad_out) + offset, channels, row);
-        load_tile<T, D>(
+        load_tiles<T, D>(
             memory.at(stage, 2), static_cast<const T*>(a.out) + offset, channels, row);
         load_numbers(memory.lse + stage * memory.rows,
                      a.lse + (cursor.image * a.heads + place.head) * a.rows, row);
       } else {
-        load_tile<T, D>(memory.at(stage, 0), qkv + channels, 3 * channels, row);
-        load_tile<T, D>(memory.at(stage, 1), qkv + 2 * channels, 3 * channels, row);
+        load_tiles<T, D, 2>(
+            memory.at(stage, 0), qkv + channels, 3 * channels, row, memory.tile, channels);
       }
     }
     copy_async_commit();

@@ -89,13 +89,17 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       const T* source = static_cast<const T*>(a.qkv) + cursor.image * a.rows * (3 * channels) +
                         place.head * D;
       const int* row = memory.slots.row;
-      const int first = (keys.first + cursor.piece * a.strips) * kStrip;
-      if (cursor.piece == 0)
-        load_tile<T, D>(memory.at(stage, Memory::kQuery), source, 3 * channels,
-                        row + (place.own - place.base) * kStrip);
-      load_tile<T, D>(memory.at(stage, Memory::kKey), source + channels, 3 * channels, row + first);
-      load_tile<T, D>(
-          memory.at(stage, Memory::kValue), source + 2 * channels, 3 * channels, row + first);
+      const int tile = memory.tile;
+      if constexpr (!kLong) {
+        load_tiles<T, D, 3>(
+            memory.at(stage, Memory::kQuery), source, 3 * channels, row, tile, channels);
+      } else {
+        if (cursor.piece == 0)
+          load_tiles<T, D>(memory.at(stage, Memory::kQuery), source, 3 * channels,
+                           row + (place.own - place.base) * kStrip);
+        load_tiles<T, D, 2>(memory.at(stage, Memory::kKey), source + channels, 3 * channels,
+                            row + (keys.first + cursor.piece * a.strips) * kStrip, tile, channels);
+      }
     }
     copy_async_commit();
   };

@@ -151,20 +151,24 @@ __device__ inline Band union_of(Band own, Band* all) {
   return whole;
 }
 
-// Starts the copy of a block's strips of rows into a tile of shared memory; padding becomes zeros,
-// since a product takes all rows and zero times NaN is NaN. A block has two threads for a row.
-template <class T, int D>
-__device__ __forceinline__ void load_tile(
-    T* tile, const T* source, int source_stride, const int* row) {
+// Starts the copy of a block's strips of rows into shared memory, from one tensor or from
+// kTensors columns of it that lie `source_step` apart, into tiles that lie `tile_step` apart. Rows of
+// padding become zeros, since a product takes all rows and zero times NaN is NaN. A block has two
+// threads for a row.
+template <class T, int D, int kTensors = 1>
+__device__ __forceinline__ void load_tiles(
+    T* tile, const T* source, int stride, const int* row, int tile_step = 0, int source_step = 0) {
   constexpr int kPiece = 16 / int(sizeof(T)), kPieces = D / kPiece;
 #pragma unroll
   for (int i = 0; i < kPieces / 2; ++i) {
     const int piece = int(threadIdx.x) + i * int(blockDim.x);
     const int slot = piece / kPieces, column = piece % kPieces * kPiece;
     const int from = row[slot];
-    copy_async_16(
-        tile + slot * kStride<T, D> + column,
-        source + int64_t(from < 0 ? 0 : from) * source_stride + column, from >= 0);
+    T* to = tile + slot * kStride<T, D> + column;
+    const T* at = source + int64_t(from < 0 ? 0 : from) * stride + column;
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t)
+      copy_async_16(to + t * tile_step, at + t * source_step, from >= 0);
   }
 }
 
