@@ -58,7 +58,7 @@ test: $(READY)
 bench: $(READY)
 	$(RUN) -m benchmarks.cpu_attention $(ARGS)
 
-lint:
+lint: $(READY)
 	$(RUN) -m pip install --quiet ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .

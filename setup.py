@@ -74,6 +74,19 @@ def toolkit_problem(home: str | None, torch_cuda: str | None) -> str | None:
     return None
 
 
+def architectures(home: str, wanted: str = CUDA_ARCHITECTURES) -> str:
+    """Those of `wanted` that this toolkit's nvcc knows; the last one kept carries the PTX."""
+    listed = subprocess.run(
+        [str(pathlib.Path(home) / "bin" / "nvcc"), "--list-gpu-arch"],
+        capture_output=True,
+        text=True,
+    ).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    names = wanted.removesuffix("+PTX").split(";")
+    kept = [name for name in names if name.replace(".", "") in known]
+    return ";".join(kept) + "+PTX" if kept else wanted
+
+
 def sources(folder: str, *suffixes: str) -> list[str]:
     found = [p for p in (ROOT / "csrc" / folder).iterdir() if p.suffix in suffixes]
     return sorted(str(p.relative_to(ROOT)) for p in found)
@@ -99,7 +112,8 @@ def main() -> None:
         if problem is None:
             # torch reads both when its build helpers are imported, so this comes first.
             os.environ["CUDA_HOME"] = home
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+            if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+                os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(home)
         elif use_cuda == "1":
             stop(f"{problem} (USE_CUDA=1).")
     else:
@@ -136,6 +150,7 @@ def main() -> None:
         ),
     ]
     if problem is None:
+        built_for = f'-DGREENMIM_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
         nvcc = ["-O0", "-g", "-G"] if debug else ["-O3"]
         modules.append(
             CUDAExtension(
@@ -144,7 +159,7 @@ def main() -> None:
                 py_limited_api=True,
                 extra_compile_args={
                     "cxx": [*cxx, STABLE_ABI, "-DUSE_CUDA"],
-                    "nvcc": [*nvcc, STABLE_ABI, "-DUSE_CUDA"],
+                    "nvcc": [*nvcc, STABLE_ABI, "-DUSE_CUDA", built_for],
                 },
                 depends=headers(),
             )

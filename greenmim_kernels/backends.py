@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -41,7 +42,6 @@ class Backend:
     operators: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] | None = None
     head_dims: tuple[int, ...] | None = None
-    largest_group: int | None = None
     largest_window: int | None = None
 
 
@@ -64,7 +64,6 @@ BACKENDS = {
         operators=OPERATORS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         head_dims=(16, 32, 64),
-        largest_group=256,
     ),
 }
 # What "auto" tries on a device, best first.
@@ -124,7 +123,9 @@ def _unusable(name: str) -> str | None:
             return "this torch was built without CUDA"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
-        return load_library("_C_cuda")
+        return load_library("_C_cuda") or _not_built_for(
+            cuda_architectures(), torch.cuda.get_device_capability()
+        )
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
@@ -132,12 +133,44 @@ def _unusable(name: str) -> str | None:
             torch.version.cuda is None or not torch.cuda.is_available()
         ):
             return "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+        if not triton_interprets() and torch.cuda.get_device_capability() < (8, 0):
+            return "its kernels need a GPU of compute capability 8.0 or newer"
     return None
+
+
+@functools.cache
+def cuda_architectures() -> tuple[str, ...]:
+    """What _C_cuda was compiled for, such as ("8.0", "9.0", "12.0+PTX")."""
+    library = ctypes.CDLL(str(_library_file("_C_cuda")))
+    library.greenmim_cuda_architectures.restype = ctypes.c_char_p
+    names = library.greenmim_cuda_architectures().decode()
+    return tuple(names.replace(" ", ";").strip(";").split(";"))
+
+
+def _not_built_for(architectures: tuple[str, ...], device: tuple[int, int]) -> str | None:
+    """None if the module runs on a device of this compute capability, else the reason.
+
+    Machine code runs on the same major version from its minor one on, PTX on anything newer.
+    """
+    for name in architectures:
+        found = re.match(r"(\d+)\.(\d+)([af]?)(\+PTX)?$", name)
+        if found is None:
+            return None  # a named architecture, such as "Hopper": left to the driver
+        built = (int(found[1]), int(found[2]))
+        if built[0] == device[0] and built[1] <= device[1] and not found[3] or built == device:
+            return None
+        if found[4] and built <= device:
+            return None
+    return (
+        f"this GPU has compute capability {device[0]}.{device[1]} and the module was built for"
+        f" {', '.join(architectures)}; build with TORCH_CUDA_ARCH_LIST={device[0]}.{device[1]}"
+    )
 
 
 def triton_interprets() -> bool:
     """Whether Triton's interpreter runs the kernels, on CPU tensors: to check, not for speed."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    # The values that Triton itself takes for true.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "true", "on")
 
 
 @contextlib.contextmanager
@@ -224,7 +257,7 @@ def choose_backend(
         first = automatic.choice(operator, dtype, head_dim, group_size).backend
         names = (first, *names) if first in names else names
     for name in names:
-        reason = _does_not_fit(name, head_dim, group_size, window)
+        reason = _does_not_fit(name, head_dim, window)
         if reason is None:
             return name
     raise ValueError(f'{reason}; use another backend or "auto"')
@@ -250,18 +283,11 @@ def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | N
     return None
 
 
-def _does_not_fit(
-    name: str, head_dim: int | None, group_size: int | None, window: int | None
-) -> str | None:
+def _does_not_fit(name: str, head_dim: int | None, window: int | None) -> str | None:
     backend = BACKENDS[name]
     if head_dim is not None and backend.head_dims and head_dim not in backend.head_dims:
         known = ", ".join(map(str, backend.head_dims))
         return f"the {name} backend takes head dims {known}, not {head_dim}"
-    if group_size is not None and backend.largest_group and group_size > backend.largest_group:
-        return (
-            f"the {name} backend takes groups of at most {backend.largest_group} slots,"
-            f" not {group_size}"
-        )
     if window is not None and backend.largest_window and window > backend.largest_window:
         return (
             f"the {name} backend takes windows of at most {backend.largest_window} tokens a side,"

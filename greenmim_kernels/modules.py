@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import group_window_attention
-from .partition import GroupPartition
+from .partition import GroupPartition, window_pair
 
 
 class GroupWindowAttention(nn.Module):
@@ -31,7 +31,7 @@ class GroupWindowAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
-        height, width = (window_size,) * 2 if isinstance(window_size, int) else window_size
+        height, width = window_pair(window_size)
         self.window_size = (height, width)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

@@ -15,6 +15,7 @@ schema:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -56,7 +57,10 @@ def _triton_kernel(name: str) -> Callable:
         # Imported when the dispatcher first runs it, so that nothing else needs Triton.
         from ._triton import operators
 
-        return getattr(operators, name)(*arguments)
+        device = arguments[0].device
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return getattr(operators, name)(*arguments)
 
     return call
 

@@ -145,7 +145,7 @@ def group_partition(
             f"visible has shape {tuple(shape)}; pass a token grid [H, W] or one per image"
             " [B, H, W], neither empty nor above 2**31 - 1 tokens"
         )
-    height, width = _window_pair(window_size)
+    height, width = window_pair(window_size)
     shift = shift_rows, shift_columns = _shift_pair(shift_size, height, width)
     token_index, window_id, coords, num_tokens = _partition.group_partition(
         visible,
@@ -196,7 +196,7 @@ def partition_capacity(
     rows, columns = _pair(grid_size, "grid_size")
     if rows < 1 or columns < 1:
         raise ValueError(f"grid_size={grid_size} must be at least 1 on each axis")
-    height, width = _window_pair(window_size)
+    height, width = window_pair(window_size)
     shift_rows, shift_columns = _shift_pair(shift_size, height, width)
     num_tokens = _positive(num_tokens, "num_tokens")
     if num_tokens > rows * columns:
@@ -264,7 +264,7 @@ def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
         raise TypeError(f"{name}={value!r} must be an integer or a pair of integers") from None
 
 
-def _window_pair(window_size: int | tuple[int, int]) -> tuple[int, int]:
+def window_pair(window_size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = _pair(window_size, "window_size")
     if not (0 < height <= _INT32_MAX and 0 < width <= _INT32_MAX):
         raise ValueError(f"window_size={window_size} must lie in [1, 2**31 - 1] on each axis")

@@ -10,6 +10,8 @@ NeurIPS 2022 (arXiv 2205.13515), section 3.2, with exact exclusion instead of a 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def block_diagonal_attention(
 ) -> Tensor:
     """qkv [B, G, S, 3C] -> [B, G, S, C]: softmax over the slots of the same window of a group."""
     # Autocast would take the products to bf16; the contract is fp32 sums whatever the surroundings.
-    with torch.autocast(qkv.device.type, enabled=False):
+    with _no_autocast(qkv.device.type):
         dtype = accumulation_dtype(qkv.dtype)
         valid = (window_id >= 0)[..., None]  # [P, G, S, 1]
         # Padding may hold anything, NaN too. As zeros it forms a window of its own, whose outputs
@@ -103,3 +105,10 @@ def group_window_attention(
 def _same_window(window_id: Tensor) -> Tensor:
     """[P, G, S] -> bool [P, G, S, S]."""
     return window_id[..., :, None] == window_id[..., None, :]
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Some devices, such as meta, have no autocast to switch off."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

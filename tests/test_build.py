@@ -70,3 +70,16 @@ def test_a_missing_or_wrong_toolkit_is_one_sentence(tmp_path):
     done = setup(CUDA_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "is CUDA 9.2" in done.stderr
+
+
+def test_architectures_that_the_toolkit_does_not_know_are_left_out(tmp_path, monkeypatch):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    source = (ROOT / "setup.py").read_text().removesuffix("main()\n")
+    names: dict = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(source, "setup.py", "exec"), names)
+    assert names["architectures"](str(tmp_path)) == "8.0;8.6;9.0+PTX"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\ncompute_100\\ncompute_120\\n'\n")
+    assert names["architectures"](str(tmp_path)) == "8.0;9.0;10.0;12.0+PTX"

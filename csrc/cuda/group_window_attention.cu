@@ -271,3 +271,8 @@ STABLE_TORCH_LIBRARY_IMPL(greenmim, CUDA, m) {
   m.impl("group_window_attention_backward",
          TORCH_BOX(&greenmim::cuda::group_window_attention_backward));
 }
+
+// What the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST.
+extern "C" __attribute__((visibility("default"))) const char* greenmim_cuda_architectures() {
+  return GREENMIM_ARCHITECTURES;
+}

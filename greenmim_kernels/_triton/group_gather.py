@@ -18,11 +18,12 @@ def copy_rows_kernel(
     PER_IMAGE: tl.constexpr,
 ):
     """Gather tokens into slots (zeros in padding), or scatter slots back (padding is not read)."""
-    i_image = tl.program_id(1)
-    image = i_image.to(tl.int64)
-    o_slot = tl.program_id(0) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
+    # Images are part of the first axis: the others end at 65535.
+    blocks = tl.cdiv(num_slots, BLOCK_SLOTS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    o_slot = tl.program_id(0) % blocks * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
     m_slot = o_slot < num_slots
-    p_row = p_index + o_slot + (i_image * num_slots if PER_IMAGE else 0)
+    p_row = p_index + o_slot + (image * num_slots if PER_IMAGE else 0)
     b_token = tl.load(p_row, mask=m_slot, other=-1)
     m_token = b_token >= 0
     p_token = (image * num_tokens + b_token)[:, None] * channels

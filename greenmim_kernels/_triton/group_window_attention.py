@@ -38,8 +38,9 @@ def group_attention_fwd_kernel(
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     i_head = tl.program_id(0) % NUM_HEADS
-    i_group = tl.program_id(0) // NUM_HEADS
-    first = tl.program_id(1).to(tl.int64) * images_per_program  # int64: images are large
+    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
+    i_group = i_run % num_groups
+    first = (i_run // num_groups).to(tl.int64) * images_per_program  # int64: images are large
     group = i_group + (first * num_groups if PER_IMAGE else 0)
     b_row, b_window, b_position, m_slot, m_token = load_slots(
         p_rows, p_window, p_coords, group, 0, num_slots, COORD_WIDTH, GATHERED, BLOCK
@@ -104,8 +105,9 @@ def group_attention_bwd_kernel(
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     i_head = tl.program_id(0) % NUM_HEADS
-    i_group = tl.program_id(0) // NUM_HEADS
-    first = tl.program_id(1).to(tl.int64) * images_per_program  # int64: images are large
+    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
+    i_group = i_run % num_groups
+    first = (i_run // num_groups).to(tl.int64) * images_per_program  # int64: images are large
     group = i_group + (first * num_groups if PER_IMAGE else 0)
     b_row, b_window, b_position, m_slot, m_token = load_slots(
         p_rows, p_window, p_coords, group, 0, num_slots, COORD_WIDTH, GATHERED, BLOCK
@@ -147,8 +149,7 @@ def group_attention_bwd_kernel(
                 b_dk = product(tl.trans(b_ds_low), b_q, PRECISION) * scale
                 store_rows(p_dq + C, b_dk, b_row, m_write, 3 * C, HEAD_DIM)
         if NEED_TABLE:
-            program = i_head * (tl.num_programs(0) // NUM_HEADS * tl.num_programs(1))
-            program += i_group * tl.num_programs(1) + tl.program_id(1)
+            program = i_head * (tl.num_programs(0) // NUM_HEADS) + i_run
             add_to_table(
                 p_partial + program.to(tl.int64) * TABLE_ROWS,
                 p_scale + program,

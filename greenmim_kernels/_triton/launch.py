@@ -15,7 +15,6 @@ import pathlib
 import torch
 
 TABLE = pathlib.Path(__file__).parent / "launch_table.json"
-LARGEST_GROUP = 256
 HEAD_DIMS = (16, 32, 64)
 # Backward tiles above this do not fit the registers of every architecture; groups above it loop.
 LARGEST_BACKWARD_TILE = {

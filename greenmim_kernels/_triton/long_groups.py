@@ -81,8 +81,9 @@ def long_attention_fwd_kernel(
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     i_head = tl.program_id(0) % NUM_HEADS
-    i_group = tl.program_id(0) // NUM_HEADS
-    first = tl.program_id(2).to(tl.int64) * images_per_program
+    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
+    i_group = i_run % num_groups
+    first = (i_run // num_groups).to(tl.int64) * images_per_program
     group = i_group + (first * num_groups if PER_IMAGE else 0)
     b_row, b_window, b_position, m_token, m_write = load_block(
         p_rows, p_window, p_coords, i_group, group, tl.program_id(1) * BLOCK, num_slots,
@@ -155,8 +156,9 @@ def long_attention_bwd_query_kernel(
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     i_head = tl.program_id(0) % NUM_HEADS
-    i_group = tl.program_id(0) // NUM_HEADS
-    first = tl.program_id(2).to(tl.int64) * images_per_program
+    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
+    i_group = i_run % num_groups
+    first = (i_run // num_groups).to(tl.int64) * images_per_program
     group = i_group + (first * num_groups if PER_IMAGE else 0)
     b_row, b_window, b_position, m_token, m_write = load_block(
         p_rows, p_window, p_coords, i_group, group, tl.program_id(1) * BLOCK, num_slots,
@@ -219,8 +221,9 @@ def long_attention_bwd_key_kernel(
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     i_head = tl.program_id(0) % NUM_HEADS
-    i_group = tl.program_id(0) // NUM_HEADS
-    first = tl.program_id(2).to(tl.int64) * images_per_program
+    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
+    i_group = i_run % num_groups
+    first = (i_run // num_groups).to(tl.int64) * images_per_program
     group = i_group + (first * num_groups if PER_IMAGE else 0)
     b_row_k, b_window_k, b_position_k, m_key, m_write = load_block(
         p_rows, p_window, p_coords, i_group, group, tl.program_id(1) * BLOCK, num_slots,
@@ -287,10 +290,11 @@ def long_attention_bwd_table_kernel(
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     i_head = tl.program_id(0) % NUM_HEADS
-    i_group = tl.program_id(0) // NUM_HEADS
+    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
+    i_group = i_run % num_groups
     blocks = tl.cdiv(num_slots, BLOCK)
     i_query, i_key = tl.program_id(1) // blocks, tl.program_id(1) % blocks
-    first = tl.program_id(2).to(tl.int64) * images_per_program
+    first = (i_run // num_groups).to(tl.int64) * images_per_program
     group = i_group + (first * num_groups if PER_IMAGE else 0)
     b_row, b_window, b_position, m_token, _ = load_block(
         p_rows, p_window, p_coords, i_group, group, i_query * BLOCK, num_slots,
@@ -317,12 +321,8 @@ def long_attention_bwd_table_kernel(
                 b_q, b_k, b_v, b_do, b_bias, b_lse, b_delta, scale_log2, PRECISION
             )
             b_grad_bias += b_ds
-        per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1) * tl.num_programs(2)
-        program = (
-            i_head * per_head
-            + (i_group * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2)
-            + tl.program_id(2)
-        )
+        per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1)
+        program = i_head * per_head + i_run * tl.num_programs(1) + tl.program_id(1)
         add_to_table(
             p_partial + program.to(tl.int64) * TABLE_ROWS,
             p_scale + program,

@@ -19,7 +19,6 @@ from .group_window_attention import group_attention_bwd_kernel, group_attention_
 from .launch import (
     HEAD_DIMS,
     LARGEST_BACKWARD_TILE,
-    LARGEST_GROUP,
     class_name,
     images_per_program,
     launch_table,
@@ -36,7 +35,7 @@ def _copy(x: Tensor, token_index: Tensor, num_tokens: int, out: Tensor, scatter:
     num_slots, channels = token_index.shape[1] * token_index.shape[2], out.shape[-1]
     block_channels = min(triton.next_power_of_2(channels), 256)
     block_slots = max(1, 2048 // block_channels)
-    copy_rows_kernel[(triton.cdiv(num_slots, block_slots), len(x))](
+    copy_rows_kernel[(triton.cdiv(num_slots, block_slots) * len(x),)](
         x, out, token_index, num_slots, num_tokens, channels,
         BLOCK_SLOTS=block_slots, BLOCK_CHANNELS=block_channels, SCATTER=scatter,
         PER_IMAGE=len(token_index) > 1, num_warps=4,
@@ -75,10 +74,9 @@ class _Problem:
             setattr(self, name, None if value is None else value.contiguous())
         self.head_dim = self.qkv.shape[-1] // (3 * self.num_heads)
         self.partitions, self.num_groups, self.num_slots = self.window_id.shape
-        if self.head_dim not in HEAD_DIMS or self.num_slots > LARGEST_GROUP:
+        if self.head_dim not in HEAD_DIMS:
             raise ValueError(
-                f"the triton backend takes head dims {HEAD_DIMS} and groups of at most"
-                f" {LARGEST_GROUP} slots, got {self.head_dim} and {self.num_slots}"
+                f"the triton backend takes head dims {HEAD_DIMS}, got {self.head_dim}"
             )
         self.batch = len(self.qkv)
         self.num_rows = (
@@ -104,7 +102,8 @@ class _Problem:
         if self.partitions == 1:
             images = images_per_program(launch, heads_groups * blocks, self.batch, self.qkv.device)
         chunks = triton.cdiv(self.batch, images)
-        grid = (heads_groups, chunks) if self.tile else (heads_groups, blocks, chunks)
+        # Runs of images are part of the first axis: the others end at 65535.
+        grid = (heads_groups * chunks, blocks)
         constants = {
             "NUM_HEADS": self.num_heads,
             "HEAD_DIM": self.head_dim,

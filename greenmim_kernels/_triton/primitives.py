@@ -1,7 +1,7 @@
 """Device functions shared by the forward and backward kernels.
 
 Names say what a value is: ``p_`` pointer, ``o_`` offsets, ``m_`` boolean mask, ``b_`` tile in
-registers, ``i_`` program or loop index. Rows are int64 where they are multiplied by a row's length.
+registers, ``i_`` program or loop index. Offsets of images are int64, those within an image int32.
 """
 
 import triton

@@ -104,3 +104,39 @@ def test_a_missing_library_is_a_reason_not_a_crash(tmp_path, monkeypatch):
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(backends, "_library_file", lambda name: broken)
     assert "does not load" in backends.load_library.__wrapped__("_C")
+
+
+@pytest.mark.parametrize(
+    ("built", "device", "works"),
+    [
+        ("8.0;9.0;12.0+PTX", (8, 0), True),
+        ("8.0;9.0;12.0+PTX", (8, 9), True),  # machine code of the same major version
+        ("8.6;9.0", (8, 0), False),  # of a later minor one
+        ("8.0;9.0", (10, 0), False),
+        ("8.0;9.0+PTX", (10, 0), True),
+        ("8.0;9.0;12.0+PTX", (7, 5), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("Hopper", (9, 0), True),
+    ],
+)
+def test_which_gpus_a_build_runs_on(built, device, works):
+    reason = backends._not_built_for(tuple(built.split(";")), device)
+    assert (reason is None) == works
+    assert works or f"TORCH_CUDA_ARCH_LIST={device[0]}.{device[1]}" in reason
+
+
+@pytest.mark.skipif(
+    backends._library_file("_C_cuda") is None, reason="the CUDA module was not built here"
+)
+def test_the_build_says_what_it_is_for():
+    names = backends.cuda_architectures()
+    assert names and all(name.split("+")[0].replace(".", "").isalnum() for name in names)
+
+
+def test_what_triton_takes_for_true(monkeypatch):
+    for value, expected in (("1", True), ("true", True), ("ON", True), ("0", False), ("", False)):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert backends.triton_interprets() == expected, value
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not backends.triton_interprets()

@@ -67,6 +67,7 @@ CASES = [
     Case(stage=2, window_size=14, group_size=150, head_dim=64, num_heads=1),
     Case(stage=1, window_size=14, image_size=(128, 160), per_image=True, num_heads=1),
     Case(image_size=(64, 64), window_size=16, mask_ratio=0, num_heads=1, batch=1),
+    Case(image_size=(96, 64), stage=2, window_size=7, num_heads=1, batch=1, group_size=300),
 ]
 
 if INTERPRETED:
@@ -84,7 +85,9 @@ def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = pathlib.Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "passed" in done.stdout
 
@@ -419,9 +422,6 @@ def test_what_it_cannot_do_is_said():
     inputs = make_inputs(Case(stage=3, head_dim=24), device=DEVICE)
     with gk.use_backend("triton"), pytest.raises(ValueError, match="head dims 16, 32, 64, not 24"):
         run(inputs)
-    large = make_inputs(Case(stage=3, group_size=300), device=DEVICE)
-    with gk.use_backend("triton"), pytest.raises(ValueError, match="at most 256 slots, not 300"):
-        run(large)
     with gk.use_backend("triton"), pytest.raises(ValueError, match="not float64"):
         run(make_inputs(Case(stage=3, dtype=torch.float64), device=DEVICE))
 

@@ -33,3 +33,10 @@ def test_errors():
     part = gk.group_partition(np.ones((8, 8), dtype=bool), 4)
     with pytest.raises(ValueError, match="windows of"):
         GroupWindowAttention(8, 7, 2)(torch.zeros(1, 64, 8), part)
+
+
+def test_window_sizes_of_any_integer_type():
+    for size in (7, np.int64(7), (7, 7), [7, 7]):
+        assert gk.modules.GroupWindowAttention(8, size, 2).window_size == (7, 7)
+    with pytest.raises(ValueError, match="window_size=0"):
+        gk.modules.GroupWindowAttention(8, 0, 2)

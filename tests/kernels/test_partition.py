@@ -389,12 +389,13 @@ def best_time(grids: list, repeats: int) -> float:
 
 
 def test_a_step_is_planned_in_a_fraction_of_a_millisecond():
-    # About 0.1 ms; the margin is for slow machines, a loop over tokens in Python takes 10 ms.
-    assert best_time(step_grids(np.random.default_rng(8)), 200) < 1e-3
+    # About 0.1 ms, and 10 ms for a loop over tokens in Python. The margin is for slow and busy
+    # machines, of which the best of 200 runs is a fair one.
+    assert best_time(step_grids(np.random.default_rng(8)), 200) < 3e-3
 
 
 def test_time_is_linear_in_images():
     rng = np.random.default_rng(9)
-    few, many = step_grids(rng, images=32), step_grids(rng, images=128)
-    # A quadratic planner would be 16 times slower.
-    assert best_time(many, 10) < 1.6 * 4 * best_time(few, 10)
+    few, many = step_grids(rng, images=32), step_grids(rng, images=256)
+    # A quadratic planner would be 64 times slower.
+    assert best_time(many, 10) < 3 * 8 * best_time(few, 10)

@@ -102,3 +102,13 @@ def test_the_packing_of_groups_does_not_matter():
             inputs.part = gk.group_partition(visible_tokens(case), window, shift, size)
             for name, value in run(inputs).items():
                 torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12, msg=name)
+
+
+def test_shapes_on_the_meta_device():
+    inputs = make_inputs(Case(stage=3))
+    part = inputs.part.to("meta")
+    with gk.use_backend("reference"):
+        out = gk.group_window_attention(
+            inputs.qkv.to("meta"), inputs.table.to("meta"), part, inputs.num_heads
+        )
+    assert out.shape == (2, inputs.part.num_tokens, 64)
