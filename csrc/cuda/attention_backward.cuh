@@ -63,7 +63,6 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 
   memory.slots.fill(a, place);
   __syncthreads();
-  const Band band = band_of(memory.slots, place, strip, a.reach());
   const bool empty = memory.slots.cell[0].x < 0;
   if (empty && (a.token_index != nullptr || a.grad_qkv == nullptr)) {
     if (a.partial != nullptr)
@@ -71,12 +70,6 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
         a.partial[int64_t(blockIdx.x) * a.table_rows() + i] = 0;
     return;
   }
-  for (int i = int(threadIdx.x); i < memory.rows * memory.rows; i += int(blockDim.x)) {
-    const int query = i / memory.rows, key = i % memory.rows;
-    memory.bias[query * memory.bias_stride + key] =
-        bias_of(memory.slots.cell[query], memory.slots.cell[key], memory.slots.table, centre);
-  }
-
   const auto start_load = [&](int stage, int64_t image) {
     if (image < place.last_image) {
       const T* qkv =
@@ -93,13 +86,21 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
     copy_async_commit();
   };
 
+  start_load(0, place.first_image);
+  // While the first image is on its way.
+  const Band band = band_of(memory.slots, place, strip, a.reach());
+  for (int i = int(threadIdx.x); i < memory.rows * memory.rows; i += int(blockDim.x)) {
+    const int query = i / memory.rows, key = i % memory.rows;
+    memory.bias[query * memory.bias_stride + key] =
+        bias_of(memory.slots.cell[query], memory.slots.cell[key], memory.slots.table, centre);
+  }
+
   const float scale = a.scale * kLog2E;
   const int exchange = memory.exchange_stride;
   float grad_bias[kMostStrips][2][4];
 #pragma unroll
   for (int j = 0; j < kMostStrips; ++j) clear(grad_bias[j]);
 
-  start_load(0, place.first_image);
   int stage = 0;
   for (int64_t image = place.first_image; image < place.last_image; ++image, stage ^= 1) {
     copy_async_wait<0>();

@@ -52,27 +52,15 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 
   memory.slots.fill(a, place);
   __syncthreads();
-  const Band band = band_of(memory.slots, place, strip, a.reach());
-  const Band keys = kLong ? union_of(band, memory.bands) : Band{0, a.strips};
   // Groups of padding are left at once; where they are part of the result they are written as zeros.
   if (a.token_index != nullptr && cell[(place.own - place.base) * kStrip].x < 0) return;
+  Band band{0, 0}, keys{0, a.strips};
+  if constexpr (kLong) {
+    band = band_of(memory.slots, place, strip, a.reach());
+    keys = union_of(band, memory.bands);
+  }
   const int pieces = kLong ? (keys.last - keys.first + a.strips - 1) / a.strips : 1;
   const int pieces_or_one = pieces > 1 ? pieces : 1;
-
-  const int2 upper = cell[strip * kStrip + g], lower = cell[strip * kStrip + g + 8];
-  float bias[kLong ? 1 : kMostStrips][2][4];
-  if constexpr (!kLong) {
-#pragma unroll
-    for (int j = 0; j < kMostStrips; ++j)
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          bias[j][n][e] = band.holds(j) ? bias_of(e < 2 ? upper : lower,
-                                                  cell[j * kStrip + 8 * n + 2 * q + e % 2], table,
-                                                  centre)
-                                        : -INFINITY;
-  }
 
   struct Cursor {
     int64_t image;
@@ -109,6 +97,24 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
     start_load(i, next);
     advance(next);
   }
+
+  // While the first images are on their way.
+  if constexpr (!kLong) band = band_of(memory.slots, place, strip, a.reach());
+  const int2 upper = cell[strip * kStrip + g], lower = cell[strip * kStrip + g + 8];
+  float bias[kLong ? 1 : kMostStrips][2][4];
+  if constexpr (!kLong) {
+#pragma unroll
+    for (int j = 0; j < kMostStrips; ++j)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          bias[j][n][e] = band.holds(j) ? bias_of(e < 2 ? upper : lower,
+                                                  cell[j * kStrip + 8 * n + 2 * q + e % 2], table,
+                                                  centre)
+                                        : -INFINITY;
+  }
+
   typename P::Left query;
   Wide<D> out;
   float top[2], sum[2];
