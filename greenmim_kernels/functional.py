@@ -114,6 +114,9 @@ def group_window_attention(
         Tensor [B, N, C] in the dtype of `qkv`. Softmax and sums run in fp32 (fp64 for fp64).
         Differentiable in `qkv` and `table`; the table's gradient comes in the table's dtype.
 
+    A value that is not finite reaches the tokens of its group at most; in the "cpp" backend, which
+    works window by window, those of its window.
+
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
     """
@@ -159,11 +162,12 @@ def _check_common(name: str, x: Tensor, part: GroupPartition) -> None:
             f"the partition holds {num_partitions} images' windows and {name} a batch of"
             f" {x.shape[0]}; give one mask for the batch or one per image"
         )
-    if part.token_index.device != x.device:
-        raise ValueError(
-            f"the partition is on {part.token_index.device} and {name} on {x.device};"
-            " move it with part.to(device)"
-        )
+    for tensor in (part.token_index, part.window_id, part.coords):
+        if tensor.device != x.device:
+            raise ValueError(
+                f"the partition is on {tensor.device} and {name} on {x.device};"
+                " move it with part.to(device)"
+            )
 
 
 def _check_attention(
