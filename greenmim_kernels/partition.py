@@ -28,7 +28,8 @@ class GroupPartition:
 
     P is 1 (one grid for the whole batch) or the batch size, G the number of groups, S the slots of
     a group. A slot holds one visible token or padding. Inside a group slots are sorted by window,
-    tokens of a window in row-major order, padding last; groups without a token come last.
+    tokens of a window in row-major order, padding last; groups without a token come last. Kernels
+    on a GPU trust all this: to look again, they would have to wait for the device.
 
     Attributes:
         token_index: int32 [P, G, S], the token's position among the visible tokens of the image in
