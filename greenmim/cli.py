@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from greenmim.recipe import Recipe, UserError, preset_names, resolve_config
+from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PEER, PeerError
+from greenmim.presets import preset_names, resolve_config
+from greenmim.recipe import Recipe, UserError
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 bad input, told in one line; 3 stopped because losses were not finite;"
-    " 75 stopped by SIGTERM or SIGUSR1 after saving, repeat the command with --resume;"
-    " 130 the same after Ctrl-C"
+    " 4 another process of the run died; 75 stopped by SIGTERM or SIGUSR1 after saving, repeat the"
+    " command with --resume; 130 the same after Ctrl-C"
 )
 
 
@@ -51,12 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        return _complain(str(error))
+        return EXIT_BAD_INPUT if error.quiet else _complain(str(error))
+    except PeerError as error:
+        if debug:
+            raise
+        return _complain(str(error), EXIT_PEER)
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = EXIT_BAD_INPUT) -> int:
     print(f"greenmim: error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    return code
 
 
 def _in_our_words(error: argparse.ArgumentError) -> str:

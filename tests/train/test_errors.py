@@ -183,8 +183,8 @@ def test_world_comes_from_the_environment(
         World.from_environment({"RANK": "-1"})
     with pytest.raises(ValueError, match="RANK is 2 but WORLD_SIZE is 1"):
         World.from_environment({"RANK": "2"})
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
+    monkeypatch.setenv("RANK", "2")
+    assert "RANK is 2 but" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
 
 
 # ---- reconstruct, convert -----------------------------------------------------------------------
