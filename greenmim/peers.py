@@ -7,7 +7,6 @@ all, the others watch the main process.
 
 from __future__ import annotations
 
-import datetime
 import os
 import socket
 import sys
@@ -21,7 +20,7 @@ from greenmim.guards import EXIT_PEER
 BEAT_SECONDS = 1.0
 
 
-class PeerWatch(threading.Thread):
+class PeerWatch:
     """Tells the others that this process is alive and ends it when one of them is not.
 
     Args:
@@ -36,38 +35,17 @@ class PeerWatch(threading.Thread):
     grace_seconds = 5.0
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        super().__init__(name="peer watch", daemon=True)
-        # Else a dead server whose socket a child still holds would be waited for.
-        store.set_timeout(datetime.timedelta(seconds=self.silent_seconds))
         self.store, self.rank, self.size = store, rank, size
         self.cause: str | None = None
         self._found = threading.Event()
         self._left = threading.Event()
         self._heard: dict[int, tuple[bytes, float]] = {}
+        self._answered = time.monotonic()
 
-    def run(self) -> None:
-        beat = 0
-        host = socket.gethostname()
-        while not self._left.wait(BEAT_SECONDS if beat else 0.0):
-            beat += 1
-            try:
-                self.store.set(f"alive/{self.rank}", f"{beat} {host}")
-                self.cause = self._failed() or self._silent()
-            except RuntimeError:  # torch's errors of the store's connection are its subclasses
-                self.cause = "process 0, which the others meet at, is gone"
-            if self.cause:
-                break
-        if not self.cause:
-            return
-        self._found.set()
-        if not self._left.wait(self.grace_seconds):
-            self.say()
-            os._exit(EXIT_PEER)  # the main thread waits in a collective that never ends
-
-    def say(self) -> None:
-        """Name the cause on stderr."""
-        text = f"greenmim: error: {self.cause}; process {self.rank} ends too."
-        print(text, file=sys.stderr, flush=True)
+    def start(self) -> None:
+        """Begin to watch: one thread talks to the store, one judges, for the store may hang."""
+        for target in (self._talk, self._judge):
+            threading.Thread(target=target, name="peer watch", daemon=True).start()
 
     def report(self, reason: str) -> None:
         """Tell the others why this process ends."""
@@ -94,6 +72,35 @@ class PeerWatch(threading.Thread):
         """Why a collective failed: the process that died, or None when all are alive."""
         self._found.wait(self.silent_seconds + 3 * BEAT_SECONDS)
         return self.cause
+
+    def _talk(self) -> None:
+        beat, host = 0, socket.gethostname()
+        while not self._left.is_set() and not self.cause:
+            beat += 1
+            try:
+                self.store.set(f"alive/{self.rank}", f"{beat} {host}")
+                self.cause = self._failed() or self._silent()
+            except RuntimeError:  # torch's errors of the store's connection are its subclasses
+                self.cause = "process 0, where the others meet, is gone"
+            self._answered = time.monotonic()
+            self._left.wait(BEAT_SECONDS)
+
+    def _judge(self) -> None:
+        while not self._left.wait(BEAT_SECONDS / 4):
+            if not self.cause and time.monotonic() - self._answered > self.silent_seconds:
+                self.cause = (
+                    "process 0 (or its machine), where the others meet, has not answered for"
+                    f" {self.silent_seconds:.0f} s"
+                )
+            if self.cause:
+                break
+        else:
+            return
+        self._found.set()
+        if not self._left.wait(self.grace_seconds):
+            text = f"greenmim: error: {self.cause}; process {self.rank} ends too."
+            print(text, file=sys.stderr, flush=True)
+            os._exit(EXIT_PEER)  # the main thread waits in a collective that never ends
 
     def _failed(self) -> str | None:
         if self.store.check(["failed"]):

@@ -258,8 +258,8 @@ def _check_room(folder: RunFolder, model: GreenMIM) -> None:
     free = folder.free_bytes()
     if free is not None and free < needed:
         raise UserError(
-            f"--work-dir {folder.path}: a checkpoint takes {needed / 2**30:.2f} GiB and the disk"
-            f" has {free / 2**30:.2f} GiB left; make room or choose another folder."
+            f"--work-dir {folder.path}: a checkpoint takes {needed / 1e6:.0f} MB and the disk has"
+            f" {free / 1e6:.0f} MB left; make room or choose another folder."
         )
 
 

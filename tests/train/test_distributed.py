@@ -80,7 +80,14 @@ def alone(command, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, ("--activation-checkpointing", "true")),
         (2, ("--activation-checkpointing", "true", "--data.workers", "1")),
     ],
-    ids=["ddp-2", "ddp-4", "fsdp-2", "fsdp-4-checkpointing", "checkpointing", "ddp-2-checkpointing"],
+    ids=[
+        "ddp-2",
+        "ddp-4",
+        "fsdp-2",
+        "fsdp-4-checkpointing",
+        "checkpointing",
+        "ddp-2-checkpointing",
+    ],
 )
 def test_any_number_of_processes_gives_the_same_run(
     size: int, more: tuple[str, ...], command, alone: Path, tmp_path: Path

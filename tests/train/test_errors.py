@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,16 @@ def test_work_dir_that_cannot_be_made(tmp_path: Path, tiny: Path, photos: Path, 
     assert "cannot be written" in complaint(
         capsys, *pretrain(tiny, photos, Path("/proc/greenmim-run"))
     )
+
+
+def test_a_disk_without_room_for_a_checkpoint(
+    tmp_path: Path, tiny: Path, photos: Path, capsys, monkeypatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
+    assert "a checkpoint takes 5 MB and the disk has 1 MB left" in text
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten(finished_run: Path, tiny: Path, photos: Path, capsys) -> None:
