@@ -202,6 +202,40 @@ class Recipe:
         return _plain(dataclasses.asdict(self))
 
 
+@dataclass(frozen=True)
+class SlurmJob:
+    """What to ask of Slurm for a run; no part of its recipe.
+
+    Args:
+        nodes: Machines.
+        gpus_per_node: GPUs of each, and processes on it.
+        partition: Partition; None takes the cluster's default.
+        hours: Time limit of one piece of the run; at its end the job goes back into the queue.
+        cpus_per_gpu: CPU cores for each process, for its loader workers.
+        account: Account to charge, where the cluster wants one.
+        qos: Quality of service, where the cluster wants one.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    partition: str | None = None
+    hours: float = 24.0
+    cpus_per_gpu: int = 10
+    account: str | None = None
+    qos: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "hours"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it has to be above 0.")
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run."""
+        return self.nodes * self.gpus_per_node
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

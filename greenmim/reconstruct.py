@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkpoint
-from greenmim.config import ModelConfig
 from greenmim.data import normalise
 from greenmim.images import find_images, open_fitted
+from greenmim.loading import load_model
 from greenmim.masking import random_visible
-from greenmim.mim import GreenMIM, create_model
 from greenmim.pictures import shown
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, UserError
-from greenmim.run_folder import RUN_FORMAT, first_line
+from greenmim.run_folder import first_line
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
@@ -86,41 +83,6 @@ def reconstruct(
     titles = ("original", f"masked ({100 * mask_ratio:.0f} % hidden)", "reconstruction")
     _draw(columns, titles, [file.stem for file in files], output)
     return output
-
-
-def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMIM, dict[str, Any]]:
-    """The model of a checkpoint with its weights, and the recipe of its run ({} without a run).
-
-    Raises:
-        UserError: unreadable file, no decoder in it, or another model than `name`.
-    """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}.")
-    try:
-        content = load_checkpoint(path)
-        weights = find_state_dict(content, path)
-    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
-        raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
-    if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
-        run = content["recipe"]
-        network = GreenMIM(ModelConfig(**run["model"]))
-    elif name is None:
-        raise UserError(f"{path} does not say what model it is; pass --model with its name.")
-    else:
-        run = {}
-        try:
-            network = create_model(name)
-        except (ValueError, KeyError) as error:
-            raise UserError(first_line(error)) from error
-    problems = []
-    for source in ("greenmim", "official"):
-        try:
-            network.load_state_dict(convert_checkpoint(weights, source=source, target="greenmim"))
-            return network, run
-        except (RuntimeError, ValueError, KeyError) as error:
-            problems.append(" ".join(str(error).split()))
-    raise UserError(f"The checkpoint {path} is of another model: {problems[0][:300]}")
 
 
 def _image_files(images: Sequence[str | Path]) -> list[Path]:

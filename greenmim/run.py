@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -86,14 +87,14 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     """
     world, device = processes.world, processes.device
     with processes.agreed():
-        precision = _precision(recipe, device)
+        precision = precision_of(recipe, device)
         check_trackers(recipe)
         with user_errors(), chosen_backend(recipe):
             num_visible_units(recipe.model.num_units, recipe.mask.ratio)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
 
-    names = processes.from_main(lambda: _find_images(recipe))
+    names = processes.from_main(lambda: find_image_names(recipe))
     folder = RunFolder(recipe.work_dir)
     checkpoint, notes = processes.from_main(lambda: find_checkpoint(folder, resume))
     with processes.agreed():
@@ -102,7 +103,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
         with user_errors():
             model = GreenMIM(recipe.model)
             planner = Planner(recipe.model)
-            sampler = _sampler(recipe, len(names), world, first_update=0)
+            sampler = make_sampler(recipe, len(names), world, first_update=0)
         if state is not None:
             check_same_model(state, recipe, checkpoint)
             model.load_state_dict(state["model"])
@@ -126,7 +127,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     elif resume is not None:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
 
-    sampler = _sampler(recipe, len(names), world, first_update=first_step)
+    sampler = make_sampler(recipe, len(names), world, first_update=first_step)
     collate = Collate(planner, recipe.mask, recipe.seed)
     loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
     return Run(
@@ -223,12 +224,22 @@ def run_state(run: Run, step: int, skipped: int) -> dict[str, Any]:
     }
 
 
-def _find_images(recipe: Recipe):
+def find_image_names(recipe: Recipe) -> np.ndarray:
+    """The files of a recipe's folder (see `images.find_images`).
+
+    Raises:
+        UserError: there are none.
+    """
     with user_errors():
         return find_images(recipe.data.root)
 
 
-def _sampler(recipe: Recipe, num_images: int, world: World, first_update: int) -> EpochSampler:
+def make_sampler(recipe: Recipe, num_images: int, world: World, first_update: int) -> EpochSampler:
+    """The order of a run's images.
+
+    Raises:
+        ValueError: an epoch does not fill one update.
+    """
     return EpochSampler(
         num_images,
         recipe.data.batch_size,
@@ -242,7 +253,12 @@ def _sampler(recipe: Recipe, num_images: int, world: World, first_update: int) -
     )
 
 
-def _precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What a recipe computes in on a device.
+
+    Raises:
+        UserError: it cannot.
+    """
     name = recipe.precision
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
