@@ -14,7 +14,7 @@ from PIL import Image
 from train_pictures import picture
 
 from greenmim.config import ModelConfig
-from greenmim.data import Batch, Collate, ImageFolder, make_loader
+from greenmim.data import Batch, Collate, ImageFolder, Sample, make_loader
 from greenmim.images import find_images, open_rgb
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
@@ -241,7 +241,14 @@ def test_masks_per_batch_and_per_image(photos: Path) -> None:
     assert all(batch.plan.visible.shape == (1, 6) for batch in shared)
     assert all(batch.plan.visible.shape == (3, 6) for batch in own)
     assert all((batch.plan.visible.sum(1) == 3).all() for batch in shared + own)
-    # The four batches of one epoch, too, have masks of their own.
+    # The four batches of one epoch, too, have masks of their own, and so have those of one update.
+    parts = EpochSampler(6, 1, repeats=2, epochs=2, accumulate=6, seed=3)
+    collate = Collate(Planner(CONFIG), MaskConfig(0.5), 3)
+    drawn = {
+        tuple(collate([Sample(items[0], torch.zeros(3, 96, 64), ())]).plan.visible[0].tolist())
+        for items in list(parts)[:6]
+    }
+    assert len(drawn) > 2
     assert len({tuple(batch.plan.visible[0].tolist()) for batch in shared[:4]}) > 1
     assert any(len(batch.plan.visible.unique(dim=0)) > 1 for batch in own)
 

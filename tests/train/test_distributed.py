@@ -10,6 +10,7 @@ import pytest
 import torch
 from crew import run_crew
 from PIL import Image
+from torch.distributed.checkpoint import FileSystemReader
 from train_pictures import picture
 
 from greenmim.data import ImageFolder
@@ -140,6 +141,17 @@ def test_two_processes_resume_to_the_last_bit(
     run_crew(command(tmp_path / "run", 2, *MORE, *resume), 2, tmp_path)
     assert losses(tmp_path / "run") == {step: losses(whole)[step] for step in (4, 5, 6)}
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(tmp_path / "run").items())
+
+
+def test_fsdp_keeps_slices_and_ddp_copies(saved_on_two: dict[str, Path]) -> None:
+    """Each process writes what it holds: a moment in two chunks, or in one."""
+    for strategy, chunks in (("ddp", 1), ("fsdp", 2)):
+        folder = saved_on_two[strategy] / "checkpoints" / "step_00000003.optimizer"
+        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+        moment = entries["encoder.layers.2.blocks.0.mlp.fc1.weight/exp_avg"]
+        assert len(moment.chunks) == chunks
+        files = {file.name for file in folder.glob("*.distcp")}
+        assert {name.split("_")[2] for name in files} == {"0", "1"}  # both wrote
 
 
 def test_the_files_of_both_strategies_are_alike(saved_on_two: dict[str, Path]) -> None:

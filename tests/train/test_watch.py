@@ -234,6 +234,18 @@ def test_kept_bytes_grow_with_the_batch_and_count_each_tensor_once() -> None:
     assert one.total == 4 * (8 + 16 + 16) and two.total == 2 * one.total
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_activation_checkpointing_keeps_little_more_than_the_blocks_inputs(precision) -> None:
+    model = GreenMIM(model_config("greenmim_swin_tiny_patch4_window7_224")).train()
+    plan = model.plan(np.arange(49) % 4 == 0)
+    plain = kept_bytes(model, plan, precision, 2)
+    model.set_grad_checkpointing()
+    little = kept_bytes(model, plan, precision, 2)
+    assert little.total < plain.total / 2
+    estimate = plain.total - plain.blocks + plain.inputs
+    assert little.total == pytest.approx(estimate, rel=0.25)
+
+
 # ---- export -------------------------------------------------------------------------------------
 
 
