@@ -53,6 +53,8 @@ class PeerWatch:
             try:
                 text = f"process {self.rank} on {socket.gethostname()} ended: {reason}"
                 self.store.compare_set("failed", "", text)
+                if self.rank == 0:  # the store may end with this process: let the others read it
+                    time.sleep(2 * BEAT_SECONDS)
             except RuntimeError:
                 pass  # the store is gone, and with it who would read this
 

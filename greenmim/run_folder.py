@@ -114,7 +114,7 @@ class RunFolder:
         """
         path = self.checkpoints / f"step_{state['step']:08d}.pth"
         moments = moments_folder(path)
-        processes.from_main(lambda: self._remove_left_overs())
+        processes.from_main(lambda: self._remove_left_overs(path))
         try:
             write_moments(moments)
         except OSError as error:
@@ -173,13 +173,16 @@ class RunFolder:
                 files[step].unlink(missing_ok=True)  # before its moments: see the module's head
                 shutil.rmtree(moments_folder(files[step]), ignore_errors=True)
 
-    def _remove_left_overs(self) -> None:
+    def _remove_left_overs(self, path: Path) -> None:
         """What saves that were killed left: folders without their file, and temporary files."""
-        for entry in self.checkpoints.iterdir():
-            if entry.suffix == ".optimizer" and not entry.with_suffix(".pth").exists():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif _LEFT_OVER.fullmatch(entry.name):
-                entry.unlink(missing_ok=True)
+        try:
+            for entry in self.checkpoints.iterdir():
+                if entry.suffix == ".optimizer" and not entry.with_suffix(".pth").exists():
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif _LEFT_OVER.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(_not_written(path, error)) from error
 
 
 def moments_folder(checkpoint: Path) -> Path:

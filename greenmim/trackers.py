@@ -63,14 +63,21 @@ class WandB:
         import wandb
 
         self._wandb = wandb
-        self._run = wandb.init(
-            project=recipe.log.wandb,
-            name=folder.path.name,
-            id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:12],
-            resume="allow",
-            dir=str(folder.path),
-            config=recipe.to_dict(),
-        )
+        try:
+            self._run = wandb.init(
+                project=recipe.log.wandb,
+                name=folder.path.name,
+                id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:12],
+                resume="allow",
+                dir=str(folder.path),
+                config=recipe.to_dict(),
+            )
+        except Exception as error:  # no key, no network: its own kinds of errors
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--log.wandb {recipe.log.wandb}: {reason}; log in (wandb login), or set"
+                " WANDB_MODE=offline."
+            ) from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._run.log({f"train/{name}": value for name, value in values.items()}, step=step)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from crew import Crew, run_crew
 
+from greenmim.images import find_images
 from greenmim.mim import GreenMIM
 from greenmim.peers import PeerWatch
 from greenmim.run_folder import RunFolder, read_run_checkpoint
 from greenmim.run_log import read_log
+from greenmim.sampler import EpochSampler
 
 EVERY = 2  # updates between two checkpoints
 
@@ -189,10 +191,15 @@ def test_corrupt_images_of_any_process_are_named_and_counted(
     shutil.copytree(photos, data)
     for name in ("1.png", "cats/2.png", "dogs/big/5.png"):
         (data / name).write_bytes((data / name).read_bytes()[:300])
+    # Every image once, so that no process sees all of them.
+    more = ("--epochs", "1", "--data.repeats", "1", "--data.batch-size", "1")
     for size in (1, 2):
-        text = run_crew(command(str(size), size, data=data), size, tmp_path / "outputs")
+        text = run_crew(command(str(size), size, *more, data=data), size, tmp_path / "outputs")
         named = [Path(r["path"]).name for r in records(tmp_path / str(size), "unreadable_image")]
         assert sorted(named) == ["1.png", "2.png", "5.png"]
+        events = [r["event"] for r in read_log(tmp_path / str(size) / "log.jsonl")]
+        # Told while the run goes on, not at its end.
+        assert events.index("unreadable_image") < len(events) - 1 - events[::-1].index("train")
         assert text.count("another image takes its place") == 3 and "3 unreadable images" in text
     # The neighbour that stands in is the same, whoever reads.
     ours, theirs = losses(tmp_path / "1"), losses(tmp_path / "2")
@@ -217,7 +224,7 @@ def poison(rank: int) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_all_processes_skip_an_update_that_one_finds_not_finite(
-    strategy: str, command, tmp_path: Path
+    strategy: str, command, photos: Path, tmp_path: Path
 ) -> None:
     more = ("--strategy", strategy, "--checkpoint.every-steps", "1", "--checkpoint.keep-last", "9")
     options = {"setup": poison, "environment": {"POISON": "3"}}
@@ -234,7 +241,10 @@ def test_all_processes_skip_an_update_that_one_finds_not_finite(
     (skipped,) = records(run, "skipped")
     # Micro-batch 1 is the other process's: three of the six images are under suspicion.
     assert skipped["step"] == 3 and skipped["micro_batches"] == [1]
-    assert len(skipped["files"]) == 3 and all(Path(file).is_file() for file in skipped["files"])
+    sampler = EpochSampler(6, 3, repeats=2, epochs=2, rank=1, world_size=2)
+    names = [os.fsdecode(name) for name in find_images(photos)]
+    files = [str(photos / names[item.position % 6]) for item in list(sampler)[2]]
+    assert skipped["files"] == files
     assert "update 3 was skipped" in text and skipped["files"][0] in text
     assert [r["skipped"] for r in records(run, "train")] == [0, 0, 1, 1]
     assert [r["loss"] is None for r in records(run, "train")] == [False, False, True, False]
@@ -294,8 +304,8 @@ def test_when_one_process_dies_the_others_end_and_name_it(
 
 
 def no_images(rank: int) -> None:
-    """From its third batch on, the last process can read nothing."""
-    if rank != 1:
+    """From some image on, one process can read nothing."""
+    if rank != int(os.environ["VICTIM"]):
         return
     from greenmim import data
 
@@ -311,11 +321,17 @@ def no_images(rank: int) -> None:
     data.open_rgb = open_rgb
 
 
-def test_the_error_of_one_process_is_told_as_the_cause(command, tmp_path: Path) -> None:
-    with Crew(command("run", 2, "--epochs", "50"), 2, tmp_path, setup=no_images) as crew:
-        assert crew.wait(60) == [4, 2], crew.text() + crew.text(1)
-    assert "No image can be read" in crew.text(1) and "Stale file handle" in crew.text(1)
-    assert "process 1 on " in crew.text() and "Stale file handle" in crew.text()
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_error_of_one_process_is_told_as_the_cause(
+    victim: int, command, tmp_path: Path
+) -> None:
+    options = {"setup": no_images, "environment": {"VICTIM": str(victim)}}
+    with Crew(command("run", 2, "--epochs", "50"), 2, tmp_path, **options) as crew:
+        codes = crew.wait(60)
+    own, other = crew.text(victim), crew.text(1 - victim)
+    assert (codes[victim], codes[1 - victim]) == (2, 4), own + other
+    assert "No image can be read" in own and "Stale file handle" in own
+    assert f"process {victim} on " in other and "Stale file handle" in other
 
 
 def test_bad_input_is_told_once(command, tmp_path: Path) -> None:
