@@ -13,7 +13,7 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors
@@ -200,21 +200,53 @@ def save_atomic(content: Any, path: str | os.PathLike) -> None:
         OSError: the folder is not there or cannot be written to, or the disk is full. What was at
             `path` is untouched then, and nothing is left beside it.
     """
-    path = pathlib.Path(path)
+
+    def write(beside: pathlib.Path) -> None:
+        with open(beside, "wb") as file:  # of Python: torch's own loses what went wrong
+            torch.save(content, file)
+
+    _write_atomic(write, pathlib.Path(path))
+
+
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, facts: Mapping[str, str]
+) -> None:
+    """A safetensors file with `facts` in its metadata, written like :func:`save_atomic`.
+
+    Args:
+        tensors: tensors by name.
+        path: the file to write or replace; its folder must be there.
+        facts: strings by name; "format": "pt" is added.
+
+    Raises:
+        OSError: as :func:`save_atomic`.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", **facts}
+    _write_atomic(
+        lambda beside: safetensors.torch.save_file(whole, beside, metadata), pathlib.Path(path)
+    )
+
+
+def _write_atomic(write: Callable[[pathlib.Path], None], path: pathlib.Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            with open(beside, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except RuntimeError as error:
-            # torch's zip writer turns a failed write into an error of its own.
+            write(beside)
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            # Their writers turn a failed write into an error of their own.
             raise OSError(f"{path} could not be written: {error}") from error
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: pathlib.Path) -> None:
+    """Bring the names in a folder to the disk: after it, a power cut does not undo a rename."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -1,9 +1,10 @@
-"""The command line: `greenmim pretrain | reconstruct | convert | doctor`."""
+"""The command line: `greenmim pretrain | reconstruct | export | convert | doctor`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -12,13 +13,14 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from greenmim.recipe import Recipe, UserError, preset_names, resolve_config
+from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PEER, PeerError
+from greenmim.presets import preset_names, resolve_config
+from greenmim.recipe import Recipe, SlurmJob, UserError
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 bad input, told in one line; 3 stopped because losses were not finite;"
-    " 75 stopped by SIGTERM or SIGUSR1 after saving, repeat the command with --resume;"
-    " 130 the same after Ctrl-C"
+    " 4 another process of the run died; 75 stopped by SIGTERM or SIGUSR1 after saving, repeat the"
+    " command with --resume; 130 the same after Ctrl-C"
 )
 
 
@@ -51,12 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        return _complain(str(error))
+        return EXIT_BAD_INPUT if error.quiet else _complain(str(error))
+    except PeerError as error:
+        if debug:
+            raise
+        return _complain(str(error), EXIT_PEER)
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = EXIT_BAD_INPUT) -> int:
     print(f"greenmim: error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    return code
 
 
 def _in_our_words(error: argparse.ArgumentError) -> str:
@@ -115,6 +121,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, tuple[ArgumentParser, Call
     for name, make, function, text in (
         ("pretrain", _pretrain_parser, _pretrain, "pre-train a Swin on a folder of images"),
         ("reconstruct", _reconstruct_parser, _reconstruct, "draw original, masked, reconstruction"),
+        ("export", _export_parser, _export, "write the encoder as a file that timm loads"),
         ("convert", _convert_parser, _convert, "convert checkpoints: official, greenmim, timm"),
         ("doctor", _doctor_parser, _doctor, "say what is installed and which backends work"),
     ):
@@ -138,7 +145,7 @@ class _Preset(ActionConfigFile):
 def _pretrain_parser() -> ArgumentParser:
     parser = _parser(
         usage="greenmim pretrain --config NAME_OR_FILE --data.root FOLDER --work-dir FOLDER"
-        " [--resume [CHECKPOINT]] [--any.value X]",
+        " [--resume [CHECKPOINT]] [--dry-run] [--launcher slurm] [--any.value X]",
         description="Pre-train on a folder of images. Presets for --config:\n  "
         + "\n  ".join(preset_names()),
         epilog=EXIT_CODES,
@@ -159,6 +166,17 @@ def _pretrain_parser() -> ArgumentParser:
     parser.add_argument(
         "--mask_per_image", action="store_true", help="the same as --mask.per-image true"
     )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would run and what it would cost"
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("none", "slurm"),
+        default="none",
+        help="slurm submits the run as a job, with the options that follow; torchrun and srun need"
+        " none",
+    )
+    parser.add_class_arguments(SlurmJob, None, as_group=False)
     parser.add_class_arguments(Recipe, None, as_group=False)
     groups = {f.name for f in dataclasses.fields(Recipe) if "Config" in str(f.type)}
     for action in parser._actions:
@@ -168,18 +186,46 @@ def _pretrain_parser() -> ArgumentParser:
 
 
 def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
+    from greenmim.slurm import submit
     from greenmim.train import pretrain
 
     values = options.clone()
-    for name in ("config", "resume", "mask_per_image"):
+    for name in ("config", "resume", "mask_per_image", "dry_run", "launcher"):
         values.pop(name, None)
+    job = {field.name: values.pop(field.name) for field in dataclasses.fields(SlurmJob)}
     try:
         recipe = Recipe(**vars(parser.instantiate(values)))
     except ValueError as error:  # the model's own checks
         raise UserError(str(error)) from error
     if options.mask_per_image:
         recipe.mask.per_image = True
-    return pretrain(recipe, options.resume).exit_code
+    if options.launcher == "none" and not options.dry_run:
+        return pretrain(recipe, options.resume).exit_code
+    job = SlurmJob(**job) if options.launcher == "slurm" else None
+    _say_what_would_run(recipe, options, job)
+    if job is not None and not options.dry_run:
+        number, folder = submit(recipe, options.resume, job)
+        print(f"submitted job {number}; its logs will be in {folder}")
+    return 0
+
+
+def _say_what_would_run(recipe: Recipe, options: Namespace, job: SlurmJob | None) -> None:
+    import torch
+
+    from greenmim.dry_run import dry_run
+    from greenmim.run import choose_device, user_errors
+    from greenmim.world import World
+
+    with user_errors():
+        world = World.from_environment()
+    if job and recipe.device != "cpu":  # a login node need not have the GPUs of the job
+        device = torch.device("cuda")
+    else:
+        device = choose_device(recipe, world)
+    processes = job.processes if job else world.size
+    text, lines = dry_run(recipe, options.resume, device, processes)
+    if world.is_main:
+        print(*([text] if options.dry_run else []), *lines, sep="\n")
 
 
 # ---- reconstruct --------------------------------------------------------------------------------
@@ -210,7 +256,32 @@ def _reconstruct(_: ArgumentParser, options: Namespace) -> int:
     return 0
 
 
-# ---- convert, doctor ----------------------------------------------------------------------------
+# ---- export, convert, doctor --------------------------------------------------------------------
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _parser(
+        usage="greenmim export --checkpoint FILE --output FILE.safetensors [--model NAME]",
+        description="Write the encoder with timm's names; the file's metadata say how it was made.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=str, required=True, help="a run's checkpoint, or one with --model")
+    add("--output", type=str, required=True, help="file to write (.safetensors)")
+    add("--model", type=str | None, help="model's name, for a checkpoint that does not say")
+    add("--overwrite", action="store_true", help="replace the output if it is there already")
+    return parser
+
+
+def _export(_: ArgumentParser, options: Namespace) -> int:
+    from greenmim.export import export
+
+    facts = export(**vars(options))
+    arguments = json.loads(facts["timm"])
+    name = arguments.pop("model_name")
+    words = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    print(f"wrote {options.output}; for timm:")
+    print(f"timm.create_model({name!r}{words}, num_classes=0, checkpoint_path={options.output!r})")
+    return 0
 
 
 def _convert_parser() -> ArgumentParser:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-
-from safetensors.torch import save_file
 
 import greenmim
 from greenmim.checkpoint import (
@@ -13,6 +10,7 @@ from greenmim.checkpoint import (
     find_state_dict,
     load_checkpoint,
     save_atomic,
+    save_safetensors,
 )
 from greenmim.recipe import UserError
 from greenmim.run_folder import RUN_FORMAT, first_line
@@ -76,23 +74,13 @@ def convert_file(
         )
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{input} cannot be converted: {' '.join(str(error).split())}") from error
-    converted = {name: tensor.detach().cpu().contiguous() for name, tensor in converted.items()}
+    converted = {name: tensor.detach().cpu() for name, tensor in converted.items()}
+    facts = {"greenmim": greenmim.__version__, "source": source, "target": target}
     try:
         if output.suffix == ".safetensors":
-            _save_safetensors(converted, output, {"source": source, "target": target})
+            save_safetensors(converted, output, facts)
         else:
             save_atomic({"model": converted}, output)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error}.") from error
     return len(converted)
-
-
-def _save_safetensors(tensors: dict, path: Path, facts: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, {"format": "pt", "greenmim": greenmim.__version__, **facts})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,43 +1,34 @@
 """Batches of augmented images with their masks planned ahead, the same for any number of workers.
 
-Every random choice is a function of the run's seed and a place in the run: the order of an epoch of
-(seed, epoch), a crop of (seed, epoch, position), a mask of (seed, batch, rank). So a run can be
-taken up at any batch and goes on exactly as if it had never stopped.
+What is random is a function of the run's seed and a place in the run, see `seeds`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from greenmim.guards import StopSignal
 from greenmim.images import open_rgb
-from greenmim.masking import random_visible
+from greenmim.masking import block_visible, random_visible
 from greenmim.planning import Plan, Planner
 from greenmim.recipe import DataConfig, MaskConfig, UserError
+from greenmim.sampler import EpochSampler, Item
+from greenmim.seeds import CROP, MASK, generator, torch_seed
 
-# Streams of random numbers that must not repeat one another.
-_ORDER, _CROP, _MASK = 1, 2, 3
 # A file that cannot be read is replaced by the next one; this many bad ones in a row are a broken
 # data set.
 MAX_BAD_IN_A_ROW = 100
-
-
-class Item(NamedTuple):
-    """One image of one batch: the batch's number in the run, the epoch, the position in it."""
-
-    batch: int
-    epoch: int
-    position: int
 
 
 class Sample(NamedTuple):
@@ -135,7 +126,7 @@ class ImageFolder(Dataset):
             return Sample(item, None, failures)
         # torchvision draws from the global generator; forking it leaves the caller's stream alone.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_derived_seed(self.seed, _CROP, item.epoch, item.position))
+            torch.manual_seed(torch_seed(self.seed, CROP, item.epoch, item.position))
             picture = self.augment(picture)
         return Sample(item, normalise(picture, self.mean, self.std), failures)
 
@@ -160,90 +151,17 @@ def normalise(picture, mean: list[float], std: list[float]) -> torch.Tensor:
     return F.normalize(F.to_dtype(F.pil_to_tensor(picture), torch.float32, scale=True), mean, std)
 
 
-class EpochSampler(Sampler[list[Item]]):
-    """Yields the batches of one process, from a given batch of the run to its end.
-
-    An epoch is a new order of `num_images * repeats` positions, cut into updates of
-    `world_size * accumulate * batch_size` images; what is left at its end is dropped.
-
-    Args:
-        num_images: Files in the folder.
-        batch_size: Images per batch of this process.
-        repeats: Times the folder is gone through in an epoch.
-        epochs: Epochs of the run.
-        accumulate: Batches per update.
-        seed: The run's seed.
-        rank, world_size: This process and the number of processes.
-        first_update: Update to start from.
-
-    Raises:
-        ValueError: an epoch does not fill one update.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        *,
-        repeats: int = 1,
-        epochs: int = 1,
-        accumulate: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        first_update: int = 0,
-    ) -> None:
-        self.positions = num_images * repeats
-        self.batch_size, self.accumulate, self.epochs = batch_size, accumulate, epochs
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.first_update = first_update
-        self.images_per_update = batch_size * accumulate * world_size
-        self.updates_per_epoch = self.positions // self.images_per_update
-        self.left_out = self.positions - self.updates_per_epoch * self.images_per_update
-        if self.updates_per_epoch == 0:
-            advice = f"raise --data.repeats to at least {-(-self.images_per_update // num_images)}"
-            largest = self.positions // (accumulate * world_size)
-            if largest:
-                advice = f"lower --data.batch-size to {largest} or less, or {advice}"
-            plural = "s" if num_images != 1 else ""
-            raise ValueError(
-                f"The folder holds {num_images} image{plural} (x {repeats} repeats), fewer than the"
-                f" {self.images_per_update} of one update; {advice}."
-            )
-
-    def __len__(self) -> int:
-        return (self.epochs * self.updates_per_epoch - self.first_update) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        for epoch in range(self.first_update // self.updates_per_epoch, self.epochs):
-            order = _generator(self.seed, _ORDER, epoch).permutation(self.positions)
-            first = max(self.first_update - epoch * self.updates_per_epoch, 0)
-            for update in range(first, self.updates_per_epoch):
-                for part in range(self.accumulate):
-                    batch = (epoch * self.updates_per_epoch + update) * self.accumulate + part
-                    # Ranks take neighbouring slices, so the images of an update do not depend on
-                    # how many processes share them.
-                    start = update * self.images_per_update
-                    start += (part * self.world_size + self.rank) * self.batch_size
-                    chosen = order[start : start + self.batch_size]
-                    yield [Item(batch, epoch, int(position)) for position in chosen]
-
-
 class Collate:
     """Stacks samples, draws the masks and plans them: the host's work of a step, in the loader.
 
     Args:
         planner: Plans a mask for the model (picklable).
-        mask: Ratio, and whether every image has its own mask.
-        num_units: Units of 32 px in an image.
-        seed, rank: Of the run and the process.
+        mask: Ratio, kind, and whether every image has its own mask.
+        seed: The run's seed.
     """
 
-    def __init__(
-        self, planner: Planner, mask: MaskConfig, num_units: int, seed: int, rank: int
-    ) -> None:
-        self.planner, self.mask, self.num_units = planner, mask, num_units
-        self.seed, self.rank = seed, rank
+    def __init__(self, planner: Planner, mask: MaskConfig, seed: int) -> None:
+        self.planner, self.mask, self.seed = planner, mask, seed
 
     def __call__(self, samples: list[Sample]) -> Batch:
         failures = tuple(
@@ -251,11 +169,21 @@ class Collate:
         )
         if any(sample.image is None for sample in samples):
             return Batch(None, None, failures)
-        rng = _generator(self.seed, _MASK, samples[0].item.batch, self.rank)
+        item = samples[0].item
+        rng = generator(self.seed, MASK, item.step, item.micro)
         count = len(samples) if self.mask.per_image else None
-        visible = random_visible(rng, self.num_units, self.mask.ratio, batch=count)
+        visible = draw_visible(rng, self.planner.unit_grid, self.mask, count)
         images = torch.stack([sample.image for sample in samples])
         return Batch(images, self.planner(visible), failures)
+
+
+def draw_visible(
+    rng: np.random.Generator, grid: tuple[int, int], mask: MaskConfig, count: int | None
+) -> np.ndarray:
+    """Visible units as a recipe asks for: bool [L], or [count, L] with a count."""
+    if mask.kind == "block":
+        return block_visible(rng, grid, mask.ratio, batch=count)
+    return random_visible(rng, grid[0] * grid[1], mask.ratio, batch=count)
 
 
 def make_loader(
@@ -275,16 +203,54 @@ def make_loader(
     )
 
 
+class Feed:
+    """The batches of a loader, with the time spent waiting for them and the files that failed.
+
+    Attributes:
+        waited: Seconds spent waiting so far.
+        failures: (path, reason) of files that could not be read, each once.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.waited = 0.0
+        self.failures: list[tuple[str, str]] = []
+        self._dataset: ImageFolder = loader.dataset
+        self._batches = iter(loader)
+        self._named: set[str] = set()
+
+    def next(self, device: torch.device) -> Batch:
+        """The next batch, on a device.
+
+        Raises:
+            UserError: no image can be read any more, or a loader process died.
+        """
+        asked = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"A loader process died ({' '.join(str(error).split())}); most often memory ran"
+                " out: lower --data.workers, or raise the limit of /dev/shm in a container."
+            ) from error
+        self.waited += time.perf_counter() - asked
+        for path, reason in batch.failures:
+            if path not in self._named:
+                self._named.add(path)
+                self.failures.append((path, reason))
+        if batch.images is None:
+            raise UserError(self._dataset.all_bad(batch.failures))
+        return batch.to(device, non_blocking=True)
+
+    def take_failures(self) -> list[tuple[str, str]]:
+        """The failures since the last call."""
+        taken, self.failures = self.failures, []
+        return taken
+
+
 def _start_worker(worker: int) -> None:
     # A scheduler signals the whole process group; only the main process may decide what happens,
     # and it still needs batches until the update under way is done.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in StopSignal.HANDLED:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)
-
-
-def _derived_seed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

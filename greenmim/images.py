@@ -89,3 +89,12 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block raises anything; the pixels are still good
         return image
+
+
+def open_fitted(path: str | Path, size: tuple[int, int]) -> Image.Image:
+    """The middle of any picture as 8-bit RGB, scaled to `size` (height, width) in px.
+
+    Raises:
+        OSError and others from Pillow: the file is corrupt, truncated or no image.
+    """
+    return ImageOps.fit(open_rgb(path), size[::-1], Image.Resampling.BICUBIC)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+# Least number of units of a block, and its least and greatest height / width (Bao et al., BEiT,
+# ICLR 2022, use 16 patches of 16 px, which are 4 units, and these ratios).
+_BLOCK_UNITS = 4
+_BLOCK_RATIO = (0.3, 1 / 0.3)
 
 
 def num_visible_units(num_units: int, mask_ratio: float) -> int:
@@ -44,3 +51,50 @@ def random_visible(
     chosen = np.zeros(noise.shape, dtype=bool)
     np.put_along_axis(chosen, noise.argsort(1, kind="stable")[:, :visible], True, axis=1)
     return chosen[0] if batch is None else chosen
+
+
+def block_visible(
+    rng: np.random.Generator, grid: tuple[int, int], mask_ratio: float, batch: int | None = None
+) -> np.ndarray:
+    """Hide rectangles of units, one after another, until the number is reached exactly.
+
+    Args:
+        rng: where the randomness comes from.
+        grid: (height, width) of an image in units.
+        mask_ratio: share of hidden units.
+        batch: number of images with a mask each; None for one mask.
+
+    Returns:
+        bool [L] or [batch, L], row-major, True = visible; as many of each row as
+        `random_visible` leaves.
+
+    Raises:
+        ValueError: as `num_visible_units`.
+    """
+    count = num_visible_units(grid[0] * grid[1], mask_ratio)
+    if batch is None:
+        return _hide_blocks(rng, grid, count).reshape(-1)
+    chosen = np.empty((batch, grid[0] * grid[1]), dtype=bool)
+    for row in chosen:
+        row[:] = _hide_blocks(rng, grid, count).reshape(-1)
+    return chosen
+
+
+def _hide_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
+    visible = np.ones(grid, dtype=bool)
+    while (excess := int(visible.sum()) - count) > 0:
+        area = rng.uniform(min(_BLOCK_UNITS, excess), excess)
+        ratio = math.exp(rng.uniform(*map(math.log, _BLOCK_RATIO)))
+        sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+        sides = [min(max(round(side), 1), limit) for side, limit in zip(sides, grid, strict=True)]
+        # Over a unit that is still visible, so that every block hides something.
+        over = rng.choice(np.argwhere(visible))
+        first = [
+            int(rng.integers(max(place - side + 1, 0), min(place, limit - side) + 1))
+            for place, side, limit in zip(over, sides, grid, strict=True)
+        ]
+        block = np.zeros(grid, dtype=bool)
+        block[first[0] : first[0] + sides[0], first[1] : first[1] + sides[1]] = True
+        hidden = np.flatnonzero(block & visible)[:excess]
+        visible.reshape(-1)[hidden] = False
+    return visible

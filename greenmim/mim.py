@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import UNIT_PIXELS, ModelConfig, model_config
 from .decoder import decoder_blocks, sincos_position_embedding
@@ -45,6 +46,8 @@ class GreenMIM(nn.Module):
     Args:
         config: sizes of the model.
     """
+
+    grad_checkpointing = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,7 +146,10 @@ class GreenMIM(nn.Module):
         x = torch.where(plan.visible[..., None], placed, self.mask_token.to(x.dtype))
         x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
-            x = block(x)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.decoder_pred(self.decoder_norm(x))
 
     def loss(self, images: Tensor, prediction: Tensor, plan: Plan) -> Tensor:
@@ -204,6 +210,11 @@ class GreenMIM(nn.Module):
         plan = planner(np.ones(height * width, dtype=bool)).to(images.device, non_blocking=True)
         maps = zip(self.encoder.stages(images, plan), planner.stages, strict=True)
         return [x.transpose(1, 2).unflatten(2, grid).contiguous() for x, (grid, _, _) in maps]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training computes activations again in the backward pass: less memory, slower."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: 1-d, tables, tokens, positions."""

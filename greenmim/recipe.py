@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from greenmim.config import ModelConfig
@@ -19,7 +18,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class UserError(Exception):
-    """Something the user can put right: shown as one line on stderr, exit code 2."""
+    """Something the user can put right: shown as one line on stderr, exit code 2.
+
+    `quiet` where another process of the run shows it.
+    """
+
+    quiet = False
 
 
 @dataclass
@@ -56,10 +60,12 @@ class MaskConfig:
 
     Args:
         ratio: Share of the 32-px units that is hidden.
-        per_image: One random mask per image; false is one per batch and process, as in the paper.
+        kind: random hides units anywhere; block hides rectangles of them, to the same number.
+        per_image: One mask per image; false is one per batch and process, as in the paper.
     """
 
     ratio: float = 0.75
+    kind: Literal["random", "block"] = "random"
     per_image: bool = False
 
 
@@ -128,10 +134,17 @@ class LogConfig:
     Args:
         every_steps: Updates between two log lines; each line averages the loss over them.
         tensorboard: Write TensorBoard event files beside log.jsonl.
+        wandb: Project of Weights & Biases to log to as well (needs the package wandb).
+        pictures_every_epochs: Draw reconstructions of some of the images after this many epochs;
+            null draws none.
+        pictures: Number of images drawn.
     """
 
     every_steps: int = 20
     tensorboard: bool = True
+    wandb: str | None = None
+    pictures_every_epochs: int | None = 10
+    pictures: int = 6
 
 
 @dataclass
@@ -144,6 +157,10 @@ class Recipe:
         seed: Seed of weights, masks, crops and order.
         device: Where to train; auto takes CUDA when there is one.
         precision: Autocast type; auto is bf16 on CUDA and fp32 on the CPU.
+        strategy: Over several processes, ddp keeps a copy of the model in each, fsdp (FSDP2) a
+            slice of weights, gradients and moments.
+        activation_checkpointing: Compute activations again in the backward pass: less memory, more
+            time.
         compile: Compile the training step's model with torch.compile.
         backend: Kernels: auto, or one of those that `greenmim doctor` lists.
         threads: CPU threads of the training process; null leaves the choice to PyTorch.
@@ -163,6 +180,8 @@ class Recipe:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
     compile: bool = False
     backend: Literal["auto", "reference", "cpp", "cuda", "triton"] = "auto"
     threads: int | None = None
@@ -181,6 +200,40 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (no tuples), the same after a trip through YAML or a checkpoint."""
         return _plain(dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What to ask of Slurm for a run; no part of its recipe.
+
+    Args:
+        nodes: Machines.
+        gpus_per_node: GPUs of each, and processes on it.
+        partition: Partition; None takes the cluster's default.
+        hours: Time limit of one piece of the run; at its end the job goes back into the queue.
+        cpus_per_gpu: CPU cores for each process, for its loader workers.
+        account: Account to charge, where the cluster wants one.
+        qos: Quality of service, where the cluster wants one.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    partition: str | None = None
+    hours: float = 24.0
+    cpus_per_gpu: int = 10
+    account: str | None = None
+    qos: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "hours"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it has to be above 0.")
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run."""
+        return self.nodes * self.gpus_per_node
 
 
 def _plain(value: Any) -> Any:
@@ -211,10 +264,13 @@ def _check(recipe: Recipe) -> None:
         "checkpoint.keep-last": recipe.checkpoint.keep_last,
         "checkpoint.keep-every-epochs": recipe.checkpoint.keep_every_epochs,
         "log.every-steps": recipe.log.every_steps,
+        "log.pictures-every-epochs": recipe.log.pictures_every_epochs,
+        "log.pictures": recipe.log.pictures,
         "threads": recipe.threads,
     }
     for name, value in counts.items():
         need(value is None or value >= 1, name, value, "at least 1")
+    need(recipe.log.wandb != "", "log.wandb", recipe.log.wandb, "the name of a project")
     need(recipe.data.workers >= 0, "data.workers", recipe.data.workers, "0 or more")
     need(recipe.seed >= 0, "seed", recipe.seed, "0 or more")
     need(0 <= recipe.mask.ratio < 1, "mask.ratio", recipe.mask.ratio, "at least 0 and less than 1")
@@ -245,63 +301,3 @@ def _check(recipe: Recipe) -> None:
         ("schedule.min-lr", recipe.schedule.min_lr),
     ):
         need(value >= 0 and math.isfinite(value), name, value, "0 or more")
-
-
-# ---- learning rate ------------------------------------------------------------------------------
-
-
-def learning_rate(
-    epoch: float, *, peak: float, final: float, warmup_epochs: float, epochs: float
-) -> float:
-    """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine to `final`.
-
-    The published schedule (Huang et al., NeurIPS 2022, arXiv 2205.13515), set before every update.
-    """
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    if epochs <= warmup_epochs:
-        return peak
-    progress = min((epoch - warmup_epochs) / (epochs - warmup_epochs), 1.0)
-    return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def scaled_rates(recipe: Recipe, images_per_update: int) -> tuple[float, float, str]:
-    """Peak and final learning rate for the real number of images per update, and their origin."""
-    optim, minimum = recipe.optim, recipe.schedule.min_lr
-    if optim.lr is not None:
-        return optim.lr, minimum, f"learning rate {optim.lr:.3g} (as given), final {minimum:.3g}"
-    scale = images_per_update / optim.base_batch
-    peak, final = optim.base_lr * scale, minimum * scale
-    how = (
-        f"learning rate {optim.base_lr:.3g} for {optim.base_batch} images per update"
-        f" x {images_per_update}/{optim.base_batch} = {peak:.3g}, final {final:.3g}"
-    )
-    return peak, final, how
-
-
-# ---- presets ------------------------------------------------------------------------------------
-
-
-CONFIGS = Path(__file__).parent / "configs"
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
-def resolve_config(name_or_path: str) -> str:
-    """Path of a recipe file: a file given as such, or the preset of that name.
-
-    Raises:
-        UserError: neither a file nor a preset; the message lists the presets.
-    """
-    if Path(name_or_path).is_file():
-        return str(name_or_path)
-    name = name_or_path.removesuffix(".yaml")
-    if name in preset_names():
-        return str(CONFIGS / f"{name}.yaml")
-    raise UserError(
-        f"--config {name_or_path} is neither a file nor a preset; the presets are"
-        f" {', '.join(preset_names())}."
-    )

@@ -5,22 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkpoint
-from greenmim.config import ModelConfig
 from greenmim.data import normalise
-from greenmim.images import find_images, open_rgb
+from greenmim.images import find_images, open_fitted
+from greenmim.loading import load_model
 from greenmim.masking import random_visible
-from greenmim.mim import GreenMIM, create_model
+from greenmim.pictures import shown
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, UserError
-from greenmim.run_folder import RUN_FORMAT, first_line
+from greenmim.run_folder import first_line
 
-HIDDEN_GREY = 0.78
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
@@ -75,74 +72,17 @@ def reconstruct(
     if mask_ratio is None:
         mask_ratio = run.get("mask", {}).get("ratio", 0.75)
 
-    height, width = network.config.image_hw
-    pictures = torch.stack([normalise(_read(file, (width, height)), mean, std) for file in files])
+    size = network.config.image_hw
+    pictures = torch.stack([normalise(_read(file, size), mean, std) for file in files])
     rng = np.random.default_rng(seed)
     try:
         visible = random_visible(rng, network.config.num_units, mask_ratio, batch=len(files))
     except ValueError as error:
         raise UserError(f"--mask-ratio: {error}.") from error
-    columns = _columns(network, pictures.to(device), visible, paste_visible)
-    to_pixels = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
-    shown = [(column.cpu() * to_pixels[0] + to_pixels[1]).clamp(0, 1) for column in columns]
-    hidden = _spread(torch.from_numpy(~visible), height, width)
-    shown[1] = torch.where(hidden, torch.tensor(HIDDEN_GREY), shown[1])
+    columns = shown(network, pictures.to(device), visible, mean, std, paste_visible)
     titles = ("original", f"masked ({100 * mask_ratio:.0f} % hidden)", "reconstruction")
-    _draw(shown, titles, [file.stem for file in files], output)
+    _draw(columns, titles, [file.stem for file in files], output)
     return output
-
-
-@torch.no_grad()
-def _columns(
-    network: GreenMIM, images: torch.Tensor, visible: np.ndarray, paste_visible: bool
-) -> list[torch.Tensor]:
-    """Original, masked and reconstructed images [B, 3, H, W], normalised as the input is."""
-    patches = network.patchify(images)
-    prediction = network(images, visible=visible).prediction.to(patches.dtype)
-    if network.config.norm_pix_loss:
-        # The model predicts each patch in units of the patch's own contrast: give it back the true
-        # one.
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        prediction = prediction * (variance + 1e-6).sqrt() + mean
-    if paste_visible:
-        keep = torch.from_numpy(visible).to(images.device).unsqueeze(-1)
-        prediction = torch.where(keep, patches, prediction)
-    return [images, images, network.unpatchify(prediction)]
-
-
-def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMIM, dict[str, Any]]:
-    """The model of a checkpoint with its weights, and the recipe of its run ({} without a run).
-
-    Raises:
-        UserError: unreadable file, no decoder in it, or another model than `name`.
-    """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}.")
-    try:
-        content = load_checkpoint(path)
-        weights = find_state_dict(content, path)
-    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
-        raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
-    if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
-        run = content["recipe"]
-        network = GreenMIM(ModelConfig(**run["model"]))
-    elif name is None:
-        raise UserError(f"{path} does not say what model it is; pass --model with its name.")
-    else:
-        run = {}
-        try:
-            network = create_model(name)
-        except (ValueError, KeyError) as error:
-            raise UserError(first_line(error)) from error
-    problems = []
-    for source in ("greenmim", "official"):
-        try:
-            network.load_state_dict(convert_checkpoint(weights, source=source, target="greenmim"))
-            return network, run
-        except (RuntimeError, ValueError, KeyError) as error:
-            problems.append(" ".join(str(error).split()))
-    raise UserError(f"The checkpoint {path} is of another model: {problems[0][:300]}")
 
 
 def _image_files(images: Sequence[str | Path]) -> list[Path]:
@@ -162,15 +102,9 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
 
 def _read(file: Path, size: tuple[int, int]) -> Image.Image:
     try:
-        return ImageOps.fit(open_rgb(file), size, Image.Resampling.BICUBIC)
+        return open_fitted(file, size)
     except Exception as error:  # decoders raise anything on a broken file
         raise UserError(f"{file} cannot be read as an image: {first_line(error)}") from error
-
-
-def _spread(units: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """bool [B, L] of units to bool [B, 1, H, W] of pixels."""
-    grid = units.view(-1, 1, height // 32, width // 32)
-    return grid.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3)
 
 
 def _draw(

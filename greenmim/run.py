@@ -1,50 +1,63 @@
-"""A run, checked and built: what can be wrong with the input is found before anything is written.
-
-A run is one process in this version; `world` and the sampler already speak of ranks.
-"""
+"""A run, checked and built: what is wrong with the input is found before anything is written."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import greenmim
-from greenmim.data import Collate, EpochSampler, ImageFolder, make_loader
-from greenmim.guards import FiniteGuard
+from greenmim.data import Collate, ImageFolder, make_loader
+from greenmim.distributed import Processes
 from greenmim.images import find_images
 from greenmim.masking import num_visible_units
 from greenmim.mim import GreenMIM
+from greenmim.parallel import distribute, whole_weights
 from greenmim.planning import Planner
-from greenmim.recipe import Recipe, UserError, scaled_rates
-from greenmim.run_folder import RUN_FORMAT, RunFolder, first_line, read_run_checkpoint
+from greenmim.recipe import Recipe, UserError
+from greenmim.resume import changes, check_same_model, find_checkpoint, place_of, restore_moments
+from greenmim.run_folder import RUN_FORMAT, RUN_VERSION, RunFolder, first_line, read_run_checkpoint
+from greenmim.sampler import EpochSampler
+from greenmim.schedule import scaled_rates
+from greenmim.trackers import check_trackers
 from greenmim.world import World
 from greenmim_kernels import use_backend
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Weights and two moments in float32.
+_CHECKPOINT_BYTES_PER_WEIGHT = 12
 
 
 @dataclass
 class Run:
-    """Everything a run needs, checked and built; nothing is written yet."""
+    """Everything a run needs, checked and built; nothing is written yet.
+
+    Attributes:
+        forward: What to call in place of `model`: compiled, or spread over the processes.
+        skipped: Updates skipped before `first_step`.
+        notes: What the user should know, one line each.
+    """
 
     recipe: Recipe
+    processes: Processes
     folder: RunFolder
     device: torch.device
     precision: torch.dtype
     model: GreenMIM
+    forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    guard: FiniteGuard
     dataset: ImageFolder
     sampler: EpochSampler
     loader: DataLoader
     first_step: int
+    skipped: int
     notes: list[str]
 
     @property
@@ -55,83 +68,112 @@ class Run:
     def total_steps(self) -> int:
         return self.recipe.epochs * self.steps_per_epoch
 
+    def autocast(self) -> torch.autocast:
+        """The recipe's precision for a forward pass."""
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision, enabled=enabled)
 
-def prepare(recipe: Recipe, resume: str | None = None) -> Run:
-    """Check the recipe against this machine and build the run; writes nothing.
+
+def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
+    """Check the recipe against this machine and build the run; writes nothing. A collective.
+
+    Args:
+        recipe: The run.
+        resume: As for `train.pretrain`.
+        processes: The processes of the run; it says the device, too.
 
     Raises:
         UserError: any bad input.
     """
-    with user_errors():
-        world = World.from_environment()
-        names = find_images(recipe.data.root)
-    if world.size > 1:
-        raise UserError(
-            f"WORLD_SIZE is {world.size}, but a run is one process in this version; start it"
-            " without torchrun and raise --optim.accumulate for a larger batch."
-        )
-    device, precision = _choose_device(recipe)
-    with user_errors(), chosen_backend(recipe):
-        pass
+    world, device = processes.world, processes.device
+    with processes.agreed():
+        precision = precision_of(recipe, device)
+        check_trackers(recipe)
+        with user_errors(), chosen_backend(recipe):
+            num_visible_units(recipe.model.num_units, recipe.mask.ratio)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
 
+    names = processes.from_main(lambda: find_image_names(recipe))
     folder = RunFolder(recipe.work_dir)
-    folder.check_usable()
-    checkpoint = _find_checkpoint(folder, resume)
-    state = read_run_checkpoint(checkpoint) if checkpoint else None
+    checkpoint, notes = processes.from_main(lambda: find_checkpoint(folder, resume))
+    with processes.agreed():
+        state = read_run_checkpoint(checkpoint) if checkpoint else None
+        torch.manual_seed(recipe.seed)
+        with user_errors():
+            model = GreenMIM(recipe.model)
+            planner = Planner(recipe.model)
+            sampler = make_sampler(recipe, len(names), world, first_update=0)
+        if state is not None:
+            check_same_model(state, recipe, checkpoint)
+            model.load_state_dict(state["model"])
+        dataset = ImageFolder(names, recipe.data, recipe.model.image_hw, recipe.seed)
+        dataset.check_readable()
+    processes.from_main(lambda: _check_room(folder, model))
 
-    torch.manual_seed(recipe.seed)
-    with user_errors():
-        num_visible_units(recipe.model.num_units, recipe.mask.ratio)
-        model = GreenMIM(recipe.model)
-        planner = Planner(recipe.model)
-        sampler = _sampler(recipe, len(names), world, first_update=0)
-    notes = [
-        f"{sampler.positions} images per epoch = {sampler.updates_per_epoch} updates of"
-        f" {sampler.images_per_update}, {sampler.left_out} left out, others each epoch",
-        scaled_rates(recipe, sampler.images_per_update)[2],
-    ]
-    precision_name = str(precision).removeprefix("torch.")
-    notes.insert(
-        0,
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}"
-        f" in {precision_name}; the run is in {folder.path}",
-    )
-    if state is not None:
-        _check_same_model(state, recipe, checkpoint)
-        model.load_state_dict(state["model"])
+    notes = [*_facts(recipe, model, processes, precision, sampler), *notes]
     model.to(device)
+    forward = distribute(model, recipe, processes.alone)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    guard = FiniteGuard(device, recipe.max_skipped)
-    first_step = 0
+    first_step = skipped = 0
     if state is not None:
-        first_step = _restore(state, optimizer, scaler, guard, sampler, notes, recipe)
+        restore_moments(model, optimizer, checkpoint, processes)
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        first_step, skipped = place_of(state, sampler, notes), state["skipped"]
+        notes += changes(state["recipe"], recipe)
         notes.append(f"resumed after update {first_step} from {checkpoint}")
     elif resume is not None:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
 
-    dataset = ImageFolder(names, recipe.data, recipe.model.image_hw, recipe.seed)
-    dataset.check_readable()
-    sampler = _sampler(recipe, len(names), world, first_update=first_step)
-    collate = Collate(planner, recipe.mask, recipe.model.num_units, recipe.seed, world.rank)
+    sampler = make_sampler(recipe, len(names), world, first_update=first_step)
+    collate = Collate(planner, recipe.mask, recipe.seed)
     loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
     return Run(
         recipe,
+        processes,
         folder,
         device,
         precision,
         model,
+        forward,
         optimizer,
         scaler,
-        guard,
         dataset,
         sampler,
         loader,
         first_step,
+        skipped,
         notes,
     )
+
+
+def choose_device(recipe: Recipe, world: World) -> torch.device:
+    """The device of this process: on a machine with several GPUs, the one of its local rank.
+
+    Raises:
+        UserError: no GPU for this process.
+    """
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: PyTorch sees no CUDA GPU here; `greenmim doctor` says more."
+        )
+    count = torch.cuda.device_count()
+    # Slurm may show every process its own GPU alone; NCCL refuses one GPU for two processes.
+    index = 0 if count == 1 else world.local_rank
+    if index >= count:
+        raise UserError(
+            f"Process {world.rank} is number {index} of its machine, which has {count} GPUs; start"
+            f" {count} processes per machine."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def chosen_backend(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
@@ -162,7 +204,42 @@ def user_errors() -> Iterator[None]:
         raise UserError(first_line(error)) from error
 
 
-def _sampler(recipe: Recipe, num_images: int, world: World, first_update: int) -> EpochSampler:
+def run_state(run: Run, step: int, skipped: int) -> dict[str, Any]:
+    """What a checkpoint's file holds after `step` updates. A collective with FSDP.
+
+    There is no state of random generators in it: what is random follows from the step.
+    """
+    return {
+        "format": RUN_FORMAT,
+        "version": RUN_VERSION,
+        "step": step,
+        "epoch": step / run.steps_per_epoch,
+        "steps_per_epoch": run.steps_per_epoch,
+        "images_per_update": run.sampler.images_per_update,
+        "model": whole_weights(run.model, keep=run.processes.world.is_main),
+        "scaler": run.scaler.state_dict(),
+        "skipped": skipped,
+        "recipe": run.recipe.to_dict(),
+        "greenmim": greenmim.__version__,
+    }
+
+
+def find_image_names(recipe: Recipe) -> np.ndarray:
+    """The files of a recipe's folder (see `images.find_images`).
+
+    Raises:
+        UserError: there are none.
+    """
+    with user_errors():
+        return find_images(recipe.data.root)
+
+
+def make_sampler(recipe: Recipe, num_images: int, world: World, first_update: int) -> EpochSampler:
+    """The order of a run's images.
+
+    Raises:
+        ValueError: an epoch does not fill one update.
+    """
     return EpochSampler(
         num_images,
         recipe.data.batch_size,
@@ -176,107 +253,47 @@ def _sampler(recipe: Recipe, num_images: int, world: World, first_update: int) -
     )
 
 
-def _choose_device(recipe: Recipe) -> tuple[torch.device, torch.dtype]:
-    name = recipe.device
+def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What a recipe computes in on a device.
+
+    Raises:
+        UserError: it cannot.
+    """
+    name = recipe.precision
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: PyTorch sees no CUDA GPU here; `greenmim doctor` says more."
-        )
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bf16" if name == "cuda" else "fp32"
-    if precision == "fp16" and name == "cpu":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs CUDA; on the CPU take fp32 or bf16.")
-    return torch.device(name), PRECISIONS[precision]
+    if name == "fp16" and recipe.strategy == "fsdp":
+        raise UserError("--precision fp16 does not go with --strategy fsdp; take bf16.")
+    return PRECISIONS[name]
 
 
-def _find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
-    if resume is None:
-        if folder.holds_run():
-            raise UserError(
-                f"--work-dir {folder.path} already holds a run; add --resume to go on with it, or"
-                " choose another folder."
-            )
-        return None
-    if resume == "auto":
-        return folder.newest_checkpoint()
-    path = Path(resume)
-    if folder.holds_run() and path.resolve().parent != folder.checkpoints.resolve():
+def _check_room(folder: RunFolder, model: GreenMIM) -> None:
+    needed = _CHECKPOINT_BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
+    free = folder.free_bytes()
+    if free is not None and free < needed:
         raise UserError(
-            f"--work-dir {folder.path} holds a run that {path} is not part of; choose another"
-            " folder."
+            f"--work-dir {folder.path}: a checkpoint takes {needed / 1e6:.0f} MB and the disk has"
+            f" {free / 1e6:.0f} MB left; make room or choose another folder."
         )
-    return path
 
 
-def _check_same_model(state: dict[str, Any], recipe: Recipe, path: Path) -> None:
-    there, here = state["recipe"]["model"], recipe.to_dict()["model"]
-    for name in here:
-        if there.get(name) != here[name]:
-            raise UserError(
-                f"The checkpoint {path} is of another model: {name} is {there.get(name)} there and"
-                f" {here[name]} in this recipe."
-            )
-
-
-def _restore(
-    state: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    guard: FiniteGuard,
-    sampler: EpochSampler,
-    notes: list[str],
+def _facts(
     recipe: Recipe,
-) -> int:
-    """Bring back the state of a checkpoint; returns the number of updates done."""
-    options = [
-        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    model: GreenMIM,
+    processes: Processes,
+    precision: torch.dtype,
+    sampler: EpochSampler,
+) -> list[str]:
+    size = processes.world.size
+    spread = f", {size} processes ({recipe.strategy})" if size > 1 else ""
+    return [
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on"
+        f" {processes.device.type} in {str(precision).removeprefix('torch.')}{spread}; the run is"
+        f" in {recipe.work_dir}",
+        f"{sampler.positions} images per epoch = {sampler.updates_per_epoch} updates of"
+        f" {sampler.images_per_update} ({recipe.data.batch_size} x {recipe.optim.accumulate}"
+        f" accumulated x {size} processes), {sampler.left_out} left out, others each epoch",
+        scaled_rates(recipe, sampler.images_per_update)[2],
     ]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, chosen in zip(optimizer.param_groups, options, strict=True):
-        group.update(chosen)  # the recipe of today, not the one of the checkpoint
-    if scaler.is_enabled() and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    guard.restore(state["skipped"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if torch.cuda.is_available() and state["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
-
-    before, now = state["recipe"], recipe.to_dict()
-    ignored = ("work_dir", "log", "checkpoint")
-    changed = [name for name in now if name not in ignored and before.get(name) != now[name]]
-    if changed:
-        notes.append(f"changed since the checkpoint: {', '.join(changed)}")
-    step, per_epoch = state["step"], state["steps_per_epoch"]
-    if per_epoch != sampler.updates_per_epoch:
-        step = step * sampler.updates_per_epoch // per_epoch
-        notes.append(
-            f"an epoch has {sampler.updates_per_epoch} updates now, {per_epoch} in the checkpoint;"
-            " the run goes on at the same place of the schedule, epoch"
-            f" {step / sampler.updates_per_epoch:.2f}"
-        )
-    return step
-
-
-def run_state(run: Run, step: int) -> dict[str, Any]:
-    """What a checkpoint holds after `step` updates."""
-    on_gpu = run.device.type == "cuda"
-    return {
-        "format": RUN_FORMAT,
-        "version": 1,
-        "step": step,
-        "epoch": step / run.steps_per_epoch,
-        "steps_per_epoch": run.steps_per_epoch,
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "skipped": run.guard.total(),
-        "rng": {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(run.device) if on_gpu else None,
-        },
-        "recipe": run.recipe.to_dict(),
-        "greenmim": greenmim.__version__,
-    }

@@ -1,4 +1,4 @@
-"""What a run says: plain lines or a progress bar, log.jsonl, TensorBoard."""
+"""What a run says: plain lines or a progress bar, log.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from greenmim.recipe import Recipe, UserError
 from greenmim.run_folder import RunFolder
+from greenmim.trackers import Tracker, make_trackers
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -22,34 +26,39 @@ class RunLog:
     """Writes one run's log. `train` lines hold the figures of the updates since the line before.
 
     Args:
-        folder: The run's folder; log.jsonl is appended to.
+        folder: The run's folder; log.jsonl is appended to. None: nothing is written or printed, as
+            in all processes but the main one.
+        recipe: The run.
         first_step: Updates already done; later lines of an earlier try are dropped from log.jsonl.
         total_steps: Updates of the whole run.
-        tensorboard: Write event files too.
+
+    Raises:
+        UserError: here and in every method, when log.jsonl cannot be written.
     """
 
     def __init__(
-        self, folder: RunFolder, first_step: int, total_steps: int, tensorboard: bool
+        self, folder: RunFolder | None, recipe: Recipe, first_step: int, total_steps: int
     ) -> None:
         self.total_steps = total_steps
-        records = _drop_lines_after(folder.log, first_step)
-        self._file = folder.log.open("a", encoding="utf-8")
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(folder.tensorboard, purge_step=first_step + 1)
-        self._bar = None
+        self._named: set[str] = set()
+        self._path = self._file = self._bar = None
+        self._trackers: list[Tracker] = []
+        if folder is None:
+            return
+        self._path = folder.log
+        try:
+            records = _drop_lines_after(folder.log, first_step)
+            self._file = folder.log.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._not_written(error) from error
+        self._named = {r["path"] for r in records if r["event"] == "unreadable_image"}
+        self._trackers = make_trackers(folder, recipe, first_step)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total_steps,
-                initial=first_step,
-                dynamic_ncols=True,
-                bar_format=BAR,
+                total=total_steps, initial=first_step, dynamic_ncols=True, bar_format=BAR
             )
-        self._named = {r["path"] for r in records if r["event"] == "unreadable_image"}
 
     def __enter__(self) -> RunLog:
         return self
@@ -57,26 +66,32 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
-        self._file.close()
+        self._tell_trackers(lambda tracker: tracker.close())
+        if self._file is not None:
+            self._file.close()
 
     def say(self, text: str) -> None:
         """A line for the reader."""
         if self._bar is not None:
             self._bar.write(text)
-        else:
+        elif self._file is not None:
             print(text, flush=True)
 
     def event(self, name: str, **values: Any) -> None:
         """A line for machines, in log.jsonl."""
+        if self._file is None:
+            return
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()  # JSON has no NaN
         }
         record = {"event": name, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._file = None  # closing it would try once more
+            raise self._not_written(error) from error
 
     def step_done(self) -> None:
         """One update is done."""
@@ -86,17 +101,14 @@ class RunLog:
     def train(self, step: int, values: dict[str, float]) -> None:
         """The figures after `step` updates."""
         self.event("train", step=step, **values)
-        if self._writer is not None:
-            for name, value in values.items():
-                if name != "epoch":
-                    self._writer.add_scalar(f"train/{name}", value, step)
+        self._tell_trackers(lambda tracker: tracker.scalars(step, values))
         speed = f"{values['images_per_second']:.1f} img/s"
         wait = f"wait {100 * values['data_wait']:.0f}%"
         if self._bar is not None:  # short, for terminals of 80 columns
             loss = f"loss {values['loss']:.3f}"
             memory = f"{values['peak_memory_gib']:.1f} GiB"
             self._bar.set_postfix_str(f"{loss}, {speed}, {wait}, {memory}", refresh=False)
-        else:
+        elif self._file is not None:
             print(
                 f"step {step:>6}/{self.total_steps}  epoch {values['epoch']:.2f}"
                 f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
@@ -105,7 +117,11 @@ class RunLog:
                 flush=True,
             )
 
-    def unreadable(self, failures: tuple[tuple[str, str], ...]) -> None:
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture for the trackers, uint8 [H, W, 3]."""
+        self._tell_trackers(lambda tracker: tracker.picture(step, name, pixels))
+
+    def unreadable(self, failures: Iterable[tuple[str, str]]) -> None:
         """Name image files that could not be read, each once."""
         for path, reason in failures:
             if path not in self._named:
@@ -117,6 +133,20 @@ class RunLog:
     def num_unreadable(self) -> int:
         """Image files that could not be read so far."""
         return len(self._named)
+
+    def _tell_trackers(self, what: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:  # a full disk, a lost connection: no reason to end a run
+                self._trackers.remove(tracker)
+                self.say(f"{tracker.name} is left out from here on: {' '.join(str(error).split())}")
+
+    def _not_written(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path} could not be written: {error.strerror or error}; checkpoints are whole:"
+            " make room or mend the folder, then repeat the command with --resume."
+        )
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -2,42 +2,61 @@
 
     greenmim pretrain --config greenmim_swin-demo-cpu --data.root photos --work-dir runs/demo
     greenmim pretrain --config runs/demo/config.yaml --resume         # go on after a stop
+    torchrun --nproc-per-node 8 -m greenmim pretrain ...              # one process for each GPU
 
-`run.prepare` finds everything that can be wrong with the input before anything is written; `train`
-is the loop, all of it.
+`run.prepare` finds everything that can be wrong with the input before anything is written;
+`Trainer.train` is the loop, all of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import platform
 import shlex
+import signal
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import greenmim
-from greenmim.guards import EXIT_DIVERGED, StopSignal
-from greenmim.recipe import Recipe, UserError, learning_rate, scaled_rates
-from greenmim.run import Run, chosen_backend, prepare, run_state
+from greenmim.data import Feed
+from greenmim.distributed import Processes
+from greenmim.guards import EXIT_DIVERGED, StopSignal, exit_code_of
+from greenmim.parallel import clip_gradients, gradients_kept_back
+from greenmim.pictures import Album
+from greenmim.recipe import Recipe
+from greenmim.reports import LAG, Report, Reports
+from greenmim.run import Run, choose_device, chosen_backend, prepare, run_state, user_errors
 from greenmim.run_log import RunLog, peak_memory_gib
+from greenmim.schedule import learning_rate, scaled_rates
+from greenmim.seeds import FORWARD, torch_seed
+from greenmim.training_state import write_moments
+from greenmim.world import World
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of `pretrain` ended: the exit code, updates done, and the newest checkpoint."""
+    """How a call of `pretrain` ended.
+
+    Attributes:
+        exit_code: 0; 75 or 130 after a signal (saved, to be resumed); 3 (losses not finite).
+        step: Updates done.
+        checkpoint: The newest checkpoint, if there is one.
+        signal: What stopped the run, if it was stopped.
+    """
 
     exit_code: int
     step: int
     checkpoint: Path | None
+    signal: signal.Signals | None = None
 
 
 def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
-    """Run a recipe.
+    """Run a recipe, in every process of the run (see `world` for how processes find each other).
 
     Args:
         recipe: The run.
@@ -45,150 +64,262 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
             or starts where there is none yet (a scheduler can repeat one command); else the path
             of a checkpoint.
 
-    Returns:
-        Result with exit code 0; 75 or 130 after a signal (saved, to be resumed); 3 (not finite).
-
     Raises:
-        UserError: bad input; nothing was written.
+        UserError: bad input; nothing was written. Or the disk is full: old checkpoints are whole.
+        PeerError: another process of the run died.
     """
-    run = prepare(recipe, resume)
-    if run.first_step >= run.total_steps:
-        newest = run.folder.newest_checkpoint()
-        print(f"The run in {run.folder.path} is finished ({recipe.epochs} epochs): {newest}")
-        return Result(0, run.first_step, newest)
-    run.folder.start(recipe)
-    with (
-        RunLog(run.folder, run.first_step, run.total_steps, recipe.log.tensorboard) as log,
-        StopSignal() as stop,
-        chosen_backend(recipe),
-    ):
-        for note in run.notes:
-            log.say(note)
-        log.event(
-            "start",
-            step=run.first_step,
-            command=shlex.join(sys.argv),
-            greenmim=greenmim.__version__,
-            torch=torch.__version__,
-            python=platform.python_version(),
-            device=str(run.device),
-            images=len(run.dataset),
-            steps_per_epoch=run.steps_per_epoch,
-            notes=run.notes,
+    with user_errors():
+        world = World.from_environment()
+    device = choose_device(recipe, world)
+    with Processes(world, device) as processes:
+        run = prepare(recipe, resume, processes)
+        if run.first_step >= run.total_steps:
+            newest = run.folder.newest_checkpoint()
+            if world.is_main:
+                print(
+                    f"The run in {run.folder.path} is finished ({recipe.epochs} epochs): {newest}"
+                )
+            return Result(0, run.first_step, newest)
+        processes.from_main(lambda: run.folder.start(recipe, run.first_step))
+        folder = run.folder if world.is_main else None
+        with (
+            RunLog(folder, recipe, run.first_step, run.total_steps) as log,
+            StopSignal() as stop,
+            chosen_backend(recipe),
+        ):
+            _introduce(run, log)
+            return Trainer(run, log, stop).train()
+
+
+def _introduce(run: Run, log: RunLog) -> None:
+    for note in run.notes:
+        log.say(note)
+    log.event(
+        "start",
+        step=run.first_step,
+        command=shlex.join(sys.argv),
+        greenmim=greenmim.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        device=str(run.device),
+        processes=run.processes.world.size,
+        images=len(run.dataset),
+        steps_per_epoch=run.steps_per_epoch,
+        left_out_per_epoch=run.sampler.left_out,
+        notes=run.notes,
+    )
+
+
+class Trainer:
+    """The loop of a run, and what it does besides training: log, save, stop."""
+
+    def __init__(self, run: Run, log: RunLog, stop: StopSignal) -> None:
+        self.run, self.log, self.stop = run, log, stop
+        self.feed = Feed(run.loader)
+        self.parameters = [p for p in run.model.parameters() if p.requires_grad]
+        self.reports = Reports(
+            run.processes,
+            run.device,
+            run.recipe.optim.accumulate,
+            norm_counts=not run.scaler.is_enabled(),
         )
-        return train(run, log, stop)
+        self.album: Album | None = None
+        self.checkpoint: Path | None = None
+        self.skipped, self.skipped_in_a_row = run.skipped, 0
+        self.stop_asked = self.diverged = False
+        self.unlogged: list[Report] = []
+        self.window_start, self.window_waited = time.perf_counter(), 0.0
 
+    def train(self) -> Result:
+        """From the run's first update to its last."""
+        run, recipe = self.run, self.run.recipe
+        peak, final, _ = scaled_rates(recipe, run.sampler.images_per_update)
+        run.model.train()
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            lr = learning_rate(
+                (step - 1) / run.steps_per_epoch,
+                peak=peak,
+                final=final,
+                warmup_epochs=recipe.schedule.warmup_epochs,
+                epochs=recipe.epochs,
+            )
+            self.update(step, lr)
+            self.log.step_done()
 
-def train(run: Run, log: RunLog, stop: StopSignal) -> Result:
-    """The training loop."""
-    recipe, model, optimizer, scaler = run.recipe, run.model, run.optimizer, run.scaler
-    peak, final, _ = scaled_rates(recipe, run.sampler.images_per_update)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    forward = torch.compile(model, fullgraph=True) if recipe.compile else model
-    on_gpu = run.device.type == "cuda"
-    clip = recipe.optim.clip or float("inf")
-    result = Result(0, run.first_step, None)
-    model.train()
+            last = step == run.total_steps
+            # With processes that share the work, all have to stop at the same update.
+            now = run.processes.alone and self.stop.received is not None
+            self.take_note(step if last or now else step - LAG)
+            if self.diverged:
+                return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
+            stopping = (now or self.stop_asked) and not last
+            if last or stopping or self._due(step, recipe.checkpoint.every_epochs):
+                self.save(step)
+            elif recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0:
+                self.save(step)
+            if last or self._due(step, recipe.log.pictures_every_epochs):
+                self.draw(step)
+            if stopping:
+                return self.stopped(step)
+        self.finish()
+        return Result(0, run.total_steps, self.checkpoint)
 
-    batches = iter(run.loader)
-    losses, norms = [], []
-    window_start, waited = time.perf_counter(), 0.0
-    for step in range(run.first_step + 1, run.total_steps + 1):
-        lr = learning_rate(
-            (step - 1) / run.steps_per_epoch,
-            peak=peak,
-            final=final,
-            warmup_epochs=recipe.schedule.warmup_epochs,
-            epochs=recipe.epochs,
+    def update(self, step: int, lr: float) -> None:
+        """Forward and backward passes of the global batch, and one step of the optimiser."""
+        run, recipe, optimizer, scaler = (
+            self.run,
+            self.run.recipe,
+            self.run.optimizer,
+            self.run.scaler,
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-
-        loss = torch.zeros((), device=run.device)
-        for _ in range(recipe.optim.accumulate):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            log.unreadable(batch.failures)
-            if batch.images is None:
-                raise UserError(run.dataset.all_bad(batch.failures))
-            batch = batch.to(run.device, non_blocking=True)
-            with torch.autocast(
-                run.device.type, run.precision, enabled=run.precision != torch.float32
-            ):
-                part = forward(batch.images, plan=batch.plan).loss / recipe.optim.accumulate
-            scaler.scale(part).backward()
-            loss += part.detach()
-
+        losses = []
+        parts = recipe.optim.accumulate
+        for part in range(parts):
+            batch = self.feed.next(run.device)
+            # For stochastic depth, the one thing that a forward pass draws.
+            torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, run.sampler.micro(part)))
+            with gradients_kept_back(run.forward, part + 1 < parts):
+                with run.autocast():
+                    loss = run.forward(batch.images, plan=batch.plan).loss
+                scaler.scale(loss / parts).backward()
+            losses.append(loss.detach())
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
-        if scaler.is_enabled():  # fp16 gradients overflow now and then; the scaler deals with them
-            bad = ~torch.isfinite(loss)
-        else:
-            bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        norm = clip_gradients(self.parameters, recipe.optim.clip or float("inf"))
+        bad = self.reports.send(
+            step,
+            losses,
+            norm,
+            stop=self.stop.received is not None,
+            news=bool(self.feed.failures),
+            facts={
+                "lr": lr,
+                "epoch": step / run.steps_per_epoch,
+                "waited": self.feed.waited,
+                "time": time.perf_counter(),
+            },
+        )
+        if not scaler.is_enabled():  # else it finds out by itself
             optimizer.found_inf = bad.float()  # the fused AdamW leaves all as it is where this is 1
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        run.guard.count(bad)
-        losses.append(loss)
-        norms.append(norm.detach())
-        log.step_done()
 
-        last = step == run.total_steps
-        log_now = last or step % recipe.log.every_steps == 0 or step == run.first_step + 1
-        if log_now:
-            values = _means(losses, norms)
-            seconds = time.perf_counter() - window_start
-            values |= {
-                "lr": lr,
-                "epoch": step / run.steps_per_epoch,
-                "images_per_second": len(losses) * run.sampler.images_per_update / seconds,
-                "data_wait": waited / seconds,
-                "peak_memory_gib": peak_memory_gib(run.device),
-                "skipped": run.guard.total(),
-            }
-            log.train(step, values)
-            losses, norms = [], []
-            window_start, waited = time.perf_counter(), 0.0
+    def take_note(self, up_to: int) -> None:
+        """Read the reports of the updates up to one, and log what they say."""
+        run, every = self.run, self.run.recipe.log.every_steps
+        for report in self.reports.read(up_to):
+            self.unlogged.append(report)
+            self.stop_asked |= report.stop
+            if report.news:
+                for failures in run.processes.gather(self.feed.take_failures()):
+                    self.log.unreadable(failures)
+            if report.skipped:
+                self._count_skipped(report)
+            else:
+                self.skipped_in_a_row = 0
+            first_or_last = report.step in (run.first_step + 1, run.total_steps)
+            if first_or_last or report.step % every == 0:
+                self._log_window(report)
+            if self.diverged:
+                return
 
-        # Reading the guard waits for a GPU: there, only with the log. Skipped updates do no harm.
-        if (log_now or not on_gpu) and run.guard.tripped():
-            log.event("diverged", step=step, skipped=run.guard.total())
-            log.say(_diverged_advice(run, step))
-            return dataclasses.replace(result, exit_code=EXIT_DIVERGED, step=step)
+    def save(self, step: int) -> None:
+        """Write a checkpoint; everything before it is read and logged first."""
+        run = self.run
+        self.take_note(step)
+        started = time.perf_counter()
+        alone = run.processes.alone
+        self.checkpoint = run.folder.save(
+            run_state(run, step, self.skipped),
+            run.recipe.checkpoint,
+            lambda folder: write_moments(run.model, run.optimizer, folder, alone),
+            run.processes,
+        )
+        seconds = time.perf_counter() - started
+        self.log.event(
+            "checkpoint", step=step, path=str(self.checkpoint), seconds=round(seconds, 3)
+        )
+        self.window_start += seconds  # saving is not training time
 
-        if last or stop.received or _save_due(run, step):
-            saved_at = time.perf_counter()
-            path = run.folder.save(run_state(run, step), recipe.checkpoint)
-            log.event("checkpoint", step=step, path=str(path))
-            result = Result(0, step, path)
-            window_start += time.perf_counter() - saved_at  # saving is not training time
-        if stop.received and not last:
-            log.event("stopped", step=step, signal=stop.received.name)
-            log.say(
-                f"{stop.received.name} received: saved {path}; the same command with --resume"
-                " goes on."
-            )
-            return dataclasses.replace(result, exit_code=stop.exit_code)
+    def draw(self, step: int) -> None:
+        """Show how well the model fills in hidden units."""
+        run, started = self.run, time.perf_counter()
+        # Slices of a model have to be brought together: then all processes take part.
+        if run.processes.world.is_main or run.recipe.strategy == "fsdp":
+            if self.album is None:
+                options = run.recipe.log.pictures, run.recipe.mask, run.recipe.model.image_hw
+                self.album = Album(run.dataset, *options)
+            with run.autocast():
+                picture = self.album.draw(run.model)
+            if picture is not None:
+                self.log.picture(step, "original, masked, reconstruction", picture)
+        self.window_start += time.perf_counter() - started
 
-    log.event("end", step=run.total_steps, skipped=run.guard.total(), unreadable=log.num_unreadable)
-    log.say(
-        f"finished: {recipe.epochs} epochs, {run.total_steps} updates, {run.guard.total()} skipped,"
-        f" {log.num_unreadable} unreadable images; checkpoint {result.checkpoint}"
-    )
-    return result
+    def stopped(self, step: int) -> Result:
+        """The end of a run that a signal stopped, already saved."""
+        names = self.run.processes.gather(self.stop.received)
+        received = next(name for name in names if name is not None)
+        self.log.event("stopped", step=step, signal=received.name)
+        self.log.say(
+            f"{received.name} received: saved {self.checkpoint}; the same command with --resume"
+            " goes on."
+        )
+        return Result(exit_code_of(received), step, self.checkpoint, received)
 
+    def finish(self) -> None:
+        """The last words."""
+        run, log = self.run, self.log
+        for failures in run.processes.gather(self.feed.take_failures()):
+            log.unreadable(failures)
+        log.event("end", step=run.total_steps, skipped=self.skipped, unreadable=log.num_unreadable)
+        log.say(
+            f"finished: {run.recipe.epochs} epochs, {run.total_steps} updates, {self.skipped}"
+            f" skipped, {log.num_unreadable} unreadable images; checkpoint {self.checkpoint}"
+        )
 
-def _save_due(run: Run, step: int) -> bool:
-    keep = run.recipe.checkpoint
-    by_epoch = step % (keep.every_epochs * run.steps_per_epoch) == 0
-    return by_epoch or (keep.every_steps is not None and step % keep.every_steps == 0)
+    def _due(self, step: int, epochs: int | None) -> bool:
+        return bool(epochs) and step % (epochs * self.run.steps_per_epoch) == 0
 
+    def _log_window(self, report: Report) -> None:
+        """A line on the updates since the line before."""
+        count, done = len(self.unlogged), [r for r in self.unlogged if not r.skipped]
+        seconds = max(report.facts["time"] - self.window_start, 1e-9)
+        values = {
+            "loss": statistics.fmean(r.loss for r in done) if done else math.nan,
+            "grad_norm": statistics.fmean(r.grad_norm for r in done) if done else math.nan,
+            "lr": report.facts["lr"],
+            "epoch": report.facts["epoch"],
+            "images_per_second": count * self.run.sampler.images_per_update / seconds,
+            "data_wait": min((report.facts["waited"] - self.window_waited) / seconds, 1.0),
+            "peak_memory_gib": peak_memory_gib(self.run.device),
+            "skipped": self.skipped,
+        }
+        self.log.train(report.step, values)
+        self.unlogged = []
+        self.window_start = report.facts["time"]
+        self.window_waited = report.facts["waited"]
 
-def _means(losses: list[torch.Tensor], norms: list[torch.Tensor]) -> dict[str, float]:
-    loss, norm = torch.stack([torch.stack(losses), torch.stack(norms)]).mean(1).tolist()
-    return {"loss": loss, "grad_norm": norm}
+    def _count_skipped(self, report: Report) -> None:
+        run = self.run
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        micro = report.bad_micro_batches()
+        files = [
+            run.dataset.path(item.position % len(run.dataset))
+            for index in micro
+            for item in run.sampler.items(report.step - 1, index)
+        ]
+        self.log.event("skipped", step=report.step, micro_batches=micro, files=files)
+        self.log.say(
+            f"update {report.step} was skipped: its loss or gradient is not finite"
+            f" ({len(files)} images, the first {files[0]}; all in log.jsonl)"
+        )
+        if self.skipped_in_a_row >= run.recipe.max_skipped:
+            self.diverged = True
+            self.log.event("diverged", step=report.step, skipped=self.skipped)
+            self.log.say(_diverged_advice(run, report.step))
 
 
 def _diverged_advice(run: Run, step: int) -> str:

@@ -8,16 +8,43 @@ timm's dense Swin.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from greenmim_kernels import GroupPartition, group_gather, group_window_attention
 
 from ..config import PATCH_PIXELS, ModelConfig
 from ..planning import Plan
+
+
+class VisibleBlock(SwinTransformerBlock):
+    """timm's Swin block, called with the visible tokens and the partition of its windows.
+
+    A module of its own, so that what wraps modules (FSDP, torch.compile) can wrap a block.
+    """
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor, part: GroupPartition) -> Tensor:
+        """x [B, N, C] -> [B, N, C]."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(self._run, x, part, use_reentrant=False)
+        return self._run(x, part)
+
+    def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
+        x = x + self.drop_path1(self._attend(self.norm1(x), part))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, part: GroupPartition) -> Tensor:
+        attention = self.attn
+        table = attention.relative_position_bias_table
+        x = group_window_attention(attention.qkv(x), table, part, attention.num_heads)
+        return attention.proj(x)
 
 
 class SwinEncoder(SwinTransformer):
@@ -43,6 +70,18 @@ class SwinEncoder(SwinTransformer):
             # devices store and distributed training sends around.
             strict_img_size=False,
         )
+        for block in self.blocks():
+            # timm offers no hook to choose the class; parameters and names stay what they are.
+            block.__class__ = VisibleBlock
+
+    def blocks(self) -> Iterator[VisibleBlock]:
+        """The blocks of all stages, in order."""
+        return (block for stage in self.layers for block in stage.blocks)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks compute their activations again in the backward pass to save memory."""
+        for block in self.blocks():
+            block.grad_checkpointing = enable
 
     def forward(self, images: Tensor, plan: Plan) -> Tensor:
         """images [B, 3, H, W] -> latent [B, n_vis, C4], after the final norm."""
@@ -56,9 +95,7 @@ class SwinEncoder(SwinTransformer):
             if index > 0:
                 x = merge_patches(stage.downsample, x, plan.merges[index - 1])
             for number, block in enumerate(stage.blocks):
-                part = partitions[number % 2]
-                x = x + block.drop_path1(self._attend(block.attn, block.norm1(x), part))
-                x = x + block.drop_path2(block.mlp(block.norm2(x)))
+                x = block(x, partitions[number % 2])
             outputs.append(x)
         return outputs
 
@@ -75,12 +112,6 @@ class SwinEncoder(SwinTransformer):
             image = torch.arange(len(patches), device=images.device)[:, None]
             pixels = patches[image, rows, columns]
         return self.patch_embed.norm(F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias))
-
-    @staticmethod
-    def _attend(attention: nn.Module, x: Tensor, part: GroupPartition) -> Tensor:
-        table = attention.relative_position_bias_table
-        x = group_window_attention(attention.qkv(x), table, part, attention.num_heads)
-        return attention.proj(x)
 
 
 def merge_patches(merge: nn.Module, x: Tensor, cells: GroupPartition) -> Tensor:

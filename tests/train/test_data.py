@@ -14,10 +14,11 @@ from PIL import Image
 from train_pictures import picture
 
 from greenmim.config import ModelConfig
-from greenmim.data import Batch, Collate, EpochSampler, ImageFolder, Item, make_loader
+from greenmim.data import Batch, Collate, ImageFolder, Sample, make_loader
 from greenmim.images import find_images, open_rgb
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
+from greenmim.sampler import EpochSampler, Item
 
 # ---- finding and opening ------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ def test_an_epoch_takes_every_position_at_most_once_and_orders_differ() -> None:
     assert all(len(set(epoch)) == 20 and set(epoch) <= set(range(21)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert len({frozenset(range(21)) - set(epoch) for epoch in epochs}) > 1  # others are left out
-    assert [batch[0].batch for batch in found] == list(range(30))
+    assert [batch[0].step for batch in found] == list(range(30))
 
 
 @pytest.mark.parametrize("first", [1, 9, 10, 11, 29])
@@ -167,8 +168,16 @@ def test_ranks_share_an_update_whatever_their_number() -> None:
     whole = [[i.position for i in batch] for batch in one]
     split = [[i.position for b in pair for i in b] for pair in zip(*two, strict=True)]
     assert split == whole
-    listed = [[i.position for i in batch] for batch in parts]
-    assert [a + b for a, b in zip(listed[::2], listed[1::2], strict=True)] == whole
+    # The very same items: with the step and the micro-batch come the masks.
+    listed = list(parts)
+    assert [list(pair) for pair in zip(*two, strict=True)] == [
+        list(pair) for pair in zip(listed[::2], listed[1::2], strict=True)
+    ]
+    assert [(batch[0].step, batch[0].micro) for batch in listed[:4]] == [
+        (0, 0), (0, 1), (1, 0), (1, 1),
+    ]  # fmt: skip
+    assert all(parts.items(batch[0].step, batch[0].micro) == batch for batch in listed)
+    assert all(two[0].items(batch[0].step, batch[0].micro) == batch for batch in listed)
 
 
 def test_a_folder_smaller_than_an_update_is_refused_with_advice() -> None:
@@ -203,7 +212,7 @@ def load(
     files = find_images(folder)
     dataset = ImageFolder(files, config, (96, 64), seed)
     sampler = EpochSampler(len(files), 3, repeats=2, epochs=2, seed=seed, first_update=first)
-    collate = Collate(Planner(CONFIG), MaskConfig(0.5, per_image), 6, seed, 0)
+    collate = Collate(Planner(CONFIG), MaskConfig(0.5, per_image=per_image), seed)
     return list(make_loader(dataset, sampler, collate, workers, pin_memory=False))
 
 
@@ -232,7 +241,14 @@ def test_masks_per_batch_and_per_image(photos: Path) -> None:
     assert all(batch.plan.visible.shape == (1, 6) for batch in shared)
     assert all(batch.plan.visible.shape == (3, 6) for batch in own)
     assert all((batch.plan.visible.sum(1) == 3).all() for batch in shared + own)
-    # The four batches of one epoch, too, have masks of their own.
+    # The four batches of one epoch, too, have masks of their own, and so have those of one update.
+    parts = EpochSampler(6, 1, repeats=2, epochs=2, accumulate=6, seed=3)
+    collate = Collate(Planner(CONFIG), MaskConfig(0.5), 3)
+    drawn = {
+        tuple(collate([Sample(items[0], torch.zeros(3, 96, 64), ())]).plan.visible[0].tolist())
+        for items in list(parts)[:6]
+    }
+    assert len(drawn) > 2
     assert len({tuple(batch.plan.visible[0].tolist()) for batch in shared[:4]}) > 1
     assert any(len(batch.plan.visible.unique(dim=0)) > 1 for batch in own)
 
@@ -241,18 +257,18 @@ def test_repeats_and_epochs_see_other_crops(photos: Path) -> None:
     files = find_images(photos)
     dataset = ImageFolder(files, DataConfig(root=str(photos)), (96, 64), 0)
     crops = [
-        dataset[Item(0, epoch, position)].image
+        dataset[Item(0, 0, epoch, position)].image
         for epoch in (0, 1)
         for position in (2, 2 + len(files))
     ]
     assert all(not torch.equal(crops[0], crop) for crop in crops[1:])
-    assert torch.equal(crops[0], dataset[Item(9, 0, 2)].image)
+    assert torch.equal(crops[0], dataset[Item(9, 1, 0, 2)].image)
 
 
 def test_normalisation(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (255, 0, 51)).save(tmp_path / "flat.png")
     dataset = ImageFolder(find_images(tmp_path), DataConfig(root=str(tmp_path)), (32, 32), 0)
-    image = dataset[Item(0, 0, 0)].image
+    image = dataset[Item(0, 0, 0, 0)].image
     expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]
     )
@@ -310,14 +326,16 @@ def test_the_stand_in_is_the_next_readable_file(tmp_path: Path) -> None:
         root=str(tmp_path), crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=0.0
     )
     dataset = ImageFolder(files, config, (96, 64), 0)
-    stand_in, good = dataset[Item(0, 0, 1)], dataset[Item(0, 0, 4)]
+    stand_in, good = dataset[Item(0, 0, 0, 1)], dataset[Item(0, 0, 0, 4)]
     assert torch.equal(stand_in.image, good.image)
     assert [Path(path).name for path, _ in stand_in.failures] == [
         "1-cut.jpg",
         "2-text.png",
         "3-empty.jpg",
     ]
-    assert dataset[Item(0, 0, 5)].failures[0][0].endswith("5-crc.png")  # wraps round to the first
+    assert (
+        dataset[Item(0, 0, 0, 5)].failures[0][0].endswith("5-crc.png")
+    )  # wraps round to the first
 
 
 def test_a_batch_without_a_readable_file_says_so(tmp_path: Path) -> None:

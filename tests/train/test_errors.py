@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,16 @@ def test_work_dir_that_cannot_be_made(tmp_path: Path, tiny: Path, photos: Path, 
     )
 
 
+def test_a_disk_without_room_for_a_checkpoint(
+    tmp_path: Path, tiny: Path, photos: Path, capsys, monkeypatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
+    assert "a checkpoint takes 5 MB and the disk has 1 MB left" in text
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_not_overwritten(finished_run: Path, tiny: Path, photos: Path, capsys) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     text = complaint(capsys, *pretrain(tiny, photos, finished_run))
@@ -183,8 +194,8 @@ def test_world_comes_from_the_environment(
         World.from_environment({"RANK": "-1"})
     with pytest.raises(ValueError, match="RANK is 2 but WORLD_SIZE is 1"):
         World.from_environment({"RANK": "2"})
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
+    monkeypatch.setenv("RANK", "2")
+    assert "RANK is 2 but" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
 
 
 # ---- reconstruct, convert -----------------------------------------------------------------------

@@ -10,18 +10,9 @@ import pytest
 import yaml
 
 from greenmim.cli import build_parser, main
-from greenmim.recipe import (
-    CONFIGS,
-    DataConfig,
-    OptimConfig,
-    Recipe,
-    ScheduleConfig,
-    UserError,
-    learning_rate,
-    preset_names,
-    resolve_config,
-    scaled_rates,
-)
+from greenmim.presets import CONFIGS, preset_names, resolve_config
+from greenmim.recipe import DataConfig, OptimConfig, Recipe, ScheduleConfig, UserError
+from greenmim.schedule import learning_rate, scaled_rates
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "lr_schedule_and_keep_counts.json").read_text())
@@ -99,6 +90,8 @@ def resolved(*arguments: str) -> dict:
 def test_every_preset_makes_a_model_config() -> None:
     assert preset_names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     assert "greenmim_swin-base_16xb128-amp-coslr-100e_in1k" in preset_names()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert all(f"| `{name}` |" in readme for name in preset_names())
     for name in preset_names():
         parser, commands = build_parser()
         options = parser.parse_args(
@@ -124,6 +117,8 @@ def test_seed_preset_has_the_figures_of_its_name() -> None:
 @pytest.mark.parametrize(
     ("name", "window", "embed_dim", "base_lr"),
     [
+        ("greenmim_swin-tiny_8xb256-amp-coslr-800e_in1k", 7, 96, 1.5e-4),
+        ("greenmim_swin-small_8xb256-amp-coslr-800e_in1k", 7, 96, 1.5e-4),
         ("greenmim_swin-base_8xb256-amp-coslr-800e_in1k", 7, 128, 1.5e-4),
         ("greenmim_swin-base-win14_8xb256-amp-coslr-800e_in1k", 14, 128, 1.5e-4),
         ("greenmim_swin-large-win14_8xb256-amp-coslr-800e_in1k", 14, 192, 1.0e-4),

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from greenmim import pictures
 from greenmim import reconstruct as module
 from greenmim.cli import main
 from greenmim.images import open_rgb
@@ -39,7 +40,7 @@ def test_reconstruct_draws_a_grid(last: str, photos: Path, tmp_path: Path, capsy
     # Three rows of three columns of 96 x 64 px images, and a line of titles.
     assert 1.2 < height / width < 1.7
     assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 1000
-    grey = round(255 * module.HIDDEN_GREY)
+    grey = round(255 * pictures.HIDDEN_GREY)
     assert (np.abs(np.asarray(image).astype(int) - grey).max(-1) <= 1).mean() > 0.08
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 
@@ -86,7 +87,7 @@ def test_a_perfect_prediction_gives_the_original_back(
     object.__setattr__(model.config, "norm_pix_loss", norm_pix)
     images = torch.randn(2, 3, 96, 64)
     visible = np.array([[1, 0, 0, 1, 0, 1], [0, 1, 0, 0, 1, 1]], dtype=bool)
-    original, _, rebuilt = module._columns(Oracle(model), images, visible, paste)
+    original, _, rebuilt = pictures.columns(Oracle(model), images, visible, paste)
     torch.testing.assert_close(rebuilt, original, atol=1e-5, rtol=0)
 
 
@@ -94,9 +95,9 @@ def test_pasting_shows_visible_patches_as_they_are(last: str) -> None:
     model, _ = module.load_model(last)
     images = torch.randn(1, 3, 96, 64)
     visible = np.array([[1, 0, 0, 1, 0, 1]], dtype=bool)
-    original, _, pasted = module._columns(model, images, visible, True)
-    _, _, plain = module._columns(model, images, visible, False)
-    spread = module._spread(torch.from_numpy(visible), 96, 64).expand(1, 3, 96, 64)
+    original, _, pasted = pictures.columns(model, images, visible, True)
+    _, _, plain = pictures.columns(model, images, visible, False)
+    spread = pictures.spread(torch.from_numpy(visible), 96, 64).expand(1, 3, 96, 64)
     assert torch.equal(pasted[spread], original[spread])
     assert torch.equal(pasted[~spread], plain[~spread])
     assert not torch.allclose(plain[spread], original[spread])

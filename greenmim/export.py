@@ -1,0 +1,88 @@
+"""The encoder of a checkpoint as a file that timm loads and that says how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import greenmim
+from greenmim.checkpoint import convert_checkpoint, save_safetensors
+from greenmim.config import MODELS, ModelConfig
+from greenmim.loading import load_model
+from greenmim.recipe import UserError
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Write the encoder with timm's names, and in the file's metadata what a user needs to know.
+
+    Args:
+        checkpoint: A run's checkpoint, or any greenmim or official one with a decoder (then with
+            `model`).
+        output: A .safetensors file; written whole or not at all.
+        model: Name of the model (see `create_model`), for a checkpoint that does not say.
+        overwrite: Replace an output that is there already.
+
+    Returns:
+        The metadata: strings by name. `timm` holds the arguments of `timm.create_model` as JSON.
+
+    Raises:
+        UserError: a file is missing, unreadable or there already, or of another model.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output} has to end in .safetensors.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
+    network, run = load_model(checkpoint, model)
+    weights = convert_checkpoint(network.state_dict(), source="greenmim", target="timm")
+    facts = metadata(network.config, run)
+    try:
+        save_safetensors(weights, output, facts)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}.") from error
+    return facts
+
+
+def metadata(config: ModelConfig, run: dict[str, Any]) -> dict[str, str]:
+    """What an exported file says of itself; `run` is the recipe of its run, or {}."""
+    facts = {
+        "greenmim": greenmim.__version__,
+        "image_size": json.dumps(config.image_hw),
+        "window_size": str(config.window_size),
+        "merge_order": "swin",
+        "norm_eps": str(config.norm_eps),
+        "timm": json.dumps(timm_arguments(config)),
+    }
+    if run:
+        data, mask = run["data"], run["mask"]
+        facts |= {
+            "mask_ratio": str(mask["ratio"]),
+            "mask_kind": mask["kind"],
+            "mask_per_image": json.dumps(mask["per_image"]),
+            "epochs": str(run["epochs"]),
+            "mean": json.dumps(data["mean"]),
+            "std": json.dumps(data["std"]),
+        }
+    return facts
+
+
+def timm_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of `timm.create_model` for this encoder."""
+    sizes = {"embed_dim": config.embed_dim, "depths": config.depths, "num_heads": config.num_heads}
+    named = [
+        name.removeprefix("greenmim_").replace("window14", "window7")
+        for name, values in MODELS.items()
+        if all(values[key] == value for key, value in sizes.items())
+    ]
+    arguments = {"model_name": named[0] if named else "swin_base_patch4_window7_224"}
+    arguments |= {"img_size": config.image_hw, "window_size": config.window_size}
+    return arguments | ({} if named else sizes)

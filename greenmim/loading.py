@@ -1,0 +1,47 @@
+"""The model in a checkpoint file, whoever wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkpoint
+from greenmim.config import ModelConfig
+from greenmim.mim import GreenMIM, create_model
+from greenmim.recipe import UserError
+from greenmim.run_folder import RUN_FORMAT, first_line
+
+
+def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMIM, dict[str, Any]]:
+    """The model of a checkpoint with its weights, and the recipe of its run ({} without a run).
+
+    Raises:
+        UserError: unreadable file, no decoder in it, or another model than `name`.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}.")
+    try:
+        content = load_checkpoint(path)
+        weights = find_state_dict(content, path)
+    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
+        raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
+    if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
+        run = content["recipe"]
+        network = GreenMIM(ModelConfig(**run["model"]))
+    elif name is None:
+        raise UserError(f"{path} does not say what model it is; pass --model with its name.")
+    else:
+        run = {}
+        try:
+            network = create_model(name)
+        except (ValueError, KeyError) as error:
+            raise UserError(first_line(error)) from error
+    problems = []
+    for source in ("greenmim", "official"):
+        try:
+            network.load_state_dict(convert_checkpoint(weights, source=source, target="greenmim"))
+            return network, run
+        except (RuntimeError, ValueError, KeyError) as error:
+            problems.append(" ".join(str(error).split()))
+    raise UserError(f"The checkpoint {path} is of another model: {problems[0][:300]}")

@@ -1,0 +1,67 @@
+"""How a model is spread over the processes: copies (DDP) or slices (FSDP2)."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from greenmim.mim import GreenMIM
+from greenmim.recipe import Recipe
+
+
+def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
+    """What to call in place of `model`, whose parameters it trains; `model` is on its device.
+
+    DDP keeps a whole copy everywhere and averages gradients; FSDP2 keeps a slice of weights,
+    gradients and moments and collects a block's weights when it runs: their places in `model` hold
+    slices (DTensors) afterwards, so an optimiser has to be made after this.
+    """
+    model.set_grad_checkpointing(recipe.activation_checkpointing)
+    if alone:
+        return torch.compile(model, fullgraph=True) if recipe.compile else model
+    if recipe.strategy == "fsdp":
+        # The prediction is a view, of which it warns in case somebody changes it in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        for block in [*model.encoder.blocks(), *model.decoder_blocks]:
+            if recipe.compile:  # by block: the hooks around it are Python
+                block.compile(fullgraph=True)
+            fully_shard(block)
+        return fully_shard(model)
+    # Compiled inside: DDP's own hooks stay outside the graph, which is then one piece.
+    inner = torch.compile(model, fullgraph=True) if recipe.compile else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have two names for it
+        # Nothing here has buffers that change, so there are none to send.
+        return DistributedDataParallel(inner, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gradients_kept_back(forward: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+    """Inside, if `wanted`, DDP adds up gradients without telling the others.
+
+    FSDP tells them always: keeping back would need the memory of whole gradients.
+    """
+    if wanted and isinstance(forward, DistributedDataParallel):
+        return forward.no_sync()
+    return contextlib.nullcontext()
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale gradients down to a norm of at most `limit`; their norm before, a scalar."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def whole_weights(model: GreenMIM, keep: bool) -> dict[str, torch.Tensor]:
+    """The state dict with whole tensors, or {} without `keep`. A collective after fully_shard."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            weights[name] = whole
+    return weights

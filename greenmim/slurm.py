@@ -1,0 +1,90 @@
+"""Submitting a run as a Slurm job through submitit: one process for each GPU.
+
+The job takes itself up again: near its time limit Slurm sends a signal, the run saves and stops,
+and the job goes back into the queue to resume.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from greenmim.recipe import Recipe, SlurmJob, UserError
+from greenmim.run_folder import first_line
+from greenmim.train import pretrain
+
+# What submitit has Slurm send this long before the end; see `StopSignal`.
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+_WARNING_SECONDS = 180
+
+
+class Piece:
+    """One job's part of a run, as submitit pickles it and calls it in every process."""
+
+    def __init__(self, recipe: Recipe, resume: str | None) -> None:
+        self.recipe, self.resume = recipe, resume
+
+    def __call__(self) -> int:
+        folder = Path(self.recipe.work_dir)
+        # Only the first piece may start from somewhere else: later ones have their own checkpoints.
+        started = (folder / "config.yaml").exists()
+        resume = "auto" if started or self.resume is None else self.resume
+        result = pretrain(self.recipe, resume)
+        if result.signal in _WARNINGS and os.environ.get("SLURM_PROCID") == "0":
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        return result.exit_code
+
+    def checkpoint(self) -> object:
+        """Called by submitit when the signal comes before the run listens: just again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def submit(recipe: Recipe, resume: str | None, job: SlurmJob) -> tuple[str, Path]:
+    """Submit a run; its input should have been checked here before (see `dry_run`).
+
+    Args:
+        recipe: The run; `work_dir` and `data.root` have to be the same on the nodes.
+        resume: As for `train.pretrain`.
+        job: What to ask of Slurm.
+
+    Returns:
+        The job's number, and the folder of its logs.
+
+    Raises:
+        UserError: there is no Slurm here, or it refuses the job.
+    """
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise UserError(
+            "--launcher slurm: there is no sbatch and srun here; run it on the cluster's login"
+            " node, or leave --launcher out."
+        )
+    import submitit
+
+    folder = Path(recipe.work_dir) / "slurm"
+    wanted = {
+        "slurm_partition": job.partition,
+        "slurm_account": job.account,
+        "slurm_qos": job.qos,
+        "gpus_per_node": None if recipe.device == "cpu" else job.gpus_per_node,
+    }
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+    executor.update_parameters(
+        name=Path(recipe.work_dir).name,
+        nodes=job.nodes,
+        tasks_per_node=job.gpus_per_node,
+        cpus_per_task=job.cpus_per_gpu,
+        timeout_min=max(round(60 * job.hours), 1),
+        slurm_signal_delay_s=_WARNING_SECONDS,
+        slurm_additional_parameters={"requeue": True, "open-mode": "append"},
+        **{name: value for name, value in wanted.items() if value is not None},
+    )
+    try:
+        submitted = executor.submit(Piece(recipe, resume))
+    except (submitit.core.utils.FailedJobError, RuntimeError, OSError) as error:
+        raise UserError(f"Slurm refuses the job: {first_line(error)}") from error
+    return submitted.job_id, folder

@@ -1,0 +1,105 @@
+"""What is told after an update: read late and in order, complete, and decided on the device."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from greenmim.distributed import Processes
+from greenmim.recipe import DataConfig, Recipe, UserError
+from greenmim.reports import Reports
+from greenmim.run_folder import RunFolder
+from greenmim.run_log import RunLog, read_log
+from greenmim.world import World
+
+CPU = torch.device("cpu")
+
+
+def send(reports: Reports, step: int, losses: list[float], norm: float = 1.0, **more) -> bool:
+    parts = [torch.tensor(loss, dtype=torch.bfloat16) for loss in losses]
+    return bool(reports.send(step, parts, torch.tensor(norm), **more))
+
+
+def test_reports_come_late_and_in_order() -> None:
+    reports = Reports(Processes(World(), CPU), CPU, accumulate=2)
+    assert not send(reports, 1, [1.0, 2.0], 0.5, facts={"lr": 0.1})
+    assert send(reports, 2, [1.0, math.inf], news=True)
+    assert send(reports, 3, [1.0, 1.0], math.nan, stop=True)
+    assert list(reports.read(0)) == []
+    (first,) = reports.read(1)
+    assert (first.step, first.loss, first.grad_norm, first.facts) == (1, 1.5, 0.5, {"lr": 0.1})
+    assert not (first.skipped or first.stop or first.news)
+    second, third = reports.read(9)
+    assert second.skipped and second.news and not second.stop and math.isnan(second.loss)
+    assert second.bad_micro_batches() == [1]
+    assert third.skipped and third.stop and third.bad_micro_batches() == [0, 1]
+    assert list(reports.read(9)) == []
+
+
+def test_a_gradient_scaler_may_overflow_while_it_finds_its_scale() -> None:
+    reports = Reports(Processes(World(), CPU), CPU, accumulate=1, norm_counts=False)
+    assert not send(reports, 1, [1.0], math.inf)
+    assert send(reports, 2, [math.nan])
+
+
+class TwoProcesses(Processes):
+    """The second of two processes; the first one's numbers are added as the collective would."""
+
+    def __init__(self, other: list[float]) -> None:
+        super().__init__(World(1, 1, 2), CPU)
+        self.other = torch.tensor(other)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.add_(self.other)
+
+
+def test_losses_stand_in_the_order_of_the_global_batch() -> None:
+    # Losses of micro-batches 0 to 3, half of the norm, news, stop.
+    reports = Reports(TwoProcesses([1.0, 0.0, 3.0, 0.0, 0.25, 0.0, 1.0]), CPU, accumulate=2)
+    assert not send(reports, 1, [2.0, 4.0], 0.5)
+    (report,) = reports.read(1)
+    assert report.losses == [1.0, 2.0, 3.0, 4.0] and report.grad_norm == 0.5 and report.stop
+    reports = Reports(TwoProcesses([1.0, 0.0, math.nan, 0.0, 0.25, 0.0, 0.0]), CPU, accumulate=2)
+    assert send(reports, 1, [2.0, 4.0], 0.5)
+    (report,) = reports.read(1)
+    assert report.bad_micro_batches() == [2]
+
+
+# ---- the log on a full disk ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe(work_dir=str(tmp_path), data=DataConfig(root="x"))
+
+
+def test_a_log_that_cannot_be_written_is_a_clear_error(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.log.tensorboard = False
+    with RunLog(RunFolder(tmp_path), recipe, 0, 10) as log:
+        log.event("start", step=0)
+        log._file.close()
+        log._file = open("/dev/full", "w")
+        with pytest.raises(UserError, match=r"log.jsonl could not be written: No space left"):
+            log.event("train", step=1)
+    assert [r["event"] for r in read_log(tmp_path / "log.jsonl")] == ["start"]
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(recipe: Recipe, tmp_path: Path, capsys) -> None:
+    with RunLog(RunFolder(tmp_path), recipe, 0, 10) as log:
+        (tracker,) = log._trackers
+
+        def scalars(step: int, values: dict[str, float]) -> None:
+            raise OSError(28, "No space left on device")
+
+        tracker.scalars = scalars
+        values = dict.fromkeys(
+            ("loss", "grad_norm", "lr", "epoch", "images_per_second", "data_wait"), 0.5
+        )
+        for step in (1, 2):
+            log.train(step, {**values, "peak_memory_gib": 1.0, "skipped": 0})
+    assert len(read_log(tmp_path / "log.jsonl")) == 2
+    text = capsys.readouterr().out
+    assert text.count("TensorBoard is left out from here on: [Errno 28] No space left") == 1
