@@ -75,9 +75,7 @@ class _Problem:
         self.head_dim = self.qkv.shape[-1] // (3 * self.num_heads)
         self.partitions, self.num_groups, self.num_slots = self.window_id.shape
         if self.head_dim not in HEAD_DIMS:
-            raise ValueError(
-                f"the triton backend takes head dims {HEAD_DIMS}, got {self.head_dim}"
-            )
+            raise ValueError(f"the triton backend takes head dims {HEAD_DIMS}, got {self.head_dim}")
         self.batch = len(self.qkv)
         self.num_rows = (
             self.num_groups * self.num_slots if self.token_index is None else self.qkv.shape[1]
