@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace greenmim {
 
@@ -40,6 +41,62 @@ inline void check_scatter(const Tensor& x, const Tensor& token_index, int64_t nu
       x.size(1) == token_index.size(1) && x.size(2) == token_index.size(2),
       "x and token_index must have the same groups and slots");
   STD_TORCH_CHECK(num_tokens >= 0, "num_tokens must not be negative, got ", num_tokens);
+}
+
+// What an attention operator is called with, once it is checked.
+struct AttentionShape {
+  int64_t batch, partitions, groups, slots;
+  int64_t rows;  // of an image: N, or G * S for gathered groups
+  int64_t channels, head_dim, table_rows;
+};
+
+// qkv [B, N, 3C] beside token_index, or gathered groups [B, G, S, 3C] without.
+inline AttentionShape check_attention(
+    const Tensor& qkv, const std::optional<Tensor>& table, ScalarType table_type,
+    const std::optional<Tensor>& token_index, const Tensor& window_id, const Tensor& coords,
+    int64_t heads, int64_t window_height, int64_t window_width) {
+  AttentionShape shape{};
+  const int64_t axes = token_index ? 3 : 4;
+  STD_TORCH_CHECK(qkv.dim() == axes, "qkv must have ", axes, " axes, got ", qkv.dim());
+  check_indices(window_id, 3, "window_id");
+  check_indices(coords, 4, "coords");
+  shape.batch = qkv.size(0);
+  check_batch(window_id, shape.batch, "window_id");
+  shape.partitions = window_id.size(0);
+  shape.groups = window_id.size(1);
+  shape.slots = window_id.size(2);
+  STD_TORCH_CHECK(
+      coords.size(0) == shape.partitions && coords.size(1) == shape.groups &&
+          coords.size(2) == shape.slots && coords.size(3) == 2,
+      "coords must be [P, G, S, 2] beside window_id [P, G, S]");
+  if (token_index) {
+    check_indices(*token_index, 3, "token_index");
+    STD_TORCH_CHECK(
+        token_index->size(0) == shape.partitions && token_index->size(1) == shape.groups &&
+            token_index->size(2) == shape.slots,
+        "token_index must have the shape of window_id");
+    shape.rows = qkv.size(1);
+  } else {
+    STD_TORCH_CHECK(
+        qkv.size(1) == shape.groups && qkv.size(2) == shape.slots, "qkv must be [B, G, S, 3C]");
+    shape.rows = shape.groups * shape.slots;
+  }
+  const int64_t width = qkv.size(axes - 1);
+  STD_TORCH_CHECK(
+      heads > 0 && width > 0 && width % (3 * heads) == 0,
+      "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
+  shape.channels = width / 3;
+  shape.head_dim = shape.channels / heads;
+  STD_TORCH_CHECK(window_height > 0 && window_width > 0, "the window must not be empty");
+  shape.table_rows = (2 * window_height - 1) * (2 * window_width - 1);
+  if (table) {
+    STD_TORCH_CHECK(
+        table->dim() == 2 && table->size(0) == shape.table_rows && table->size(1) == heads,
+        "the bias table must be [", shape.table_rows, ", ", heads, "]");
+    STD_TORCH_CHECK(
+        table->scalar_type() == table_type, "the bias table must be in fp32 (fp64 for fp64)");
+  }
+  return shape;
 }
 
 }  // namespace greenmim

@@ -64,51 +64,20 @@ struct Problem {
         coords(torch::stable::contiguous(coords_any)),
         num_heads(heads),
         scale(factor) {
-    const int64_t axes = token_index_any ? 3 : 4;
-    STD_TORCH_CHECK(qkv.dim() == axes, "qkv must have ", axes, " axes, got ", qkv.dim());
-    check_indices(window_id, 3, "window_id");
-    check_indices(coords, 4, "coords");
-    batch = qkv.size(0);
-    check_batch(window_id, batch, "window_id");
-    const int64_t partitions = window_id.size(0), groups = window_id.size(1),
-                  slots = window_id.size(2);
-    STD_TORCH_CHECK(
-        coords.size(0) == partitions && coords.size(1) == groups && coords.size(2) == slots &&
-            coords.size(3) == 2,
-        "coords must be [P, G, S, 2] beside window_id [P, G, S]");
-    if (token_index_any) {
-      token_index = torch::stable::contiguous(*token_index_any);
-      check_indices(*token_index, 3, "token_index");
-      STD_TORCH_CHECK(
-          token_index->size(0) == partitions && token_index->size(1) == groups &&
-              token_index->size(2) == slots,
-          "token_index must have the shape of window_id");
-      rows_per_image = qkv.size(1);
-    } else {
-      STD_TORCH_CHECK(
-          qkv.size(1) == groups && qkv.size(2) == slots, "qkv must be [B, G, S, 3C]");
-      rows_per_image = groups * slots;
-    }
-    const int64_t width = qkv.size(axes - 1);
-    STD_TORCH_CHECK(
-        num_heads > 0 && width > 0 && width % (3 * num_heads) == 0,
-        "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", num_heads, " heads");
-    channels = width / 3;
-    head_dim = channels / num_heads;
-    STD_TORCH_CHECK(window_height > 0 && window_width > 0, "the window must not be empty");
-    table_rows = (2 * window_height - 1) * (2 * window_width - 1);
-    if (table_any) {
-      table = torch::stable::contiguous(*table_any);
-      STD_TORCH_CHECK(
-          table->dim() == 2 && table->size(0) == table_rows && table->size(1) == num_heads,
-          "the bias table must be [", table_rows, ", ", num_heads, "]");
-      STD_TORCH_CHECK(
-          table->scalar_type() == arithmetic_type(qkv), "the bias table must be in fp32 (fp64 for fp64)");
-    }
+    if (table_any) table = torch::stable::contiguous(*table_any);
+    if (token_index_any) token_index = torch::stable::contiguous(*token_index_any);
+    const AttentionShape shape = check_attention(
+        qkv, table, arithmetic_type(qkv), token_index, window_id, coords, heads, window_height,
+        window_width);
+    batch = shape.batch;
+    rows_per_image = shape.rows;
+    channels = shape.channels;
+    head_dim = shape.head_dim;
+    table_rows = shape.table_rows;
     windows = find_windows(
         token_index ? token_index->const_data_ptr<int32_t>() : nullptr,
-        window_id.const_data_ptr<int32_t>(), coords.const_data_ptr<int32_t>(), partitions, groups,
-        slots, rows_per_image, window_height, window_width);
+        window_id.const_data_ptr<int32_t>(), coords.const_data_ptr<int32_t>(), shape.partitions,
+        shape.groups, shape.slots, rows_per_image, window_height, window_width);
     position_offset = int32_t((window_height - 1) * (2 * window_width - 1) + window_width - 1);
     cut();
   }

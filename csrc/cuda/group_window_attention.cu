@@ -48,65 +48,34 @@ struct Problem {
       : qkv(ready(qkv_any)),
         window_id(torch::stable::contiguous(window_id_any)),
         coords(torch::stable::contiguous(coords_any)) {
-    const int64_t axes = token_index_any ? 3 : 4;
-    STD_TORCH_CHECK(qkv.dim() == axes, "qkv must have ", axes, " axes, got ", qkv.dim());
-    check_indices(window_id, 3, "window_id");
-    check_indices(coords, 4, "coords");
-    const int64_t batch = qkv.size(0);
-    check_batch(window_id, batch, "window_id");
-    const int64_t partitions = window_id.size(0), groups = window_id.size(1),
-                  slots = window_id.size(2);
-    STD_TORCH_CHECK(
-        coords.size(0) == partitions && coords.size(1) == groups && coords.size(2) == slots &&
-            coords.size(3) == 2,
-        "coords must be [P, G, S, 2] beside window_id [P, G, S]");
-    int64_t rows = groups * slots;
-    if (token_index_any) {
-      token_index = torch::stable::contiguous(*token_index_any);
-      check_indices(*token_index, 3, "token_index");
-      STD_TORCH_CHECK(
-          token_index->size(0) == partitions && token_index->size(1) == groups &&
-              token_index->size(2) == slots,
-          "token_index must have the shape of window_id");
-      rows = qkv.size(1);
-    } else {
-      STD_TORCH_CHECK(
-          qkv.size(1) == groups && qkv.size(2) == slots, "qkv must be [B, G, S, 3C]");
-    }
-    const int64_t width = qkv.size(axes - 1);
-    STD_TORCH_CHECK(
-        heads > 0 && width > 0 && width % (3 * heads) == 0,
-        "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
-    channels = width / 3;
-    head_dim = channels / heads;
+    if (table_any) table = torch::stable::contiguous(*table_any);
+    if (token_index_any) token_index = torch::stable::contiguous(*token_index_any);
+    const AttentionShape shape = check_attention(
+        qkv, table, ScalarType::Float, token_index, window_id, coords, heads, window_height,
+        window_width);
+    channels = shape.channels;
+    head_dim = shape.head_dim;
     STD_TORCH_CHECK(
         head_dim == 16 || head_dim == 32 || head_dim == 64,
         "the CUDA kernels take head dims 16, 32 and 64, got ", head_dim);
-    STD_TORCH_CHECK(window_height > 0 && window_width > 0, "the window must not be empty");
     constexpr int64_t kMost = std::numeric_limits<int>::max();
-    STD_TORCH_CHECK(rows < kMost && groups * slots < kMost, "an image must have fewer than 2^31 rows");
+    STD_TORCH_CHECK(
+        shape.rows < kMost && shape.groups * shape.slots < kMost,
+        "an image must have fewer than 2^31 rows");
     a.qkv = qkv.const_data_ptr();
+    a.table = table ? table->const_data_ptr<float>() : nullptr;
     a.token_index = token_index ? token_index->const_data_ptr<int>() : nullptr;
     a.window_id = window_id.const_data_ptr<int>();
     a.coords = coords.const_data_ptr<int>();
-    a.batch = batch;
-    a.rows = int(rows);
-    a.groups = int(groups);
-    a.slots = int(slots);
+    a.batch = shape.batch;
+    a.rows = int(shape.rows);
+    a.groups = int(shape.groups);
+    a.slots = int(shape.slots);
     a.heads = int(heads);
     a.window_height = int(window_height);
     a.window_width = int(window_width);
-    a.per_image = partitions > 1;
+    a.per_image = shape.partitions > 1;
     a.scale = float(scale);
-    if (table_any) {
-      table = torch::stable::contiguous(*table_any);
-      STD_TORCH_CHECK(
-          table->dim() == 2 && table->size(0) == a.table_rows() && table->size(1) == heads,
-          "the bias table must be [", a.table_rows(), ", ", heads, "]");
-      STD_TORCH_CHECK(
-          table->scalar_type() == ScalarType::Float, "the bias table must be in float32");
-      a.table = table->const_data_ptr<float>();
-    }
     for (const Tensor* x : {&window_id, &coords, token_index ? &*token_index : &window_id,
                             table ? &*table : &window_id})
       STD_TORCH_CHECK(
