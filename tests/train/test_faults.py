@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
@@ -179,6 +180,32 @@ def test_a_disk_that_takes_no_more_leaves_the_old_checkpoints(
     assert {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()} == whole
     text = run_crew(command("run", size, *more), size, tmp_path / "outputs")
     assert "resumed after update 4" in text
+
+
+def powerless(rank: int) -> None:
+    """Even root has to mind permissions without its capabilities."""
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, data) == 0
+
+
+@pytest.mark.parametrize(("size", "locked"), [(1, "."), (1, "checkpoints"), (2, "checkpoints")])
+def test_a_folder_that_must_not_be_written_leaves_the_old_checkpoints(
+    size: int, locked: str, command, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_crew(command("run", size), size, tmp_path / "outputs")
+    whole = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
+    argv = command("run", size, "--epochs", "4")
+    (run / locked).chmod(0o555)
+    try:
+        with Crew(argv, size, tmp_path, setup=powerless) as crew:
+            assert crew.wait() == [2] * size, crew.text()
+    finally:
+        (run / locked).chmod(0o755)
+    errors = [line for line in crew.text().splitlines() if line.startswith("greenmim: error")]
+    wanted = "no permission in" if locked == "." else "Permission denied"
+    assert len(errors) == 1 and wanted in errors[0] and str(run) in errors[0], crew.text()
+    assert {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()} == whole
 
 
 # ---- images and losses --------------------------------------------------------------------------
