@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crew import EVERY
 from PIL import Image
 from train_pictures import picture
 
@@ -53,6 +54,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(TINY)
     return path
+
+
+@pytest.fixture
+def resumable(tiny: Path, photos: Path, tmp_path: Path):
+    """Makes commands: a run in `tmp_path / name`, where two processes have the batches of one."""
+
+    def make(name: str, size: int, *more: str, data: Path = photos) -> list[str]:
+        return [
+            *("pretrain", "--config", str(tiny), "--data.root", str(data)),
+            *("--work-dir", str(tmp_path / name), "--optim.accumulate", str(max(2 // size, 1))),
+            *("--checkpoint.every-steps", str(EVERY), "--resume", *more),
+        ]
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
+from greenmim.run_log import read_log
+
+EVERY = 2  # updates between two checkpoints of `conftest.command`
+
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["greenmim.cli", "greenmim.train", "torch.utils.tensorboard"])
 
@@ -78,6 +84,38 @@ def run_crew(argv: Sequence[str], size: int, folder: Path, **options) -> str:
         codes = crew.wait()
     assert codes == [0] * size, "\n".join(crew.text(rank)[-1500:] for rank in range(size))
     return crew.text()
+
+
+def command(tiny: Path, photos: Path, work_dir: Path, *more: str) -> list[str]:
+    """Arguments of the tiny run."""
+    return [
+        *("pretrain", "--config", str(tiny), "--data.root", str(photos)),
+        *("--work-dir", str(work_dir), *more),
+    ]
+
+
+def records(folder: Path, event: str) -> list[dict]:
+    """The records of one kind in a run's log; none before there is one."""
+    log = folder / "log.jsonl"
+    return [r for r in read_log(log) if r["event"] == event] if log.exists() else []
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The logged losses by update."""
+    return {r["step"]: r["loss"] for r in records(folder, "train")}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's last checkpoint."""
+    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["model"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Look again and again until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import run_crew
+from crew import losses, run_crew, weights
 from PIL import Image
 from torch.distributed.checkpoint import FileSystemReader
 from train_pictures import picture
@@ -43,14 +43,6 @@ def command(tiny: Path, ten_photos: Path):
 
 def logged(folder: Path, name: str) -> dict[int, float]:
     return {r["step"]: r[name] for r in read_log(folder / "log.jsonl") if r["event"] == "train"}
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return logged(folder, "loss")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["model"]
 
 
 def assert_close(a: Path, b: Path, first: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
@@ -13,54 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import Crew, run_crew
+from crew import EVERY, Crew, losses, records, run_crew, wait_for, weights
 
 from greenmim.images import find_images
 from greenmim.mim import GreenMIM
-from greenmim.peers import PeerWatch
 from greenmim.run_folder import RunFolder, read_run_checkpoint
 from greenmim.run_log import read_log
 from greenmim.sampler import EpochSampler
-
-EVERY = 2  # updates between two checkpoints
-
-
-@pytest.fixture
-def command(tiny: Path, photos: Path, tmp_path: Path):
-    """The command of a run in `tmp_path / name`; two processes have the batches of one."""
-
-    def make(name: str, size: int, *more: str, data: Path = photos) -> list[str]:
-        return [
-            *("pretrain", "--config", str(tiny), "--data.root", str(data)),
-            *("--work-dir", str(tmp_path / name), "--optim.accumulate", str(max(2 // size, 1))),
-            *("--checkpoint.every-steps", str(EVERY), "--resume", *more),
-        ]
-
-    return make
-
-
-def records(folder: Path, event: str) -> list[dict]:
-    return [r for r in read_log(folder / "log.jsonl") if r["event"] == event]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in records(folder, "train")}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["model"]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert losses(a) == losses(b)
     assert all(torch.equal(w, weights(b)[name]) for name, w in weights(a).items())
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 # ---- killed -------------------------------------------------------------------------------------
@@ -82,11 +47,11 @@ def die_in_a_save(rank: int) -> None:
 
 
 def test_killed_at_twenty_moments_it_goes_on_from_the_last_whole_checkpoint(
-    command, tmp_path: Path
+    resumable, tmp_path: Path
 ) -> None:
     """Ten times at random, ten times at a random step of a save; then it is as if never killed."""
     more = ("--epochs", "70", "--checkpoint.keep-last", "2")
-    run_crew(command("whole", 1, *more), 1, tmp_path / "outputs")
+    run_crew(resumable("whole", 1, *more), 1, tmp_path / "outputs")
     run, rng = tmp_path / "killed", random.Random(5)
     folder, places = RunFolder(run), [*range(1, 25)]
     rng.shuffle(places)
@@ -98,7 +63,7 @@ def test_killed_at_twenty_moments_it_goes_on_from_the_last_whole_checkpoint(
         if in_save:  # the places of the first save after a resume, and some of the second
             options = {"setup": die_in_a_save, "environment": {"DIE_AT": str(places[kills])}}
         seen = len(losses(run)) if (run / "log.jsonl").exists() else 0
-        with Crew(command("killed", 1, *more), 1, tmp_path, **options) as crew:
+        with Crew(resumable("killed", 1, *more), 1, tmp_path, **options) as crew:
             if not in_save:
                 if kills:
                     log = run / "log.jsonl"
@@ -115,19 +80,19 @@ def test_killed_at_twenty_moments_it_goes_on_from_the_last_whole_checkpoint(
             assert logged - step <= EVERY, "more than one interval was lost"
             reached = step
     assert reached > 2 * EVERY
-    run_crew(command("killed", 1, *more), 1, tmp_path / "outputs")
+    run_crew(resumable("killed", 1, *more), 1, tmp_path / "outputs")
     assert records(run, "start")[0]["step"] == 0
     assert_same_run(tmp_path / "whole", run)
     left = {path.suffix for path in folder.checkpoints.iterdir()}
     assert left == {".pth", ".optimizer"} and len(list(folder.checkpoints.iterdir())) == 5
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_told(command, tmp_path: Path) -> None:
-    text = run_crew(command("run", 1), 1, tmp_path / "a")
+def test_a_damaged_newest_checkpoint_is_passed_over_and_told(resumable, tmp_path: Path) -> None:
+    text = run_crew(resumable("run", 1), 1, tmp_path / "a")
     newest = tmp_path / "run" / "checkpoints" / "step_00000004.pth"
     newest.write_bytes(newest.read_bytes()[:5000])
     before = losses(tmp_path / "run")
-    text = run_crew(command("run", 1), 1, tmp_path / "b")
+    text = run_crew(resumable("run", 1), 1, tmp_path / "b")
     assert "step_00000004.pth cannot be read" in text and "resumed after update 2" in text
     assert losses(tmp_path / "run") == before
     aside = tmp_path / "run" / "checkpoints" / "set_aside_1"
@@ -137,12 +102,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_told(command, tmp_path: 
 # ---- signals ------------------------------------------------------------------------------------
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_update(command, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_at_the_same_update(resumable, tmp_path: Path) -> None:
     more = ("--epochs", "20")
-    run_crew(command("whole", 2, *more), 2, tmp_path / "outputs")
+    run_crew(resumable("whole", 2, *more), 2, tmp_path / "outputs")
     run, done = tmp_path / "run", 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        with Crew(command("run", 2, *more), 2, tmp_path) as crew:
+        with Crew(resumable("run", 2, *more), 2, tmp_path) as crew:
             wait_for(lambda n=done: (run / "log.jsonl").exists() and len(losses(run)) > n + 2)
             os.kill(crew.processes[1].pid, number)
             assert crew.wait() == [75, 75], crew.text() + crew.text(1)
@@ -150,7 +115,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(command, tmp_path:
         assert stopped["signal"] == number.name and done < stopped["step"] < 40
         done = stopped["step"]
         assert f"step_{done:08d}.pth; the same command with --resume" in crew.text()
-    run_crew(command("run", 2, *more), 2, tmp_path / "outputs")
+    run_crew(resumable("run", 2, *more), 2, tmp_path / "outputs")
     assert_same_run(tmp_path / "whole", run)
 
 
@@ -165,27 +130,53 @@ def small_files(rank: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_disk_that_takes_no_more_leaves_the_old_checkpoints(
-    size: int, command, tmp_path: Path
+    size: int, resumable, tmp_path: Path
 ) -> None:
     run, more = tmp_path / "run", ("--epochs", "4")
-    run_crew(command("run", size), size, tmp_path / "outputs")
+    run_crew(resumable("run", size), size, tmp_path / "outputs")
     whole = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
-    with Crew(command("run", size, *more), size, tmp_path, setup=small_files) as crew:
+    with Crew(resumable("run", size, *more), size, tmp_path, setup=small_files) as crew:
         assert crew.wait() == [2] * size, crew.text() + crew.text(size - 1)
     errors = [line for line in crew.text().splitlines() if line.startswith("greenmim: error")]
     assert len(errors) == 1 and "File too large" in errors[0] and "--resume" in errors[0]
     assert "step_00000006.pth could not be written" in errors[0]
     assert size == 1 or "error" not in crew.text(1)  # told once
     assert {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()} == whole
-    text = run_crew(command("run", size, *more), size, tmp_path / "outputs")
+    text = run_crew(resumable("run", size, *more), size, tmp_path / "outputs")
     assert "resumed after update 4" in text
+
+
+def powerless(rank: int) -> None:
+    """Even root has to mind permissions without its capabilities."""
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, data) == 0
+
+
+@pytest.mark.parametrize(("size", "locked"), [(1, "."), (1, "checkpoints"), (2, "checkpoints")])
+def test_a_folder_that_must_not_be_written_leaves_the_old_checkpoints(
+    size: int, locked: str, resumable, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_crew(resumable("run", size), size, tmp_path / "outputs")
+    whole = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
+    argv = resumable("run", size, "--epochs", "4")
+    (run / locked).chmod(0o555)
+    try:
+        with Crew(argv, size, tmp_path, setup=powerless) as crew:
+            assert crew.wait() == [2] * size, crew.text()
+    finally:
+        (run / locked).chmod(0o755)
+    errors = [line for line in crew.text().splitlines() if line.startswith("greenmim: error")]
+    wanted = "no permission in" if locked == "." else "Permission denied"
+    assert len(errors) == 1 and wanted in errors[0] and str(run) in errors[0], crew.text()
+    assert {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()} == whole
 
 
 # ---- images and losses --------------------------------------------------------------------------
 
 
 def test_corrupt_images_of_any_process_are_named_and_counted(
-    command, photos: Path, tmp_path: Path
+    resumable, photos: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(photos, data)
@@ -194,7 +185,7 @@ def test_corrupt_images_of_any_process_are_named_and_counted(
     # Every image once, so that no process sees all of them.
     more = ("--epochs", "1", "--data.repeats", "1", "--data.batch-size", "1")
     for size in (1, 2):
-        text = run_crew(command(str(size), size, *more, data=data), size, tmp_path / "outputs")
+        text = run_crew(resumable(str(size), size, *more, data=data), size, tmp_path / "outputs")
         named = [Path(r["path"]).name for r in records(tmp_path / str(size), "unreadable_image")]
         assert sorted(named) == ["1.png", "2.png", "5.png"]
         events = [r["event"] for r in read_log(tmp_path / str(size) / "log.jsonl")]
@@ -224,11 +215,11 @@ def poison(rank: int) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_all_processes_skip_an_update_that_one_finds_not_finite(
-    strategy: str, command, photos: Path, tmp_path: Path
+    strategy: str, resumable, photos: Path, tmp_path: Path
 ) -> None:
     more = ("--strategy", strategy, "--checkpoint.every-steps", "1", "--checkpoint.keep-last", "9")
     options = {"setup": poison, "environment": {"POISON": "3"}}
-    text = run_crew(command("run", 2, *more), 2, tmp_path / "outputs", **options)
+    text = run_crew(resumable("run", 2, *more), 2, tmp_path / "outputs", **options)
     run = tmp_path / "run"
 
     def at(step: int) -> dict[str, torch.Tensor]:
@@ -250,92 +241,10 @@ def test_all_processes_skip_an_update_that_one_finds_not_finite(
     assert [r["loss"] is None for r in records(run, "train")] == [False, False, True, False]
 
 
-def test_all_processes_stop_with_advice_after_many_in_a_row(command, tmp_path: Path) -> None:
+def test_all_processes_stop_with_advice_after_many_in_a_row(resumable, tmp_path: Path) -> None:
     options = {"setup": poison, "environment": {"POISON": "2,4,5,6"}}
     more = ("--epochs", "8", "--max-skipped", "3")
-    with Crew(command("run", 2, *more), 2, tmp_path, **options) as crew:
+    with Crew(resumable("run", 2, *more), 2, tmp_path, **options) as crew:
         assert crew.wait() == [3, 3], crew.text()
     assert "stopped after update 6: 3 updates in a row" in crew.text()
     assert "--optim.base-lr" in crew.text() and "is from before it" in crew.text()
-
-
-# ---- processes that die -------------------------------------------------------------------------
-
-
-def impatient(rank: int) -> None:
-    """A silence of 3 s in place of 30 is a death, so that the tests are short."""
-    PeerWatch.silent_seconds, PeerWatch.grace_seconds = 3.0, 1.0
-
-
-def patient(rank: int) -> None:
-    """The times as they are."""
-
-
-@pytest.mark.parametrize(
-    ("size", "victim", "how", "setup"),
-    [
-        (2, 1, signal.SIGKILL, impatient),
-        (3, 0, signal.SIGKILL, impatient),
-        (2, 1, signal.SIGSTOP, impatient),  # its machine hangs: no connection is closed
-        (2, 0, signal.SIGSTOP, impatient),
-        pytest.param(2, 1, signal.SIGKILL, patient, marks=pytest.mark.slow),
-    ],
-    ids=["killed", "main-killed", "hangs", "main-hangs", "killed-at-full-patience"],
-)
-def test_when_one_process_dies_the_others_end_and_name_it(
-    size: int, victim: int, how: signal.Signals, setup, command, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    argv = command("run", size, "--epochs", "5000", "--data.batch-size", "1")
-    with Crew(argv, size, tmp_path, setup=setup) as crew:
-        wait_for(lambda: (run / "log.jsonl").exists() and len(losses(run)) > 2)
-        os.kill(crew.processes[victim].pid, how)
-        started = time.monotonic()
-        rest = [rank for rank in range(size) if rank != victim]
-        for rank in rest:
-            crew.processes[rank].join(60)
-        assert time.monotonic() - started < 60
-        assert [crew.processes[rank].exitcode for rank in rest] == [4] * len(rest)
-    for rank in rest:
-        lines = [x for x in crew.text(rank).splitlines() if x.startswith("greenmim: error")]
-        assert len(lines) == 1 and f"process {victim}" in lines[0], crew.text(rank)
-        assert f"process {rank} ends too" in lines[0]
-    assert read_run_checkpoint(RunFolder(run).newest_checkpoint())
-
-
-def no_images(rank: int) -> None:
-    """From some image on, one process can read nothing."""
-    if rank != int(os.environ["VICTIM"]):
-        return
-    from greenmim import data
-
-    calls, real = 0, data.open_rgb
-
-    def open_rgb(path):
-        nonlocal calls
-        calls += 1
-        if calls > 20:
-            raise OSError("Stale file handle")
-        return real(path)
-
-    data.open_rgb = open_rgb
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_error_of_one_process_is_told_as_the_cause(
-    victim: int, command, tmp_path: Path
-) -> None:
-    options = {"setup": no_images, "environment": {"VICTIM": str(victim)}}
-    with Crew(command("run", 2, "--epochs", "50"), 2, tmp_path, **options) as crew:
-        codes = crew.wait(60)
-    own, other = crew.text(victim), crew.text(1 - victim)
-    assert (codes[victim], codes[1 - victim]) == (2, 4), own + other
-    assert "No image can be read" in own and "Stale file handle" in own
-    assert f"process {victim} on " in other and "Stale file handle" in other
-
-
-def test_bad_input_is_told_once(command, tmp_path: Path) -> None:
-    with Crew(command("run", 2, "--data.batch-size", "50"), 2, tmp_path) as crew:
-        assert crew.wait(60) == [2, 2], crew.text() + crew.text(1)
-    assert crew.text().count("greenmim: error") == 1 and "fewer than the" in crew.text()
-    assert crew.text(1) == "" and not (tmp_path / "run").exists()

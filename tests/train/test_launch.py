@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import free_port, run_crew
+from crew import command, free_port, losses, run_crew
 
 from greenmim.cli import main
 from greenmim.recipe import DataConfig, Recipe, UserError
@@ -72,21 +72,10 @@ def test_a_process_without_a_gpu_of_its_own(monkeypatch) -> None:
     assert choose_device(recipe, World(3, 3, 4)) == torch.device("cuda", 0)
 
 
-def command(tiny: Path, photos: Path, work_dir: Path, *more: str) -> list[str]:
-    return [
-        *("pretrain", "--config", str(tiny), "--data.root", str(photos)),
-        *("--work-dir", str(work_dir), *more),
-    ]
-
-
 def environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     common = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return {**os.environ, **common, **more}
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in read_log(folder / "log.jsonl") if r["event"] == "train"}
 
 
 def test_torchrun(tiny: Path, photos: Path, tmp_path: Path) -> None:

@@ -13,34 +13,23 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from crew import command
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from greenmim.checkpoint import load_checkpoint
 from greenmim.cli import main
 from greenmim.config import ModelConfig, model_config
 from greenmim.data import ImageFolder
 from greenmim.estimate import forward_flops, kept_bytes
 from greenmim.images import find_images
 from greenmim.loading import load_model
-from greenmim.masking import block_visible, num_visible_units
 from greenmim.mim import GreenMIM
 from greenmim.pictures import HIDDEN_GREY, Album
 from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.run_log import read_log
-
-
-def command(tiny: Path, photos: Path, work_dir: Path, *more: str) -> list[str]:
-    return [
-        *("pretrain", "--config", str(tiny), "--data.root", str(photos)),
-        *("--work-dir", str(work_dir), *more),
-    ]
-
 
 # ---- TensorBoard, wandb, the bar ----------------------------------------------------------------
 
@@ -302,55 +291,3 @@ def test_export_refuses(output: str, last: str, tmp_path: Path, capsys) -> None:
     argv = ["export", "--checkpoint", last, "--output", str(tmp_path / output)]
     assert main(argv) == 2 and "--output" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-# ---- masks --------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    grid=st.tuples(st.integers(1, 12), st.integers(1, 12)),
-    ratio=st.floats(0, 0.99),
-    batch=st.none() | st.integers(1, 4),
-)
-def test_blocks_hide_as_many_units_as_random_masks(seed, grid, ratio, batch) -> None:
-    units = grid[0] * grid[1]
-    try:
-        count = num_visible_units(units, ratio)
-    except ValueError:
-        with pytest.raises(ValueError, match="hides all"):
-            block_visible(np.random.default_rng(seed), grid, ratio, batch)
-        return
-    visible = block_visible(np.random.default_rng(seed), grid, ratio, batch)
-    assert visible.dtype == bool and visible.shape == (() if batch is None else (batch,)) + (units,)
-    assert (visible.sum(-1) == count).all()
-    again = block_visible(np.random.default_rng(seed), grid, ratio, batch)
-    assert np.array_equal(visible, again)
-
-
-def test_blocks_are_blocks_and_everywhere() -> None:
-    rng = np.random.default_rng(0)
-    masks = block_visible(rng, (14, 14), 0.4, batch=400).reshape(-1, 14, 14)
-    alike = (masks[:, 1:] == masks[:, :-1]).mean()  # neighbours that are both visible or hidden
-    assert alike > 0.85  # 0.52 for single units
-    hidden = 1 - masks.mean(0)
-    # Every unit now and then; the corners, which few blocks cover, least.
-    assert 0.05 < hidden.min() == hidden[[0, 0, -1, -1], [0, -1, 0, -1]].min()
-    assert hidden.max() < 0.7
-
-
-@pytest.mark.parametrize("kind", ["random", "block"])
-@pytest.mark.parametrize("ratio", ["0.2", "0.8"])
-def test_masks_of_every_kind_train(
-    kind: str, ratio: str, tiny: Path, photos: Path, tmp_path: Path
-) -> None:
-    more = ("--mask.kind", kind, "--mask.ratio", ratio, "--epochs", "1")
-    for name, extra in (("batch", ()), ("image", ("--mask-per-image",))):
-        assert main(command(tiny, photos, tmp_path / name, *more, *extra)) == 0
-        state = load_checkpoint(tmp_path / name / "checkpoints" / "last.pth")
-        assert state["recipe"]["mask"] == {
-            "ratio": float(ratio), "kind": kind, "per_image": name == "image",
-        }  # fmt: skip
-        records = read_log(tmp_path / name / "log.jsonl")
-        assert all(r["loss"] > 0 for r in records if r["event"] == "train")
