@@ -3,6 +3,10 @@
 #   make demo    pre-train a small GreenMIM on real photographs on the CPU
 #   make test    run the tests
 #
+# and, on a machine with an NVIDIA GPU,
+#
+#   make gpu-check    run there what only a GPU can tell; results in benchmarks/results
+#
 # Both set up a virtual environment first. Variables:
 #
 #   PYTHON=python3.12   interpreter that makes the environment
@@ -31,7 +35,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench gpu-check lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -57,6 +61,9 @@ test: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks.cpu_attention $(ARGS)
+
+gpu-check: $(READY)
+	$(RUN) -m benchmarks.gpu_check
 
 lint: $(READY)
 	$(RUN) -m pip install --quiet ruff
