@@ -11,11 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .config import UNIT_PIXELS, ModelConfig, model_config
 from .decoder import decoder_blocks, sincos_position_embedding
 from .encoders import SwinEncoder
+from .encoders.swin import take_cells
 from .masking import random_visible
 from .planning import Plan, Planner
 
@@ -27,13 +29,14 @@ class MIMOutput(NamedTuple):
 
     Attributes:
         loss: scalar, mean squared error over hidden units; 0 where nothing is hidden.
-        prediction: [B, L, 3072], pixels of every unit: row, column, channel.
+        prediction: [B, L, 3072], pixels of every unit: row, column, channel; None where only the
+            loss was asked for.
         latent: [B, n_vis, C4], visible units after the encoder's final norm, row-major.
         visible: bool [P, L], True = visible; P = 1 for one mask per batch, or B.
     """
 
     loss: Tensor
-    prediction: Tensor
+    prediction: Tensor | None
     latent: Tensor
     visible: Tensor
 
@@ -95,6 +98,7 @@ class GreenMIM(nn.Module):
         visible: np.ndarray | Tensor | None = None,
         mask_ratio: float = 0.75,
         plan: Plan | None = None,
+        loss_only: bool = False,
     ) -> MIMOutput:
         """Reconstruct images from their visible units.
 
@@ -105,6 +109,7 @@ class GreenMIM(nn.Module):
             mask_ratio: share of hidden units, where `visible` is drawn.
             plan: `self.plan(visible)` made ahead, in place of `visible`; this form compiles with
                 ``fullgraph=True`` and moves to the images' device if it is elsewhere.
+            loss_only: for training: predict hidden units alone, which is all that the loss needs.
 
         Raises:
             ValueError: images or mask of the wrong shape, no visible unit, counts that differ
@@ -119,6 +124,16 @@ class GreenMIM(nn.Module):
             plan = self.plan(visible)
         elif visible is not None:
             raise ValueError("visible and plan say the same twice; give one of them")
+        self._check_plan(plan, images)
+        if plan.memory.device != images.device:
+            plan = plan.to(images.device, non_blocking=True)
+        latent = self.encoder(images, plan)
+        if loss_only:
+            return MIMOutput(self.training_loss(images, latent, plan), None, latent, plan.visible)
+        prediction = self.decode(latent, plan)
+        return MIMOutput(self.loss(images, prediction, plan), prediction, latent, plan.visible)
+
+    def _check_plan(self, plan: Plan, images: Tensor) -> None:
         grid, expected = plan.partitions[0][0].grid_size, self.planner.stages[0][0]
         if grid != expected:
             raise ValueError(
@@ -130,11 +145,6 @@ class GreenMIM(nn.Module):
                 f"the masks are for {len(plan.visible)} images and the batch has {len(images)};"
                 " give one mask for the batch or one per image"
             )
-        if plan.visible.device != images.device:
-            plan = plan.to(images.device, non_blocking=True)
-        latent = self.encoder(images, plan)
-        prediction = self.decode(latent, plan)
-        return MIMOutput(self.loss(images, prediction, plan), prediction, latent, plan.visible)
 
     def decode(self, latent: Tensor, plan: Plan) -> Tensor:
         """latent [B, n_vis, C4] -> prediction [B, L, 3072]. Each latent goes to its own place."""
@@ -144,12 +154,34 @@ class GreenMIM(nn.Module):
         index = plan.unit_index[..., None].expand(batch, -1, width)
         placed = x.new_zeros(batch, units, width).scatter(1, index, x)
         x = torch.where(plan.visible[..., None], placed, self.mask_token.to(x.dtype))
-        x = x + self.decoder_pos_embed
-        for block in self.decoder_blocks:
+        return self._predict(x + self.decoder_pos_embed)
+
+    def training_loss(self, images: Tensor, latent: Tensor, plan: Plan) -> Tensor:
+        """The loss of :meth:`decode`'s prediction, computed for the hidden units alone; a scalar.
+
+        What the decoder does with a token depends on its position embedding, not on its place in
+        the sequence, so hidden units can stand behind the visible ones.
+        """
+        hidden = plan.hidden_index.shape[1]
+        position = self.decoder_pos_embed[0]
+        x = self.decoder_embed(latent) + position[plan.unit_index]
+        masked = (self.mask_token + position[plan.hidden_index]).expand(len(x), -1, -1)
+        prediction = self._predict(torch.cat([x, masked.to(x.dtype)], 1), last=hidden)
+        prediction = prediction.to(torch.promote_types(images.dtype, torch.float32))
+        if prediction.numel() == 0:  # the mean of nothing would be NaN
+            return prediction.sum()
+        return F.mse_loss(prediction, self.target(images, plan.hidden_index))
+
+    def _predict(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Decoder tokens [B, L, width] -> pixels of all, or of the `last` units [B, last, 3072]."""
+        for number, block in enumerate(self.decoder_blocks, 1):
+            kept = last if number == len(self.decoder_blocks) else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, kept, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, kept)
+        if last is not None:  # where there is no block that left out the others
+            x = x[:, x.shape[1] - last :]
         return self.decoder_pred(self.decoder_norm(x))
 
     def loss(self, images: Tensor, prediction: Tensor, plan: Plan) -> Tensor:
@@ -161,9 +193,16 @@ class GreenMIM(nn.Module):
         # Not a division by zero where nothing is hidden or the batch is empty: the sum is 0 then.
         return (error * hidden).sum() / max(count, 1)
 
-    def target(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, L, 3072]; normalised per unit with ``norm_pix_loss``."""
-        target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
+    def target(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """What to predict: images [B, 3, H, W] -> [B, L, 3072].
+
+        Normalised per unit with ``norm_pix_loss``. With an index int64 [P, n], only those units.
+        """
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        if index is None:
+            target = self.patchify(images)
+        else:
+            target = take_cells(_unit_grid(images), index).flatten(2)
         if self.config.norm_pix_loss:
             variance, mean = torch.var_mean(target, -1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
@@ -171,9 +210,7 @@ class GreenMIM(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> [B, L, 3072]: each unit's pixels by row, column, channel."""
-        side = UNIT_PIXELS
-        x = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, h, 32, w, 32]
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return _unit_grid(images).flatten(3).flatten(1, 2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """[B, L, 3072] -> images [B, 3, H, W]; undoes :meth:`patchify`."""
@@ -208,8 +245,12 @@ class GreenMIM(nn.Module):
             )
         height, width = planner.unit_grid
         plan = planner(np.ones(height * width, dtype=bool)).to(images.device, non_blocking=True)
-        maps = zip(self.encoder.stages(images, plan), planner.stages, strict=True)
-        return [x.transpose(1, 2).unflatten(2, grid).contiguous() for x, (grid, _, _) in maps]
+        maps = []
+        for x, (grid, _, _) in zip(self.encoder.stages(images, plan), planner.stages, strict=True):
+            positions = planner.positions(np.ones((1, height * width), bool), grid[0] // height)
+            row_major = torch.from_numpy(positions[0].argsort()).to(x.device, non_blocking=True)
+            maps.append(x[:, row_major].transpose(1, 2).unflatten(2, grid).contiguous())
+        return maps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training computes activations again in the backward pass: less memory, slower."""
@@ -236,6 +277,13 @@ class GreenMIM(nn.Module):
             )
         if not images.dtype.is_floating_point:
             raise ValueError(f"images must be floating point, got {images.dtype}")
+
+
+def _unit_grid(images: Tensor) -> Tensor:
+    """images [B, 3, H, W] -> a view [B, h, w, 32, 32, 3] of their units."""
+    side = UNIT_PIXELS
+    x = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, h, 32, w, 32]
+    return x.permute(0, 2, 4, 3, 5, 1)
 
 
 def create_model(name: str, **overrides) -> GreenMIM:

@@ -1,13 +1,21 @@
 """What a step needs to know about its masks, worked out on the CPU ahead of the step.
 
 The shapes of a plan depend on the configuration and the number of visible units alone, never on
-which units are visible: a step given its plan does not wait for the host, and compiles once.
+which units are visible: a step given its plan does not wait for the host, and compiles once. A plan
+is one piece of memory, so that it reaches a device, or the fixed inputs of a CUDA graph, in one
+copy.
+
+Inside the encoder the visible tokens stand unit by unit, the units row-major, and within a unit so
+that the four children of a token of the next stage stand together, in Swin's order (0,0), (1,0),
+(0,1), (1,1). Patch merging is then a change of shape and moves nothing. At stage 4, where a token
+is a unit, that order is row-major.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
+import functools
+import math
 
 import numpy as np
 import torch
@@ -17,46 +25,107 @@ from greenmim_kernels import GroupPartition, group_partition, partition_capacity
 
 from .config import UNIT_PIXELS, ModelConfig, check_image_size
 
+_ALIGNMENT = 64  # bytes; kernels read 16 at a time
+_CHILDREN = ((0, 0), (1, 0), (0, 1), (1, 1))
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a plan's memory."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The tensor, a view."""
+        return memory[self.start : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where everything of a plan lies; names as in :class:`Plan`. The tensors of its partitions
+    are places."""
+
+    visible: Place
+    unit_index: Place
+    hidden_index: Place
+    patch_index: Place
+    partitions: tuple[tuple[GroupPartition, GroupPartition], ...]
+
+
 class Plan:
     """The visible tokens of a batch at every stage. P = 1 (one mask for the batch) or B.
+
+    Args:
+        memory: uint8 [bytes], the values; all tensors are views of it.
+        layout: where they lie in it.
 
     Attributes:
         visible: bool [P, L], True = visible.
         unit_index: int64 [P, n_vis], the visible units in row-major order.
-        patch_index: int64 [P, N1], the visible patches in the flattened patch grid.
+        hidden_index: int64 [P, L - n_vis], the hidden units in row-major order.
+        patch_index: int64 [P, N1], the visible patches in the flattened patch grid, in the order of
+            the encoder.
         partitions: for each stage, those of its even blocks and of its odd (shifted) blocks; one
-            object twice where nothing is shifted.
-        merges: for each step to the next stage, the 2 x 2 cells as groups (`merge_partition`).
+            object twice where nothing is shifted. They number tokens in the order of the encoder.
     """
 
-    visible: Tensor
-    unit_index: Tensor
-    patch_index: Tensor
-    partitions: tuple[tuple[GroupPartition, GroupPartition], ...]
-    merges: tuple[GroupPartition, ...]
+    def __init__(self, memory: Tensor, layout: Layout) -> None:
+        self.memory, self.layout = memory, layout
+        self.visible = layout.visible.of(memory)
+        self.unit_index = layout.unit_index.of(memory)
+        self.hidden_index = layout.hidden_index.of(memory)
+        self.patch_index = layout.patch_index.of(memory)
+        self.partitions = _map_partitions(layout.partitions, lambda place: place.of(memory))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
-        """A copy of the plan on a device."""
-        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+        """The same plan on a device."""
+        return Plan(self.memory.to(device, non_blocking=non_blocking), self.layout)
 
     def pin_memory(self) -> Plan:
-        """A copy of the plan in pinned memory, from where it can be copied asynchronously."""
-        return self._map(lambda part: part.pin_memory())
+        """The same plan in pinned memory, from where it can be copied asynchronously."""
+        return Plan(self.memory.pin_memory(), self.layout)
 
-    def _map(self, move) -> Plan:
-        partitions = []
-        for even, odd in self.partitions:
-            moved = move(even)
-            partitions.append((moved, moved if odd is even else move(odd)))
-        return Plan(
-            visible=move(self.visible),
-            unit_index=move(self.unit_index),
-            patch_index=move(self.patch_index),
-            partitions=tuple(partitions),
-            merges=tuple(move(part) for part in self.merges),
-        )
+    def __reduce__(self):
+        # Loader processes send one tensor, not one for each view.
+        return Plan, (self.memory, self.layout)
+
+
+def _map_partitions(partitions, change):
+    """Pairs of partitions with each of their tensors (or places) changed."""
+
+    def changed(part: GroupPartition) -> GroupPartition:
+        names = ("token_index", "window_id", "coords")
+        return dataclasses.replace(part, **{name: change(getattr(part, name)) for name in names})
+
+    pairs = []
+    for even, odd in partitions:
+        first = changed(even)
+        pairs.append((first, first if odd is even else changed(odd)))
+    return tuple(pairs)
+
+
+def _packed(tensors: dict[str, Tensor], partitions) -> Plan:
+    """A plan of these values."""
+    sources: list[tuple[Place, Tensor]] = []
+
+    def place(tensor: Tensor) -> Place:
+        end = sources[-1][0].end if sources else 0
+        start = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
+        sources.append((Place(start, tensor.dtype, tuple(tensor.shape)), tensor))
+        return sources[-1][0]
+
+    places = {name: place(tensor) for name, tensor in tensors.items()}
+    layout = Layout(**places, partitions=_map_partitions(partitions, place))
+    memory = torch.zeros(sources[-1][0].end, dtype=torch.uint8)
+    for target, tensor in sources:
+        target.of(memory).copy_(tensor)
+    return Plan(memory, layout)
 
 
 class Planner:
@@ -88,21 +157,41 @@ class Planner:
         """
         units = self._check(visible)
         blocks = units.reshape(-1, *self.unit_grid)
-        scales = [grid[0] // self.unit_grid[0] for grid, _, _ in self.stages]
-        grids = [blocks.repeat(scale, 1).repeat(scale, 2) for scale in scales]  # [P, H, W] each
         partitions = []
-        for tokens, (_, window, shift) in zip(grids, self.stages, strict=True):
-            count = int(tokens[0].sum())
-            even = self._partition(tokens, window, (0, 0), count)
-            odd = self._partition(tokens, window, shift, count) if any(shift) else even
+        for grid, window, shift in self.stages:
+            scale = grid[0] // self.unit_grid[0]
+            tokens = blocks.repeat(scale, 1).repeat(scale, 2)  # [P, H, W]
+            # Where the tokens of the row-major order stand in the encoder's; the number after the
+            # last is for the -1 of padding.
+            numbers = np.full((len(units), tokens[0].sum() + 1), -1, dtype=np.int32)
+            numbers[:, :-1] = self.positions(units, scale).argsort(1)
+            even = self._partition(tokens, window, (0, 0), numbers)
+            odd = self._partition(tokens, window, shift, numbers) if any(shift) else even
             partitions.append((even, odd))
-        return Plan(
-            visible=torch.from_numpy(units),
-            unit_index=_positions(units),
-            patch_index=_positions(grids[0]),
-            partitions=tuple(partitions),
-            merges=tuple(merge_partition(fine, coarse) for fine, coarse in pairwise(grids)),
-        )
+        tensors = {
+            "visible": units,
+            "unit_index": _indices(units),
+            "hidden_index": _indices(~units),
+            "patch_index": self.positions(units, self.stages[0][0][0] // self.unit_grid[0]),
+        }
+        tensors = {name: torch.from_numpy(values) for name, values in tensors.items()}
+        return _packed(tensors, partitions)
+
+    def positions(self, units: np.ndarray, scale: int) -> np.ndarray:
+        """Places of a stage's tokens in its flattened grid, in the order of the encoder.
+
+        Args:
+            units: bool [P, L], visible units, equally many in each row.
+            scale: tokens along a side of a unit, a power of two.
+
+        Returns:
+            int64 [P, N].
+        """
+        row, column = _order_in_unit(scale)
+        width = self.unit_grid[1]
+        unit_row, unit_column = np.divmod(_indices(units)[..., None], width)  # [P, n_vis, 1]
+        place = (unit_row * scale + row) * (width * scale) + unit_column * scale + column
+        return place.reshape(len(units), -1)
 
     def _check(self, visible: np.ndarray | Tensor) -> np.ndarray:
         """bool [P, L], a copy of its own."""
@@ -129,42 +218,31 @@ class Planner:
 
     @staticmethod
     def _partition(
-        tokens: np.ndarray, window: tuple[int, int], shift: tuple[int, int], count: int
+        tokens: np.ndarray, window: tuple[int, int], shift: tuple[int, int], numbers: np.ndarray
     ) -> GroupPartition:
-        capacity = partition_capacity(tokens.shape[1:], window, shift, count)
+        """The partition of a grid whose r-th token, row-major, is called numbers[:, r]."""
+        capacity = partition_capacity(tokens.shape[1:], window, shift, numbers.shape[1] - 1)
         # A grid for the whole batch has no batch axis in the partition's contract.
-        grid = tokens[0] if len(tokens) == 1 else tokens
-        return group_partition(grid, window, shift, capacity=capacity)
+        part = group_partition(
+            tokens[0] if len(tokens) == 1 else tokens, window, shift, capacity=capacity
+        )
+        rows = np.arange(len(numbers))[:, None, None]
+        index = numbers[rows, part.token_index.numpy()]
+        return dataclasses.replace(part, token_index=torch.from_numpy(index))
 
 
-def _positions(grid: np.ndarray) -> Tensor:
-    """bool [P, ...] with equal counts -> int64 [P, count], positions in the flattened rest."""
-    flat = grid.reshape(len(grid), -1)
-    return torch.from_numpy(flat.nonzero()[1].reshape(len(grid), -1))
+def _indices(units: np.ndarray) -> np.ndarray:
+    """bool [P, L] with as many True in each row -> int64 [P, count], where they are."""
+    return units.nonzero()[1].reshape(len(units), -1)
 
 
-def merge_partition(fine: np.ndarray, coarse: np.ndarray) -> GroupPartition:
-    """Patch merging as a gather: the four tokens of every visible 2 x 2 cell are a group.
-
-    Args:
-        fine: bool [P, 2H, 2W], visible tokens of a stage.
-        coarse: bool [P, H, W], visible tokens of the next; a visible one has four visible children.
-
-    Returns:
-        A partition with a group for each visible token of `coarse`, in row-major order, and its
-        children in Swin's order (0,0), (1,0), (0,1), (1,1) - not row-major, as windows are.
-    """
-    rank = fine.reshape(len(fine), -1).cumsum(1, dtype=np.int32).reshape(fine.shape) - 1
-    places = ((0, 0), (1, 0), (0, 1), (1, 1))
-    children = np.stack([rank[:, h::2, w::2] for h, w in places], -1)  # [P, H, W, 4]
-    cell = coarse.reshape(len(coarse), -1).nonzero()[1].reshape(len(coarse), -1, 1)
-    row_column = np.stack(np.divmod(cell, coarse.shape[2]), -1)  # [P, M, 1, 2]
-    return GroupPartition(
-        token_index=torch.from_numpy(children[coarse].reshape(len(fine), -1, 4)),
-        window_id=torch.from_numpy(cell.repeat(4, 2).astype(np.int32)),
-        coords=torch.from_numpy((2 * row_column + places).astype(np.int32)),
-        num_tokens=4 * cell.shape[1],
-        window_size=(2, 2),
-        shift_size=(0, 0),
-        grid_size=fine.shape[1:],
-    )
+@functools.cache
+def _order_in_unit(scale: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) in a unit of scale x scale tokens, the children of a token together."""
+    row = column = np.zeros(1, dtype=np.int64)
+    while scale > 1:
+        rows, columns = np.transpose(_CHILDREN)
+        row = (2 * row[:, None] + rows).reshape(-1)
+        column = (2 * column[:, None] + columns).reshape(-1)
+        scale //= 2
+    return row, column

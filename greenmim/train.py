@@ -182,7 +182,7 @@ class Trainer:
             torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, run.sampler.micro(part)))
             with gradients_kept_back(run.forward, part + 1 < parts):
                 with run.autocast():
-                    loss = run.forward(batch.images, plan=batch.plan).loss
+                    loss = run.forward(batch.images, plan=batch.plan, loss_only=True).loss
                 scaler.scale(loss / parts).backward()
             losses.append(loss.detach())
         scaler.unscale_(optimizer)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from greenmim_kernels import GroupPartition, group_gather, group_window_attention
+from greenmim_kernels import GroupPartition, group_window_attention
 
 from ..config import PATCH_PIXELS, ModelConfig
 from ..planning import Plan
@@ -88,12 +88,12 @@ class SwinEncoder(SwinTransformer):
         return self.norm(self.stages(images, plan)[-1])
 
     def stages(self, images: Tensor, plan: Plan) -> list[Tensor]:
-        """images [B, 3, H, W] -> for each stage, its visible tokens [B, N, C], row-major."""
+        """images [B, 3, H, W] -> for each stage, its visible tokens [B, N, C] in a plan's order."""
         x = self._embed(images, plan.patch_index)
         outputs = []
         for index, (stage, partitions) in enumerate(zip(self.layers, plan.partitions, strict=True)):
             if index > 0:
-                x = merge_patches(stage.downsample, x, plan.merges[index - 1])
+                x = merge_patches(stage.downsample, x)
             for number, block in enumerate(stage.blocks):
                 x = block(x, partitions[number % 2])
             outputs.append(x)
@@ -105,15 +105,25 @@ class SwinEncoder(SwinTransformer):
         side = PATCH_PIXELS
         patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, H/4, W/4, 3, 4, 4], a view
-        rows, columns = patch_index // patches.shape[2], patch_index % patches.shape[2]
-        if len(patch_index) == 1:
-            pixels = patches[:, rows[0], columns[0]]
-        else:
-            image = torch.arange(len(patches), device=images.device)[:, None]
-            pixels = patches[image, rows, columns]
-        return self.patch_embed.norm(F.linear(pixels.flatten(2), conv.weight.flatten(1), conv.bias))
+        pixels = take_cells(patches, patch_index).flatten(2)
+        return self.patch_embed.norm(F.linear(pixels, conv.weight.flatten(1), conv.bias))
 
 
-def merge_patches(merge: nn.Module, x: Tensor, cells: GroupPartition) -> Tensor:
-    """timm's PatchMerging on visible tokens: x [B, N, C] -> [B, N / 4, 2C]."""
-    return merge.reduction(merge.norm(group_gather(x, cells).flatten(2)))
+def take_cells(grid: Tensor, index: Tensor) -> Tensor:
+    """Some cells of a grid [B, H, W, ...] -> [B, N, ...], without a copy of the others.
+
+    Args:
+        index: int64 [P, N], places in the flattened grid; P = 1 for all images alike, or B.
+    """
+    rows, columns = index // grid.shape[2], index % grid.shape[2]
+    if len(index) == 1:
+        return grid[:, rows[0], columns[0]]
+    return grid[torch.arange(len(grid), device=grid.device)[:, None], rows, columns]
+
+
+def merge_patches(merge: nn.Module, x: Tensor) -> Tensor:
+    """timm's PatchMerging on visible tokens [B, N, C] -> [B, N / 4, 2C].
+
+    The four tokens of a cell stand together in the order in which Swin concatenates them.
+    """
+    return merge.reduction(merge.norm(x.unflatten(1, (-1, 4)).flatten(2)))

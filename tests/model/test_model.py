@@ -95,6 +95,43 @@ def test_shapes_and_default_mask():
     assert int(first.visible.sum()) == 3
 
 
+@pytest.mark.parametrize("norm_pix", [False, True])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_the_loss_alone_is_the_same_loss(depth, norm_pix, per_image):
+    """Only the hidden units pass the decoder's end; loss and gradients do not change."""
+    model = small(image_size=(96, 64), decoder_depth=depth, norm_pix_loss=norm_pix)
+    images = images_for(model)
+    visible = some_visible(model, 2 if per_image else None)
+    whole, alone = (model(images, visible=visible, loss_only=only) for only in (False, True))
+    assert alone.prediction is None and torch.equal(alone.latent, whole.latent)
+    torch.testing.assert_close(alone.loss, whole.loss, rtol=1e-12, atol=0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = torch.autograd.grad(whole.loss, trained.values())
+    actual = torch.autograd.grad(alone.loss, trained.values())
+    for name, ours, theirs in zip(trained, actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_the_loss_alone_where_nothing_is_hidden():
+    model = small()
+    out = model(images_for(model), visible=np.ones(4, dtype=bool), loss_only=True)
+    assert out.loss.item() == 0
+    out.loss.backward()
+    assert model.encoder.patch_embed.proj.weight.grad.abs().max() == 0
+
+
+def test_the_loss_alone_runs_the_decoder_for_hidden_units_only():
+    model = small()
+    images, plan = images_for(model), model.plan(np.array([True, False, False, False]))
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model(images, plan=plan, loss_only=True)
+    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    width, batch = 32, 2
+    assert flops["GreenMIM.decoder_pred"] == 2 * batch * 3 * width * 3072
+    assert flops["GreenMIM.decoder_blocks.0.mlp"] == 2 * 2 * batch * 3 * width * 4 * width
+
+
 def test_loss_by_hand():
     for norm_pix in (False, True):
         model = small(norm_pix_loss=norm_pix)
