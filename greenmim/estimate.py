@@ -77,7 +77,7 @@ def forward_flops(model: GreenMIM, plan: Plan) -> int:
     operators[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     image = torch.zeros(1, 3, *model.config.image_hw)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=operators) as counter:
-        model(image, plan=plan)
+        model(image, plan=plan, loss_only=True)
     return counter.get_total_flops()
 
 
@@ -127,7 +127,7 @@ def kept_bytes(model: GreenMIM, plan: Plan, precision: torch.dtype, images: int)
         torch.autocast("cpu", torch.bfloat16, enabled=enabled),
         _by_block(model, kept),
     ):
-        model(batch, plan=plan)
+        model(batch, plan=plan, loss_only=True)
     return kept
 
 

@@ -177,7 +177,7 @@ class GreenMIM(nn.Module):
         for number, block in enumerate(self.decoder_blocks, 1):
             kept = last if number == len(self.decoder_blocks) else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, kept, use_reentrant=False)
+                x = checkpoint(block, x, kept, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, kept)
         if last is not None:  # where there is no block that left out the others

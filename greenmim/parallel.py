@@ -6,6 +6,7 @@ import contextlib
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,12 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
     slices (DTensors) afterwards, so an optimiser has to be made after this.
     """
     model.set_grad_checkpointing(recipe.activation_checkpointing)
-    if alone:
+    if not alone and recipe.cuda_graph:
+        # Gradients are summed after the recorded passes (see `passes`); here as in DDP's
+        # constructor, all start from the weights of the first process.
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+    if alone or recipe.cuda_graph:
         return torch.compile(model, fullgraph=True) if recipe.compile else model
     if recipe.strategy == "fsdp":
         # The prediction is a view, of which it warns in case somebody changes it in place.

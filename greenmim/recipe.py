@@ -162,6 +162,8 @@ class Recipe:
         activation_checkpointing: Compute activations again in the backward pass: less memory, more
             time.
         compile: Compile the training step's model with torch.compile.
+        cuda_graph: Record the passes of a step as a CUDA graph and replay it; takes the host's
+            launches out of the step. Not with fsdp.
         backend: Kernels: auto, or one of those that `greenmim doctor` lists.
         threads: CPU threads of the training process; null leaves the choice to PyTorch.
         max_skipped: Stop after this many updates in a row with a loss or gradient that is not
@@ -183,6 +185,7 @@ class Recipe:
     strategy: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     backend: Literal["auto", "reference", "cpp", "cuda", "triton"] = "auto"
     threads: int | None = None
     max_skipped: int = 20
@@ -270,6 +273,16 @@ def _check(recipe: Recipe) -> None:
     }
     for name, value in counts.items():
         need(value is None or value >= 1, name, value, "at least 1")
+    if recipe.cuda_graph and recipe.strategy == "fsdp":
+        raise UserError(
+            "--cuda-graph does not go with --strategy fsdp, which moves weights between processes"
+            " within a step; take --strategy ddp, or --compile alone."
+        )
+    if recipe.cuda_graph and recipe.activation_checkpointing and recipe.model.drop_path > 0:
+        raise UserError(
+            "--cuda-graph with --activation-checkpointing cannot repeat stochastic depth; set"
+            " --model.drop-path 0 or leave one of them out."
+        )
     need(recipe.log.wandb != "", "log.wandb", recipe.log.wandb, "the name of a project")
     need(recipe.data.workers >= 0, "data.workers", recipe.data.workers, "0 or more")
     need(recipe.seed >= 0, "seed", recipe.seed, "0 or more")

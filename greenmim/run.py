@@ -19,6 +19,7 @@ from greenmim.images import find_images
 from greenmim.masking import num_visible_units
 from greenmim.mim import GreenMIM
 from greenmim.parallel import distribute, whole_weights
+from greenmim.passes import GraphedPasses, Passes
 from greenmim.planning import Planner
 from greenmim.recipe import Recipe, UserError
 from greenmim.resume import changes, check_same_model, find_checkpoint, place_of, restore_moments
@@ -67,6 +68,14 @@ class Run:
     @property
     def total_steps(self) -> int:
         return self.recipe.epochs * self.steps_per_epoch
+
+    def passes(self) -> Passes:
+        """The forward and backward passes of an update."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        arguments = (self.forward, trained, self.autocast, self.scaler)
+        if self.recipe.cuda_graph:
+            return GraphedPasses(self.processes, *arguments, self.recipe.optim.accumulate)
+        return Passes(*arguments, self.recipe.optim.accumulate)
 
     def autocast(self) -> torch.autocast:
         """The recipe's precision for a forward pass."""
@@ -266,6 +275,8 @@ def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
         raise UserError("--precision fp16 needs CUDA; on the CPU take fp32 or bf16.")
     if name == "fp16" and recipe.strategy == "fsdp":
         raise UserError("--precision fp16 does not go with --strategy fsdp; take bf16.")
+    if recipe.cuda_graph and device.type == "cpu":
+        raise UserError("--cuda-graph needs a CUDA GPU; leave it out on the CPU.")
     return PRECISIONS[name]
 
 

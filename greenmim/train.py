@@ -26,7 +26,6 @@ import greenmim
 from greenmim.data import Feed
 from greenmim.distributed import Processes
 from greenmim.guards import EXIT_DIVERGED, StopSignal, exit_code_of
-from greenmim.parallel import clip_gradients, gradients_kept_back
 from greenmim.pictures import Album
 from greenmim.recipe import Recipe
 from greenmim.reports import LAG, Report, Reports
@@ -116,7 +115,7 @@ class Trainer:
     def __init__(self, run: Run, log: RunLog, stop: StopSignal) -> None:
         self.run, self.log, self.stop = run, log, stop
         self.feed = Feed(run.loader)
-        self.parameters = [p for p in run.model.parameters() if p.requires_grad]
+        self.passes = run.passes()
         self.reports = Reports(
             run.processes,
             run.device,
@@ -175,18 +174,12 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = []
-        parts = recipe.optim.accumulate
-        for part in range(parts):
+        for part in range(recipe.optim.accumulate):
             batch = self.feed.next(run.device)
             # For stochastic depth, the one thing that a forward pass draws.
             torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, run.sampler.micro(part)))
-            with gradients_kept_back(run.forward, part + 1 < parts):
-                with run.autocast():
-                    loss = run.forward(batch.images, plan=batch.plan, loss_only=True).loss
-                scaler.scale(loss / parts).backward()
-            losses.append(loss.detach())
-        scaler.unscale_(optimizer)
-        norm = clip_gradients(self.parameters, recipe.optim.clip or float("inf"))
+            losses.append(self.passes.run(batch.images, batch.plan, part))
+        norm = self.passes.finish(optimizer, recipe.optim.clip or float("inf"))
         bad = self.reports.send(
             step,
             losses,
@@ -204,7 +197,7 @@ class Trainer:
             optimizer.found_inf = bad.float()  # the fused AdamW leaves all as it is where this is 1
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self.passes.clear(optimizer)
 
     def take_note(self, up_to: int) -> None:
         """Read the reports of the updates up to one, and log what they say."""

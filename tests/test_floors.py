@@ -46,7 +46,7 @@ FLOORS = [
         "greenmim.training_state",
     ],
     ["greenmim.data", "greenmim.distributed"],
-    ["greenmim.run_folder", "greenmim.pictures", "greenmim.reports"],
+    ["greenmim.run_folder", "greenmim.pictures", "greenmim.reports", "greenmim.passes"],
     ["greenmim.trackers", "greenmim.resume", "greenmim.loading", "greenmim.estimate"],
     ["greenmim.run", "greenmim.run_log"],
     [

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,7 +34,10 @@ class VisibleBlock(SwinTransformerBlock):
     def forward(self, x: Tensor, part: GroupPartition) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
         if self.grad_checkpointing and self.training:
-            return checkpoint(self._run, x, part, use_reentrant=False)
+            # The only thing random is stochastic depth; without it no generator's state need be
+            # kept, which a CUDA graph could not repeat.
+            random = isinstance(self.drop_path1, DropPath)
+            return checkpoint(self._run, x, part, use_reentrant=False, preserve_rng_state=random)
         return self._run(x, part)
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:

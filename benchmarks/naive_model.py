@@ -1,0 +1,184 @@
+"""The pre-training step that everybody has: grouped masked attention in eager PyTorch.
+
+What the published method describes (Huang et al., NeurIPS 2022, section 3 and appendix), written
+with ordinary tensor operations: a dense patch embedding of which the visible tokens are kept,
+windows packed into groups of the size of the fullest one, gathers, dense masks and biases, the
+whole decoder. The parameters are those of a :class:`greenmim.GreenMIM`, and so is the loss, which
+the tests compare. Frozen: a peer that is tuned along with what it is compared to is no peer.
+
+Planning a mask (grouping by knapsack, on the host, from counts that the device has to be asked
+for) can be left out of a step by planning ahead; the published code does it in every step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from greenmim import GreenMIM
+from greenmim_kernels import GroupPartition
+
+from .naive import NaiveGroupAttention
+
+SIDE = 32  # pixels of a unit
+
+
+class NaivePlan(NamedTuple):
+    """What a mask means for a step.
+
+    Attributes:
+        visible: bool [L].
+        patches: int64 [N1], visible patches in the flattened grid.
+        attentions: for each stage, those of even and of odd blocks, with their partitions.
+        children: for each step to the next stage, int64 [4, N], positions of a cell's tokens.
+        order: int64 [L], where each unit stands among visible ones and mask tokens.
+    """
+
+    visible: Tensor
+    patches: Tensor
+    attentions: list[list[tuple[NaiveGroupAttention, GroupPartition]]]
+    children: list[Tensor]
+    order: Tensor
+
+
+class NaiveGreenMIM(nn.Module):
+    """The published step with the parameters of `model`."""
+
+    def __init__(self, model: GreenMIM) -> None:
+        super().__init__()
+        self.model = model
+
+    def plan(self, visible: Tensor) -> NaivePlan:
+        """Plan a mask, bool [L] on the device of the step; asks the device for its counts."""
+        config, device = self.model.config, visible.device
+        units = visible.view(config.unit_grid)
+        coords, attentions = [], []
+        for grid, window, shift in config.stage_windows():
+            scale = grid[0] // units.shape[0]
+            tokens = units.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+            coords.append(tokens.nonzero())  # [N, 2]
+            pair = [_attention(coords[-1], grid, window, (0, 0))]
+            pair.append(_attention(coords[-1], grid, window, shift) if any(shift) else pair[0])
+            attentions.append(pair)
+        children = []
+        for (grid, _, _), fine, coarse in zip(
+            config.stage_windows(), coords, coords[1:], strict=False
+        ):
+            places = torch.empty(grid, dtype=torch.long, device=device)
+            places[fine[:, 0], fine[:, 1]] = torch.arange(len(fine), device=device)
+            offsets = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]], device=device)
+            row, column = (2 * coarse + offsets[:, None]).unbind(-1)  # [4, N]
+            children.append(places[row, column])
+        width = config.stage_windows()[0][0][1]
+        shuffled = torch.cat([visible.nonzero(), (~visible).nonzero()])[:, 0]
+        return NaivePlan(
+            visible=visible,
+            patches=coords[0][:, 0] * width + coords[0][:, 1],
+            attentions=attentions,
+            children=children,
+            order=shuffled.argsort(),
+        )
+
+    def forward(self, images: Tensor, plan: NaivePlan) -> Tensor:
+        """images [B, 3, H, W] -> the loss, a scalar."""
+        latent = self._encode(images, plan)
+        return self._loss(images, self._decode(latent, plan), plan)
+
+    def _encode(self, images: Tensor, plan: NaivePlan) -> Tensor:
+        encoder = self.model.encoder
+        x = encoder.patch_embed(images).flatten(1, 2)[:, plan.patches]
+        for number, stage in enumerate(encoder.layers):
+            if number > 0:
+                cells = torch.cat([x[:, index] for index in plan.children[number - 1]], -1)
+                x = stage.downsample.reduction(stage.downsample.norm(cells))
+            for index, block in enumerate(stage.blocks):
+                attention, part = plan.attentions[number][index % 2]
+                table, heads = block.attn.relative_position_bias_table, block.attn.num_heads
+                qkv = block.attn.qkv(block.norm1(x))
+                x = x + block.attn.proj(attention(qkv, table, part, heads))
+                x = x + block.mlp(block.norm2(x))
+        return encoder.norm(x)
+
+    def _decode(self, latent: Tensor, plan: NaivePlan) -> Tensor:
+        model = self.model
+        x = model.decoder_embed(latent)
+        hidden = len(plan.visible) - x.shape[1]
+        mask_tokens = model.mask_token.expand(len(x), hidden, -1)
+        x = torch.cat([x, mask_tokens.to(x.dtype)], 1)[:, plan.order] + model.decoder_pos_embed
+        for block in model.decoder_blocks:
+            x = block(x)
+        return model.decoder_pred(model.decoder_norm(x))
+
+    def _loss(self, images: Tensor, prediction: Tensor, plan: NaivePlan) -> Tensor:
+        batch, _, height, width = images.shape
+        target = images.reshape(batch, 3, height // SIDE, SIDE, width // SIDE, SIDE)
+        target = torch.einsum("bchpwq->bhwpqc", target).reshape(batch, -1, SIDE * SIDE * 3)
+        if self.model.config.norm_pix_loss:
+            mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6) ** 0.5
+        error = ((prediction - target) ** 2).mean(-1)  # [B, L]
+        hidden = (~plan.visible).to(error.dtype)
+        return (error * hidden).sum() / (hidden.sum() * batch)
+
+
+def _attention(
+    coords: Tensor, grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> tuple[NaiveGroupAttention, GroupPartition]:
+    """Windows of the visible tokens at coords [N, 2], packed as published."""
+    first = torch.tensor([(m - s) % m for m, s in zip(window, shift, strict=True)])
+    size = torch.tensor(window)
+    cell = (coords + first.to(coords.device)) // size.to(coords.device)
+    columns = -(-(grid[1] + window[1]) // window[1])
+    window_id = cell[:, 0] * columns + cell[:, 1]
+    if len(coords) <= 2 * window[0] * window[1]:
+        groups = [torch.arange(len(coords), device=coords.device)]  # one group and a mask
+        slots = len(coords)
+    else:
+        ids, counts = window_id.unique(return_counts=True)
+        counts = counts.tolist()  # the host waits here
+        slots = max(counts)
+        groups = [
+            torch.isin(window_id, ids[packed]).nonzero()[:, 0]
+            for packed in knapsacks(counts, slots)
+        ]
+    index = torch.full((1, len(groups), slots), -1, dtype=torch.int32, device=coords.device)
+    for number, group in enumerate(groups):
+        index[0, number, : len(group)] = group
+    taken, used = index.clamp(min=0).long(), index >= 0
+    part = GroupPartition(
+        token_index=index,
+        window_id=torch.where(used, window_id[taken], -1).int(),
+        coords=(coords[taken] * used[..., None]).int(),
+        num_tokens=len(coords),
+        window_size=window,
+        shift_size=shift,
+        grid_size=grid,
+    )
+    return NaiveGroupAttention(part), part
+
+
+def knapsacks(counts: list[int], slots: int) -> list[list[int]]:
+    """Pack windows of so many tokens: again and again the fullest group that can be made.
+
+    Each group is a subset-sum problem, solved by dynamic programming over the sums within reach.
+    """
+    left = list(range(len(counts)))
+    groups = []
+    while left:
+        # reached[j][s]: the first j windows have a subset of s tokens.
+        reached = np.zeros((len(left) + 1, slots + 1), dtype=bool)
+        reached[0, 0] = True
+        for j, window in enumerate(left):
+            reached[j + 1] = reached[j]
+            reached[j + 1, counts[window] :] |= reached[j, : slots + 1 - counts[window]]
+        total, packed = int(reached[-1].nonzero()[0][-1]), []
+        for j in range(len(left), 0, -1):
+            if not reached[j - 1, total]:
+                packed.append(left[j - 1])
+                total -= counts[left[j - 1]]
+        groups.append(sorted(packed))
+        left = [window for window in left if window not in packed]
+    return groups

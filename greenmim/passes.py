@@ -1,0 +1,139 @@
+"""Forward and backward passes of an update: launched one by one, or replayed as a CUDA graph.
+
+A graph takes thousands of launches off the host. What it needs is here by design: fixed shapes, no
+wait for the host, and inputs in two pieces of memory, the images and the plan. The optimiser's step
+stays outside: it is a few launches, and the gradient scaler and skipped updates keep working as
+they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from greenmim.distributed import Processes
+from greenmim.parallel import clip_gradients, gradients_kept_back
+from greenmim.planning import Plan
+
+# Passes before the one that is recorded: compilation, choice of algorithms, first use of libraries.
+WARM_UP = 3
+
+
+class Passes:
+    """The passes of one process.
+
+    Args:
+        forward: The model, or what to call in its place (see `parallel.distribute`).
+        parameters: Those that are trained.
+        autocast: Makes the context of a forward pass.
+        scaler: Scales the loss; may be disabled.
+        parts: Micro-batches of an update.
+    """
+
+    def __init__(
+        self,
+        forward: nn.Module,
+        parameters: list[nn.Parameter],
+        autocast: Callable[[], contextlib.AbstractContextManager],
+        scaler: torch.amp.GradScaler,
+        parts: int,
+    ) -> None:
+        self.forward, self.parameters, self.autocast = forward, parameters, autocast
+        self.scaler, self.parts = scaler, parts
+
+    def run(self, images: Tensor, plan: Plan, part: int) -> Tensor:
+        """Add the gradient of a micro-batch; its loss, a scalar on the device.
+
+        Args:
+            images: float [B, 3, H, W] on the device.
+            plan: Of its masks, on the device.
+            part: The number of the micro-batch in the update.
+        """
+        with gradients_kept_back(self.forward, part + 1 < self.parts):
+            return self._pass(images, plan)
+
+    def finish(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        """Make the sum of an update ready for the optimiser: unscaled, clipped.
+
+        Returns:
+            The gradient's norm before clipping, a scalar on the device.
+        """
+        self.scaler.unscale_(optimizer)
+        return clip_gradients(self.parameters, limit)
+
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradient."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def _pass(self, images: Tensor, plan: Plan) -> Tensor:
+        with self.autocast():
+            loss = self.forward(images, plan=plan, loss_only=True).loss
+        self.scaler.scale(loss / self.parts).backward()
+        return loss.detach()
+
+
+class GraphedPasses(Passes):
+    """Passes recorded once, at the first micro-batch, and replayed.
+
+    Gradients lie in one piece of memory, which is summed over the processes between the passes and
+    the optimiser's step, all at once.
+
+    Args:
+        processes: The processes of the run, each with the same weights.
+        others: As for `Passes`; `forward` is the model or the compiled model, without DDP.
+    """
+
+    def __init__(self, processes: Processes, *others) -> None:
+        super().__init__(*others)
+        self.processes = processes
+        self.gradient = flat_gradients(self.parameters)
+        self._replay: Callable[[], None] | None = None
+
+    def run(self, images: Tensor, plan: Plan, part: int) -> Tensor:
+        if self._replay is None:
+            self._images, self._plan = images.clone(), Plan(plan.memory.clone(), plan.layout)
+            self._replay = record(self._recorded_pass)
+            self.gradient.zero_()  # of what the warm-up left
+        self._images.copy_(images)
+        self._plan.memory.copy_(plan.memory)
+        self._replay()
+        return self._loss.clone()
+
+    def finish(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        self.processes.sum_(self.gradient).div_(self.processes.world.size)
+        return super().finish(optimizer, limit)
+
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        self.gradient.zero_()
+
+    def _recorded_pass(self) -> None:
+        self._loss = self._pass(self._images, self._plan)
+
+
+def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """Give all parameters gradients that are views of one vector of zeros, which is returned."""
+    first = parameters[0]
+    vector = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+    for parameter, part in zip(
+        parameters, vector.split([p.numel() for p in parameters]), strict=True
+    ):
+        parameter.grad = part.view_as(parameter)
+    return vector
+
+
+def record(work: Callable[[], None]) -> Callable[[], None]:
+    """Record a function's kernels as a CUDA graph; calling the result launches them again."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as the one that pins batches, may go on calling CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay

@@ -1,0 +1,83 @@
+"""On a GPU: a recorded step is the step, in every precision, and no step waits for the device."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from greenmim import GreenMIM, ModelConfig
+from greenmim.distributed import Processes
+from greenmim.masking import random_visible
+from greenmim.passes import GraphedPasses, Passes
+from greenmim.reports import Reports
+from greenmim.world import World
+
+PARTS, UPDATES, BATCH = 2, 6, 8
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(graphed: bool, compiled: bool, precision: str, per_image: bool, strict: bool):
+    """Losses of a few updates; `strict` raises where anything waits for the device."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    config = ModelConfig(embed_dim=64, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16), decoder_dim=64)
+    model = GreenMIM(config).to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    autocast = functools.partial(
+        torch.autocast, "cuda", DTYPES[precision], enabled=precision != "fp32"
+    )
+    processes = Processes(World(), device)
+    make = functools.partial(GraphedPasses, processes) if graphed else Passes
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+    work = make(forward, trained, autocast, scaler, PARTS)
+    reports = Reports(processes, device, PARTS, norm_counts=not scaler.is_enabled())
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(UPDATES * PARTS):
+        images = torch.randn(BATCH, 3, 224, 224, generator=generator).pin_memory()
+        masks = random_visible(rng, 49, 0.75, BATCH if per_image else None)
+        batches.append((images, model.plan(masks).pin_memory()))
+    losses = []
+    try:
+        for update in range(UPDATES):
+            if update == 1 and strict:  # the first compiles, records and allocates
+                torch.cuda.set_sync_debug_mode("error")
+            for part in range(PARTS):
+                images, plan = batches[update * PARTS + part]
+                images = images.to(device, non_blocking=True)
+                losses.append(work.run(images, plan.to(device, non_blocking=True), part))
+            norm = work.finish(optimizer, limit=1.0)
+            bad = reports.send(update, losses[-PARTS:], norm)
+            if not scaler.is_enabled():
+                optimizer.found_inf = bad.float()
+            scaler.step(optimizer)
+            scaler.update()
+            work.clear(optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not any(report.skipped for report in reports.read(UPDATES))
+    return torch.stack(losses).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_recorded_step_is_the_step(precision, per_image):
+    expected = train(False, False, precision, per_image, strict=True)
+    actual = train(True, False, precision, per_image, strict=True)
+    # The same kernels on the same numbers; only the norm sums in another order.
+    torch.testing.assert_close(actual, expected, rtol=1e-3 if precision != "fp32" else 1e-5, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_compiled_and_recorded_step_follows_the_step():
+    torch._dynamo.reset()
+    expected = train(False, False, "bf16", False, strict=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        actual = train(True, True, "bf16", False, strict=True)
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0)

@@ -1,0 +1,189 @@
+"""Recorded passes are the passes; a step never waits for the host and is compiled once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from greenmim import GreenMIM, ModelConfig, passes
+from greenmim.cli import main
+from greenmim.distributed import Processes
+from greenmim.masking import random_visible
+from greenmim.passes import GraphedPasses, Passes
+from greenmim.reports import Reports
+from greenmim.world import World
+
+CONFIG = ModelConfig(
+    image_size=64, window_size=2, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8),
+    decoder_dim=32, decoder_heads=2,
+)  # fmt: skip
+PARTS, UPDATES = 2, 3
+
+
+class TwoAlike(Processes):
+    """Two processes that compute the same, seen from one of them."""
+
+    def __init__(self) -> None:
+        super().__init__(World(rank=0, size=2), torch.device("cpu"))
+        self.sums = 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sums += 1
+        return tensor.mul_(2)
+
+
+def train(make, per_image: bool = False) -> tuple[list, list, dict]:
+    """Losses, norms and weights of a short training run."""
+    torch.manual_seed(0)
+    model = GreenMIM(CONFIG)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    work = make(model, trained, contextlib.nullcontext, scaler, PARTS)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    losses, norms = [], []
+    for _ in range(UPDATES):
+        for part in range(PARTS):
+            images = torch.randn(2, 3, 64, 64, generator=generator)
+            plan = model.plan(random_visible(rng, 4, 0.5, 2 if per_image else None))
+            losses.append(work.run(images, plan, part))
+        norms.append(work.finish(optimizer, limit=0.5))
+        optimizer.step()
+        work.clear(optimizer)
+    return losses, norms, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_recorded_passes_train_as_plain_ones(monkeypatch, several, per_image):
+    processes = TwoAlike() if several else Processes(World(), torch.device("cpu"))
+    recorded = []
+
+    def record(work):
+        for _ in range(passes.WARM_UP):
+            work()
+        recorded.append(work)
+        return work
+
+    monkeypatch.setattr(passes, "record", record)
+    expected = train(Passes, per_image)
+    actual = train(functools.partial(GraphedPasses, processes), per_image)
+    assert len(recorded) == 1
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=0)
+    for name, weights in expected[2].items():
+        torch.testing.assert_close(actual[2][name], weights, rtol=1e-4, atol=1e-6, msg=name)
+    if several:
+        assert processes.sums == UPDATES  # once an update, however many micro-batches it has
+
+
+def test_losses_of_a_graph_are_kept_when_it_runs_again(monkeypatch):
+    monkeypatch.setattr(passes, "record", lambda work: work)
+    losses, _, _ = train(functools.partial(GraphedPasses, Processes(World(), torch.device("cpu"))))
+    assert len({loss.data_ptr() for loss in losses}) == len(losses)
+    assert len({loss.item() for loss in losses}) == len(losses)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_an_update_on_a_device_never_waits(monkeypatch, per_image):
+    """On a pretended device, where whatever reads a value back to the host raises.
+
+    Without a GPU autograd's engine does not run for such a device: gradients are made up.
+    """
+    with torch.device("meta"):
+        model = GreenMIM(CONFIG)
+    plan = model.plan(random_visible(np.random.default_rng(0), 4, 0.5, 2 if per_image else None))
+    processes = Processes(World(), torch.device("cpu"))
+    copies = count_copies_to_the_host(monkeypatch)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cuda")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        work = Passes(model, trained, contextlib.nullcontext, scaler, PARTS)
+
+        def backward(loss):
+            assert loss.device.type == "cuda" and loss.requires_grad
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        reports = Reports(processes, torch.device("cpu"), PARTS)
+        for _ in range(2):
+            images = torch.empty(2, 3, 64, 64, device="cuda")
+            losses = [work.run(images, plan.to("cuda"), part) for part in range(PARTS)]
+            norm = work.finish(optimizer, limit=1.0)
+            reports.device = torch.device("cuda:0")
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "Event", FakeEvent)
+                bad = reports.send(1, losses, norm)
+            assert bad.device.type == "cuda"
+            optimizer.step()
+            work.clear(optimizer)
+    assert copies == [True, True]  # one report an update, without blocking
+
+
+class FakeEvent:
+    def record(self) -> None:
+        pass
+
+
+def count_copies_to_the_host(monkeypatch) -> list[bool]:
+    """For each Tensor.to("cpu"), whether it was told not to block."""
+    copies: list[bool] = []
+    original = torch.Tensor.to
+
+    def to(tensor, *arguments, **options):
+        if arguments[:1] in (("cpu",), (torch.device("cpu"),)):
+            copies.append(bool(options.get("non_blocking")))
+        return original(tensor, *arguments, **options)
+
+    for name in ("cpu", "item", "tolist", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden(name))
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    return copies
+
+
+def forbidden(name: str):
+    def waits(*_):
+        raise AssertionError(f"Tensor.{name}() waits for the device")
+
+    return waits
+
+
+def test_a_run_compiles_one_graph_for_all_masks(monkeypatch, tiny, photos, tmp_path):
+    """Two: the backward pass is compiled with the forward pass, the last batch is as the first."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    torch._dynamo.reset()
+    counters.clear()
+    work = tmp_path / "run"
+    arguments = ["--config", str(tiny), "--data.root", str(photos), "--work-dir", str(work)]
+    assert main(["pretrain", *arguments, "--compile", "true", "--log.tensorboard", "false"]) == 0
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--cuda-graph needs a CUDA GPU"),
+        (["--strategy", "fsdp"], "--cuda-graph does not go with --strategy fsdp"),
+        (
+            ["--activation-checkpointing", "true", "--model.drop-path", "0.1"],
+            "cannot repeat stochastic depth",
+        ),
+    ],
+)
+def test_where_a_graph_cannot_be(options, message, tiny, photos, tmp_path, capsys):
+    work = tmp_path / "run"
+    arguments = ["--config", str(tiny), "--data.root", str(photos), "--work-dir", str(work)]
+    assert main(["pretrain", *arguments, "--cuda-graph", "true", *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not work.exists()
