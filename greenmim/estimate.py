@@ -61,15 +61,18 @@ def estimate(recipe: Recipe, precision: torch.dtype, processes: int) -> Cost:
     shards = processes if recipe.strategy == "fsdp" else 1
     return Cost(
         parameters=parameters,
-        forward_flops=forward_flops(model, plan),
+        forward_flops=forward_flops(model, plan, loss_only=True),
         dense_flops=forward_flops(model, everything),
         state_bytes=_BYTES_PER_WEIGHT * parameters // shards,
         activation_bytes=fixed + per_image * recipe.data.batch_size,
     )
 
 
-def forward_flops(model: GreenMIM, plan: Plan) -> int:
-    """Of one image, two for each multiplication with addition; attention counts real pairs only."""
+def forward_flops(model: GreenMIM, plan: Plan, loss_only: bool = False) -> int:
+    """Of one image, two for each multiplication with addition; attention counts real pairs only.
+
+    With `loss_only` those of training, without the prediction of visible units.
+    """
     operators = {
         getattr(torch.ops.greenmim, f"group_window_attention{variant}"): _window_attention_flops
         for variant in ("", "_triton")
@@ -77,7 +80,7 @@ def forward_flops(model: GreenMIM, plan: Plan) -> int:
     operators[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     image = torch.zeros(1, 3, *model.config.image_hw)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=operators) as counter:
-        model(image, plan=plan, loss_only=True)
+        model(image, plan=plan, loss_only=loss_only)
     return counter.get_total_flops()
 
 

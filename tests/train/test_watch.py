@@ -216,7 +216,7 @@ def test_kept_bytes_grow_with_the_batch_and_count_each_tensor_once() -> None:
             self.inner, self.encoder = model, types.SimpleNamespace(blocks=lambda: iter(()))
             self.decoder_blocks: list = []
 
-        def forward(self, batch, plan):
+        def forward(self, batch, plan, loss_only):
             return self.inner(torch.ones(len(batch), 8)).sum()
 
     one, two = (kept_bytes(Model(), None, torch.float32, n) for n in (1, 2))
