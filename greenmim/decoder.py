@@ -46,7 +46,7 @@ class DecoderBlock(Block):
         width, heads = x.shape[2], attention.num_heads
         weights = attention.qkv.weight.split((width, 2 * width))
         biases = attention.qkv.bias.split((width, 2 * width))
-        query = F.linear(x[:, x.shape[1] - last :], weights[0], biases[0])
+        query = F.linear(x[:, x.shape[1] - last :].contiguous(), weights[0], biases[0])
         key_value = F.linear(x, weights[1], biases[1])
         query = query.unflatten(2, (heads, -1)).transpose(1, 2)  # [B, heads, last, D]
         key, value = key_value.unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
