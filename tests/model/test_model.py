@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from greenmim import GreenMIM, ModelConfig, create_model
 from greenmim.checkpoint import load_state_dict_file
@@ -124,7 +125,7 @@ def test_the_loss_alone_where_nothing_is_hidden():
 def test_the_loss_alone_runs_the_decoder_for_hidden_units_only():
     model = small()
     images, plan = images_for(model), model.plan(np.array([True, False, False, False]))
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         model(images, plan=plan, loss_only=True)
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     width, batch = 32, 2
