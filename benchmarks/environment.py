@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import re
@@ -28,21 +31,66 @@ def processor() -> str:
     return found[1].strip() if found else platform.machine()
 
 
-def describe(threads: int) -> dict:
-    """Device, versions and commit. ``dirty`` means that the code differs from the commit."""
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None without one."""
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/sys/module/nvidia/version").read_text().strip()
+        return text or None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.splitlines()[0].strip()
+    return None
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def describe(threads: int, device: str = "cpu") -> dict:
+    """Device, versions and commit. ``dirty`` means that the code differs from the commit.
+
+    Args:
+        threads: of the CPU.
+        device: what is measured, "cpu" or a CUDA device.
+    """
     from greenmim_kernels.backends import cpu_capability
 
+    is_cuda = torch.device(device).type == "cuda"
     return {
-        "device": processor(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else processor(),
+        "driver": driver() if is_cuda else None,
         "cpu_capability": cpu_capability(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version_of("triton"),
         "commit": _git("rev-parse", "HEAD"),
         # Result files themselves do not make the code another one.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
     }
+
+
+# What a figure is a figure of.
+MEASURED_CODE = ("csrc", "greenmim_kernels", "benchmarks/naive.py")
+
+
+def changed_since(commit: str, paths: tuple[str, ...] = MEASURED_CODE) -> bool | None:
+    """Whether the code at `paths` differs between a commit and HEAD.
+
+    None where git cannot tell: no repository, or the commit is not in it.
+    """
+    done = subprocess.run(
+        ["git", "diff", "--quiet", commit, "HEAD", "--", *paths],
+        cwd=ROOT,
+        capture_output=True,
+    )
+    return {0: False, 1: True}.get(done.returncode)
 
 
 def folder_of(device: str) -> pathlib.Path:
@@ -54,5 +102,8 @@ def write_json(file: pathlib.Path, content: dict) -> None:
     """Write a result file whole or not at all; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    with beside.open("w") as out:
+        out.write(json.dumps(content, indent=1) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
     beside.replace(file)
