@@ -18,6 +18,7 @@ from greenmim.distributed import Processes
 from greenmim.images import find_images
 from greenmim.masking import num_visible_units
 from greenmim.mim import GreenMIM
+from greenmim.onednn import use_onednn
 from greenmim.parallel import distribute, whole_weights
 from greenmim.passes import GraphedPasses, Passes
 from greenmim.planning import Planner
@@ -122,6 +123,8 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
 
     notes = [*_facts(recipe, model, processes, precision, sampler), *notes]
     model.to(device)
+    if device.type == "cpu" and precision == torch.float32:
+        use_onednn(model)
     forward = distribute(model, recipe, processes.alone)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

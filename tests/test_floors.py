@@ -36,7 +36,14 @@ FLOORS = [
     ["greenmim.mim"],
     ["greenmim.checkpoint"],
     ["greenmim"],
-    ["greenmim.recipe", "greenmim.guards", "greenmim.world", "greenmim.seeds", "greenmim.images"],
+    [
+        "greenmim.recipe",
+        "greenmim.guards",
+        "greenmim.world",
+        "greenmim.seeds",
+        "greenmim.images",
+        "greenmim.onednn",
+    ],
     [
         "greenmim.presets",
         "greenmim.schedule",

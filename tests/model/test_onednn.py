@@ -1,0 +1,65 @@
+"""oneDNN's linear layers are nn.Linear, with its parameters, and compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from greenmim.onednn import OneDNNLinear, available, use_onednn
+
+from .conftest import images_for, small, some_visible
+
+pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN beside MKL")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (0, 5), (4, 1, 5)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_values_and_gradients_are_those_of_a_linear_layer(shape, bias, strided):
+    torch.manual_seed(0)
+    plain = nn.Linear(5, 7, bias=bias)
+    ours = nn.Sequential(nn.Linear(5, 7, bias=bias))
+    ours[0].load_state_dict(plain.state_dict())
+    use_onednn(ours)
+    assert type(ours[0]) is OneDNNLinear
+    x = torch.randn(*shape[:-1], 10)[..., ::2] if strided else torch.randn(shape)
+    results = []
+    for layer in (plain.double(), ours):
+        leaf = x.to(next(layer.parameters()).dtype).requires_grad_()
+        out = layer(leaf)
+        (out * torch.linspace(1, 2, 7, dtype=out.dtype)).sum().backward()
+        results.append([out, leaf.grad, *(p.grad for p in layer.parameters())])
+    for actual, exact in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("need", [(True, False), (False, True)])
+def test_only_the_gradient_that_is_asked_for(need):
+    layer = OneDNNLinear(5, 7).requires_grad_(need[1])
+    x = torch.randn(3, 5, requires_grad=need[0])
+    layer(x).sum().backward()
+    assert (x.grad is not None) == need[0] and (layer.weight.grad is not None) == need[1]
+
+
+def test_the_operator_keeps_its_promises():
+    arguments = [torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)]
+    for tensor in arguments:
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.greenmim.onednn_linear.default, arguments)
+
+
+def test_a_model_trains_and_compiles_with_it():
+    model = small().float()
+    images, plan = images_for(model), model.plan(some_visible(model))
+    names = list(model.state_dict())
+    expected = model(images, plan=plan).loss
+    use_onednn(model)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(images, plan=plan).loss, expected, rtol=1e-5, atol=0)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(images, plan=plan, loss_only=True).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    assert model.encoder.layers[0].blocks[0].mlp.fc1.weight.grad.abs().max() > 0
