@@ -9,17 +9,18 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
+from greenmim.augment import Crop, Encoded, Finish, draw_crop, read_crop, read_encoded
+from greenmim.config import UNIT_PIXELS
+from greenmim.device_decode import EncodedBatch, decode_into
 from greenmim.guards import StopSignal
-from greenmim.images import open_rgb
 from greenmim.masking import block_visible, random_visible
 from greenmim.planning import Plan, Planner
 from greenmim.recipe import DataConfig, MaskConfig, UserError
@@ -32,37 +33,59 @@ MAX_BAD_IN_A_ROW = 100
 
 
 class Sample(NamedTuple):
-    """An augmented image float32 [3, H, W] (None: no file could be read), and failed files."""
+    """A crop, and failed files.
+
+    Attributes:
+        item: Its place in the run.
+        image: uint8 [3, H, W], or a JPEG to be decoded on the device; None: no file could be read.
+        flip: Whether to flip it.
+        failures: (path, reason) of files that could not be read.
+        path: The file.
+    """
 
     item: Item
-    image: torch.Tensor | None
+    image: torch.Tensor | Encoded | None
+    flip: bool
     failures: tuple[tuple[str, str], ...]
+    path: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images float32 [B, 3, H, W], the plan of their masks, and (path, reason) of unreadable files.
+    """Images, the plan of their masks, and (path, reason) of unreadable files.
 
-    `images` and `plan` are None when no readable file was found for some image.
+    Attributes:
+        images: float32 [B, 3, H, W], or uint8 with flips still to be done. `images` and `plan` are
+            None when no readable file was found for some image.
+        plan: Of the masks.
+        failures: (path, reason) of files that could not be read.
+        flips: bool [B], which images to flip; None where all is done.
+        encoded: Images still to be decoded.
     """
 
     images: torch.Tensor | None
     plan: Plan | None
     failures: tuple[tuple[str, str], ...]
+    flips: torch.Tensor | None = None
+    encoded: EncodedBatch | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """The batch on a device."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            plan=self.plan.to(device, non_blocking=non_blocking),
-        )
+        """The batch on a device; what is to be decoded stays."""
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by the loader."""
-        if self.images is None:
-            return self
-        return replace(self, images=self.images.pin_memory(), plan=self.plan.pin_memory())
+        return self if self.images is None else self._map(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until `stream` has used it (see `Tensor.record_stream`)."""
+        for tensor in (self.images, self.plan.memory, self.flips):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def _map(self, change: Callable) -> Batch:
+        flips = None if self.flips is None else change(self.flips)
+        return replace(self, images=change(self.images), plan=change(self.plan), flips=flips)
 
 
 class ImageFolder(Dataset):
@@ -82,17 +105,7 @@ class ImageFolder(Dataset):
         self.root = config.root
         self.seed = seed
         self.bad: dict[int, str] = {}
-        self.augment = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    image_size,
-                    scale=config.crop_scale,
-                    ratio=config.crop_ratio,
-                    interpolation=v2.InterpolationMode.BICUBIC,
-                ),
-                v2.RandomHorizontalFlip(config.flip),
-            ]
-        )
+        self.config, self.image_size = config, image_size
         self.mean, self.std = list(config.mean), list(config.std)
 
     def __len__(self) -> int:
@@ -108,9 +121,9 @@ class ImageFolder(Dataset):
         Raises:
             UserError: the first files are all corrupt.
         """
-        picture, failures = self._read(0)
+        crop, failures = self._read(0, self._crop_of(Item(0, 0, 0, 0)))
         self.bad.clear()
-        if picture is None:
+        if crop is None:
             raise UserError(self.all_bad(failures))
 
     def all_bad(self, failures: tuple[tuple[str, str], ...]) -> str:
@@ -121,17 +134,28 @@ class ImageFolder(Dataset):
         )
 
     def __getitem__(self, item: Item) -> Sample:
-        picture, failures = self._read(item.position % len(self.names))
-        if picture is None:
-            return Sample(item, None, failures)
-        # torchvision draws from the global generator; forking it leaves the caller's stream alone.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_seed(self.seed, CROP, item.epoch, item.position))
-            picture = self.augment(picture)
-        return Sample(item, normalise(picture, self.mean, self.std), failures)
+        sample, failures = self._read(item.position % len(self.names), self._crop_of(item))
+        return Sample(item, None, False, failures) if sample is None else sample
 
-    def _read(self, index: int) -> tuple:
-        """The picture of a file or of the next readable one, and the files that failed."""
+    def _crop_of(self, item: Item) -> Callable[[str, tuple[tuple[str, str], ...]], Sample]:
+        """What makes the sample of a place in the run from a file."""
+
+        def draw(height: int, width: int) -> Crop:
+            # torchvision draws from the global generator; forking it leaves the caller's alone.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(torch_seed(self.seed, CROP, item.epoch, item.position))
+                return draw_crop(height, width, self.config)
+
+        def read(path: str, failures: tuple[tuple[str, str], ...]) -> Sample:
+            if self.config.decode == "device" and (encoded := read_encoded(path, draw)):
+                return Sample(item, encoded, encoded.crop.flip, failures, path)
+            reduced = self.config.decode == "reduced"
+            return Sample(item, *read_crop(path, self.image_size, draw, reduced), failures, path)
+
+        return read
+
+    def _read(self, index: int, read: Callable) -> tuple:
+        """The sample of a file or of the next readable one, and the files that failed."""
         failures = []
         for step in range(min(len(self.names), MAX_BAD_IN_A_ROW)):
             candidate = (index + step) % len(self.names)
@@ -139,16 +163,11 @@ class ImageFolder(Dataset):
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
-                        return open_rgb(self.path(candidate)), tuple(failures)
+                        return read(self.path(candidate), tuple(failures)), tuple(failures)
                 except Exception as error:  # decoders raise anything on a broken file
                     self.bad[candidate] = " ".join(str(error).split()) or type(error).__name__
             failures.append((self.path(candidate), self.bad[candidate]))
         return None, tuple(failures)
-
-
-def normalise(picture, mean: list[float], std: list[float]) -> torch.Tensor:
-    """PIL picture to a normalised tensor float32 [3, H, W]."""
-    return F.normalize(F.to_dtype(F.pil_to_tensor(picture), torch.float32, scale=True), mean, std)
 
 
 class Collate:
@@ -158,10 +177,13 @@ class Collate:
         planner: Plans a mask for the model (picklable).
         mask: Ratio, kind, and whether every image has its own mask.
         seed: The run's seed.
+        finish: The end of the augmentation; None leaves it to the device.
     """
 
-    def __init__(self, planner: Planner, mask: MaskConfig, seed: int) -> None:
-        self.planner, self.mask, self.seed = planner, mask, seed
+    def __init__(
+        self, planner: Planner, mask: MaskConfig, seed: int, finish: Finish | None
+    ) -> None:
+        self.planner, self.mask, self.seed, self.finish = planner, mask, seed, finish
 
     def __call__(self, samples: list[Sample]) -> Batch:
         failures = tuple(
@@ -173,8 +195,33 @@ class Collate:
         rng = generator(self.seed, MASK, item.step, item.micro)
         count = len(samples) if self.mask.per_image else None
         visible = draw_visible(rng, self.planner.unit_grid, self.mask, count)
-        images = torch.stack([sample.image for sample in samples])
-        return Batch(images, self.planner(visible), failures)
+        plan, encoded = self.planner(visible), join_encoded(samples)
+        height, width = (side * UNIT_PIXELS for side in self.planner.unit_grid)
+        images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
+        for place, sample in enumerate(samples):
+            if not isinstance(sample.image, Encoded):
+                images[place] = sample.image
+        flips = torch.tensor([sample.flip for sample in samples])
+        if self.finish is None:
+            return Batch(images, plan, failures, flips, encoded)
+        return Batch(self.finish(images, flips), plan, failures)
+
+
+def join_encoded(samples: list[Sample]) -> EncodedBatch | None:
+    """The images that are still files, in one piece of memory; None if there is none."""
+    found = [
+        (place, sample) for place, sample in enumerate(samples) if isinstance(sample.image, Encoded)
+    ]
+    if not found:
+        return None
+    files = [sample.image.data for _, sample in found]
+    return EncodedBatch(
+        data=torch.cat(files),
+        sizes=[len(file) for file in files],
+        places=[place for place, _ in found],
+        crops=[sample.image.crop for _, sample in found],
+        paths=[sample.path for _, sample in found],
+    )
 
 
 def draw_visible(
@@ -211,15 +258,19 @@ class Feed:
         failures: (path, reason) of files that could not be read, each once.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+        self.device = device
+        # Copies have a stream of their own: they run beside the update before.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0
         self.failures: list[tuple[str, str]] = []
         self._dataset: ImageFolder = loader.dataset
+        self._finish = Finish(loader.dataset.config, device)
         self._batches = iter(loader)
         self._named: set[str] = set()
 
-    def next(self, device: torch.device) -> Batch:
-        """The next batch, on a device.
+    def next(self) -> Batch:
+        """The next batch, on the device, as the model takes it.
 
         Raises:
             UserError: no image can be read any more, or a loader process died.
@@ -235,13 +286,38 @@ class Feed:
                 " out: lower --data.workers, or raise the limit of /dev/shm in a container."
             ) from error
         self.waited += time.perf_counter() - asked
-        for path, reason in batch.failures:
+        self._name(batch.failures)
+        if batch.images is None:
+            raise UserError(self._dataset.all_bad(batch.failures))
+        batch = self._to_device(batch)
+        if batch.flips is None:
+            return batch
+        return replace(batch, images=self._finish(batch.images, batch.flips), flips=None)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self._copies is None:
+            return self._decode(batch.to(self.device))
+        with torch.cuda.stream(self._copies):
+            batch = self._decode(batch.to(self.device, non_blocking=True))
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._copies)
+        batch.record_stream(current)
+        return batch
+
+    def _decode(self, batch: Batch) -> Batch:
+        if batch.encoded is None:
+            return batch
+        failures, any_good = decode_into(batch.images, batch.encoded)
+        self._name(failures)
+        if not any_good:
+            raise UserError(self._dataset.all_bad(failures))
+        return replace(batch, encoded=None)
+
+    def _name(self, failures: tuple[tuple[str, str], ...]) -> None:
+        for path, reason in failures:
             if path not in self._named:
                 self._named.add(path)
                 self.failures.append((path, reason))
-        if batch.images is None:
-            raise UserError(self._dataset.all_bad(batch.failures))
-        return batch.to(device, non_blocking=True)
 
     def take_failures(self) -> list[tuple[str, str]]:
         """The failures since the last call."""

@@ -12,6 +12,8 @@ IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 )
 
+ORIENTATION_TAG = 0x0112  # of EXIF
+
 
 def find_images(root: str | Path) -> np.ndarray:
     """Every image file under a folder, at any depth, in sorted order.
@@ -62,7 +64,7 @@ def open_rgb(path: str | Path) -> Image.Image:
     """
     with Image.open(path) as image:
         image.load()
-        return to_rgb(_upright(image))
+        return to_rgb(upright(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -84,7 +86,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright_size(image: Image.Image) -> tuple[tuple[int, int], bool]:
+    """(height, width) of a picture once `upright`, and whether that swaps its sides."""
+    try:
+        turned = image.getexif().get(ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+    except Exception:  # a broken EXIF block raises anything
+        turned = False
+    return (image.size if turned else image.size[::-1]), turned
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF tag says."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block raises anything; the pixels are still good

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from greenmim.augment import normalise
 from greenmim.config import UNIT_PIXELS
-from greenmim.data import ImageFolder, draw_visible, normalise
+from greenmim.data import ImageFolder, draw_visible
 from greenmim.images import open_fitted
 from greenmim.mim import GreenMIM
 from greenmim.recipe import MaskConfig

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from greenmim.data import normalise
+from greenmim.augment import normalise
 from greenmim.images import find_images, open_fitted
 from greenmim.loading import load_model
 from greenmim.masking import random_visible

@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import greenmim
+from greenmim.augment import Finish
 from greenmim.data import Collate, ImageFolder, make_loader
+from greenmim.device_decode import check_device
 from greenmim.distributed import Processes
 from greenmim.images import find_images
 from greenmim.masking import num_visible_units
@@ -99,6 +101,9 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     with processes.agreed():
         precision = precision_of(recipe, device)
         check_trackers(recipe)
+        if recipe.data.decode == "device":
+            with user_errors():
+                check_device(device)
         with user_errors(), chosen_backend(recipe):
             num_visible_units(recipe.model.num_units, recipe.mask.ratio)
     if recipe.threads:
@@ -140,7 +145,8 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
 
     sampler = make_sampler(recipe, len(names), world, first_update=first_step)
-    collate = Collate(planner, recipe.mask, recipe.seed)
+    later = recipe.data.augment_on_device or recipe.data.decode == "device"
+    collate = Collate(planner, recipe.mask, recipe.seed, None if later else Finish(recipe.data))
     loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
     return Run(
         recipe,

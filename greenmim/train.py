@@ -114,7 +114,7 @@ class Trainer:
 
     def __init__(self, run: Run, log: RunLog, stop: StopSignal) -> None:
         self.run, self.log, self.stop = run, log, stop
-        self.feed = Feed(run.loader)
+        self.feed = Feed(run.loader, run.device)
         self.passes = run.passes()
         self.reports = Reports(
             run.processes,
@@ -175,7 +175,7 @@ class Trainer:
             group["lr"] = lr
         losses = []
         for part in range(recipe.optim.accumulate):
-            batch = self.feed.next(run.device)
+            batch = self.feed.next()
             # For stochastic depth, the one thing that a forward pass draws.
             torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, run.sampler.micro(part)))
             losses.append(self.passes.run(batch.images, batch.plan, part))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from train_pictures import picture
 
+from greenmim.augment import Finish
 from greenmim.config import ModelConfig
 from greenmim.data import Batch, Collate, ImageFolder, Sample, make_loader
 from greenmim.images import find_images, open_rgb
@@ -212,7 +213,8 @@ def load(
     files = find_images(folder)
     dataset = ImageFolder(files, config, (96, 64), seed)
     sampler = EpochSampler(len(files), 3, repeats=2, epochs=2, seed=seed, first_update=first)
-    collate = Collate(Planner(CONFIG), MaskConfig(0.5, per_image=per_image), seed)
+    finish = None if config.augment_on_device else Finish(config)
+    collate = Collate(Planner(CONFIG), MaskConfig(0.5, per_image=per_image), seed, finish)
     return list(make_loader(dataset, sampler, collate, workers, pin_memory=False))
 
 
@@ -243,9 +245,10 @@ def test_masks_per_batch_and_per_image(photos: Path) -> None:
     assert all((batch.plan.visible.sum(1) == 3).all() for batch in shared + own)
     # The four batches of one epoch, too, have masks of their own, and so have those of one update.
     parts = EpochSampler(6, 1, repeats=2, epochs=2, accumulate=6, seed=3)
-    collate = Collate(Planner(CONFIG), MaskConfig(0.5), 3)
+    collate = Collate(Planner(CONFIG), MaskConfig(0.5), 3, None)
+    black = torch.zeros(3, 96, 64, dtype=torch.uint8)
     drawn = {
-        tuple(collate([Sample(items[0], torch.zeros(3, 96, 64), ())]).plan.visible[0].tolist())
+        tuple(collate([Sample(items[0], black, False, ())]).plan.visible[0].tolist())
         for items in list(parts)[:6]
     }
     assert len(drawn) > 2
@@ -268,7 +271,7 @@ def test_repeats_and_epochs_see_other_crops(photos: Path) -> None:
 def test_normalisation(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (255, 0, 51)).save(tmp_path / "flat.png")
     dataset = ImageFolder(find_images(tmp_path), DataConfig(root=str(tmp_path)), (32, 32), 0)
-    image = dataset[Item(0, 0, 0, 0)].image
+    image = Finish(dataset.config)(dataset[Item(0, 0, 0, 0)].image[None], torch.tensor([False]))[0]
     expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]
     )

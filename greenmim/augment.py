@@ -1,0 +1,133 @@
+"""Random crops: drawn from a picture's size alone, so that a decoder can do less for them.
+
+A picture goes from its file to an 8-bit crop in a loader process; flipping, conversion to float and
+normalisation (`Finish`) come after, there or on the device.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
+
+from greenmim.images import ORIENTATION_TAG, to_rgb, upright, upright_size
+from greenmim.recipe import DataConfig
+
+
+class Crop(NamedTuple):
+    """Part of an upright picture, in its pixels, and whether it is flipped left to right."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+class Encoded(NamedTuple):
+    """A JPEG file, uint8 [bytes], to be decoded on the device, and its crop."""
+
+    data: torch.Tensor
+    crop: Crop
+
+
+def draw_crop(height: int, width: int, config: DataConfig) -> Crop:
+    """Draw a crop of a picture of so many pixels, from torch's global generator.
+
+    As torchvision's RandomResizedCrop and RandomHorizontalFlip do.
+    """
+    # It asks a picture for its size alone.
+    picture = torch.empty(3, height, width, device="meta")
+    box = RandomResizedCrop.get_params(picture, list(config.crop_scale), list(config.crop_ratio))
+    return Crop(*box, flip=bool(torch.rand(()) < config.flip))
+
+
+def read_crop(
+    file: str | os.PathLike | io.BytesIO,
+    size: tuple[int, int],
+    draw: Callable[[int, int], Crop],
+    reduce: bool,
+) -> tuple[torch.Tensor, bool]:
+    """Read the crop of a picture, scaled to `size`.
+
+    Args:
+        file: Path, or a file that is open.
+        size: (height, width) in px.
+        draw: Chooses the crop of a picture of (height, width) px.
+        reduce: Let the JPEG decoder make the picture 2, 4 or 8 times smaller where the crop is
+            still no smaller than `size`; most of a decoder's work grows with its output.
+
+    Returns:
+        uint8 [3, height, width], not flipped yet, and whether to flip it.
+
+    Raises:
+        OSError and others from Pillow: the file is corrupt, truncated or no image.
+    """
+    with Image.open(file) as image:
+        if image.format != "JPEG":
+            image.load()  # some formats hold their EXIF block behind the pixels
+        (height, width), turned = upright_size(image)
+        crop = draw(height, width)
+        if reduce:
+            needed = (
+                math.ceil(width * size[1] / crop.width),
+                math.ceil(height * size[0] / crop.height),
+            )
+            image.draft(None, needed[::-1] if turned else needed)  # for JPEGs alone
+        image.load()
+        picture = to_rgb(upright(image))
+    x, y = picture.width / width, picture.height / height
+    box = (crop.left * x, crop.top * y, (crop.left + crop.width) * x, (crop.top + crop.height) * y)
+    # What is left of rounding must not reach over the edge.
+    box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
+    scaled = picture.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
+    return F.pil_to_tensor(scaled), crop.flip
+
+
+def read_encoded(
+    file: str | os.PathLike | io.BytesIO, draw: Callable[[int, int], Crop]
+) -> Encoded | None:
+    """The bytes of a JPEG that a GPU can decode, and its crop; None where it cannot.
+
+    Upright, and in grey or YCbCr: others are for `read_crop`.
+    """
+    data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        plain = image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION_TAG, 1) == 1
+        if image.format != "JPEG" or not plain:
+            return None
+        crop = draw(image.height, image.width)
+    return Encoded(torch.frombuffer(bytearray(data), dtype=torch.uint8), crop)
+
+
+class Finish:
+    """Flips, conversion to float and normalisation, for a batch.
+
+    Args:
+        config: Mean and deviation.
+        device: Where the batches are.
+    """
+
+    def __init__(self, config: DataConfig, device: torch.device | str = "cpu") -> None:
+        # Tensors: a list would be copied to the device at every call.
+        self.mean, self.std = (
+            torch.tensor(values, device=device) for values in (config.mean, config.std)
+        )
+
+    def __call__(self, images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, H, W], bool [B] -> float32 [B, 3, H, W]."""
+        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        return F.normalize(F.to_dtype(images, torch.float32, scale=True), self.mean, self.std)
+
+
+def normalise(picture: Image.Image, mean: list[float], std: list[float]) -> torch.Tensor:
+    """PIL picture to a normalised tensor float32 [3, H, W]."""
+    return F.normalize(F.to_dtype(F.pil_to_tensor(picture), torch.float32, scale=True), mean, std)

@@ -1,0 +1,223 @@
+"""Crops are the same however a picture is decoded, and wherever a batch is finished."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from train_pictures import picture
+
+from greenmim import augment
+from greenmim.augment import Crop, Encoded, Finish, draw_crop, read_crop, read_encoded
+from greenmim.cli import main
+from greenmim.data import Batch, Collate, Feed, ImageFolder, make_loader
+from greenmim.device_decode import check_device
+from greenmim.images import find_images
+from greenmim.planning import Planner
+from greenmim.recipe import DataConfig, MaskConfig
+from greenmim.sampler import EpochSampler
+
+from test_data import CONFIG  # isort: skip
+
+SIZE = (32, 48)
+
+
+def large(height: int = 480, width: int = 640) -> Image.Image:
+    """A smooth picture, every part of it another."""
+    rows, columns = np.mgrid[:height, :width] / max(height, width)
+    channels = [np.sin(9 * rows + 3 * columns), np.cos(7 * columns), np.sin(11 * rows * columns)]
+    return Image.fromarray((127 * np.stack(channels, -1) + 128).astype(np.uint8))
+
+
+def saved(image: Image.Image, form: str = "JPEG", **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    file.seek(0)
+    return file
+
+
+def middle(height: int, width: int) -> Crop:
+    return Crop(height // 8, width // 4, 3 * height // 4, width // 2, flip=False)
+
+
+def sizes_decoded(monkeypatch) -> list[tuple[int, int]]:
+    """Filled with the size of every picture that is decoded."""
+    sizes, real = [], augment.to_rgb
+
+    def to_rgb(image: Image.Image) -> Image.Image:
+        sizes.append(image.size)
+        return real(image)
+
+    monkeypatch.setattr(augment, "to_rgb", to_rgb)
+    return sizes
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    error = (a.double() - b.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_reduced_decode_gives_the_same_crop(monkeypatch, orientation, mode, progressive):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = saved(large().convert(mode), quality=95, exif=exif, progressive=progressive)
+    loaded: list[tuple[int, int]] = []
+    real = augment.to_rgb
+    monkeypatch.setattr(
+        augment, "to_rgb", lambda image: (loaded.append(image.size), real(image))[1]
+    )
+    whole, _ = read_crop(file, SIZE, middle, reduce=False)
+    file.seek(0)
+    reduced, _ = read_crop(file, SIZE, middle, reduce=True)
+    full = (640, 480) if orientation in (1, 3) else (480, 640)
+    assert loaded[0] == full
+    assert loaded[1][0] < full[0] / 3  # the decoder did less
+    assert whole.shape == reduced.shape == (3, *SIZE) and whole.dtype == torch.uint8
+    assert psnr(whole, reduced) > 38
+
+
+def test_a_reduced_decode_is_never_smaller_than_the_crop(monkeypatch):
+    file = saved(large(480, 640))
+    loaded = []
+    real = augment.to_rgb
+    monkeypatch.setattr(
+        augment, "to_rgb", lambda image: (loaded.append(image.size), real(image))[1]
+    )
+    for side in (60, 61, 119, 120, 121, 240, 480):
+        file.seek(0)
+        read_crop(file, (60, 60), lambda h, w, s=side: Crop(0, 0, s, s, False), reduce=True)
+        scale = loaded[-1][1] / 480
+        assert side * scale >= 60 and (side * scale < 121 or scale <= 1 / 8), (side, scale)
+
+
+def test_the_crop_is_torchvisions(tmp_path):
+    """Same region and same flip as RandomResizedCrop and a flip after it, seed by seed."""
+    config = DataConfig(root="-", flip=0.5)
+    image = large()
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                SIZE, config.crop_scale, config.crop_ratio, v2.InterpolationMode.BICUBIC
+            ),
+            v2.RandomHorizontalFlip(config.flip),
+        ]
+    )
+    flips = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        expected = v2.functional.pil_to_tensor(transform(image))
+        torch.manual_seed(seed)
+        file = saved(image, "PNG")
+        ours, flip = read_crop(file, SIZE, lambda h, w: draw_crop(h, w, config), reduce=True)
+        ours = ours.flip(2) if flip else ours
+        flips.add(flip)
+        # Pillow's crop and scale in one go takes pixels across the crop's edge into account.
+        assert (ours.int() - expected.int()).abs()[:, 2:-2, 2:-2].max() <= 2
+        assert psnr(ours, expected) > 40
+    assert flips == {False, True}
+
+
+@pytest.fixture
+def jpegs(tmp_path: Path) -> Path:
+    """JPEGs of several kinds, one a PNG and one turned by its tag."""
+    for index in range(4):
+        Image.fromarray(picture(index, 200, 160)).save(tmp_path / f"{index}.jpg", quality=95)
+    Image.fromarray(picture(4, 200, 160)).convert("L").save(tmp_path / "4.jpg", quality=95)
+    Image.fromarray(picture(5, 200, 160)).save(tmp_path / "5.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(6, 200, 160)).save(tmp_path / "6.jpg", quality=95, exif=exif)
+    return tmp_path
+
+
+def batches(folder: Path, workers: int = 0, **data) -> tuple[list[Batch], list]:
+    config = DataConfig(root=str(folder), batch_size=3, repeats=2, **data)
+    files = find_images(folder)
+    dataset = ImageFolder(files, config, (96, 64), 5)
+    sampler = EpochSampler(len(files), 3, repeats=2, epochs=1, seed=5)
+    later = config.augment_on_device or config.decode == "device"
+    finish = None if later else Finish(config)
+    collate = Collate(Planner(CONFIG), MaskConfig(0.5), 5, finish)
+    feed = Feed(make_loader(dataset, sampler, collate, workers, False), torch.device("cpu"))
+    return [feed.next() for _ in range(len(sampler))], feed.take_failures()
+
+
+def test_a_batch_finished_on_the_device_is_the_batch(jpegs):
+    here, _ = batches(jpegs)
+    there, _ = batches(jpegs, augment_on_device=True)
+    moved, _ = batches(jpegs, workers=2, augment_on_device=True)
+    for a, b, c in zip(here, there, moved, strict=True):
+        assert b.images.dtype == torch.float32 and b.flips is None
+        assert torch.equal(a.images, b.images) and torch.equal(a.images, c.images)
+
+
+def test_images_travel_in_eight_bits(jpegs):
+    config = DataConfig(root=str(jpegs), augment_on_device=True)
+    dataset = ImageFolder(find_images(jpegs), config, (96, 64), 5)
+    collate = Collate(Planner(CONFIG), MaskConfig(0.5), 5, None)
+    items = next(iter(EpochSampler(7, 3, repeats=1, epochs=1, seed=5)))
+    batch = collate([dataset[item] for item in items])
+    assert batch.images.dtype == torch.uint8 and batch.flips.dtype == torch.bool
+
+
+def test_decoding_on_the_device_gives_the_same_crops(jpegs):
+    """The decoders differ in rounding, the antialiased scaling at the edges."""
+    here, there = batches(jpegs), batches(jpegs, decode="device")
+    assert not here[1] and not there[1]
+    for a, b in zip(here[0], there[0], strict=True):
+        assert a.images.shape == b.images.shape
+        assert (a.images - b.images).square().mean().sqrt() < 0.12
+
+
+def test_what_a_gpu_cannot_decode_is_decoded_before(jpegs):
+    kinds = {
+        path.name: read_encoded(str(path), middle) is not None for path in sorted(jpegs.iterdir())
+    }
+    assert kinds == {**{f"{i}.jpg": True for i in range(5)}, "5.png": False, "6.jpg": False}
+    assert isinstance(read_encoded(str(jpegs / "0.jpg"), middle), Encoded)
+
+
+def test_a_file_that_the_device_cannot_decode_is_named_and_replaced(jpegs):
+    spoilt = jpegs / "2.jpg"
+    data = bytearray(spoilt.read_bytes())
+    spoilt.write_bytes(data[:400])  # the header is whole, the pixels are not
+    found, failures = batches(jpegs, decode="device", flip=0.0)
+    assert [path for path, reason in failures if reason] == [str(spoilt)]
+    assert all(batch.images.isfinite().all() for batch in found)
+    assert sum(len(batch.images.flatten(1).unique(dim=0)) < 3 for batch in found) == 2
+
+
+def test_the_device_has_to_be_a_gpu(tiny, photos, tmp_path, capsys):
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        check_device(torch.device("cpu"))
+    arguments = [
+        "--config",
+        str(tiny),
+        "--data.root",
+        str(photos),
+        "--work-dir",
+        str(tmp_path / "r"),
+    ]
+    assert main(["pretrain", *arguments, "--data.decode", "device"]) == 2
+    assert "--data.decode device needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_run_finished_on_the_device_is_the_run(tiny, photos, tmp_path):
+    losses = []
+    for name in ("true", "false"):
+        work = tmp_path / name
+        arguments = ["--config", str(tiny), "--data.root", str(photos), "--work-dir", str(work)]
+        more = ["--data.augment-on-device", name, "--log.tensorboard", "false"]
+        assert main(["pretrain", *arguments, *more]) == 0
+        lines = (work / "log.jsonl").read_text().splitlines()
+        losses.append([line.split('"loss"')[1][:24] for line in lines if '"loss"' in line])
+    assert losses[0] == losses[1] and len(losses[0]) > 3
