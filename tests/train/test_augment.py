@@ -189,7 +189,9 @@ def test_what_a_gpu_cannot_decode_is_decoded_before(jpegs):
 def test_a_file_that_the_device_cannot_decode_is_named_and_replaced(jpegs):
     spoilt = jpegs / "2.jpg"
     data = bytearray(spoilt.read_bytes())
-    spoilt.write_bytes(data[:400])  # the header is whole, the pixels are not
+    table = data.index(b"\xff\xc4")  # the first Huffman table; the header before it stays whole
+    data[table + 5 : table + 60] = b"\xee" * 55
+    spoilt.write_bytes(data)
     found, failures = batches(jpegs, decode="device", flip=0.0)
     assert [path for path, reason in failures if reason] == [str(spoilt)]
     assert all(batch.images.isfinite().all() for batch in found)
