@@ -124,9 +124,9 @@ def shard_order(
 ) -> np.ndarray:
     """An order of images that goes through shards in a few places at a time.
 
-    The shards are put in a row, in random order, and the row is cut into as many equal parts as
-    there are places; batches come from the parts in turn, shuffled within a window that moves
-    along each. No image comes twice; what is too much at the row's end is left out.
+    The shards are put in a ring, in random order, which is cut anywhere; the row is cut into as
+    many equal parts as there are places; batches come from the parts in turn, shuffled within
+    windows along each. No image comes twice; what is too much at the row's end is left out.
 
     Args:
         rng: Draws the order.
@@ -141,6 +141,7 @@ def shard_order(
     lengths = shards[chosen]
     first = (np.cumsum(shards) - shards)[chosen]
     row = np.arange(lengths.sum()) + np.repeat(first - (np.cumsum(lengths) - lengths), lengths)
+    row = np.roll(row, rng.integers(len(row)))  # else the ends of shards are left out most often
     order = np.empty((batches, batch_size), dtype=np.int64)
     begin = 0
     for place in range(places):

@@ -180,9 +180,8 @@ class HuggingFace(_AnyOrder):
 
     def __init__(self, root: str, name: str) -> None:
         self.root, self.name = root, name
-        self._opened = Opened(self._load, 1)
         try:
-            self._length = len(self._opened[0][0])
+            self._data = self._load()
         except ImportError as error:
             raise UserError(
                 f"--data.root {root} needs the package datasets: pip install datasets."
@@ -190,17 +189,23 @@ class HuggingFace(_AnyOrder):
         except Exception as error:  # its own, the network's, the file system's
             reason = " ".join(str(error).split())
             raise UserError(f"--data.root {root} cannot be loaded: {reason}") from error
+        self._length = len(self._data)
 
-    def _load(self, number: int) -> tuple:
-        """The images, not decoded, and the column's name."""
+    def _load(self):
+        """The first column of images, alone and not decoded."""
         import datasets
 
         data = datasets.load_dataset(self.name, split="train")
         images = [k for k, feature in data.features.items() if isinstance(feature, datasets.Image)]
         if not images:
-            raise ValueError(f"none of its columns ({', '.join(data.features)}) holds images")
-        column = images[0]
-        return data.select_columns(column).cast_column(column, datasets.Image(decode=False)), column
+            raise ValueError(f"none of its columns ({', '.join(data.features)}) holds images.")
+        data = data.select_columns(images[0])
+        return data.cast_column(images[0], datasets.Image(decode=False))
+
+    def __getstate__(self) -> dict:
+        # Another process, perhaps on another machine, loads it from its own cache; a fork shares
+        # the memory map.
+        return self.__dict__ | {"_data": None}
 
     def __len__(self) -> int:
         return self._length
@@ -209,6 +214,7 @@ class HuggingFace(_AnyOrder):
         return f"{self.root}/{index}"
 
     def open(self, index: int) -> str | io.BytesIO:
-        data, column = self._opened[0]
-        image = data[int(index)][column]
+        if self._data is None:
+            self._data = self._load()
+        (image,) = self._data[int(index)].values()
         return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
