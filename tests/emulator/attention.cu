@@ -156,6 +156,10 @@ int main(int count, char** arguments) try {
     h.element == 0 ? print_plan<float>(h) : print_plan<bfloat16>(h);
     return 0;
   }
+  if (what == "images") {  // of a block, where `groups` blocks are needed and `processors` can run
+    std::printf("%lld", (long long)images_per_block(h.batch, h.groups, h.processors));
+    return 0;
+  }
   if (what != "attention") {
     copy(h, what == "gather");
     return 0;

@@ -145,6 +145,12 @@ def plan(
     return [dict(zip(names, map(int, line.split()), strict=True)) for line in lines]
 
 
+def images_per_block(batch: int, blocks: int, places: int) -> int:
+    """Where a run of images needs `blocks` blocks, and `places` blocks run at the same time."""
+    header = struct.pack("=17qd", 0, 0, 0, batch, 0, 0, blocks, *[0] * 8, places, 0, 1.0)
+    return int(run_binary([build("attention.cu"), "images"], header).stdout)
+
+
 def _rows(inputs: Inputs, launch: Launch) -> int:
     part = inputs.part
     return part.num_groups * part.group_size if launch.gathered else part.num_tokens

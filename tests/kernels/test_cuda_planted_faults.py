@@ -122,6 +122,20 @@ FAULTS = {
     "forward: no barrier after the wait": (FORWARD, TOP, "", "thread", CASE),
     "backward: no barrier after the wait": (BACKWARD, TOP, "", "thread", CASE),
     "long backward: no barrier after the wait": (LONG, TOP, "", "thread", LONG_CASE),
+    "forward: bias made before the table is there": (
+        FORWARD,
+        "    __syncthreads();  // the table is there\n",
+        "",
+        "thread",
+        CASE,
+    ),
+    "backward: bias made before the table is there": (
+        BACKWARD,
+        "  __syncthreads();  // the table is there\n",
+        "",
+        "thread",
+        CASE,
+    ),
     "backward: no barrier before the keys": (
         BACKWARD,
         "    __syncthreads();  // all probabilities are there; nobody needs k and v any more\n",
