@@ -197,13 +197,13 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
         const float total = quad_sum(sum[half]);
         const int own_row = strip * kStrip + g + 8 * half;
         inverse[half] = total > 0 ? 1 / total : total;  // NaN stays NaN
-        const int slot = place.base * kStrip + own_row;
-        int to = memory.slots.row[own_row];
+        const int slot = place.base * kStrip + own_row, token = memory.slots.row[own_row];
+        int to = token;
         if (a.token_index == nullptr)
           to = slot < a.slots ? place.group * a.slots + slot : -1;
         if (q == 0 && to >= 0)
           a.lse[(now.image * a.heads + place.head) * a.rows + to] =
-              total == 0 ? 0.0f : (top[half] + log2_fast(total)) * 0.6931471805599453f;
+              token < 0 || total == 0 ? 0.0f : (top[half] + log2_fast(total)) * 0.6931471805599453f;
       }
       // The strip of queries is in registers now, so its memory serves the results; in later pieces
       // nothing was loaded there.

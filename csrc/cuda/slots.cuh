@@ -205,15 +205,17 @@ __device__ __forceinline__ void store_strip(
 #pragma unroll
   for (int i = 0; i < kPieces / 2; ++i) {
     const int slot = (lane + 32 * i) / kPieces, column = (lane + 32 * i) % kPieces * kPiece;
-    int to = row[strip * kStrip + slot];
+    const int token = row[strip * kStrip + slot];
+    int to = token;
+    uint4 results = *reinterpret_cast<const uint4*>(staging + slot * kStride<T, D> + column);
     if (a.token_index == nullptr) {
-      // Padding of gathered groups is part of the result, as zeros.
+      // Padding of gathered groups is part of the result, as zeros; what was computed for it is NaN
+      // beside a token that is not finite.
       const int in_group = (place.base + strip) * kStrip + slot;
       to = in_group < a.slots ? place.group * a.slots + in_group : -1;
+      if (token < 0) results = uint4{0, 0, 0, 0};
     }
-    if (to >= 0)
-      *reinterpret_cast<uint4*>(out + int64_t(to) * stride + column) =
-          *reinterpret_cast<const uint4*>(staging + slot * kStride<T, D> + column);
+    if (to >= 0) *reinterpret_cast<uint4*>(out + int64_t(to) * stride + column) = results;
   }
 }
 

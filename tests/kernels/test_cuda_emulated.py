@@ -136,6 +136,31 @@ def test_gathered_groups(case, dtype):
     assert (grouped["lse"].transpose(1, 2)[padding] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
+@pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
+def test_padding_is_zero_beside_what_is_not_finite(case, dtype, poisoned):
+    """Padding shares strips with tokens, and zero times infinity is NaN."""
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    part = inputs.part
+    padding = part.window_id[0] < 0
+    groups = padding.any(-1) & ~padding.all(-1)
+    assert groups.any()
+    last = (~padding).sum(-1, keepdim=True)[groups] - 1  # the token that padding follows
+    last_tokens = part.token_index[0, groups].gather(1, last).flatten().long()
+    if poisoned == "grad_out":
+        inputs.grad_out[0, last_tokens] = torch.inf
+    else:
+        first = "qkv".index(poisoned) * case.channels
+        inputs.qkv[0, last_tokens, first : first + case.channels] = torch.inf
+    result = emulate(inputs, Launch(gathered=True))
+    padding = padding.flatten()
+    assert (result["out"][:, padding] == 0).all()
+    assert (result["grad_qkv"][:, padding] == 0).all()
+    assert (result["lse"][..., padding] == 0).all()
+    assert not result["grad_qkv"].isfinite().all()
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
 def test_only_the_gradients_that_are_asked_for(case):
     inputs = make_inputs(dataclasses.replace(case, dtype=torch.bfloat16))

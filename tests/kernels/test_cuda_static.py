@@ -101,20 +101,18 @@ def test_how_many_images_a_block_of_swin_b_goes_over(batch):
             part = make_partition(Case(stage=stage, shifted=shifted))
             blocks = heads * part.num_groups
             for places in (2 * 132, 3 * 132, 8 * 132):
-
-                def waves(images: int) -> int:
-                    return math.ceil(blocks * math.ceil(batch / images) / places)
-
-                def cost(images: int) -> int:  # a block's setup is worth four images
-                    return waves(images) * (4 + images)
-
+                # For every number of images: blocks, waves, and what they cost. A block's setup is
+                # worth four images.
+                launched = [blocks * math.ceil(batch / n) for n in range(1, batch + 1)]
+                waves = [math.ceil(n / places) for n in launched]
+                costs = [w * (4 + n) for n, w in enumerate(waves, 1)]
                 images = images_per_block(batch, blocks, places)
                 where = f"stage {stage}, {blocks} blocks in {places} places: {images} images"
-                assert cost(images) == min(map(cost, range(1, batch + 1))), where
+                assert costs[images - 1] == min(costs), where
                 # Few images a block only where more would leave places empty.
-                assert images >= 8 or waves(images) == 1, where
+                assert images >= 8 or waves[images - 1] == 1, where
                 # At least two thirds of the places are taken, or every image has its own blocks.
-                used = blocks * math.ceil(batch / images) / (waves(images) * places)
+                used = launched[images - 1] / (waves[images - 1] * places)
                 assert used > 2 / 3 or images == 1, where
 
 
