@@ -178,12 +178,15 @@ __device__ __forceinline__ void load_tiles(
   }
 }
 
-// The same for one number per row.
+// The same for one number per row. Ends with a warp whose lanes go on together: with one strip, half of
+// them have nothing to copy.
 __device__ __forceinline__ void load_numbers(float* to, const float* source, const int* row) {
   const int slot = int(threadIdx.x);
-  if (slot >= int(blockDim.x) / 2) return;
-  const int from = row[slot];
-  copy_async_4(to + slot, source + (from < 0 ? 0 : from), from >= 0);
+  if (slot < int(blockDim.x) / 2) {
+    const int from = row[slot];
+    copy_async_4(to + slot, source + (from < 0 ? 0 : from), from >= 0);
+  }
+  __syncwarp();
 }
 
 // Writes a warp's strip of results, times `factor` for each of the lane's two rows, in accesses of

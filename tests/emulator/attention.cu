@@ -79,9 +79,11 @@ void attend(const Header& h) {
   const Buffer partial(h.need_table ? a.programs() * table_bytes : 0);
   if (h.need_table) a.partial = partial.as<float>();
   launch_attention<T, D>(a, Pass::Backward, nullptr);
-  if (h.need_table)
-    run_table_gradient(a.partial, grad_table.as<float>(), a.programs(), a.heads, a.table_rows(),
-                       nullptr);
+  if (h.need_table) {
+    const Buffer sums(table_runs(a.programs()) * int64_t(a.table_rows()) * h.heads * 8);
+    run_table_gradient(a.partial, sums.as<double>(), grad_table.as<float>(), a.programs(), a.heads,
+                       a.table_rows(), nullptr);
+  }
   grad_qkv.write();
   grad_table.write();
 }

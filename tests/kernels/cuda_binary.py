@@ -50,6 +50,9 @@ def short_name(symbol: str) -> str | None:
         return None
     parts = [found[1]]
     arguments = found[2] or ""
+    if found[1] == "table_gradient":  # from partial sums or from sums of runs, to which of the two
+        kinds = {"IffE": "whole", "IfdE": "runs", "IdfE": "of_runs"}
+        return f"{found[1]}-{kinds[arguments]}"
     for mark, name in (("__nv_bfloat16", "bfloat16"), ("__half", "float16"), ("If", "float32"),
                        ("uint4", "16bytes"), ("Ij", "4bytes"), ("It", "2bytes")):  # fmt: skip
         if mark in arguments:

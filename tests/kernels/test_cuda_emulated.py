@@ -109,6 +109,19 @@ def test_how_a_batch_is_cut_changes_no_bit_of_an_image(case, dtype):
     agree(apart, inputs)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+def test_many_partial_sums_of_the_table(per_image):
+    """128 programs and more: they are added in runs, and then these."""
+    case = Case(stage=3, shifted=True, batch=64, num_heads=1, head_dim=16, per_image=per_image)
+    inputs = make_inputs(case)
+    assert inputs.part.num_groups * case.batch >= 128
+    first = emulate(inputs, Launch(processors=1000))
+    agree(first, inputs)
+    for order in ORDERS[1:]:
+        again = emulate(inputs, Launch(processors=1000, thread_order=order))
+        assert torch.equal(again["grad_table"], first["grad_table"]), order
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("head_dim", [16, 32, 64])
 def test_little_shared_memory(head_dim, dtype):
