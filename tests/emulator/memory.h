@@ -20,10 +20,10 @@ inline void* allocate(size_t bytes) {
 }
 inline void release(void* memory) { std::free(memory); }
 inline void copy_to_device(void* to, const void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
+  if (bytes != 0) std::memcpy(to, from, bytes);
 }
 inline void copy_from_device(void* to, const void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
+  if (bytes != 0) std::memcpy(to, from, bytes);
 }
 #else
 #include <cuda_runtime.h>

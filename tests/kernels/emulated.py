@@ -55,7 +55,7 @@ def build(
 
 
 def toolkit(program: str) -> str | None:
-    """A program of the CUDA toolkit, or None: of the one that setup.py would take, if it is there."""
+    """A program of the CUDA toolkit, of the one that setup.py takes where it is there; or None."""
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
     folders = [str(pathlib.Path(home) / "bin") for home in homes if home]
     folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
