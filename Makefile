@@ -2,6 +2,7 @@
 #
 #   make demo    pre-train a small GreenMIM on real photographs on the CPU
 #   make test    run the tests
+#   make bench   measure what this machine can; see benchmarks/README.md
 #
 # and, on a machine with an NVIDIA GPU,
 #
@@ -60,7 +61,10 @@ test: $(READY)
 	$(RUN) -m pytest $(ARGS)
 
 bench: $(READY)
-	$(RUN) -m benchmarks.cpu_attention $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE KINETO_LOG_LEVEL=99 $(RUN) -m pytest -q benchmarks --benchmark-disable-gc \
+		--benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m benchmarks.steps
+	$(RUN) -m benchmarks.report
 
 gpu-check: $(READY)
 	$(RUN) -m benchmarks.gpu_check

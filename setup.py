@@ -21,6 +21,12 @@ ROOT = pathlib.Path(__file__).parent
 # The oldest torch that the binaries load under: 2.11.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHITECTURES = "8.0;8.6;9.0;10.0;12.0+PTX"
+# Names that TORCH_CUDA_ARCH_LIST may hold for what is older than the 8.0 of the kernels.
+OLDER_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
+
+
+def say(message: str) -> None:
+    print(f"greenmim build: {message}", file=sys.stderr, flush=True)
 
 
 def stop(message: str) -> None:
@@ -74,6 +80,31 @@ def toolkit_problem(home: str | None, torch_cuda: str | None) -> str | None:
     return None
 
 
+def is_too_old(architecture: str) -> bool:
+    """Whether an entry of TORCH_CUDA_ARCH_LIST, such as 7.5, 9.0a+PTX or Volta, is below 8.0."""
+    number = re.match(r"(\d+)\.\d", architecture)
+    return int(number[1]) < 8 if number else architecture.startswith(OLDER_NAMES)
+
+
+def chosen_architectures(home: str, listed: str, is_required: bool) -> str:
+    """The value of TORCH_CUDA_ARCH_LIST to build with, from the one that was found.
+
+    Images list the architectures of everything they run, so entries that the kernels cannot be
+    compiled for are left out.
+    """
+    entries = re.findall(r"[^;\s]+", listed)
+    kept = [entry for entry in entries if not is_too_old(entry)]
+    if len(kept) < len(entries):
+        dropped = " ".join(entry for entry in entries if is_too_old(entry))
+        if is_required and not kept:
+            stop(
+                f"TORCH_CUDA_ARCH_LIST={listed!r} has only architectures older than 8.0, which the"
+                " kernels need, so add one or unset it (USE_CUDA=1)."
+            )
+        say(f"{dropped} of TORCH_CUDA_ARCH_LIST left out: the kernels need 8.0 or newer")
+    return ";".join(kept) or architectures(home)
+
+
 def architectures(home: str, wanted: str = CUDA_ARCHITECTURES) -> str:
     """Those of `wanted` that this toolkit's nvcc knows; the last one kept carries the PTX."""
     listed = subprocess.run(
@@ -112,8 +143,9 @@ def main() -> None:
         if problem is None:
             # torch reads both when its build helpers are imported, so this comes first.
             os.environ["CUDA_HOME"] = home
-            if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-                os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(home)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = chosen_architectures(
+                home, os.environ.get("TORCH_CUDA_ARCH_LIST", ""), use_cuda == "1"
+            )
         elif use_cuda == "1":
             stop(f"{problem} (USE_CUDA=1).")
     else:
@@ -127,7 +159,7 @@ def main() -> None:
         "DEBUG": int(debug),
     }
     for name, value in switches.items():
-        print(f"greenmim build: {name:<20} {value}", file=sys.stderr, flush=True)
+        say(f"{name:<20} {value}")
 
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 

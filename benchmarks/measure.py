@@ -74,8 +74,16 @@ class Sampler:
 
     def __call__(self) -> float:
         """Seconds of one call, averaged over one pass."""
+        self.set_up()
+        return self.run()
+
+    def set_up(self) -> None:
+        """What goes before a pass."""
         for setup in self.setups:
             setup()
+
+    def run(self) -> float:
+        """`__call__` after `set_up`."""
         seconds = self._events() if self.is_cuda else self._wall()
         return seconds / len(self.calls)
 

@@ -1,16 +1,19 @@
-"""The README's table of measurements, made from the result files alone.
+"""Tables and plots, made from the result files alone.
 
-python -m benchmarks.report           # rewrite the table in README.md
-python -m benchmarks.report --check   # exit 1 if it is not what the files say
+python -m benchmarks.report           # the table in README.md, a page and plots per device
+python -m benchmarks.report --check   # exit 1 if README.md is not what the files say
+python -m benchmarks.report --compare old/operators.json new/operators.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import sys
 
-from .environment import RESULTS, ROOT
+from . import tables
+from .environment import MEASURED_CODE, RESULTS, ROOT, changed_since
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -27,6 +30,14 @@ resident memory of the process.
 |---|---|---|---|---|---|---|
 """
 TOKENS = {1: 768, 2: 192, 3: 48, 4: 12}
+# What each file's figures depend on.
+CODE = {
+    "operators.json": MEASURED_CODE,
+    "cpu_attention.json": MEASURED_CODE,
+    "steps.json": (*MEASURED_CODE, "greenmim", "benchmarks/naive_model.py"),
+    "loader.json": ("greenmim/augment.py", "greenmim/data.py", "greenmim/images.py"),
+}
+SLOWER = 1.15  # a row this many times the old one's time is slower, if the spread allows it
 
 
 def cpu_table(result: dict) -> str:
@@ -46,28 +57,116 @@ def cpu_table(result: dict) -> str:
     return "".join(lines)
 
 
-def tables() -> str:
-    """All tables, in the order of the devices' names."""
-    files = sorted(RESULTS.glob("*/cpu_attention.json"))
-    return "\n".join(cpu_table(json.loads(file.read_text())) for file in files)
+def readme_tables(results: pathlib.Path = RESULTS) -> str:
+    """All tables of the README, in the order of the devices' names."""
+    parts = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if (file := folder / "cpu_attention.json").exists():
+            parts.append(cpu_table(json.loads(file.read_text())))
+        if (file := folder / "steps.json").exists():
+            result = json.loads(file.read_text())
+            parts.append(
+                "Whole training steps: forward, backward and AdamW, images on the device. *To"
+                " naive* compares with the naive path planned ahead. Floor: the least time that"
+                f" the step's shapes take at measured rates ([table](benchmarks/step_costs.md)).\n"
+                f"{tables.where(result['environment'])}\n{tables.steps_table(result)}"
+            )
+        if (folder / "report.md").exists():
+            page = (folder / "report.md").relative_to(ROOT)
+            parts.append(f"Every operator, peer and limit: [{folder.name}]({page}).\n")
+    return "\n".join(parts)
 
 
 def with_tables(readme: str) -> str:
     """The README's text with the tables between its marks."""
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{tables()}{END}{after}"
+    return f"{before}{BEGIN}\n{readme_tables()}{END}{after}"
+
+
+def page(folder: pathlib.Path) -> str:
+    """The page of a device."""
+    found = {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    parts = [f"# Measured: {folder.name}\n\nWritten by `python -m benchmarks.report`; how to read"
+             " it: [benchmarks](../../README.md).\n"]  # fmt: skip
+    if result := found.get("operators.json"):
+        rates = result["rates"]
+        products = ", ".join(
+            f"{rate / 1e12:.2f} TFLOP/s {dtype}"
+            for dtype, rate in rates["matrix_flops_per_second"].items()
+        )
+        parts.append(
+            f"## Operators\n\n{tables.where(result['environment'])}\nLimits measured in the run:"
+            f" copy {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s, products {products}. In"
+            " brackets the share of the limit that is reached.\n\nAttention layers of Swin-B:"
+            " forward + backward, then each.\n\n"
+            + "\n".join(tables.stages_table(result, p) for p in ("both", "forward", "backward"))
+            + "\n![speed](speedup.png)\n![memory](memory.png)\n![roofline](roofline.png)\n"
+        )
+        for study, title in (("operators", "Other operators"), ("shapes", "Other shapes")):
+            parts.append(f"### {title}\n\n{tables.problems_table(result, study)}")
+        parts.append(f"### Growth\n\n{tables.growth_table(result)}\n![growth](growth.png)\n")
+        parts.append(f"### Not timed\n\n{tables.reasons_table(result)}")
+    if result := found.get("steps.json"):
+        parts.append(
+            f"## Training steps\n\n{tables.where(result['environment'])}\n"
+            f"{tables.steps_table(result)}\n{tables.reasons_table(result)}"
+        )
+    if result := found.get("loader.json"):
+        parts.append(
+            f"## Loader\n\n{tables.where(result['environment'])}\n{tables.loader_table(result)}"
+        )
+    if stale := [line for name, content in found.items() if (line := staleness(name, content))]:
+        parts.append("## Older than the code\n\n" + "".join(f"- {line}\n" for line in stale))
+    return "\n".join(parts)
+
+
+def staleness(name: str, content: dict) -> str | None:
+    """A line where the code that a file measures has changed since."""
+    commit = content["environment"]["commit"]
+    if name not in CODE or changed_since(commit, CODE[name]) is not True:
+        return None
+    return f"{name} was measured at {commit[:9]}; what it measures has changed since."
+
+
+def compare(old: dict, new: dict) -> list[str]:
+    """Rows of `new` that are slower than in `old`, or that are not timed any more."""
+    names = ("operator", "case", "peer", "pass")
+    before = {tuple(row[n] for n in names): row for row in old["rows"]}
+    found = []
+    for row in new["rows"]:
+        earlier = before.get(tuple(row[n] for n in names), {})
+        label = " ".join(row[n] for n in names)
+        if "ms" in earlier and "ms" not in row:
+            found.append(f"{label}: {row['reason']}")
+        elif "ms" in earlier and row["ms"] > SLOWER * earlier["ms"]:
+            if row["p20_ms"] > earlier["p80_ms"]:
+                found.append(f"{label}: {row['ms'] / earlier['ms']:.2f} times the time")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--compare", nargs=2, type=pathlib.Path, metavar=("OLD", "NEW"))
     options = parser.parse_args(argv)
-    text = README.read_text()
-    wanted = with_tables(text)
+    if options.compare:
+        found = compare(*(json.loads(file.read_text()) for file in options.compare))
+        print("\n".join(found) or "nothing is slower")
+        return int(bool(found))
     if options.check:
-        return int(text != wanted)
-    README.write_text(wanted)
+        text = README.read_text()
+        return int(text != with_tables(text))
+    from .plots import draw
+
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        (folder / "report.md").write_text(page(folder))
+        if (file := folder / "operators.json").exists():
+            draw(json.loads(file.read_text()), folder)
+        for file in sorted(folder.glob("*.json")):
+            if line := staleness(file.name, json.loads(file.read_text())):
+                print(line)
+    README.write_text(with_tables(README.read_text()))
     return 0
 
 

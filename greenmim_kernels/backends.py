@@ -112,7 +112,8 @@ def available_backends() -> dict[str, str | None]:
     return {name: _unusable(name) for name in BACKENDS}
 
 
-def _unusable(name: str) -> str | None:
+def _unusable(name: str, device: torch.device | None = None) -> str | None:
+    """None, or why not: on that GPU, or on the current one."""
     if name == "cpp":
         try:
             cpu_capability()
@@ -124,7 +125,7 @@ def _unusable(name: str) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
         return load_library("_C_cuda") or _not_built_for(
-            cuda_architectures(), torch.cuda.get_device_capability()
+            cuda_architectures(), torch.cuda.get_device_capability(device)
         )
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -133,7 +134,7 @@ def _unusable(name: str) -> str | None:
             torch.version.cuda is None or not torch.cuda.is_available()
         ):
             return "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
-        if not triton_interprets() and torch.cuda.get_device_capability() < (8, 0):
+        if not triton_interprets() and torch.cuda.get_device_capability(device) < (8, 0):
             return "its kernels need a GPU of compute capability 8.0 or newer"
     return None
 
@@ -216,8 +217,8 @@ def forced_backend() -> str:
 
 # Dynamo takes the answer as a constant of the trace and does not look inside.
 @torch.compiler.assume_constant_result
-def candidates(operator: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends to try on tensors of this device type and dtype, best first; one if forced.
+def candidates(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends to try on tensors of this device and dtype, best first; one if forced.
 
     Raises:
         ValueError: a forced backend cannot do it, or the environment names an unknown backend.
@@ -227,17 +228,21 @@ def candidates(operator: str, device: str, dtype: torch.dtype) -> tuple[str, ...
     if name == "auto":
         return tuple(
             name
-            for name in PREFERENCE.get(device, ("reference",))
-            if cannot(name, operator, device, dtype) is None and _unusable(name) is None
+            for name in PREFERENCE.get(device.type, ("reference",))
+            if cannot(name, operator, device.type, dtype) is None
+            and _unusable(name, device) is None
         )
-    if reason := cannot(name, operator, device, dtype):
+    if reason := cannot(name, operator, device.type, dtype):
         raise ValueError(f'{reason}; use another backend or "auto"')
+    # Whether a name can be used was asked of the current GPU when it was forced.
+    if device.type == "cuda" and (reason := _unusable(name, device)):
+        raise RuntimeError(f"the {name} backend cannot be used on {device}: {reason}")
     return (name,)
 
 
 def choose_backend(
     operator: str,
-    device: str,
+    device: torch.device,
     dtype: torch.dtype,
     head_dim: int | None = None,
     group_size: int | None = None,
@@ -253,7 +258,7 @@ def choose_backend(
         RuntimeError: the backend named in the environment cannot be used here.
     """
     names = candidates(operator, device, dtype)
-    if len(names) > 1 and device == "cuda":
+    if len(names) > 1 and device.type == "cuda":
         first = automatic.choice(operator, dtype, head_dim, group_size).backend
         names = (first, *names) if first in names else names
     for name in names:
@@ -266,7 +271,7 @@ def choose_backend(
 def automatic_backend(operator: str, device: str, dtype: torch.dtype) -> str:
     """What "auto" takes on this machine for Swin's sizes."""
     with use_backend("auto"):
-        return choose_backend(operator, device, dtype)
+        return choose_backend(operator, torch.device(device), dtype)
 
 
 def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | None:

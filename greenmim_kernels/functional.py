@@ -27,7 +27,7 @@ def group_gather(x: Tensor, part: GroupPartition) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
     """
     _check_tokens("x", x, part)
-    backend = choose_backend("group_gather", x.device.type, x.dtype)
+    backend = choose_backend("group_gather", x.device, x.dtype)
     if backend == "reference":
         return reference.group_gather(x, part.token_index)
     return operator("group_gather", VARIANT[backend])(x, part.token_index)
@@ -47,7 +47,7 @@ def group_scatter(x: Tensor, part: GroupPartition) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
     """
     _check_groups("x", x, part)
-    backend = choose_backend("group_scatter", x.device.type, x.dtype)
+    backend = choose_backend("group_scatter", x.device, x.dtype)
     if backend == "reference":
         return reference.group_scatter(x, part.token_index, part.num_tokens)
     return operator("group_scatter", VARIANT[backend])(x, part.token_index, part.num_tokens)
@@ -83,7 +83,7 @@ def block_diagonal_attention(
     name = "block_diagonal_attention"
     head_dim = qkv.shape[-1] // (3 * num_heads)
     backend = choose_backend(
-        name, qkv.device.type, qkv.dtype, head_dim, part.group_size, max(part.window_size)
+        name, qkv.device, qkv.dtype, head_dim, part.group_size, max(part.window_size)
     )
     if backend == "reference":
         return reference.block_diagonal_attention(*arguments, part.window_size, scale)
@@ -126,7 +126,7 @@ def group_window_attention(
     name = "group_window_attention"
     head_dim = qkv.shape[-1] // (3 * num_heads)
     backend = choose_backend(
-        name, qkv.device.type, qkv.dtype, head_dim, part.group_size, max(part.window_size)
+        name, qkv.device, qkv.dtype, head_dim, part.group_size, max(part.window_size)
     )
     if backend == "reference":
         return reference.group_window_attention(*arguments, part.window_size, scale)

@@ -72,14 +72,66 @@ def test_a_missing_or_wrong_toolkit_is_one_sentence(tmp_path):
     assert "is CUDA 9.2" in done.stderr
 
 
-def test_architectures_that_the_toolkit_does_not_know_are_left_out(tmp_path, monkeypatch):
+def functions_of_setup() -> dict:
+    source = (ROOT / "setup.py").read_text().removesuffix("main()\n")
+    names: dict = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(source, "setup.py", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("listed", "built", "dropped"),
+    [
+        ("7.0 7.5 8.0 8.6 9.0+PTX", "8.0;8.6;9.0+PTX", "7.0 7.5"),
+        ("5.2;7.5+PTX;8.0", "8.0", "5.2 7.5+PTX"),
+        (" 9.0a; 12.0+PTX ", "9.0a;12.0+PTX", None),
+        ("Volta+Tegra;Turing;Ampere;Hopper", "Ampere;Hopper", "Volta+Tegra Turing"),
+        ("10.0 12.1", "10.0;12.1", None),
+        ("native", "native", None),
+        ("7.0 7.5+PTX", "8.0;9.0+PTX", "7.0 7.5+PTX"),  # nothing left: what is built otherwise
+        ("", "8.0;9.0+PTX", None),
+    ],
+)
+def test_architectures_older_than_the_kernels_are_left_out(
+    listed, built, dropped, tmp_path, capsys
+):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_75\\ncompute_80\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    choose = functions_of_setup()["chosen_architectures"]
+    assert choose(str(tmp_path), listed, False) == built
+    line = f"{dropped} of TORCH_CUDA_ARCH_LIST left out: the kernels need 8.0 or newer"
+    assert capsys.readouterr().err.splitlines() == ([f"greenmim build: {line}"] if dropped else [])
+    if dropped == listed:
+        with pytest.raises(SystemExit, match="has only architectures older than 8.0") as stopped:
+            choose(str(tmp_path), listed, True)
+        assert "\n" not in str(stopped.value)
+    else:
+        assert choose(str(tmp_path), listed, True) == built
+
+
+def test_the_build_takes_the_architectures_that_are_left(tmp_path):
+    pytest.importorskip("pybind11")
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart.so"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\necho 'release {torch.version.cuda}'\n")
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    done = setup(CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST="7.0 7.5 8.0 9.0+PTX")
+    assert done.returncode == 0, done.stderr
+    if torch.version.cuda is None:
+        assert "this torch was built without CUDA" in done.stderr
+        return
+    assert "7.0 7.5 of TORCH_CUDA_ARCH_LIST left out" in done.stderr
+    assert "TORCH_CUDA_ARCH_LIST 8.0;9.0+PTX\n" in done.stderr
+
+
+def test_architectures_that_the_toolkit_does_not_know_are_left_out(tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_90\\n'\n")
     nvcc.chmod(0o755)
-    source = (ROOT / "setup.py").read_text().removesuffix("main()\n")
-    names: dict = {"__file__": str(ROOT / "setup.py")}
-    exec(compile(source, "setup.py", "exec"), names)
+    names = functions_of_setup()
     assert names["architectures"](str(tmp_path)) == "8.0;8.6;9.0+PTX"
     nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\ncompute_100\\ncompute_120\\n'\n")
     assert names["architectures"](str(tmp_path)) == "8.0;9.0;10.0;12.0+PTX"

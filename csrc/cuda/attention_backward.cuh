@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const int channels = a.heads * D, centre = table_centre(a);
   constexpr float kLog2E = 1.4426950408889634f;
 
-  memory.slots.fill(a, place);
+  memory.slots.read_partition(a, place);
   __syncthreads();
   const bool empty = memory.slots.cell[0].x < 0;
   if (empty && (a.token_index != nullptr || a.grad_qkv == nullptr)) {
@@ -88,11 +88,15 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 
   start_load(0, place.first_image);
   // While the first image is on its way.
+  memory.slots.read_table(a, place);
   const Band band = band_of(memory.slots, place, strip, a.reach());
-  for (int i = int(threadIdx.x); i < memory.rows * memory.rows; i += int(blockDim.x)) {
-    const int query = i / memory.rows, key = i % memory.rows;
-    memory.bias[query * memory.bias_stride + key] =
-        bias_of(memory.slots.cell[query], memory.slots.cell[key], memory.slots.table, centre);
+  __syncthreads();  // the table is there
+  // A warp makes the bias of its own queries, which no other warp reads.
+  for (int i = strip * kStrip; i < (strip + 1) * kStrip; ++i) {
+    const int2 query = memory.slots.cell[i];
+    for (int key = band.first * kStrip + lane; key < band.last * kStrip; key += 32)
+      memory.bias[i * memory.bias_stride + key] =
+          bias_of(query, memory.slots.cell[key], memory.slots.table, centre);
   }
 
   const float scale = a.scale * kLog2E;

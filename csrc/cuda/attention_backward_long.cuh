@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const int2* cell = memory.slots.cell;
   constexpr float kLog2E = 1.4426950408889634f;
 
-  memory.slots.fill(a, place);
+  memory.slots.read_partition(a, place);
   __syncthreads();
   const Band band = band_of(memory.slots, place, strip, a.reach());
   const Band whole = union_of(band, memory.bands);
@@ -149,6 +149,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   Cursor now{place.first_image, 0}, next = now;
   start_load(0, next);
   advance(next);
+  memory.slots.read_table(a, place);  // while the first strips are on their way
   int stage = 0;
   for (; now.image < place.last_image; advance(now), stage ^= 1) {
     copy_async_wait<0>();

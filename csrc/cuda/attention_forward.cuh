@@ -35,9 +35,10 @@ struct ForwardMemory {
 };
 
 // kLong: keys come in several pieces, with a running softmax, and the bias is looked up; otherwise
-// there is one piece and the bias stays in registers for all images.
+// there is one piece and the bias stays in registers for all images. Where 128 registers are enough,
+// a processor holds four blocks.
 template <class T, int D, bool kLong>
-__global__ void __launch_bounds__(32 * kMostStrips, 1)
+__global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 4 : 1)
     attention_forward_kernel(const Attention a) {
   using P = Products<T, D>;
   using Memory = ForwardMemory<T, D>;
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const float* table = memory.slots.table;
   const int2* cell = memory.slots.cell;
 
-  memory.slots.fill(a, place);
+  memory.slots.read_partition(a, place);
   __syncthreads();
   // Groups of padding are left at once; where they are part of the result they are written as zeros.
   if (a.token_index != nullptr && cell[(place.own - place.base) * kStrip].x < 0) return;
@@ -99,7 +100,11 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   }
 
   // While the first images are on their way.
-  if constexpr (!kLong) band = band_of(memory.slots, place, strip, a.reach());
+  memory.slots.read_table(a, place);
+  if constexpr (!kLong) {
+    band = band_of(memory.slots, place, strip, a.reach());
+    __syncthreads();  // the table is there
+  }
   const int2 upper = cell[strip * kStrip + g], lower = cell[strip * kStrip + g + 8];
   float bias[kLong ? 1 : kMostStrips][2][4];
   if constexpr (!kLong) {
@@ -192,13 +197,13 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
         const float total = quad_sum(sum[half]);
         const int own_row = strip * kStrip + g + 8 * half;
         inverse[half] = total > 0 ? 1 / total : total;  // NaN stays NaN
-        const int slot = place.base * kStrip + own_row;
-        int to = memory.slots.row[own_row];
+        const int slot = place.base * kStrip + own_row, token = memory.slots.row[own_row];
+        int to = token;
         if (a.token_index == nullptr)
           to = slot < a.slots ? place.group * a.slots + slot : -1;
         if (q == 0 && to >= 0)
           a.lse[(now.image * a.heads + place.head) * a.rows + to] =
-              total == 0 ? 0.0f : (top[half] + log2_fast(total)) * 0.6931471805599453f;
+              token < 0 || total == 0 ? 0.0f : (top[half] + log2_fast(total)) * 0.6931471805599453f;
       }
       // The strip of queries is in registers now, so its memory serves the results; in later pieces
       // nothing was loaded there.

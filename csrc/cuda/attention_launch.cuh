@@ -5,11 +5,40 @@
 #include "attention_backward_long.cuh"
 #include "attention_forward.cuh"
 
+#include <limits>
+
 namespace greenmim::cuda {
 
-// Blocks per processor that a launch aims at. More balance the load better, fewer make a bias tile
-// less often; a block that shares its bias over several images wants at least this many of them.
-constexpr int64_t kBlocksPerProcessor = 16;
+// What a block does once, measured in images: its slots, bands and bias, and backward the gradient of
+// the table. Counted in the code for sm_90 at Swin-B's first stage: backward some 4000 instructions of
+// a warp against 1300 an image, forward 1300 against 650.
+constexpr int64_t kSetupImages = 3;
+
+// How many images a block goes over, so that the launch is over soonest: `places` blocks run at the
+// same time, and a run of images needs `blocks`. Few images repeat the setup, many leave places empty,
+// in the last wave above all.
+inline int64_t images_per_block(int64_t batch, int64_t blocks, int64_t places) {
+  int64_t best = batch, least = std::numeric_limits<int64_t>::max();
+  for (int64_t wanted = 1; wanted <= batch; ++wanted) {
+    // Even without a wave that is not full, and more so with every further chunk.
+    if (least != std::numeric_limits<int64_t>::max() &&
+        blocks * (batch + wanted * kSetupImages) >= least * places)
+      break;
+    const int64_t images = (batch + wanted - 1) / wanted;
+    const int64_t chunks = (batch + images - 1) / images;
+    const int64_t waves = (blocks * chunks + places - 1) / places;
+    const int64_t cost = waves * (kSetupImages + images);
+    if (cost < least) {
+      least = cost;
+      best = images;
+    }
+  }
+  return best;
+}
+
+// Shared memory that the device keeps for itself in every block that a processor holds; a processor
+// has this much more than a block may ask for.
+constexpr size_t kReservedBytes = 1024;
 
 // What holds a whole group's probabilities in registers has no room for those of float32, nor for
 // wider heads.
@@ -23,6 +52,17 @@ size_t shared_bytes(const Attention& a, Pass pass) {
                    : BackwardMemory<T, D>(nullptr, a).bytes;
 }
 
+using AttentionKernel = void(Attention);
+
+template <class T, int D>
+AttentionKernel* kernel_of(const Attention& a, Pass pass) {
+  if (pass == Pass::Forward)
+    return a.is_long ? attention_forward_kernel<T, D, true> : attention_forward_kernel<T, D, false>;
+  if constexpr (kHasShortBackward<T, D>)
+    if (!a.is_long) return attention_backward_kernel<T, D>;
+  return attention_backward_long_kernel<T, D>;
+}
+
 // Fills in the plan. False where a block would need more shared memory than the device has.
 template <class T, int D>
 bool plan(Attention& a, Pass pass, const Device& device) {
@@ -34,28 +74,25 @@ bool plan(Attention& a, Pass pass, const Device& device) {
   a.is_long = a.is_long || shared_bytes<T, D>(a, pass) > room;
   if (a.is_long)
     // Two blocks side by side hide each other's waiting.
-    while (a.strips > 1 && 2 * shared_bytes<T, D>(a, pass) > room) a.strips = (a.strips + 1) / 2;
+    while (a.strips > 1 &&
+           2 * (shared_bytes<T, D>(a, pass) + kReservedBytes) > room + kReservedBytes)
+      a.strips = (a.strips + 1) / 2;
   if (shared_bytes<T, D>(a, pass) > room) return false;
-  if (!a.per_image && a.batch > 1) {
-    const int64_t blocks = int64_t(a.heads) * a.groups * a.pieces();
-    const int64_t chunks = std::clamp<int64_t>(
-        (kBlocksPerProcessor * device.processors + blocks - 1) / blocks, 1, a.batch);
-    a.images = int((a.batch + chunks - 1) / chunks);
-  }
+  const int resident =
+      resident_blocks(reinterpret_cast<const void*>(kernel_of<T, D>(a, pass)), 32 * a.strips,
+                      shared_bytes<T, D>(a, pass));
+  if (resident == 0) return false;
+  if (!a.per_image)
+    a.images = int(images_per_block(a.batch, int64_t(a.heads) * a.groups * a.pieces(),
+                                    int64_t(resident) * device.processors));
   return true;
 }
 
+// Launches a planned call.
 template <class T, int D>
 void launch_attention(const Attention& a, Pass pass, cudaStream_t stream) {
-  auto* kernel = attention_forward_kernel<T, D, false>;
-  if (pass == Pass::Forward) {
-    if (a.is_long) kernel = attention_forward_kernel<T, D, true>;
-  } else {
-    kernel = attention_backward_long_kernel<T, D>;
-    if constexpr (kHasShortBackward<T, D>)
-      if (!a.is_long) kernel = attention_backward_kernel<T, D>;
-  }
-  launch(kernel, unsigned(a.blocks()), 32 * a.strips, shared_bytes<T, D>(a, pass), stream, a);
+  launch(kernel_of<T, D>(a, pass), unsigned(a.blocks()), 32 * a.strips, shared_bytes<T, D>(a, pass),
+         stream, a);
 }
 
 }  // namespace greenmim::cuda

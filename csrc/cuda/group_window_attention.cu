@@ -183,8 +183,12 @@ std::tuple<Tensor, Tensor> backward(
   if (need_table) a.partial = partial.mutable_data_ptr<float>();
   problem.run(Pass::Backward);
   if (need_table) {
-    run_table_gradient(a.partial, grad_table.mutable_data_ptr<float>(), a.programs(), a.heads,
-                       a.table_rows(), current_stream(qkv.get_device_index()));
+    const int64_t runs = table_runs(a.programs());
+    Tensor sums = torch::stable::new_empty(
+        lse, {runs > 1 ? runs : 0, a.heads, a.table_rows()}, ScalarType::Double);
+    run_table_gradient(a.partial, sums.mutable_data_ptr<double>(),
+                       grad_table.mutable_data_ptr<float>(), a.programs(), a.heads, a.table_rows(),
+                       current_stream(qkv.get_device_index()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return {grad_qkv, grad_table};

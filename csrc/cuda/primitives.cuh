@@ -13,6 +13,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 #include <type_traits>
 
 // A name for all of the block's dynamic shared memory, as bytes.
@@ -124,15 +129,42 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
 
-// Blocks of `threads` threads on a line. The launch is checked by the caller.
+// Blocks of a kernel that a processor of the current device holds at the same time; 0 where it cannot
+// hold one. Asked once for each kernel, device and size: the answers are kept. Before the first one
+// the kernel is given leave to use all shared memory of the device, always the same amount, so that
+// host threads that launch it at the same time cannot take it from each other.
+inline int resident_blocks(const void* kernel, unsigned threads, size_t shared_bytes) {
+  const auto check = [](cudaError_t error) {
+    if (error != cudaSuccess)
+      throw std::runtime_error(
+          std::string("cannot prepare the kernel: ") + cudaGetErrorString(error));
+  };
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, unsigned, size_t>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = known.try_emplace({kernel, device, threads, shared_bytes}, 0);
+  if (!is_new) return found->second;
+  try {
+    int most_bytes = 0;
+    check(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &found->second, kernel, int(threads), shared_bytes));
+  } catch (...) {
+    known.erase(found);
+    throw;
+  }
+  return found->second;
+}
+
+// Blocks of `threads` threads on a line. The launch is checked by the caller; a kernel that takes more
+// than 48 KB of dynamic shared memory has been through resident_blocks.
 template <class Kernel, class... Arguments>
 void launch(
     Kernel* kernel, unsigned grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
     Arguments... arguments) {
-  // Beyond 48 KB a kernel has to ask; an attribute that is refused shows at the launch.
-  if (shared_bytes > 48 * 1024)
-    cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
 }
 

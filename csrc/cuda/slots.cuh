@@ -56,7 +56,7 @@ struct Slots {
     table = carver.take<float>(a.table_rows());
   }
 
-  __device__ void fill(const Attention& a, const Place& place) const {
+  __device__ void read_partition(const Attention& a, const Place& place) const {
     const int64_t partition = a.per_image ? place.first_image : 0;
     const int64_t first = (partition * a.groups + place.group) * a.slots;
     const int width = 2 * a.window_width - 1;
@@ -64,16 +64,22 @@ struct Slots {
       const int slot = place.base * kStrip + i;
       int window = -1, position = 0, token = -1;
       if (i < place.count * kStrip && slot < a.slots) {
+        // All at once: a read that asks another one first would wait for it.
+        const int down = a.coords[2 * (first + slot)], right = a.coords[2 * (first + slot) + 1];
         window = a.window_id[first + slot];
-        if (window >= 0) {
-          position = a.coords[2 * (first + slot)] * width + a.coords[2 * (first + slot) + 1];
-          token = a.token_index == nullptr ? place.group * a.slots + slot
-                                           : a.token_index[first + slot];
-        }
+        token = a.token_index == nullptr ? place.group * a.slots + slot
+                                         : a.token_index[first + slot];
+        if (window >= 0)
+          position = down * width + right;
+        else
+          token = -1;
       }
       cell[i] = int2{window, position};
       row[i] = token;
     }
+  }
+
+  __device__ void read_table(const Attention& a, const Place& place) const {
     constexpr float kLog2E = 1.4426950408889634f;
     for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x))
       table[i] = a.table == nullptr ? 0.0f : a.table[int64_t(i) * a.heads + place.head] * kLog2E;
@@ -161,7 +167,7 @@ __device__ __forceinline__ void load_tiles(
   constexpr int kPiece = 16 / int(sizeof(T)), kPieces = D / kPiece;
 #pragma unroll
   for (int i = 0; i < kPieces / 2; ++i) {
-    const int piece = int(threadIdx.x) + i * int(blockDim.x);
+    const int piece = computed_here(int(threadIdx.x)) + i * int(blockDim.x);
     const int slot = piece / kPieces, column = piece % kPieces * kPiece;
     const int from = row[slot];
     T* to = tile + slot * kStride<T, D> + column;
@@ -172,12 +178,15 @@ __device__ __forceinline__ void load_tiles(
   }
 }
 
-// The same for one number per row.
+// The same for one number per row. Ends with a warp whose lanes go on together: with one strip, half of
+// them have nothing to copy.
 __device__ __forceinline__ void load_numbers(float* to, const float* source, const int* row) {
   const int slot = int(threadIdx.x);
-  if (slot >= int(blockDim.x) / 2) return;
-  const int from = row[slot];
-  copy_async_4(to + slot, source + (from < 0 ? 0 : from), from >= 0);
+  if (slot < int(blockDim.x) / 2) {
+    const int from = row[slot];
+    copy_async_4(to + slot, source + (from < 0 ? 0 : from), from >= 0);
+  }
+  __syncwarp();
 }
 
 // Writes a warp's strip of results, times `factor` for each of the lane's two rows, in accesses of
@@ -186,7 +195,7 @@ template <class T, int D>
 __device__ __forceinline__ void store_strip(
     const Wide<D>& x, float upper_factor, float lower_factor, T* staging, T* out, int stride,
     const Attention& a, const Place& place, int strip, const int* row) {
-  const int lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int lane = computed_here(lane_index()), g = lane / 4, q = lane % 4;
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) {
@@ -199,15 +208,17 @@ __device__ __forceinline__ void store_strip(
 #pragma unroll
   for (int i = 0; i < kPieces / 2; ++i) {
     const int slot = (lane + 32 * i) / kPieces, column = (lane + 32 * i) % kPieces * kPiece;
-    int to = row[strip * kStrip + slot];
+    const int token = row[strip * kStrip + slot];
+    int to = token;
+    uint4 results = *reinterpret_cast<const uint4*>(staging + slot * kStride<T, D> + column);
     if (a.token_index == nullptr) {
-      // Padding of gathered groups is part of the result, as zeros.
+      // Padding of gathered groups is part of the result, as zeros; what was computed for it is NaN
+      // beside a token that is not finite.
       const int in_group = (place.base + strip) * kStrip + slot;
       to = in_group < a.slots ? place.group * a.slots + in_group : -1;
+      if (token < 0) results = uint4{0, 0, 0, 0};
     }
-    if (to >= 0)
-      *reinterpret_cast<uint4*>(out + int64_t(to) * stride + column) =
-          *reinterpret_cast<const uint4*>(staging + slot * kStride<T, D> + column);
+    if (to >= 0) *reinterpret_cast<uint4*>(out + int64_t(to) * stride + column) = results;
   }
 }
 

@@ -3,36 +3,59 @@
 
 #include "primitives.cuh"
 
+#include <algorithm>
+
 namespace greenmim::cuda {
 
 constexpr int kEntries = 32;  // of the table, that a block adds up
-constexpr int kSlices = 8;    // runs of programs, added side by side and then in order
+constexpr int kSlices = 8;    // of the sums that a block adds: side by side, and then in order
+// Sums that a block adds up at most, where there are more than a few runs of them.
+constexpr int64_t kRun = 64;
 
-// partial [programs, heads, rows] -> gradient [rows, heads].
+// Where many blocks leave sums they are added in two levels: runs of them, and then the runs. One run:
+// a single level.
+inline int64_t table_runs(int64_t programs) { return std::max<int64_t>(1, programs / kRun); }
+
+// from [count, heads, rows] -> the sum of every run of them: to [runs, heads, rows] in float64, or, as
+// the gradient, [rows, heads] in float32 of the only run.
+template <class From, class To>
 __global__ void __launch_bounds__(kEntries* kSlices) table_gradient_kernel(
-    const float* partial, float* gradient, int64_t programs, int heads, int rows) {
+    const From* from, To* to, int64_t count, int runs, int heads, int rows) {
   using Sums = double[kSlices][kEntries];
   STATIC_SHARED(Sums, sums);
   const int column = int(threadIdx.x) % kEntries, slice = int(threadIdx.x) / kEntries;
   const int64_t entries = int64_t(heads) * rows;
-  const int64_t entry = int64_t(blockIdx.x) * kEntries + column;
+  const int64_t run = blockIdx.x % runs;
+  const int64_t entry = blockIdx.x / runs * kEntries + column;
+  const int64_t first = count * run / runs, last = count * (run + 1) / runs;
   double sum = 0;
   if (entry < entries)
-    for (int64_t program = slice; program < programs; program += kSlices)
-      sum += double(partial[program * entries + entry]);
+    for (int64_t i = first + slice; i < last; i += kSlices)
+      sum += double(from[i * entries + entry]);
   sums[slice][column] = sum;
   __syncthreads();
   if (slice != 0 || entry >= entries) return;
   for (int i = 1; i < kSlices; ++i) sum += sums[i][column];
-  gradient[entry % rows * heads + entry / rows] = float(sum);
+  to[runs > 1 ? run * entries + entry : entry % rows * heads + entry / rows] = To(sum);
 }
 
+// partial [programs, heads, rows] -> gradient [rows, heads]; `sums` is memory for table_runs(programs)
+// times heads x rows, or null where that is one run.
 inline void run_table_gradient(
-    const float* partial, float* gradient, int64_t programs, int heads, int rows,
+    const float* partial, double* sums, float* gradient, int64_t programs, int heads, int rows,
     cudaStream_t stream) {
-  const int64_t entries = int64_t(heads) * rows;
-  launch(table_gradient_kernel, unsigned((entries + kEntries - 1) / kEntries), kEntries * kSlices,
-         0, stream, partial, gradient, programs, heads, rows);
+  const int runs = int(table_runs(programs));
+  const auto blocks = unsigned((int64_t(heads) * rows + kEntries - 1) / kEntries);
+  const int threads = kEntries * kSlices;
+  if (runs == 1) {
+    launch(table_gradient_kernel<float, float>, blocks, threads, 0, stream, partial, gradient,
+           programs, 1, heads, rows);
+    return;
+  }
+  launch(table_gradient_kernel<float, double>, blocks * runs, threads, 0, stream, partial, sums,
+         programs, runs, heads, rows);
+  launch(table_gradient_kernel<double, float>, blocks, threads, 0, stream,
+         static_cast<const double*>(sums), gradient, int64_t(runs), 1, heads, rows);
 }
 
 }  // namespace greenmim::cuda

@@ -66,7 +66,7 @@ def group_attention_fwd_kernel(
             b_sum = tl.where(m_token, tl.sum(b_p, 1), 1.0)
             b_out = product(b_p.to(b_v.dtype), b_v, PRECISION) / b_sum[:, None]
             p_o = p_out + image * num_rows * C + i_head * HEAD_DIM
-            store_rows(p_o, b_out, b_row, m_write, C, HEAD_DIM)
+            store_rows(p_o, b_out, b_row, m_write, m_token, C, HEAD_DIM, GATHERED)
             b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
             tl.store(p_lse + (image * NUM_HEADS + i_head) * num_rows + b_row, b_lse, mask=m_write)
 
@@ -142,12 +142,12 @@ def group_attention_bwd_kernel(
             if NEED_QKV:
                 p_dq = p_grad_qkv + start
                 b_dv = product(tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
-                store_rows(p_dq + 2 * C, b_dv, b_row, m_write, 3 * C, HEAD_DIM)
+                store_rows(p_dq + 2 * C, b_dv, b_row, m_write, m_token, 3 * C, HEAD_DIM, GATHERED)
                 b_ds_low = b_ds.to(b_q.dtype)
                 b_dq = product(b_ds_low, b_k, PRECISION) * scale
-                store_rows(p_dq, b_dq, b_row, m_write, 3 * C, HEAD_DIM)
+                store_rows(p_dq, b_dq, b_row, m_write, m_token, 3 * C, HEAD_DIM, GATHERED)
                 b_dk = product(tl.trans(b_ds_low), b_q, PRECISION) * scale
-                store_rows(p_dq + C, b_dk, b_row, m_write, 3 * C, HEAD_DIM)
+                store_rows(p_dq + C, b_dk, b_row, m_write, m_token, 3 * C, HEAD_DIM, GATHERED)
         if NEED_TABLE:
             program = i_head * (tl.num_programs(0) // NUM_HEADS) + i_run
             add_to_table(

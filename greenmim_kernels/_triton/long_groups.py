@@ -121,7 +121,7 @@ def long_attention_fwd_kernel(
             b_max = tl.where(m_token, b_max, 0.0)
             b_sum = tl.where(m_token, b_sum, 1.0)
             p_o = p_out + image * num_rows * C + i_head * HEAD_DIM
-            store_rows(p_o, b_acc / b_sum[:, None], b_row, m_write, C, HEAD_DIM)
+            store_rows(p_o, b_acc / b_sum[:, None], b_row, m_write, m_token, C, HEAD_DIM, GATHERED)
             b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
             tl.store(p_lse + (image * NUM_HEADS + i_head) * num_rows + b_row, b_lse, mask=m_write)
 
@@ -188,7 +188,9 @@ def long_attention_bwd_query_kernel(
                         b_q, b_k, b_v, b_do, b_bias, b_lse, b_delta, scale_log2, PRECISION
                     )
                     b_dq += product(b_ds.to(b_k.dtype), b_k, PRECISION)
-            store_rows(p_grad_qkv + start, b_dq * scale, b_row, m_write, 3 * C, HEAD_DIM)
+            store_rows(
+                p_grad_qkv + start, b_dq * scale, b_row, m_write, m_token, 3 * C, HEAD_DIM, GATHERED
+            )
 
 
 @triton.jit
@@ -256,8 +258,8 @@ def long_attention_bwd_key_kernel(
                     b_dv += product(tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
                     b_dk += product(tl.trans(b_ds.to(b_q.dtype)), b_q, PRECISION)
             p_dk = p_grad_qkv + start + C
-            store_rows(p_dk, b_dk * scale, b_row_k, m_write, 3 * C, HEAD_DIM)
-            store_rows(p_dk + C, b_dv, b_row_k, m_write, 3 * C, HEAD_DIM)
+            store_rows(p_dk, b_dk * scale, b_row_k, m_write, m_key, 3 * C, HEAD_DIM, GATHERED)
+            store_rows(p_dk + C, b_dv, b_row_k, m_write, m_key, 3 * C, HEAD_DIM, GATHERED)
 
 
 @triton.jit

@@ -47,9 +47,21 @@ def load_rows(p_x, b_row, m_row, ROW: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def store_rows(p_x, b_value, b_row, m_row, ROW: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[BLOCK, HEAD_DIM] -> one head of some rows."""
+def store_rows(
+    p_x,
+    b_value,
+    b_row,
+    m_row,
+    m_token,
+    ROW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GATHERED: tl.constexpr,
+):
+    """[BLOCK, HEAD_DIM] -> one head of some rows; zeros in those that hold no token."""
     o_d = tl.arange(0, HEAD_DIM)
+    if GATHERED:
+        # Beside a token that is not finite, what was computed for padding is NaN.
+        b_value = tl.where(m_token[:, None], b_value, 0.0)
     p_tile = p_x + b_row[:, None] * ROW + o_d[None, :]
     tl.store(p_tile, b_value.to(p_x.dtype.element_ty), mask=m_row[:, None])
 

@@ -79,9 +79,11 @@ void attend(const Header& h) {
   const Buffer partial(h.need_table ? a.programs() * table_bytes : 0);
   if (h.need_table) a.partial = partial.as<float>();
   launch_attention<T, D>(a, Pass::Backward, nullptr);
-  if (h.need_table)
-    run_table_gradient(a.partial, grad_table.as<float>(), a.programs(), a.heads, a.table_rows(),
-                       nullptr);
+  if (h.need_table) {
+    const Buffer sums(table_runs(a.programs()) * int64_t(a.table_rows()) * h.heads * 8);
+    run_table_gradient(a.partial, sums.as<double>(), grad_table.as<float>(), a.programs(), a.heads,
+                       a.table_rows(), nullptr);
+  }
   grad_qkv.write();
   grad_table.write();
 }
@@ -154,6 +156,10 @@ int main(int count, char** arguments) try {
   const std::string what = count > 1 ? arguments[1] : "attention";
   if (what == "plan") {
     h.element == 0 ? print_plan<float>(h) : print_plan<bfloat16>(h);
+    return 0;
+  }
+  if (what == "images") {  // of a block, where `groups` blocks are needed and `processors` can run
+    std::printf("%lld", (long long)images_per_block(h.batch, h.groups, h.processors));
     return 0;
   }
   if (what != "attention") {

@@ -66,12 +66,14 @@ __global__ void conformance_kernel(const float* numbers, Results* results) {
 }  // namespace
 
 int main() try {
-  Buffer numbers(64 * 4), results(sizeof(Results));
+  float drawn[64];
   uint32_t state = 1;
-  for (int i = 0; i < 64; ++i) {
+  for (float& number : drawn) {
     state = state * 1664525 + 1013904223;
-    numbers.as<float>()[i] = (float(state >> 8) / float(1 << 24) - 0.5f) * 16;
+    number = (float(state >> 8) / float(1 << 24) - 0.5f) * 16;
   }
+  Buffer numbers(sizeof drawn), results(sizeof(Results));
+  numbers.fill(drawn);
   launch(conformance_kernel, 1, 32, 1024, nullptr, static_cast<const float*>(numbers.as<float>()),
          results.as<Results>());
   results.write();

@@ -163,6 +163,9 @@ inline int computed_here(int x) { return x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 
+// What the registers of the heaviest kernels leave room for on every architecture.
+inline int resident_blocks(const void*, unsigned, size_t) { return 2; }
+
 template <class Kernel, class... Arguments>
 inline void launch(
     Kernel* kernel, unsigned grid, unsigned threads, size_t shared_bytes, cudaStream_t,

@@ -1,5 +1,6 @@
-// Buffers that both programs here and the device can read: the emulator's are plain memory of
-// exactly the size asked for, so that the address sanitizer sees the first byte beyond.
+// Memory of the device, filled from and written to files: the emulator's is plain memory of exactly the
+// size asked for, so that the address sanitizer sees the first byte beyond. On a GPU nothing is written
+// to it but what is read into it, so that compute-sanitizer sees what a kernel leaves out.
 #pragma once
 
 #include <cstdio>
@@ -8,15 +9,22 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #ifdef GREENMIM_EMULATE
 inline void* allocate(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 16, bytes == 0 ? 1 : bytes) != 0) throw std::bad_alloc();
+  std::memset(memory, 0xFF, bytes);  // NaN in every type, until something is written
   return memory;
 }
 inline void release(void* memory) { std::free(memory); }
-inline void wait_for_device() {}
+inline void copy_to_device(void* to, const void* from, size_t bytes) {
+  if (bytes != 0) std::memcpy(to, from, bytes);
+}
+inline void copy_from_device(void* to, const void* from, size_t bytes) {
+  if (bytes != 0) std::memcpy(to, from, bytes);
+}
 #else
 #include <cuda_runtime.h>
 
@@ -25,31 +33,38 @@ inline void check(cudaError_t error) {
 }
 inline void* allocate(size_t bytes) {
   void* memory = nullptr;
-  check(cudaMallocManaged(&memory, bytes == 0 ? 1 : bytes));
+  check(cudaMalloc(&memory, bytes == 0 ? 1 : bytes));
   return memory;
 }
 inline void release(void* memory) { cudaFree(memory); }
-inline void wait_for_device() {
+inline void copy_to_device(void* to, const void* from, size_t bytes) {
+  check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+}
+// Waits for the kernels before it.
+inline void copy_from_device(void* to, const void* from, size_t bytes) {
   check(cudaGetLastError());
-  check(cudaDeviceSynchronize());
+  check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
 }
 #endif
 
-// Filled with 0xFF, NaN in every type, until something is read into it or written by a kernel.
 class Buffer {
  public:
-  explicit Buffer(size_t bytes) : memory_(allocate(bytes)), bytes_(bytes) {
-    std::memset(memory_, 0xFF, bytes);
-  }
+  explicit Buffer(size_t bytes) : memory_(allocate(bytes)), bytes_(bytes) {}
   Buffer(const Buffer&) = delete;
   ~Buffer() { release(memory_); }
 
+  void fill(const void* content) { copy_to_device(memory_, content, bytes_); }
   void read() {
-    if (std::fread(memory_, 1, bytes_, stdin) != bytes_) throw std::runtime_error("short input");
+    std::vector<char> content(bytes_);
+    if (std::fread(content.data(), 1, bytes_, stdin) != bytes_)
+      throw std::runtime_error("short input");
+    fill(content.data());
   }
   void write() const {
-    wait_for_device();
-    if (std::fwrite(memory_, 1, bytes_, stdout) != bytes_) throw std::runtime_error("short output");
+    std::vector<char> content(bytes_);
+    copy_from_device(content.data(), memory_, bytes_);
+    if (std::fwrite(content.data(), 1, bytes_, stdout) != bytes_)
+      throw std::runtime_error("short output");
   }
   template <class T>
   T* as() const {

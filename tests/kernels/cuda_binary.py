@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -16,6 +15,7 @@ import subprocess
 from collections import Counter
 
 import torch
+from emulated import LARGE, SMALL, plan, toolkit
 
 FIGURES = pathlib.Path(__file__).parent / "cuda_figures.json"
 COUNTED = {
@@ -34,12 +34,12 @@ def module() -> pathlib.Path | None:
 
 def cuobjdump() -> str | None:
     """The tool that reads cubins: of the toolkit, or the one that triton ships."""
-    if found := shutil.which("cuobjdump"):
+    if found := toolkit("cuobjdump"):
         return found
-    places = [pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
     if spec := importlib.util.find_spec("triton"):
-        places.append(pathlib.Path(spec.origin).parent / "backends" / "nvidia" / "bin")
-    return next((str(p / "cuobjdump") for p in places if (p / "cuobjdump").exists()), None)
+        folder = pathlib.Path(spec.origin).parent / "backends" / "nvidia" / "bin"
+        return shutil.which("cuobjdump", path=str(folder))
+    return None
 
 
 def short_name(symbol: str) -> str | None:
@@ -50,6 +50,9 @@ def short_name(symbol: str) -> str | None:
         return None
     parts = [found[1]]
     arguments = found[2] or ""
+    if found[1] == "table_gradient":  # from partial sums or from sums of runs, to which of the two
+        kinds = {"IffE": "whole", "IfdE": "runs", "IdfE": "of_runs"}
+        return f"{found[1]}-{kinds[arguments]}"
     for mark, name in (("__nv_bfloat16", "bfloat16"), ("__half", "float16"), ("If", "float32"),
                        ("uint4", "16bytes"), ("Ij", "4bytes"), ("It", "2bytes")):  # fmt: skip
         if mark in arguments:
@@ -103,8 +106,6 @@ def figures(binary: pathlib.Path, tool: str) -> dict[str, dict[str, dict[str, in
 
 def shared_memory() -> dict[str, dict[str, int]]:
     """{problem: {"forward", "backward": bytes of a block, "strips": of it backward}}."""
-    from emulated import LARGE, SMALL, plan
-
     rows = {}
     for precision, dtype in (("16bit", torch.bfloat16), ("fp32", torch.float32)):
         for head_dim in (16, 32, 64):
@@ -121,12 +122,10 @@ def shared_memory() -> dict[str, dict[str, int]]:
 
 def compiler() -> str:
     """The release of nvcc, such as "13.0"."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = str(pathlib.Path(home) / "bin" / "nvcc") if home else "nvcc"
-    try:
-        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
-    except OSError:
+    nvcc = toolkit("nvcc")
+    if nvcc is None:
         return "none"
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     found = re.search(r"release (\d+\.\d+)", done.stdout)
     return found[1] if found else "none"
 

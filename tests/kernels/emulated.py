@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -53,11 +54,22 @@ def build(
     return binary
 
 
+def toolkit(program: str) -> str | None:
+    """A program of the CUDA toolkit, of the one that setup.py takes where it is there; or None."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+    folders = [str(pathlib.Path(home) / "bin") for home in homes if home]
+    folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which(program, path=os.pathsep.join(folders))
+
+
 @functools.cache
 def build_for_gpu(program: str, *defines: str) -> pathlib.Path:
     """Compile a program of tests/emulator with nvcc for the GPU of this machine."""
     binary = pathlib.Path(_folder().name) / f"{program}-gpu"
-    command = ["nvcc", "-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-arch=native"]
+    nvcc = toolkit("nvcc")
+    if nvcc is None:
+        raise RuntimeError("no nvcc was found, so put it on PATH or set CUDA_HOME")
+    command = [nvcc, "-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-arch=native"]
     command += [f"-D{define}" for define in defines]
     command += [str(ROOT / "tests" / "emulator" / program), "-o", str(binary)]
     subprocess.run(command, check=True, timeout=600)
@@ -80,7 +92,7 @@ def run_binary(
 
 @dataclasses.dataclass
 class Launch:
-    """How the emulator runs a problem."""
+    """How a problem is run; as it stands, by the emulator."""
 
     thread_order: int = 0
     processors: int = 1
@@ -88,6 +100,15 @@ class Launch:
     gathered: bool = False
     need_qkv: bool = True
     need_table: bool = True
+
+    @classmethod
+    def of_gpu(cls) -> Launch:
+        """As a launch is made for the GPU of this machine."""
+        gpu = torch.cuda.get_device_properties(0)
+        return cls(
+            processors=gpu.multi_processor_count,
+            shared_bytes=gpu.shared_memory_per_block_optin,
+        )
 
 
 def _bytes(tensor: Tensor | None) -> bytes:
@@ -143,6 +164,12 @@ def plan(
     names = ("fits", "is_long", "strips", "images", "shared_bytes")
     lines = done.stdout.decode().splitlines()
     return [dict(zip(names, map(int, line.split()), strict=True)) for line in lines]
+
+
+def images_per_block(batch: int, blocks: int, places: int) -> int:
+    """Where a run of images needs `blocks` blocks, and `places` blocks run at the same time."""
+    header = struct.pack("=17qd", 0, 0, 0, batch, 0, 0, blocks, *[0] * 8, places, 0, 1.0)
+    return int(run_binary([build("attention.cu"), "images"], header).stdout)
 
 
 def _rows(inputs: Inputs, launch: Launch) -> int:

@@ -110,6 +110,24 @@ def test_block_diagonal_attention_neither_reads_nor_fills_padding(dtype, per_ima
     assert torch.equal(grad_table, fused["grad_table"])
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_padding_is_zero_beside_what_is_not_finite(backend):
+    inputs = make_inputs(Case(stage=2, shifted=True))
+    part = inputs.part
+    padding = (part.token_index < 0).expand(2, -1, -1)
+    assert padding.any()
+    for value, which in ((math.inf, "qkv"), (math.inf, "grad_out"), (math.nan, "qkv")):
+        poisoned = dataclasses.replace(
+            inputs, **{which: torch.full_like(getattr(inputs, which), value)}
+        )
+        with gk.use_backend(backend):
+            x = gk.group_gather(poisoned.qkv, part).requires_grad_()
+            out = gk.block_diagonal_attention(x, inputs.table, part, inputs.num_heads)
+            (grad_x,) = torch.autograd.grad(out, x, gk.group_gather(poisoned.grad_out, part))
+        assert (out[padding] == 0).all()
+        assert (grad_x[padding] == 0).all()
+
+
 def test_without_a_bias_table_and_with_a_scale():
     inputs = make_inputs(Case(shifted=True))
     outs = {}

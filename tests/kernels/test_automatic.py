@@ -24,12 +24,14 @@ def gpu(monkeypatch):
     monkeypatch.setattr(automatic, "table", lambda: TABLE)
     usable = backends._unusable
     monkeypatch.setattr(
-        backends, "_unusable", lambda name: None if name in ("cuda", "triton") else usable(name)
+        backends,
+        "_unusable",
+        lambda name, device=None: None if name in ("cuda", "triton") else usable(name, device),
     )
 
 
 def chosen(operator="group_window_attention", dtype=torch.bfloat16, **sizes) -> str:
-    return backends.choose_backend(operator, "cuda", dtype, **sizes)
+    return backends.choose_backend(operator, torch.device("cuda"), dtype, **sizes)
 
 
 def test_auto_follows_the_table(gpu):

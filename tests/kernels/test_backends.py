@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -17,7 +18,7 @@ def attention(inputs):
 
 
 def backend_taken(inputs) -> str:
-    return backends.choose_backend("group_window_attention", "cpu", inputs.qkv.dtype)
+    return backends.choose_backend("group_window_attention", inputs.qkv.device, inputs.qkv.dtype)
 
 
 def test_available_backends():
@@ -124,6 +125,26 @@ def test_which_gpus_a_build_runs_on(built, device, works):
     reason = backends._not_built_for(tuple(built.split(";")), device)
     assert (reason is None) == works
     assert works or f"TORCH_CUDA_ARCH_LIST={device[0]}.{device[1]}" in reason
+
+
+def test_the_gpu_of_the_tensor_decides_not_the_current_one(monkeypatch):
+    old, new = torch.device("cuda:1"), torch.device("cuda:0")
+    capability = {old: (7, 5), new: (9, 0), None: (9, 0)}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[device])
+    monkeypatch.setattr(backends, "load_library", lambda name: None)
+    monkeypatch.setattr(backends, "cuda_architectures", lambda: ("8.0", "9.0"))
+    choose = functools.partial(
+        backends.choose_backend, "group_window_attention", dtype=torch.bfloat16, head_dim=32,
+        group_size=64, window=7,
+    )  # fmt: skip
+    assert choose(device=new) in ("cuda", "triton")
+    assert choose(device=old) == "reference"
+    with gk.use_backend("cuda"):
+        assert choose(device=new) == "cuda"
+        with pytest.raises(RuntimeError, match="cannot be used on cuda:1: .* capability 7.5"):
+            choose(device=old)
 
 
 @pytest.mark.skipif(

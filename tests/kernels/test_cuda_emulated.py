@@ -109,6 +109,19 @@ def test_how_a_batch_is_cut_changes_no_bit_of_an_image(case, dtype):
     agree(apart, inputs)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+def test_many_partial_sums_of_the_table(per_image):
+    """128 programs and more: they are added in runs, and then these."""
+    case = Case(stage=3, shifted=True, batch=64, num_heads=1, head_dim=16, per_image=per_image)
+    inputs = make_inputs(case)
+    assert inputs.part.num_groups * case.batch >= 128
+    first = emulate(inputs, Launch(processors=1000))
+    agree(first, inputs)
+    for order in ORDERS[1:]:
+        again = emulate(inputs, Launch(processors=1000, thread_order=order))
+        assert torch.equal(again["grad_table"], first["grad_table"]), order
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("head_dim", [16, 32, 64])
 def test_little_shared_memory(head_dim, dtype):
@@ -134,6 +147,31 @@ def test_gathered_groups(case, dtype):
             assert torch.equal(tokens, fused[key]), key
     assert torch.equal(grouped["grad_table"], fused["grad_table"])
     assert (grouped["lse"].transpose(1, 2)[padding] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
+@pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
+def test_padding_is_zero_beside_what_is_not_finite(case, dtype, poisoned):
+    """Padding shares strips with tokens, and zero times infinity is NaN."""
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    part = inputs.part
+    padding = part.window_id[0] < 0
+    groups = padding.any(-1) & ~padding.all(-1)
+    assert groups.any()
+    last = (~padding).sum(-1, keepdim=True)[groups] - 1  # the token that padding follows
+    last_tokens = part.token_index[0, groups].gather(1, last).flatten().long()
+    if poisoned == "grad_out":
+        inputs.grad_out[0, last_tokens] = torch.inf
+    else:
+        first = "qkv".index(poisoned) * case.channels
+        inputs.qkv[0, last_tokens, first : first + case.channels] = torch.inf
+    result = emulate(inputs, Launch(gathered=True))
+    padding = padding.flatten()
+    assert (result["out"][:, padding] == 0).all()
+    assert (result["grad_qkv"][:, padding] == 0).all()
+    assert (result["lse"][..., padding] == 0).all()
+    assert not result["grad_qkv"].isfinite().all()
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from emulated import Launch, build, build_for_gpu, decode, encode, run, run_binary
+from emulated import Launch, build, build_for_gpu, decode, encode, run, run_binary, toolkit
 
 from greenmim_kernels.testing import Case, make_inputs, relative_error
 
@@ -48,7 +44,7 @@ def test_every_primitive_does_what_its_twin_does():
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_the_kernels_agree_with_their_emulation(case):
     inputs = make_inputs(case)
-    device = run(inputs, binary=build_for_gpu("attention.cu"))
+    device = run(inputs, Launch.of_gpu(), build_for_gpu("attention.cu"))
     for name, value in run(inputs).items():
         assert relative_error(device[name], value) < 0.01, name
 
@@ -56,13 +52,10 @@ def test_the_kernels_agree_with_their_emulation(case):
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_compute_sanitizer_finds_nothing(case, tool):
-    places = [pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
-    command = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=str(places[0])
-    )
+    command = toolkit("compute-sanitizer")
     if command is None:
         pytest.skip("this machine has no compute-sanitizer")
-    inputs, launch = make_inputs(case), Launch()
+    inputs, launch = make_inputs(case), Launch.of_gpu()
     done = run_binary(
         [command, "--tool", tool, "--error-exitcode", "9", "--log-file", "/dev/stderr",
          build_for_gpu("attention.cu")],

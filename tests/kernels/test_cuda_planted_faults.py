@@ -18,6 +18,7 @@ from greenmim_kernels.testing import Case, assert_within_budget, make_inputs, ru
 CASE = Case(image_size=(96, 64), batch=3, num_heads=1, shifted=True, dtype=torch.bfloat16)
 LONG_CASE = Case(image_size=(64, 96), stage=1, window_size=14, batch=2, num_heads=1,
                  mask_ratio=0.5, dtype=torch.bfloat16)  # fmt: skip
+MANY_CASE = Case(stage=3, batch=64, num_heads=1, per_image=True, dtype=torch.bfloat16)
 ONLY = ("ONLY_HEAD_DIM=32", "ONLY_ELEMENT=1")
 
 
@@ -122,6 +123,20 @@ FAULTS = {
     "forward: no barrier after the wait": (FORWARD, TOP, "", "thread", CASE),
     "backward: no barrier after the wait": (BACKWARD, TOP, "", "thread", CASE),
     "long backward: no barrier after the wait": (LONG, TOP, "", "thread", LONG_CASE),
+    "forward: bias made before the table is there": (
+        FORWARD,
+        "    __syncthreads();  // the table is there\n",
+        "",
+        "thread",
+        CASE,
+    ),
+    "backward: bias made before the table is there": (
+        BACKWARD,
+        "  __syncthreads();  // the table is there\n",
+        "",
+        "thread",
+        CASE,
+    ),
     "backward: no barrier before the keys": (
         BACKWARD,
         "    __syncthreads();  // all probabilities are there; nobody needs k and v any more\n",
@@ -205,6 +220,20 @@ FAULTS = {
         "",
         "plain",
         LONG_CASE,
+    ),
+    "sums of the table added before they are there": (
+        "table_gradient.cuh",
+        "  __syncthreads();\n",
+        "",
+        "thread",
+        CASE,
+    ),
+    "the last of a run's partial sums left out": (
+        "table_gradient.cuh",
+        "last = count * (run + 1) / runs;",
+        "last = count * (run + 1) / runs - (runs > 1);",
+        "plain",
+        MANY_CASE,
     ),
     "keys of the next window attended": (
         "slots.cuh",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 
 import cuda_binary
 import pytest
 import torch
-from emulated import LARGE, SMALL, plan
+from emulated import LARGE, SMALL, images_per_block, plan
+
+from greenmim_kernels.testing import Case, make_partition
 
 COMMITTED = json.loads(cuda_binary.FIGURES.read_text())
 MOST_THREADS = 128  # of a block of attention
@@ -52,6 +56,9 @@ def test_no_spills_tensor_cores_and_wide_accesses(figures):
                 assert found["registers"] * MOST_THREADS <= REGISTERS, where
                 assert found["reads_16_bytes"] > 0 and found["writes_16_bytes"] > 0, where
                 assert (found["tensor_core"] > 0) == ("float32" not in name), where
+                if re.match(r"attention_forward-b?float16-(16|32)-", name):
+                    # A processor holds four blocks.
+                    assert 4 * found["registers"] * MOST_THREADS <= REGISTERS, where
             if name.startswith("row_copy-16bytes"):
                 assert found["reads_16_bytes"] > 0 and found["writes_16_bytes"] > 0, where
 
@@ -84,6 +91,35 @@ def test_every_group_of_a_window_up_to_16_has_a_launch(slots, dtype, head_dim):
         for row in plan(dtype, head_dim, slots, 16, limit):
             assert row["fits"] and row["shared_bytes"] <= limit
             assert 1 <= row["strips"] <= 4 and 1 <= row["images"] <= 256
+
+
+@pytest.mark.parametrize("batch", [1, 64, 128, 256])
+def test_how_many_images_a_block_of_swin_b_goes_over(batch):
+    """On 132 processors that hold 2 blocks (backward), 3 (forward), or 8 (of a single strip)."""
+    for stage, heads in ((1, 4), (2, 8), (3, 16), (4, 32)):
+        for shifted in (False, True):
+            part = make_partition(Case(stage=stage, shifted=shifted))
+            blocks = heads * part.num_groups
+            for places in (2 * 132, 3 * 132, 8 * 132):
+                # For every number of images: blocks, waves, and what they cost. A block's setup is
+                # worth three images.
+                launched = [blocks * math.ceil(batch / n) for n in range(1, batch + 1)]
+                waves = [math.ceil(n / places) for n in launched]
+                costs = [w * (3 + n) for n, w in enumerate(waves, 1)]
+                images = images_per_block(batch, blocks, places)
+                where = f"stage {stage}, {blocks} blocks in {places} places: {images} images"
+                assert costs[images - 1] == min(costs), where
+                # Few images a block only where more would leave places empty.
+                assert images >= 8 or waves[images - 1] == 1, where
+                # At least two thirds of the places are taken, or every image has its own blocks.
+                used = launched[images - 1] / (waves[images - 1] * places)
+                assert used > 2 / 3 or images == 1, where
+
+
+def test_how_many_images_a_block_of_stage_1_goes_over():
+    # 4 heads of 13 groups: five runs of images fill 264 places, and a sixth would wait for a second
+    # wave.
+    assert [images_per_block(n, 52, 264) for n in (64, 128, 256)] == [13, 26, 52]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")

@@ -173,6 +173,34 @@ def test_padding_is_neither_read_nor_filled(dtype, window, per_image, backend):
 
 
 @kernel_test
+@pytest.mark.parametrize("window", [7, 14])
+@pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
+def test_padding_is_zero_beside_what_is_not_finite(window, poisoned, backend):
+    """It shares tiles with tokens, and zero times infinity is NaN."""
+    if window == 7:
+        case = Case(stage=2, num_heads=1, batch=1, shifted=True, group_size=49)
+    else:  # 84 tokens: a tile of any size holds both
+        case = Case(image_size=(288, 288), stage=3, window_size=14, num_heads=1, batch=1,
+                    mask_ratio=0.74, group_size=100)  # fmt: skip
+    inputs = make_inputs(case, device=DEVICE)
+    part = inputs.part
+    padding = part.token_index < 0
+    assert ((~padding).sum(-1) % 16 != 0).any()
+    if poisoned == "grad_out":
+        inputs.grad_out[:] = math.inf
+    else:
+        first = "qkv".index(poisoned) * case.channels
+        inputs.qkv[..., first : first + case.channels] = math.inf
+    with gk.use_backend(backend):
+        x = gk.group_gather(inputs.qkv, part).requires_grad_()
+        out = gk.block_diagonal_attention(x, inputs.table, part, inputs.num_heads)
+        (grad_x,) = torch.autograd.grad(out, x, gk.group_gather(inputs.grad_out, part))
+    assert (out[padding] == 0).all()
+    assert (grad_x[padding] == 0).all()
+    assert not grad_x.isfinite().all()
+
+
+@kernel_test
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("channels", [1, 24, 300])

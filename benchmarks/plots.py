@@ -1,0 +1,186 @@
+"""Result files as plots: PNG for pages, SVG for print."""
+
+from __future__ import annotations
+
+import pathlib
+
+from .tables import STUDIES, growth, measured_rows, stage_name
+
+NAMES = {
+    "greenmim-cpp": "GreenMIM (C++)", "greenmim-cuda": "GreenMIM (CUDA)",
+    "greenmim-triton": "GreenMIM (Triton)", "three-operators": "GreenMIM, not fused",
+    "naive": "naive (eager)", "naive-compiled": "naive (compiled)",
+    "padded-sdpa": "padded windows, SDPA", "flex": "FlexAttention",
+    "varlen": "varlen, no bias", "xformers": "xFormers, no bias",
+}  # fmt: skip
+# Colours that people with any colour vision tell apart (Okabe and Ito).
+COLOURS = {
+    "greenmim-cpp": "#009E73", "greenmim-cuda": "#009E73", "greenmim-triton": "#56B4E9",
+    "three-operators": "#8FD3BF", "naive": "#E69F00", "naive-compiled": "#D55E00",
+    "padded-sdpa": "#CC79A7", "flex": "#0072B2", "varlen": "#999999", "xformers": "#555555",
+}  # fmt: skip
+
+
+def draw(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draw everything that an operators.json holds; the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {
+            "font.size": 10,
+            "svg.hashsalt": "greenmim",  # the same file for the same figures
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.constrained_layout.use": True,
+        }
+    )
+    written = []
+    for name, make in (("speedup", speedup), ("memory", memory), ("roofline", roofline),
+                       ("growth", growing)):  # fmt: skip
+        figure = make(result)
+        if figure is None:
+            continue
+        for suffix, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
+            file = folder / f"{name}.{suffix}"
+            figure.savefig(file, **options)
+            written.append(file)
+    return written
+
+
+def _bars(result: dict, value, baseline: bool):
+    """Grouped bars over the stages of a row's `value(row, row of the naive path)`."""
+    from matplotlib.figure import Figure
+
+    rows = measured_rows(result, study="stages", **{"pass": "both"})
+    stages = list(dict.fromkeys(map(stage_name, rows)))
+    naive = {stage_name(row): row for row in rows if row["peer"] == "naive"}
+    peers = [
+        peer
+        for peer in dict.fromkeys(row["peer"] for row in rows)
+        if peer in COLOURS and (baseline or peer != "naive")
+    ]
+    if not stages or not naive:
+        return None
+    figure = Figure(figsize=(8.5, 3.6))
+    axes = figure.subplots()
+    width = 0.84 / len(peers)
+    for number, peer in enumerate(peers):
+        for place, stage in enumerate(stages):
+            found = [r for r in rows if r["peer"] == peer and stage_name(r) == stage]
+            if not found or stage not in naive:
+                continue
+            height = value(found[0], naive[stage])
+            x = place + (number - (len(peers) - 1) / 2) * width
+            axes.bar(x, height, 0.92 * width, color=COLOURS[peer],
+                     label=NAMES[peer] if place == 0 else None)  # fmt: skip
+            text = f"{height:.1f}" if height >= 0.95 else f"{height:.2f}"
+            axes.text(x, height, text, ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(stages)), [f"stage {stage}" for stage in stages])
+    axes.margins(y=0.1)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
+                  ncols=min(4, len(peers)), frameon=False, fontsize=8)  # fmt: skip
+    return figure, axes
+
+
+def speedup(result: dict):
+    """How many times the naive path each peer is, by stage."""
+    drawn = _bars(result, lambda row, naive: naive["ms"] / row["ms"], baseline=False)
+    if drawn is None:
+        return None
+    figure, axes = drawn
+    axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
+    axes.set_ylabel("times the naive path's speed")
+    axes.set_title(_title(result, "one attention layer of Swin-B, forward + backward"), fontsize=10)
+    return figure
+
+
+def memory(result: dict):
+    """Extra memory beside the naive path's, by stage."""
+    rows = measured_rows(result, study="stages", **{"pass": "both"})
+    if not all("extra_bytes" in row for row in rows):
+        return None
+
+    def share(row: dict, naive: dict) -> float:
+        return 100 * max(row["extra_bytes"], 0) / naive["extra_bytes"]
+
+    drawn = _bars(result, share, baseline=False)
+    if drawn is None:
+        return None
+    figure, axes = drawn
+    axes.set_ylabel("extra memory, % of the naive path's")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.axhline(100, color="#444444", linewidth=0.8, linestyle=":")
+    axes.set_title(_title(result, "memory beyond inputs, outputs and gradients"), fontsize=10)
+    return figure
+
+
+def roofline(result: dict):
+    """Operations per second against operations per byte, and the measured limits."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    rows = [row for row in measured_rows(result, study="stages") if row["flops"]]
+    rows = [row for row in rows if row["peer"] in COLOURS and row["pass"] != "both"]
+    if not rows:
+        return None
+    dtype = rows[0]["dtype"]
+    copy = result["rates"]["copy_bytes_per_second"]
+    matrix = result["rates"]["matrix_flops_per_second"][dtype]
+    figure = Figure(figsize=(8.5, 4.2))
+    axes = figure.subplots()
+    intensity = [row["flops"] / row["bytes"] for row in rows]
+    span = np.geomspace(min(intensity) / 2, max(4 * max(intensity), 4 * matrix / copy), 100)
+    axes.plot(span, np.minimum(span * copy, matrix) / 1e9, color="#444444", linewidth=1)
+    axes.text(
+        span[-1], matrix / 1e9, "measured matrix product", ha="right", va="bottom", fontsize=8
+    )
+    low = span[0] * 1.6
+    axes.text(low, 1.15 * low * copy / 1e9, "measured copy", fontsize=8, ha="right", va="bottom")
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        for which, marker in (("forward", "o"), ("backward", "s")):
+            own = [row for row in rows if row["peer"] == peer and row["pass"] == which]
+            axes.plot(
+                [row["flops"] / row["bytes"] for row in own],
+                [row["flops"] / row["ms"] / 1e6 for row in own],
+                marker, color=COLOURS[peer], markersize=5, alpha=0.85,
+                label=NAMES[peer] if which == "forward" else None,
+            )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved",
+             ylabel="GFLOP/s that count")  # fmt: skip
+    axes.set_title(_title(result, "circles forward, squares backward"), fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  frameon=False, fontsize=8)  # fmt: skip
+    return figure
+
+
+def growing(result: dict):
+    """Time against size, with fitted exponents."""
+    from matplotlib.figure import Figure
+
+    studies = {study: growth(result, study) for study in STUDIES}
+    studies = {study: found for study, found in studies.items() if found}
+    if not studies:
+        return None
+    figure = Figure(figsize=(3.4 * len(studies), 3.4))
+    for axes, (study, found) in zip(figure.subplots(1, len(studies), squeeze=False)[0],
+                                    studies.items(), strict=True):  # fmt: skip
+        for peer, (sizes, times, exponent) in found.items():
+            axes.plot(sizes, times, "o-", color=COLOURS[peer], markersize=4, linewidth=1.2,
+                      label=f"{NAMES[peer]}: {exponent:.2f}")  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel=STUDIES[study])
+        ticks = next(iter(found.values()))[0]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8, title="exponent", title_fontsize=8)
+    figure.axes[0].set_ylabel("ms, forward + backward")
+    return figure
+
+
+def _title(result: dict, what: str) -> str:
+    environment = result["environment"]
+    row = next(row for row in result["rows"] if row["study"] == "stages")
+    device = environment["device"]
+    if not environment.get("driver"):
+        device += f", {environment['threads']} threads"
+    return f"{device}, batch {row['batch']}, {row['dtype']}: {what}"

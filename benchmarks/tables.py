@@ -1,0 +1,163 @@
+"""Result files as Markdown."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+STUDIES = {"tokens": "visible tokens", "batch": "images", "image": "tokens of the grid"}
+
+
+def measured_rows(result: dict, **wanted) -> list[dict]:
+    """The timed rows that have these values."""
+    return [
+        row
+        for row in result["rows"]
+        if "ms" in row and all(row[name] == value for name, value in wanted.items())
+    ]
+
+
+def stage_name(row: dict) -> str:
+    """As tables and plots call a row of the study of stages."""
+    return f"{row['stage']}, shifted" if row["shifted"] else str(row["stage"])
+
+
+def stages_table(result: dict, which: str = "both") -> str:
+    """Milliseconds of every peer at every stage, ours with the fraction of the limit reached."""
+    rows = measured_rows(result, study="stages", **{"pass": which})
+    stages = list(dict.fromkeys(map(stage_name, rows)))
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    lines = [_line(["stage", *stages]), _line(["---", *["---:"] * len(stages)])]
+    for peer in peers:
+        cells = {stage_name(row): row for row in rows if row["peer"] == peer}
+        lines.append(_line([peer, *(_time(cells.get(stage)) for stage in stages)]))
+    return "".join(lines)
+
+
+def problems_table(result: dict, study: str) -> str:
+    """One line for each problem and pass of a study, a column for each peer."""
+    rows = measured_rows(result, study=study)
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    lines = [_line(["operator", "case", "pass", *peers]), _line(["---"] * (3 + len(peers)))]
+    keys = dict.fromkeys((row["operator"], row["case"], row["pass"]) for row in rows)
+    for operator, case, which in keys:
+        cells = {
+            row["peer"]: row
+            for row in rows
+            if (row["operator"], row["case"], row["pass"]) == (operator, case, which)
+        }
+        lines.append(_line([operator, case, which, *(_time(cells.get(peer)) for peer in peers)]))
+    return "".join(lines)
+
+
+def growth(result: dict, study: str) -> dict[str, tuple[list[float], list[float], float]]:
+    """For each peer, sizes, milliseconds and the exponent of a line through their logarithms."""
+    found = {}
+    size = {
+        "tokens": lambda row: row["tokens"],
+        "batch": lambda row: row["batch"],
+        "image": lambda row: row["image"][0] * row["image"][1] / 16,
+    }[study]
+    rows = measured_rows(result, study=study)
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        own = sorted((size(row), row["ms"]) for row in rows if row["peer"] == peer)
+        if len(own) >= 2:
+            sizes, times = (list(values) for values in zip(*own, strict=True))
+            exponent = float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+            found[peer] = sizes, times, exponent
+    return found
+
+
+def growth_table(result: dict) -> str:
+    """The exponents: time grows as size to this power."""
+    lines = [_line(["time against", "from", "to", "peer", "exponent"]), _line(["---"] * 5)]
+    for study, name in STUDIES.items():
+        for peer, (sizes, _, exponent) in growth(result, study).items():
+            lines.append(_line([name, f"{sizes[0]:g}", f"{sizes[-1]:g}", peer, f"{exponent:.2f}"]))
+    return "".join(lines)
+
+
+def reasons_table(result: dict) -> str:
+    """Who was not timed, and why."""
+    reasons: dict[tuple[str, str], int] = {}
+    for row in result["rows"]:
+        if "reason" in row:
+            key = (row.get("peer", row.get("variant")), row["reason"])
+            reasons[key] = reasons.get(key, 0) + 1
+    if not reasons:
+        return "Everybody was timed everywhere.\n"
+    lines = [_line(["not timed", "rows", "reason"]), _line(["---", "---:", "---"])]
+    lines += [_line([peer, str(n), why.replace("|", "/")]) for (peer, why), n in reasons.items()]
+    return "".join(lines)
+
+
+def steps_table(result: dict) -> str:
+    """Training steps: images per second beside the naive path's and the floor's."""
+    lines = [
+        _line(["model", "batch", "precision", "variant", "images/s", "20 to 80 %", "to naive",
+               "of the floor", "peak memory", "joules/image"]),
+        _line(["---", "---:", "---", "---", *["---:"] * 6]),
+    ]  # fmt: skip
+    for row in result["rows"]:
+        if "images_per_second" not in row:
+            continue
+        naive = [
+            other["images_per_second"]
+            for other in result["rows"]
+            if other["model"] == row["model"] and other["variant"] == "naive"
+            and "images_per_second" in other
+        ]  # fmt: skip
+        ratio = f"{row['images_per_second'] / naive[0]:.2f}x" if naive else ""
+        share = f"{row['of_floor']:.0%}" if row.get("of_floor") else ""
+        memory, joules = row.get("peak_memory_bytes"), row.get("joules_per_image")
+        lines.append(
+            _line([
+                row["model"], str(row["batch"]), row["precision"], row["variant"],
+                _three_digits(row["images_per_second"]),
+                f"{_three_digits(row['p20'])} to {_three_digits(row['p80'])}", ratio, share,
+                f"{memory / 2**30:.1f} GiB" if memory else "", f"{joules:.3f}" if joules else "",
+            ])
+        )  # fmt: skip
+    return "".join(lines)
+
+
+def loader_table(result: dict) -> str:
+    """Images per second of one core."""
+    lines = [_line(["JPEGs", "path", "images/s per core", "20 to 80 %"]), _line(["---"] * 4)]
+    for row in result["rows"]:
+        lines.append(
+            _line([f"{row['long_side']} px", row["path"], f"{row['images_per_second']:.0f}",
+                   f"{row['p20']:.0f} to {row['p80']:.0f}"])
+        )  # fmt: skip
+    noise = ", ".join(f"{value:.0f} dB at {side} px" for side, value in result["psnr_db"].items())
+    return "".join(lines) + f"\nReduced decodes against whole ones: {noise}.\n"
+
+
+def where(environment: dict) -> str:
+    """One line on where a file was made."""
+    parts = [environment["device"]]
+    if environment.get("driver"):
+        parts.append(f"driver {environment['driver']}")
+    parts += [f"{environment['threads']} threads", f"torch {environment['torch']}"]
+    if environment.get("triton"):
+        parts.append(f"triton {environment['triton']}")
+    changes = " + changes" if environment["dirty"] else ""
+    parts.append(f"commit {environment['commit'][:9]}{changes}")
+    return ", ".join(parts) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _time(row: dict | None) -> str:
+    if row is None:
+        return ""
+    limit = f" ({row['fraction']:.0%})" if row["peer"].startswith("greenmim") else ""
+    return f"{_three_digits(row['ms'])} ms{limit}"
+
+
+def _three_digits(value: float) -> str:
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{digits}f}"

@@ -1,0 +1,220 @@
+"""The suite sees what it is there for: what is slow, what is wrong, what is out of date."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import environment, peers, plots, report, tables
+from benchmarks.cases import SELECTIONS, select
+from benchmarks.measure import Rates, Sampler, Timing, measure
+from benchmarks.operators import Bench, extra_bytes, timed_row
+from benchmarks.peers import PEERS, Unable
+from benchmarks.traffic import work_of
+from greenmim_kernels.testing import Case
+
+RATES = Rates(1e10, {"float32": 1e11})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(operator: str = "group_window_attention"):
+    return next(p for p in select("tiny", "cpu") if p.operator == operator)
+
+
+def peer_named(name: str):
+    return next(peer for peer in PEERS if peer.name == name)
+
+
+def test_samples_are_ordered_and_set_up_each_time():
+    calls = []
+    timing = measure(
+        [lambda: calls.append("a"), lambda: calls.append("b")],
+        rounds=6, warmup=1, setups=[lambda: calls.append("s")],
+    )  # fmt: skip
+    assert calls == ["s", "a", "b"] * 7
+    assert timing.n == 6 and 0 < timing.p20 <= timing.median <= timing.p80
+    with pytest.raises(ValueError, match="no samples"):
+        Timing.of([])
+
+
+def test_a_planted_slowdown_is_seen():
+    bench, peer = Bench(tiny(), "cpu"), peer_named("greenmim-cpp")
+    rows = []
+    for late in (0.0, 0.02):
+
+        def make(operator, inputs, late=late):
+            function = peers.ours(operator, inputs)
+
+            def slowed(x, table):
+                time.sleep(late)
+                return function(x, table)
+
+            return slowed
+
+        slow = dataclasses.replace(peer, make=make)
+        bench._functions.clear()
+        sampler = bench.prepare(slow, "both").sampler
+        sampler = Sampler(sampler.calls[:2], "cpu", sampler.setups[:2])
+        prepared = dataclasses.replace(bench.prepare(slow, "both"), sampler=sampler)
+        timing = Timing.of([sampler() for _ in range(5)])
+        rows.append(timed_row(bench.row(slow, "both"), timing, prepared, RATES, bench))
+    assert rows[1]["ms"] > rows[0]["ms"] + 19 and rows[1]["fraction"] < rows[0]["fraction"]
+    old, new = ({"rows": [row]} for row in rows)
+    (line,) = report.compare(old, new)
+    assert "greenmim-cpp both" in line and "times the time" in line
+    assert not report.compare(new, old)
+
+
+def test_a_planted_wrong_result_is_not_timed():
+    bench = Bench(tiny(), "cpu")
+
+    def make(operator, inputs):
+        function = peers.naive(operator, inputs)
+        return lambda x, table: function(x, table) * 1.01
+
+    wrong = dataclasses.replace(peer_named("naive"), make=make)
+    with pytest.raises(Unable, match="wrong, not timed"):
+        bench.prepare(wrong, "both")
+    ours = dataclasses.replace(peer_named("greenmim-cpp"), make=make)
+    with pytest.raises(AssertionError):  # our own: the run fails
+        Bench(tiny(), "cpu").prepare(ours, "both")
+
+
+def test_a_wrong_gradient_is_not_timed_either():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    def make(operator, inputs):
+        function = peers.naive(operator, inputs)
+        return lambda x, table: function(x, Twice.apply(table))
+
+    wrong = dataclasses.replace(peer_named("naive"), make=make)
+    with pytest.raises(Unable, match="grad_table"):
+        Bench(tiny(), "cpu").prepare(wrong, "both")
+
+
+@pytest.mark.parametrize("operator", peers.OPERATORS)
+def test_every_peer_of_a_cpu_is_right_or_says_why_not(operator):
+    bench = Bench(tiny(operator), "cpu")
+    for peer in bench.problem.peers:
+        if peer.compiles:  # minutes
+            continue
+        try:
+            bench.check(peer, with_gradients=True)
+        except Unable as reason:
+            assert peer.name in ("varlen", "xformers", "flex"), (peer.name, reason)
+
+
+def test_extra_memory_is_what_is_held_beyond_the_results():
+    bench = Bench(tiny(), "cpu")
+    small, large = (extra_bytes(bench, peer_named(name)) for name in ("greenmim-cpp", "naive"))
+    assert 0 <= small < large / 2
+
+
+def test_limits_by_hand():
+    problem = tiny()
+    inputs = Bench(problem, "cpu").inputs
+    batch, tokens, width = inputs.qkv.shape
+    forward = work_of(problem.operator, inputs, "forward")
+    index = 4 * 4 * inputs.part.token_index.numel()  # index, window and two coordinates
+    table = inputs.table.numel() * 4
+    assert forward.bytes == batch * tokens * (width + width // 3) * 4 + table + index
+    assert RATES.floor(1e10, 1e12, "float32") == (10.0, "matrix")
+    assert RATES.floor(2e10, 1e11, "float32") == (2.0, "copy")
+
+
+def test_selections_are_what_they_say():
+    for selection in SELECTIONS:
+        problems = select(selection, "cuda")
+        assert len({str(problem) for problem in problems}) > 5
+        assert all(problem.peers for problem in problems)
+    with pytest.raises(ValueError, match="no selection"):
+        select("everything", "cpu")
+    full = {str(problem.case) for problem in select("full", "cuda")}
+    wanted = Case(stage=4, num_heads=48, batch=128, window_size=14, image_size=(512, 512),
+                  mask_ratio=0.9, dtype=torch.float16, per_image=True)  # fmt: skip
+    assert str(wanted) in full
+
+
+def result(**changes) -> dict:
+    """An operators.json of two peers and three sizes."""
+    row = {"study": "stages", "operator": "group_window_attention", "case": "c", "stage": 1,
+           "shifted": False, "batch": 8, "tokens": 768, "image": [224, 224], "dtype": "float32",
+           "pass": "both", "flops": 10**9, "bytes": 10**8, "extra_bytes": 10**6, "p20_ms": 1.0,
+           "p80_ms": 1.1, "fraction": 0.5}  # fmt: skip
+    rows = []
+    for peer, ms in (("greenmim-cpp", 2.0), ("naive", 6.0)):
+        rows += [row | {"peer": peer, "ms": ms, "pass": which} for which in
+                 ("both", "forward", "backward")]  # fmt: skip
+        rows += [row | {"peer": peer, "ms": ms * k**1.5, "study": "batch", "batch": k}
+                 for k in (1, 2, 4)]  # fmt: skip
+    rows.append({"study": "stages", "peer": "varlen", "reason": "varlen_attn runs on CUDA only"})
+    described = {"device": "a CPU", "driver": None, "threads": 2, "torch": "2", "triton": None,
+                 "commit": "0" * 40, "dirty": False}  # fmt: skip
+    rates = {"copy_bytes_per_second": 1e10, "matrix_flops_per_second": {"float32": 1e11}}
+    return {"environment": described | changes, "rates": rates, "rows": rows}
+
+
+def test_tables_and_plots_of_a_result(tmp_path):
+    found = result()
+    assert "| greenmim-cpp | 2.00 ms (50%) |" in tables.stages_table(found)
+    assert "| naive | 6.00 ms |" in tables.stages_table(found)
+    assert "varlen_attn runs on CUDA only" in tables.reasons_table(found)
+    assert tables.growth(found, "batch")["naive"][2] == pytest.approx(1.5)
+    written = plots.draw(found, tmp_path)
+    assert {file.name for file in written} == {
+        f"{name}.{suffix}"
+        for name in ("speedup", "memory", "roofline", "growth")
+        for suffix in ("png", "svg")
+    }
+    assert all(5_000 < file.stat().st_size < 200_000 for file in written)
+    (tmp_path / "operators.json").write_text(json.dumps(found))
+    assert "in brackets" in report.page(tmp_path).lower()
+
+
+def test_a_file_older_than_the_code_is_called_so():
+    first, *_, last = subprocess.run(
+        ["git", "log", "--format=%H", "--", "csrc"], cwd=environment.ROOT, capture_output=True,
+        text=True,
+    ).stdout.split() or [None, None]  # fmt: skip
+    if first is None or first == last:
+        pytest.skip("a clone without history")
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=environment.ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    assert report.staleness("operators.json", result(commit=head)) is None
+    old = report.staleness("operators.json", result(commit=last))
+    assert old and last[:9] in old and "has changed since" in old
+    assert report.staleness("operators.json", result(commit="1" * 40)) is None  # git cannot tell
+
+
+def test_the_suite_runs_as_it_is_called(tmp_path):
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks",
+               "--selection", "tiny", "--rounds", "2", "--out", str(file),
+               "-k", "stages and not per_image and both and (cpp or varlen)"]  # fmt: skip
+    done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["peer"] for row in rows] == ["greenmim-cpp", "varlen"]
+    assert rows[0]["checked"] and rows[0]["ms"] > 0 and 0 < rows[0]["fraction"] < 2
+    assert "CUDA only" in rows[1]["reason"] and "ms" not in rows[1]
