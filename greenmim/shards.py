@@ -7,6 +7,7 @@ to few shards at a time.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -71,12 +72,13 @@ class Shards:
         return list(range(min(count, len(self))))
 
     def path(self, index: int) -> str:
-        """shard/name; the image's number where the shard cannot be read."""
+        """shard/name; the image's number where the shard cannot be read, or not at once."""
         shard, number = self._place(index)
-        try:
-            return f"{self.urls[shard]}/{self._image(shard, number)[1].name}"
-        except Exception:
-            return f"{self.urls[shard]}/{number}"
+        url, name = self.urls[shard], str(number)
+        if _is_file(url) or shard in self._opened:
+            with contextlib.suppress(Exception):
+                name = self._image(shard, number)[1].name
+        return f"{url}/{name}"
 
     def open(self, index: int) -> io.BytesIO:
         file, image = self._image(*self._place(index))

@@ -63,8 +63,8 @@ class Opened(Generic[T]):
     """What was opened last, by number; each process opens for itself, also after a fork.
 
     Args:
-        open_one: Opens; what it raises is raised again when the same is asked for.
-        most: How many stay open.
+        open_one: Opens; what it raises is kept, too, and raised again for the same number.
+        most: How many are kept.
     """
 
     def __init__(self, open_one: Callable[[int], T], most: int) -> None:
@@ -73,8 +73,7 @@ class Opened(Generic[T]):
 
     def _forget(self) -> None:
         self._process = os.getpid()
-        self._open: OrderedDict[int, T] = OrderedDict()
-        self._errors: dict[int, Exception] = {}
+        self._open: OrderedDict[int, T | Exception] = OrderedDict()
 
     def __getstate__(self) -> dict:
         return {"open_one": self.open_one, "most": self.most}
@@ -85,15 +84,17 @@ class Opened(Generic[T]):
     def __getitem__(self, number: int) -> T:
         if self._process != os.getpid():
             self._forget()
-        if number in self._errors:
-            raise self._errors[number]
         if number not in self._open:
             while len(self._open) >= self.most:
                 self._open.popitem(last=False)
             try:
                 self._open[number] = self.open_one(number)
             except Exception as error:
-                self._errors[number] = error
-                raise
+                self._open[number] = error
         self._open.move_to_end(number)
-        return self._open[number]
+        if isinstance(found := self._open[number], Exception):
+            raise found
+        return found
+
+    def __contains__(self, number: int) -> bool:
+        return self._process == os.getpid() and number in self._open

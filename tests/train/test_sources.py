@@ -193,11 +193,19 @@ def test_shards_behind_a_url(shards: Path) -> None:
     with pytest.raises(UserError, match="--data.num-samples"):
         source_of(root)
     source = source_of(root, num_samples=12)
-    assert content(source) == ALL and source.path(0) == f"pipe:cat {shards}/train-0.tar/00.png"
+    # A name is not worth a download.
+    assert source.path(4) == f"pipe:cat {shards}/train-1.tar/1"
+    assert read(source, 4) == ALL["04.png"]
+    assert source.path(4) == f"pipe:cat {shards}/train-1.tar/04.png"
+    assert [read(source, number) for number in range(12)] == list(ALL.values())
+    broken = source_of(f"wds/pipe:false {shards}/train-0.tar", num_samples=3)
+    with pytest.raises(OSError):
+        broken.open(0)
 
 
-def test_hugging_face(tmp_path: Path) -> None:
+def test_hugging_face(tmp_path: Path, monkeypatch) -> None:
     """Their form of a folder; the label comes from the folders' names and is not asked for."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for number, (name, data) in enumerate(ALL.items()):
         folder = tmp_path / "hub" / "train" / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
