@@ -145,7 +145,6 @@ class Tars(_AnyOrder):
         if not found:
             what = "image" if self.files else "tar file (*.tar)"
             raise UserError(f"--data.root {root}: there is no {what} in it.")
-        found.sort()
         names, files, offsets, sizes = zip(*found, strict=True)
         self.names = np.array(names, dtype=bytes)
         self.file_of = np.array(files, dtype=np.int32)

@@ -23,10 +23,12 @@ from greenmim.config import ModelConfig
 from greenmim.data import Batch, Collate, ImageFolder, make_loader
 from greenmim.pictures import Album
 from greenmim.planning import Planner
-from greenmim.recipe import DataConfig, MaskConfig, UserError
+from greenmim.recipe import DataConfig, MaskConfig, Recipe, UserError
+from greenmim.run import make_sampler
 from greenmim.sampler import EpochSampler, Item, shard_order
 from greenmim.shards import open_shard
 from greenmim.sources import Source, find_source
+from greenmim.world import World
 
 CONFIG = ModelConfig(
     image_size=(96, 64), window_size=2, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8)
@@ -63,13 +65,17 @@ def tar(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Four shards of three samples, each an image, a label and a second image."""
+    """Four shards of three samples, each a label and an image between two that do not count."""
     for shard in range(4):
         members = {}
         for number in range(3 * shard, 3 * shard + 3):
             key = f"{number:02d}"
-            members |= {f"{key}.cls": b"7", name_of(number): encoded(number)}
-            members[f"{key}.seg.png"] = b"not for us"
+            members |= {
+                f"{key}.cls": b"7",
+                f"{key}.seg.png": b"no",
+                name_of(number): encoded(number),
+            }
+            members[f"{key}.webp"] = b"no"
         write_tar(tmp_path / "shards" / f"train-{shard}.tar", members)
     return tmp_path / "shards"
 
@@ -249,6 +255,18 @@ def test_processes_take_an_epoch_of_shards_apart(size: int) -> None:
         assert samplers[1].items(3, 1) == list(samplers[1])[6]
 
 
+def test_processes_and_accumulated_parts_of_an_update_see_the_same_shards() -> None:
+    options = {"epochs": 2, "seed": 7, "shards": np.full(30, 20)}
+    one = EpochSampler(600, 5, accumulate=4, **options)
+    crew = [EpochSampler(600, 5, accumulate=2, rank=r, world_size=2, **options) for r in range(2)]
+    batches = [list(sampler) for sampler in crew]
+    for step in range(60):
+        for part in range(2):
+            for rank in range(2):
+                micro = 2 * part + rank
+                assert batches[rank][2 * step + part] == one.items(step, micro)
+
+
 def test_a_place_goes_through_its_shards_one_after_the_other() -> None:
     """What makes reading fast: what one of 8 loader processes reads, batch by batch."""
     lengths, places = np.full(64, 100), 8
@@ -321,6 +339,15 @@ def test_a_run_is_the_same_after_a_stop(tiny: Path, root: str, tmp_path: Path, c
     assert all(torch.equal(weight, b[name]) for name, weight in a.items())
     start = log_of(tmp_path / "one")[0]
     assert (start["images"], start["steps_per_epoch"]) == (12, 4)
+
+
+@pytest.mark.parametrize(("prefix", "lengths"), [("wds", [3, 3, 3, 3]), ("tar", None)])
+def test_a_run_keeps_neighbours_in_shards_together(
+    prefix: str, lengths: list | None, shards: Path
+) -> None:
+    recipe = Recipe(work_dir="run", data=DataConfig(root=f"{prefix}/{shards}", batch_size=3))
+    sampler = make_sampler(recipe, find_source(recipe.data), World(), first_update=0)
+    assert (None if sampler.shards is None else sampler.shards.tolist()) == lengths
 
 
 def test_dry_run(tiny: Path, root: str, tmp_path: Path, capsys) -> None:
