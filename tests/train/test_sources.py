@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from crew import losses, run_crew
 from PIL import Image
 from train_pictures import picture
 
@@ -21,6 +22,7 @@ from greenmim.augment import Finish
 from greenmim.cli import main
 from greenmim.config import ModelConfig
 from greenmim.data import Batch, Collate, ImageFolder, make_loader
+from greenmim.mim import GreenMIM
 from greenmim.pictures import Album
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig, Recipe, UserError
@@ -348,6 +350,33 @@ def test_a_run_keeps_neighbours_in_shards_together(
     recipe = Recipe(work_dir="run", data=DataConfig(root=f"{prefix}/{shards}", batch_size=3))
     sampler = make_sampler(recipe, find_source(recipe.data), World(), first_update=0)
     assert (None if sampler.shards is None else sampler.shards.tolist()) == lengths
+
+
+def test_two_processes_are_as_good_as_one(tiny: Path, root: str, tmp_path: Path) -> None:
+    for size in (1, 2):
+        more = ("--optim.accumulate", str(2 // size), "--data.workers", str(size - 1))
+        run_crew(command(tiny, root, tmp_path / f"{size}", *more), size, tmp_path)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert sorted(one) == [1, 2, 3, 4] and two == pytest.approx(one, rel=2e-6)
+
+
+def test_the_images_of_a_skipped_update_are_named(
+    tiny: Path, root: str, tmp_path: Path, monkeypatch
+) -> None:
+    calls, real = [], GreenMIM.forward
+
+    def forward(self, *args, **kwargs):
+        calls.append(None)
+        out = real(self, *args, **kwargs)
+        return out._replace(loss=out.loss * float("nan")) if len(calls) == 6 else out
+
+    monkeypatch.setattr(GreenMIM, "forward", forward)
+    assert main(command(tiny, root, tmp_path / "run")) == 0
+    (skipped,) = (r for r in log_of(tmp_path / "run") if r["event"] == "skipped")
+    source = source_of(root)
+    sampler = EpochSampler(12, 3, epochs=2, shards=source.shards)
+    assert skipped["step"] == 6
+    assert skipped["files"] == [source.path(i.position) for i in list(sampler)[5]]
 
 
 def test_dry_run(tiny: Path, root: str, tmp_path: Path, capsys) -> None:
