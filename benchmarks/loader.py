@@ -14,6 +14,7 @@ import argparse
 import itertools
 import pathlib
 import sys
+import tarfile
 import tempfile
 import time
 
@@ -24,10 +25,11 @@ from PIL import Image
 from greenmim import ModelConfig
 from greenmim.augment import Finish
 from greenmim.data import Collate, ImageFolder
-from greenmim.images import find_images, open_rgb
+from greenmim.images import open_rgb
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.sampler import EpochSampler
+from greenmim.sources import find_source
 
 from .environment import describe, folder_of, write_json
 
@@ -41,6 +43,8 @@ PATHS = {
     "reduced, finished on the device": {"decode": "reduced", "augment_on_device": True},
     "decoded on the device (bytes alone)": {"decode": "device"},
 }
+# Those other than a folder are read by the second path.
+SOURCES = {"folder": "{}", "a tar": "tar/{}/all.tar", "shards": "wds/{}/{{0..3}}.tar"}
 
 
 def make_photographs(folder: pathlib.Path, long_side: int) -> None:
@@ -63,14 +67,23 @@ def make_photographs(folder: pathlib.Path, long_side: int) -> None:
         picture.save(folder / f"{path.stem}-{copy}.jpg", quality=QUALITY)
 
 
-def images_per_second(folder: pathlib.Path, options: dict, seconds: float) -> dict:
+def make_tars(folder: pathlib.Path) -> None:
+    """The same JPEGs in one tar and in four shards."""
+    files = sorted(folder.glob("*.jpg"))
+    for name, part in (("all", files), *((str(shard), files[shard::4]) for shard in range(4))):
+        with tarfile.open(folder / f"{name}.tar", "w") as archive:
+            for file in part:
+                archive.add(file, file.name)
+
+
+def images_per_second(root: str, options: dict, seconds: float) -> dict:
     """Of one core: median over batches, and the spread between slow and fast ones."""
-    config = DataConfig(root=str(folder), batch_size=BATCH, **options)
-    names = find_images(folder)
-    dataset = ImageFolder(names, config, CROP, seed=0)
+    config = DataConfig(root=root, batch_size=BATCH, **options)
+    source = find_source(config)
+    dataset = ImageFolder(source, config, CROP, seed=0)
     later = config.augment_on_device or config.decode == "device"
     collate = Collate(Planner(ModelConfig()), MaskConfig(), 0, None if later else Finish(config))
-    sampler = EpochSampler(len(names), BATCH, repeats=1, epochs=10_000, seed=0)
+    sampler = EpochSampler(len(source), BATCH, epochs=10_000, shards=source.shards)
     rates, end = [], time.perf_counter() + seconds
     for number, items in enumerate(sampler):
         start = time.perf_counter()
@@ -89,11 +102,9 @@ def psnr_of_reduced(folder: pathlib.Path) -> float:
     crops = {}
     for decode in ("full", "reduced"):
         config = DataConfig(root=str(folder), batch_size=BATCH, decode=decode)
-        names = find_images(folder)
-        dataset = ImageFolder(names, config, CROP, seed=0)
-        items = list(
-            itertools.islice(EpochSampler(len(names), BATCH, epochs=1, repeats=1, seed=0), 2)
-        )
+        source = find_source(config)
+        dataset = ImageFolder(source, config, CROP, seed=0)
+        items = itertools.islice(EpochSampler(len(source), BATCH), 2)
         crops[decode] = torch.stack([dataset[i].image for batch in items for i in batch]).double()
     error = (crops["full"] - crops["reduced"]).square().mean((1, 2, 3))
     return (10 * (255**2 / error.clamp(min=1e-3)).log10()).mean().item()
@@ -111,10 +122,16 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder)
             make_photographs(path, long_side)
+            make_tars(path)
             result["psnr_db"][str(long_side)] = psnr_of_reduced(path)
-            for name, how in PATHS.items():
-                row = {"source": "folder", "long_side": long_side, "path": name,
-                       **images_per_second(path, how, options.seconds)}  # fmt: skip
+            plain = list(PATHS)[1]
+            cases = [("folder", name) for name in PATHS]
+            cases += [(source, plain) for source in SOURCES if source != "folder"]
+            for source, name in cases:
+                root, how = SOURCES[source].format(path), PATHS[name]
+                name += "" if source == "folder" else f", from {source}"
+                row = {"source": source, "long_side": long_side, "path": name,
+                       **images_per_second(root, how, options.seconds)}  # fmt: skip
                 low, high = row["p20"], row["p80"]
                 cores = ""
                 if options.need:

@@ -5,7 +5,6 @@ What is random is a function of the run's seed and a place in the run, see `seed
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 import warnings
@@ -26,8 +25,9 @@ from greenmim.planning import Plan, Planner
 from greenmim.recipe import DataConfig, MaskConfig, UserError
 from greenmim.sampler import EpochSampler, Item
 from greenmim.seeds import CROP, MASK, generator, torch_seed
+from greenmim.sources import Source
 
-# A file that cannot be read is replaced by the next one; this many bad ones in a row are a broken
+# A file that cannot be read is replaced by another one; this many bad ones in a row are a broken
 # data set.
 MAX_BAD_IN_A_ROW = 100
 
@@ -89,31 +89,30 @@ class Batch:
 
 
 class ImageFolder(Dataset):
-    """Augmented images of a folder, looked up by `Item`.
+    """Augmented images of a source, looked up by `Item`.
 
     Args:
-        names: bytes array of file names relative to `config.root`, from `images.find_images`.
+        source: Where they are from.
         config: Augmentation.
         image_size: (height, width) of the crops in px.
         seed: The run's seed.
     """
 
     def __init__(
-        self, names: np.ndarray, config: DataConfig, image_size: tuple[int, int], seed: int
+        self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int
     ) -> None:
-        self.names = names
-        self.root = config.root
+        self.source = source
         self.seed = seed
         self.bad: dict[int, str] = {}
         self.config, self.image_size = config, image_size
         self.mean, self.std = list(config.mean), list(config.std)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.source)
 
     def path(self, index: int) -> str:
-        """Path of a file."""
-        return os.path.join(self.root, os.fsdecode(self.names[index]))
+        """An image's name for people."""
+        return self.source.path(index)
 
     def check_readable(self) -> None:
         """Find out before the run starts whether anything can be read.
@@ -129,16 +128,16 @@ class ImageFolder(Dataset):
     def all_bad(self, failures: tuple[tuple[str, str], ...]) -> str:
         """The message when no readable file takes the place of a bad one."""
         return (
-            f"No image can be read: {len(failures)} files in a row under {self.root} are corrupt;"
-            f" the first is {failures[0][0]} ({failures[0][1]})."
+            f"No image can be read: {len(failures)} files in a row under {self.source.root} are"
+            f" corrupt; the first is {failures[0][0]} ({failures[0][1]})."
         )
 
     def __getitem__(self, item: Item) -> Sample:
-        sample, failures = self._read(item.position % len(self.names), self._crop_of(item))
+        sample, failures = self._read(item.position % len(self), self._crop_of(item))
         return Sample(item, None, False, failures) if sample is None else sample
 
-    def _crop_of(self, item: Item) -> Callable[[str, tuple[tuple[str, str], ...]], Sample]:
-        """What makes the sample of a place in the run from a file."""
+    def _crop_of(self, item: Item) -> Callable[[int, tuple[tuple[str, str], ...]], Sample]:
+        """What makes the sample of a place in the run from an image of the source."""
 
         def draw(height: int, width: int) -> Crop:
             # torchvision draws from the global generator; forking it leaves the caller's alone.
@@ -146,24 +145,25 @@ class ImageFolder(Dataset):
                 torch.manual_seed(torch_seed(self.seed, CROP, item.epoch, item.position))
                 return draw_crop(height, width, self.config)
 
-        def read(path: str, failures: tuple[tuple[str, str], ...]) -> Sample:
-            if self.config.decode == "device" and (encoded := read_encoded(path, draw)):
+        def read(index: int, failures: tuple[tuple[str, str], ...]) -> Sample:
+            file, path = self.source.open(index), self.path(index)
+            if self.config.decode == "device" and (encoded := read_encoded(file, draw)):
                 return Sample(item, encoded, encoded.crop.flip, failures, path)
             reduced = self.config.decode == "reduced"
-            return Sample(item, *read_crop(path, self.image_size, draw, reduced), failures, path)
+            return Sample(item, *read_crop(file, self.image_size, draw, reduced), failures, path)
 
         return read
 
     def _read(self, index: int, read: Callable) -> tuple:
-        """The sample of a file or of the next readable one, and the files that failed."""
+        """The sample of an image or of the one that stands in, and the files that failed."""
         failures = []
-        for step in range(min(len(self.names), MAX_BAD_IN_A_ROW)):
-            candidate = (index + step) % len(self.names)
+        for step in range(min(len(self), MAX_BAD_IN_A_ROW)):
+            candidate = self.source.stand_in(index, step)
             if candidate not in self.bad:
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
-                        return read(self.path(candidate), tuple(failures)), tuple(failures)
+                        return read(candidate, tuple(failures)), tuple(failures)
                 except Exception as error:  # decoders raise anything on a broken file
                     self.bad[candidate] = " ".join(str(error).split()) or type(error).__name__
             failures.append((self.path(candidate), self.bad[candidate]))

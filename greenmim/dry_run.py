@@ -9,7 +9,7 @@ from greenmim.estimate import estimate
 from greenmim.masking import num_visible_units
 from greenmim.recipe import Recipe
 from greenmim.resume import find_checkpoint
-from greenmim.run import find_image_names, make_sampler, precision_of, user_errors
+from greenmim.run import make_sampler, precision_of, source_of, user_errors
 from greenmim.run_folder import RunFolder
 from greenmim.schedule import scaled_rates
 from greenmim.trackers import check_trackers
@@ -37,11 +37,11 @@ def dry_run(
     """
     check_trackers(recipe)
     precision = precision_of(recipe, device)
-    names = find_image_names(recipe)
+    source = source_of(recipe)
     checkpoint, notes = find_checkpoint(RunFolder(recipe.work_dir), resume)
     with user_errors():
         visible = num_visible_units(recipe.model.num_units, recipe.mask.ratio)
-        sampler = make_sampler(recipe, len(names), World(size=processes), first_update=0)
+        sampler = make_sampler(recipe, source, World(size=processes), first_update=0)
         cost = estimate(recipe, precision, processes)
     steps, units = sampler.updates_per_epoch, recipe.model.num_units
     total = cost.state_bytes + cost.activation_bytes
@@ -57,7 +57,7 @@ def dry_run(
         f" {3 * cost.forward_flops * sampler.images_per_update / 1e12:.2f} TFLOPs per update",
         f"memory estimate  {total / GIB:.2f} GiB per process: {cost.state_bytes / GIB:.2f} weights,"
         f" gradients, moments; {cost.activation_bytes / GIB:.2f} activations{again}",
-        f"images           {len(names)} in {recipe.data.root}"
+        f"images           {len(source)} in {recipe.data.root}"
         + (f", {recipe.data.repeats} times per epoch" if recipe.data.repeats > 1 else ""),
         f"images/update    {sampler.images_per_update} = {recipe.data.batch_size} x"
         f" {recipe.optim.accumulate} accumulated x {processes} processes",

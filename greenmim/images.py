@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def find_images(root: str | Path) -> np.ndarray:
     return np.array(sorted(names), dtype=bytes)
 
 
-def open_rgb(path: str | Path) -> Image.Image:
+def open_rgb(file: str | Path | io.BytesIO) -> Image.Image:
     """Open any picture as 8-bit RGB.
 
     Upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
@@ -62,7 +63,7 @@ def open_rgb(path: str | Path) -> Image.Image:
     Raises:
         OSError and others from Pillow: the file is corrupt, truncated or no image.
     """
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         image.load()
         return to_rgb(upright(image))
 
@@ -103,10 +104,10 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def open_fitted(path: str | Path, size: tuple[int, int]) -> Image.Image:
+def open_fitted(file: str | Path | io.BytesIO, size: tuple[int, int]) -> Image.Image:
     """The middle of any picture as 8-bit RGB, scaled to `size` (height, width) in px.
 
     Raises:
         OSError and others from Pillow: the file is corrupt, truncated or no image.
     """
-    return ImageOps.fit(open_rgb(path), size[::-1], Image.Resampling.BICUBIC)
+    return ImageOps.fit(open_rgb(file), size[::-1], Image.Resampling.BICUBIC)

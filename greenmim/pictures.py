@@ -80,7 +80,7 @@ class Album:
     """The same few images of a data set, drawn again and again while a model learns them.
 
     Args:
-        dataset: Where they are from: evenly spaced files of it; unreadable ones are left out.
+        dataset: Where they are from (see `Source.some`); unreadable ones are left out.
         count: How many.
         mask: Each image gets a mask of its own of this kind and ratio, always the same.
         image_size: (height, width) in px.
@@ -90,11 +90,10 @@ class Album:
         self, dataset: ImageFolder, count: int, mask: MaskConfig, image_size: tuple[int, int]
     ) -> None:
         self.mean, self.std = dataset.mean, dataset.std
-        count = min(count, len(dataset))
         found = []
-        for index in range(count):
+        for index in dataset.source.some(count):
             try:
-                image = open_fitted(dataset.path(index * len(dataset) // count), image_size)
+                image = open_fitted(dataset.source.open(index), image_size)
             except Exception:  # decoders raise anything; the loader names the file
                 continue
             found.append(normalise(image, self.mean, self.std))

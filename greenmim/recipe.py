@@ -31,10 +31,12 @@ class DataConfig:
     """Where the images are and how they are augmented.
 
     Args:
-        root: Folder of images, nested in any way; class folders are fine and ignored.
+        root: Folder of images, nested in any way; class folders are fine and ignored. Or, by a
+            prefix: tar/FILE_OR_FOLDER, wds/SHARDS, hfds/DATASET.
         batch_size: Images per process and per forward pass.
-        repeats: How often an epoch goes through the folder, each time with other crops; for small
-            folders.
+        repeats: How often an epoch goes through the images, each time with other crops; for small
+            data sets.
+        num_samples: Images in all shards of wds/; null takes the info file's, or counts.
         workers: Loader processes; 0 loads in the main process.
         crop_scale: Least and greatest share of the image's area in a random crop.
         crop_ratio: Least and greatest width / height of a random crop, before it is resized.
@@ -49,6 +51,7 @@ class DataConfig:
     root: str | None = None
     batch_size: int = 128
     repeats: int = 1
+    num_samples: int | None = None
     workers: int = 4
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -265,6 +268,7 @@ def _check(recipe: Recipe) -> None:
         "max-skipped": recipe.max_skipped,
         "data.batch-size": recipe.data.batch_size,
         "data.repeats": recipe.data.repeats,
+        "data.num-samples": recipe.data.num_samples,
         "optim.accumulate": recipe.optim.accumulate,
         "optim.base-batch": recipe.optim.base_batch,
         "checkpoint.every-epochs": recipe.checkpoint.every_epochs,

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,7 +16,6 @@ from greenmim.augment import Finish
 from greenmim.data import Collate, ImageFolder, make_loader
 from greenmim.device_decode import check_device
 from greenmim.distributed import Processes
-from greenmim.images import find_images
 from greenmim.masking import num_visible_units
 from greenmim.mim import GreenMIM
 from greenmim.onednn import use_onednn
@@ -29,6 +27,7 @@ from greenmim.resume import changes, check_same_model, find_checkpoint, place_of
 from greenmim.run_folder import RUN_FORMAT, RUN_VERSION, RunFolder, first_line, read_run_checkpoint
 from greenmim.sampler import EpochSampler
 from greenmim.schedule import scaled_rates
+from greenmim.sources import Source, find_source
 from greenmim.trackers import check_trackers
 from greenmim.world import World
 from greenmim_kernels import use_backend
@@ -109,7 +108,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
 
-    names = processes.from_main(lambda: find_image_names(recipe))
+    source = processes.from_main(lambda: source_of(recipe))
     folder = RunFolder(recipe.work_dir)
     checkpoint, notes = processes.from_main(lambda: find_checkpoint(folder, resume))
     with processes.agreed():
@@ -118,11 +117,11 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
         with user_errors():
             model = GreenMIM(recipe.model)
             planner = Planner(recipe.model)
-            sampler = make_sampler(recipe, len(names), world, first_update=0)
+            sampler = make_sampler(recipe, source, world, first_update=0)
         if state is not None:
             check_same_model(state, recipe, checkpoint)
             model.load_state_dict(state["model"])
-        dataset = ImageFolder(names, recipe.data, recipe.model.image_hw, recipe.seed)
+        dataset = ImageFolder(source, recipe.data, recipe.model.image_hw, recipe.seed)
         dataset.check_readable()
     processes.from_main(lambda: _check_room(folder, model))
 
@@ -144,7 +143,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     elif resume is not None:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
 
-    sampler = make_sampler(recipe, len(names), world, first_update=first_step)
+    sampler = make_sampler(recipe, source, world, first_update=first_step)
     later = recipe.data.augment_on_device or recipe.data.decode == "device"
     collate = Collate(planner, recipe.mask, recipe.seed, None if later else Finish(recipe.data))
     loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
@@ -242,24 +241,24 @@ def run_state(run: Run, step: int, skipped: int) -> dict[str, Any]:
     }
 
 
-def find_image_names(recipe: Recipe) -> np.ndarray:
-    """The files of a recipe's folder (see `images.find_images`).
+def source_of(recipe: Recipe) -> Source:
+    """Where a recipe's images come from (see `sources.find_source`).
 
     Raises:
         UserError: there are none.
     """
     with user_errors():
-        return find_images(recipe.data.root)
+        return find_source(recipe.data)
 
 
-def make_sampler(recipe: Recipe, num_images: int, world: World, first_update: int) -> EpochSampler:
+def make_sampler(recipe: Recipe, source: Source, world: World, first_update: int) -> EpochSampler:
     """The order of a run's images.
 
     Raises:
         ValueError: an epoch does not fill one update.
     """
     return EpochSampler(
-        num_images,
+        len(source),
         recipe.data.batch_size,
         repeats=recipe.data.repeats,
         epochs=recipe.epochs,
@@ -268,6 +267,7 @@ def make_sampler(recipe: Recipe, num_images: int, world: World, first_update: in
         rank=world.rank,
         world_size=world.size,
         first_update=first_update,
+        shards=source.shards,
     )
 
 

@@ -20,6 +20,7 @@ from greenmim.images import find_images, open_rgb
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.sampler import EpochSampler, Item
+from greenmim.sources import Folder
 
 # ---- finding and opening ------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ def load(
     folder: Path, workers: int = 0, first: int = 0, per_image: bool = False, seed: int = 3, **data
 ) -> list[Batch]:
     config = DataConfig(root=str(folder), batch_size=3, repeats=2, workers=workers, **data)
-    files = find_images(folder)
+    files = Folder(str(folder))
     dataset = ImageFolder(files, config, (96, 64), seed)
     sampler = EpochSampler(len(files), 3, repeats=2, epochs=2, seed=seed, first_update=first)
     finish = None if config.augment_on_device else Finish(config)
@@ -257,7 +258,7 @@ def test_masks_per_batch_and_per_image(photos: Path) -> None:
 
 
 def test_repeats_and_epochs_see_other_crops(photos: Path) -> None:
-    files = find_images(photos)
+    files = Folder(str(photos))
     dataset = ImageFolder(files, DataConfig(root=str(photos)), (96, 64), 0)
     crops = [
         dataset[Item(0, 0, epoch, position)].image
@@ -270,7 +271,7 @@ def test_repeats_and_epochs_see_other_crops(photos: Path) -> None:
 
 def test_normalisation(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (255, 0, 51)).save(tmp_path / "flat.png")
-    dataset = ImageFolder(find_images(tmp_path), DataConfig(root=str(tmp_path)), (32, 32), 0)
+    dataset = ImageFolder(Folder(str(tmp_path)), DataConfig(root=str(tmp_path)), (32, 32), 0)
     image = Finish(dataset.config)(dataset[Item(0, 0, 0, 0)].image[None], torch.tensor([False]))[0]
     expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]
@@ -324,7 +325,7 @@ def test_corrupt_files_are_replaced_by_the_next_and_named(tmp_path: Path, worker
 
 def test_the_stand_in_is_the_next_readable_file(tmp_path: Path) -> None:
     spoil(tmp_path)
-    files = find_images(tmp_path)
+    files = Folder(str(tmp_path))
     config = DataConfig(
         root=str(tmp_path), crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=0.0
     )

@@ -1,0 +1,100 @@
+"""Images inside of tar files: where their bytes are, and reading them there."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
+
+from greenmim.images import IMAGE_SUFFIXES
+
+T = TypeVar("T")
+
+
+class Member(NamedTuple):
+    """A file in a tar: its name, and its first byte and number of bytes in the outermost file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def images_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
+    """The images in a tar, and in tars in it, in the order they are stored.
+
+    Hidden files are left out, and sparse ones, which no image is.
+
+    Raises:
+        tarfile.TarError: it is no tar, a compressed one, or cut short.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # or it keeps them all
+            base = os.path.basename(member.name)
+            suffix = os.path.splitext(base)[1].lower()
+            if not member.isreg() or member.issparse() or base.startswith("."):
+                continue
+            name = prefix + member.name.removeprefix("./")
+            if suffix == ".tar":
+                for inner in images_in(archive.extractfile(member), name + "/"):
+                    yield inner._replace(offset=member.offset_data + inner.offset)
+            elif suffix in IMAGE_SUFFIXES:
+                yield Member(name, member.offset_data, member.size)
+
+
+def read_part(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Bytes of a file, without moving its place.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    data = os.pread(file.fileno(), size, offset)
+    while len(data) < size:  # one call reads 2 GiB at most
+        more = os.pread(file.fileno(), size - len(data), offset + len(data))
+        if not more:
+            raise OSError(f"the file ends after {len(data)} of {size} bytes")
+        data += more
+    return data
+
+
+class Opened(Generic[T]):
+    """What was opened last, by number; each process opens for itself, also after a fork.
+
+    Args:
+        open_one: Opens; what it raises is kept, too, and raised again for the same number.
+        most: How many are kept.
+    """
+
+    def __init__(self, open_one: Callable[[int], T], most: int) -> None:
+        self.open_one, self.most = open_one, most
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._open: OrderedDict[int, T | Exception] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {"open_one": self.open_one, "most": self.most}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def __getitem__(self, number: int) -> T:
+        if self._process != os.getpid():
+            self._forget()
+        if number not in self._open:
+            while len(self._open) >= self.most:
+                self._open.popitem(last=False)
+            try:
+                self._open[number] = self.open_one(number)
+            except Exception as error:
+                self._open[number] = error
+        self._open.move_to_end(number)
+        if isinstance(found := self._open[number], Exception):
+            raise found
+        return found
+
+    def __contains__(self, number: int) -> bool:
+        return self._process == os.getpid() and number in self._open
