@@ -7,10 +7,8 @@ after an untimed forward pass of every copy, "both" in one go.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -107,13 +105,14 @@ class Bench:
     def function_of(self, peer: Peer) -> Function:
         """Made once; raises what making it raises."""
         if peer.name not in self._functions:
-            self._functions[peer.name] = peer.make(self.problem.operator, self.inputs)
-        return self._functions[peer.name]
+            made = peer.make(self.problem.operator, self.inputs)
 
-    @contextlib.contextmanager
-    def _backend(self, peer: Peer) -> Iterator[None]:
-        with use_backend(peer.backend or "auto"):
-            yield
+            def function(x: Tensor, table: Tensor | None) -> Tensor:
+                with use_backend(peer.backend or "auto"):
+                    return made(x, table)
+
+            self._functions[peer.name] = made if peer.backend is None else function
+        return self._functions[peer.name]
 
     def check(self, peer: Peer, with_gradients: bool) -> None:
         """Hold a peer to the error budget, once for its output and once for its gradients.
@@ -132,14 +131,13 @@ class Bench:
         plain, exact = self.expected(peer.with_bias)
         dtype = self.leaves[0].dtype
         try:
-            with self._backend(peer):
-                function = self.function_of(peer)
-                if with_gradients:
-                    actual = self._run(function)
-                else:
-                    with torch.no_grad():
-                        out = self._call(function, self.leaves)
-                    actual = plain | {"out": out}
+            function = self.function_of(peer)
+            if with_gradients:
+                actual = self._run(function)
+            else:
+                with torch.no_grad():
+                    out = self._call(function, self.leaves)
+                actual = plain | {"out": out}
         except Exception as error:  # whatever other people's parts raise is the reason
             return reason_of(error)
         try:
@@ -292,18 +290,17 @@ def timed_row(row: dict, timing: Timing, prepared: Prepared, rates: Rates, bench
 def extra_bytes(bench: Bench, peer: Peer) -> int:
     """Peak of tensor memory during a forward and a backward pass, beyond inputs and results."""
     run = Pass(bench, bench.function_of(peer), "both", forward_only=False).timed
-    with use_backend(peer.backend or "auto"):
-        results = bytes_of(bench.grad_out, *bench.leaves)
+    results = bytes_of(bench.grad_out, *bench.leaves)
+    run()
+    gc.collect()
+    if bench.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         run()
-        gc.collect()
-        if bench.is_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before - results
-        return _profiled_peak(run) - results
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - results
+    return _profiled_peak(run) - results
 
 
 def _profiled_peak(run: Call) -> int:

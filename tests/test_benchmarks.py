@@ -78,6 +78,32 @@ def test_a_planted_slowdown_is_seen():
     assert not report.compare(new, old)
 
 
+def test_what_is_timed_runs_in_its_backend():
+    """Not only what is checked."""
+    seen = []
+
+    def make(operator, inputs):
+        function = peers.ours(operator, inputs)
+
+        def noted(x, table):
+            out = function(x, table)
+            seen.append(out.grad_fn.name() if out.grad_fn else None)
+            return out
+
+        return noted
+
+    names = {}
+    for backend in ("cpp", "reference"):
+        bench = Bench(tiny("block_diagonal_attention"), "cpu")
+        peer = dataclasses.replace(peer_named("greenmim-cpp"), make=make, backend=backend)
+        sampler = bench.prepare(peer, "forward").sampler
+        seen.clear()
+        sampler()
+        names[backend] = set(seen)
+    assert all(len(found) == 1 for found in names.values())
+    assert "greenmim" in names["cpp"].pop() and "greenmim" not in names["reference"].pop()
+
+
 def test_a_planted_wrong_result_is_not_timed():
     bench = Bench(tiny(), "cpu")
 

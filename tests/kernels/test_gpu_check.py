@@ -38,17 +38,30 @@ def test_what_does_not_fit_is_left_out_and_said():
     assert states(table) == {"good": "not reached: no time left"}
 
 
+def test_where_the_modules_are_missing_they_are_built_first(tmp_path, monkeypatch):
+    package = tmp_path / "greenmim_kernels"
+    package.mkdir()
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert not gpu_check.is_built()
+    for name in ("_C.abi3.so", "_C_cuda.abi3.so", "_partition.cpython-312-x86_64-linux-gnu.so"):
+        assert not gpu_check.is_built()
+        (package / name).touch()
+    assert gpu_check.is_built()
+    assert (gpu_check.pathlib.Path(__file__).parents[2] / gpu_check.BUILD.arguments[0]).exists()
+
+
 def test_parts_by_name():
     assert gpu_check.chosen_parts("") == gpu_check.PARTS
     assert [p.name for p in gpu_check.chosen_parts("tune,tests")] == ["tune", "tests"]
-    with pytest.raises(ValueError, match="GPU_CHECK_PARTS names speed; the parts are emulator"):
+    with pytest.raises(ValueError, match="GPU_CHECK_PARTS names speed; the parts are environment"):
         gpu_check.chosen_parts("speed")
 
 
 def test_the_files_of_the_parts_are_there():
     for part in gpu_check.PARTS:
         for argument in part.arguments:
-            if argument.startswith("tests/"):
+            if argument.startswith("tests/") or argument == "benchmarks":
                 assert (gpu_check.ROOT / argument).exists(), argument
             if argument.startswith("benchmarks."):
                 assert (gpu_check.ROOT / (argument.replace(".", "/") + ".py")).exists()

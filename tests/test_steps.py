@@ -1,0 +1,93 @@
+"""The step benchmarks: every variant trains the same, what is wrong is not timed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import naive_model, steps
+from benchmarks.measure import Rates
+from greenmim import ModelConfig
+
+SMALL = ModelConfig(
+    image_size=224, window_size=7, embed_dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8),
+    decoder_dim=32, decoder_heads=2,
+)  # fmt: skip
+PROBLEM = steps.Problem("small", SMALL, 2, "fp32")
+RATES = Rates(1e10, {"float32": 1e11})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def eager_variants() -> list[steps.Variant]:
+    return [v for v in steps.variants("cpu") if not v.compiled]
+
+
+def test_all_variants_have_the_reference_s_loss_and_train():
+    weights = []
+    for variant in eager_variants():
+        step = steps.Step(PROBLEM, variant, "cpu")
+        errors = step.errors()
+        assert errors is None or (errors[0] < 1e-5 and errors[1] < 1e-4), (variant, errors)
+        step.count = 0
+        for _ in range(3):
+            step()
+        if variant.kind != "dense":
+            weights.append(step.model.encoder.layers[0].blocks[1].mlp.fc1.weight.detach())
+    assert len(weights) == 3
+    for other in weights[1:]:  # AdamW's first steps are of the gradient's sign: 1e-4 each
+        assert (other - weights[0]).abs().mean() < 2e-6
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch):
+    real = naive_model.NaiveGreenMIM._encode
+    monkeypatch.setattr(naive_model.NaiveGreenMIM, "_encode", lambda *a: 1.01 * real(*a))
+    rows: list[dict] = []
+    steps.measured_rows(PROBLEM, eager_variants(), "cpu", 2, RATES, rows.append)
+    found = {row["variant"]: row for row in rows}
+    assert "not timed" in found["naive"]["reason"] and "seconds" not in found["naive"]
+    assert not found["naive"]["checked"] and found["cpp"]["checked"]
+    assert found["cpp"]["images_per_second"] > 0 and found["cpp"]["floor_ms"] > 0
+
+
+def test_a_variant_that_fails_leaves_the_others(monkeypatch):
+    broken = steps.Variant("broken", "ours", "triton")
+    if steps.gk.available_backends()["triton"] is None:
+        pytest.skip("Triton runs here")
+    rows: list[dict] = []
+    steps.measured_rows(PROBLEM, [broken, eager_variants()[0]], "cpu", 1, RATES, rows.append)
+    assert [("reason" in row) for row in rows] == [True, False]
+
+
+def test_knapsacks_hold_all_windows_and_fill_up():
+    counts = [30, 20, 29, 19, 49, 1, 10, 39]
+    groups = naive_model.knapsacks(counts, 49)
+    assert sorted(window for group in groups for window in group) == list(range(8))
+    assert all(sum(counts[i] for i in group) <= 49 for group in groups)
+    assert len(groups) == 5  # 197 tokens do not fit into four
+    assert sum(counts[i] for i in groups[0]) == 49
+
+
+def test_rows_of_other_problems_are_kept_where_the_code_is_the_same(tmp_path):
+    file = tmp_path / "steps.json"
+    environment = {"commit": "a", "device": "x"}
+    rows = [{"model": "one"}, {"model": "two"}]
+    steps.write_json(file, {"environment": environment, "rows": rows})
+    assert steps.rows_to_keep(file, environment, {"one"}) == [{"model": "two"}]
+    assert steps.rows_to_keep(file, {**environment, "commit": "b"}, {"one"}) == []
+    assert steps.rows_to_keep(tmp_path / "none.json", environment, set()) == []
+
+
+def test_the_variants_of_a_gpu_are_all_there():
+    found = {v.name: v for v in steps.variants("cuda")}
+    assert {"naive", "naive, planning in the step", "simmim", "cuda", "cuda-compiled",
+            "cuda-graphed", "triton-graphed", "reference"} <= set(found)  # fmt: skip
+    assert dataclasses.asdict(found["cuda-graphed"])["graphed"]
