@@ -24,7 +24,7 @@ from PIL import Image
 
 from greenmim import ModelConfig
 from greenmim.augment import Finish
-from greenmim.data import Collate, ImageFolder
+from greenmim.data import AugmentedImages, Collate
 from greenmim.images import open_rgb
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
@@ -80,7 +80,7 @@ def images_per_second(root: str, options: dict, seconds: float) -> dict:
     """Of one core: median over batches, and the spread between slow and fast ones."""
     config = DataConfig(root=root, batch_size=BATCH, **options)
     source = find_source(config)
-    dataset = ImageFolder(source, config, CROP, seed=0)
+    dataset = AugmentedImages(source, config, CROP, seed=0)
     later = config.augment_on_device or config.decode == "device"
     collate = Collate(Planner(ModelConfig()), MaskConfig(), 0, None if later else Finish(config))
     sampler = EpochSampler(len(source), BATCH, epochs=10_000, shards=source.shards)
@@ -103,7 +103,7 @@ def psnr_of_reduced(folder: pathlib.Path) -> float:
     for decode in ("full", "reduced"):
         config = DataConfig(root=str(folder), batch_size=BATCH, decode=decode)
         source = find_source(config)
-        dataset = ImageFolder(source, config, CROP, seed=0)
+        dataset = AugmentedImages(source, config, CROP, seed=0)
         items = itertools.islice(EpochSampler(len(source), BATCH), 2)
         crops[decode] = torch.stack([dataset[i].image for batch in items for i in batch]).double()
     error = (crops["full"] - crops["reduced"]).square().mean((1, 2, 3))

@@ -88,7 +88,7 @@ class Batch:
         return replace(self, images=change(self.images), plan=change(self.plan), flips=flips)
 
 
-class ImageFolder(Dataset):
+class AugmentedImages(Dataset):
     """Augmented images of a source, looked up by `Item`.
 
     Args:
@@ -234,7 +234,11 @@ def draw_visible(
 
 
 def make_loader(
-    dataset: ImageFolder, sampler: EpochSampler, collate: Collate, workers: int, pin_memory: bool
+    dataset: AugmentedImages,
+    sampler: EpochSampler,
+    collate: Collate,
+    workers: int,
+    pin_memory: bool,
 ) -> DataLoader:
     """A loader over the rest of the run: its workers live until the end, not one epoch."""
     return DataLoader(
@@ -264,7 +268,7 @@ class Feed:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0
         self.failures: list[tuple[str, str]] = []
-        self._dataset: ImageFolder = loader.dataset
+        self._dataset: AugmentedImages = loader.dataset
         self._finish = Finish(loader.dataset.config, device)
         self._batches = iter(loader)
         self._named: set[str] = set()

@@ -7,7 +7,7 @@ import torch
 
 from greenmim.augment import normalise
 from greenmim.config import UNIT_PIXELS
-from greenmim.data import ImageFolder, draw_visible
+from greenmim.data import AugmentedImages, draw_visible
 from greenmim.images import open_fitted
 from greenmim.mim import GreenMIM
 from greenmim.recipe import MaskConfig
@@ -87,7 +87,7 @@ class Album:
     """
 
     def __init__(
-        self, dataset: ImageFolder, count: int, mask: MaskConfig, image_size: tuple[int, int]
+        self, dataset: AugmentedImages, count: int, mask: MaskConfig, image_size: tuple[int, int]
     ) -> None:
         self.mean, self.std = dataset.mean, dataset.std
         found = []

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import greenmim
 from greenmim.augment import Finish
-from greenmim.data import Collate, ImageFolder, make_loader
+from greenmim.data import AugmentedImages, Collate, make_loader
 from greenmim.device_decode import check_device
 from greenmim.distributed import Processes
 from greenmim.masking import num_visible_units
@@ -56,7 +56,7 @@ class Run:
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    dataset: ImageFolder
+    dataset: AugmentedImages
     sampler: EpochSampler
     loader: DataLoader
     first_step: int
@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
         if state is not None:
             check_same_model(state, recipe, checkpoint)
             model.load_state_dict(state["model"])
-        dataset = ImageFolder(source, recipe.data, recipe.model.image_hw, recipe.seed)
+        dataset = AugmentedImages(source, recipe.data, recipe.model.image_hw, recipe.seed)
         dataset.check_readable()
     processes.from_main(lambda: _check_room(folder, model))
 

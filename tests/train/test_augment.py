@@ -16,7 +16,7 @@ from train_pictures import picture
 from greenmim import augment
 from greenmim.augment import Crop, Encoded, Finish, draw_crop, read_crop, read_encoded
 from greenmim.cli import main
-from greenmim.data import Batch, Collate, Feed, ImageFolder, make_loader
+from greenmim.data import AugmentedImages, Batch, Collate, Feed, make_loader
 from greenmim.device_decode import check_device
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
@@ -142,7 +142,7 @@ def jpegs(tmp_path: Path) -> Path:
 def batches(folder: Path, workers: int = 0, **data) -> tuple[list[Batch], list]:
     config = DataConfig(root=str(folder), batch_size=3, repeats=2, **data)
     files = Folder(str(folder))
-    dataset = ImageFolder(files, config, (96, 64), 5)
+    dataset = AugmentedImages(files, config, (96, 64), 5)
     sampler = EpochSampler(len(files), 3, repeats=2, epochs=1, seed=5)
     later = config.augment_on_device or config.decode == "device"
     finish = None if later else Finish(config)
@@ -162,7 +162,7 @@ def test_a_batch_finished_on_the_device_is_the_batch(jpegs):
 
 def test_images_travel_in_eight_bits(jpegs):
     config = DataConfig(root=str(jpegs), augment_on_device=True)
-    dataset = ImageFolder(Folder(str(jpegs)), config, (96, 64), 5)
+    dataset = AugmentedImages(Folder(str(jpegs)), config, (96, 64), 5)
     collate = Collate(Planner(CONFIG), MaskConfig(0.5), 5, None)
     items = next(iter(EpochSampler(7, 3, repeats=1, epochs=1, seed=5)))
     batch = collate([dataset[item] for item in items])

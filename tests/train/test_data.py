@@ -15,7 +15,7 @@ from train_pictures import picture
 
 from greenmim.augment import Finish
 from greenmim.config import ModelConfig
-from greenmim.data import Batch, Collate, ImageFolder, Sample, make_loader
+from greenmim.data import AugmentedImages, Batch, Collate, Sample, make_loader
 from greenmim.images import find_images, open_rgb
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
@@ -212,7 +212,7 @@ def load(
 ) -> list[Batch]:
     config = DataConfig(root=str(folder), batch_size=3, repeats=2, workers=workers, **data)
     files = Folder(str(folder))
-    dataset = ImageFolder(files, config, (96, 64), seed)
+    dataset = AugmentedImages(files, config, (96, 64), seed)
     sampler = EpochSampler(len(files), 3, repeats=2, epochs=2, seed=seed, first_update=first)
     finish = None if config.augment_on_device else Finish(config)
     collate = Collate(Planner(CONFIG), MaskConfig(0.5, per_image=per_image), seed, finish)
@@ -259,7 +259,7 @@ def test_masks_per_batch_and_per_image(photos: Path) -> None:
 
 def test_repeats_and_epochs_see_other_crops(photos: Path) -> None:
     files = Folder(str(photos))
-    dataset = ImageFolder(files, DataConfig(root=str(photos)), (96, 64), 0)
+    dataset = AugmentedImages(files, DataConfig(root=str(photos)), (96, 64), 0)
     crops = [
         dataset[Item(0, 0, epoch, position)].image
         for epoch in (0, 1)
@@ -271,7 +271,7 @@ def test_repeats_and_epochs_see_other_crops(photos: Path) -> None:
 
 def test_normalisation(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (255, 0, 51)).save(tmp_path / "flat.png")
-    dataset = ImageFolder(Folder(str(tmp_path)), DataConfig(root=str(tmp_path)), (32, 32), 0)
+    dataset = AugmentedImages(Folder(str(tmp_path)), DataConfig(root=str(tmp_path)), (32, 32), 0)
     image = Finish(dataset.config)(dataset[Item(0, 0, 0, 0)].image[None], torch.tensor([False]))[0]
     expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]
@@ -329,7 +329,7 @@ def test_the_stand_in_is_the_next_readable_file(tmp_path: Path) -> None:
     config = DataConfig(
         root=str(tmp_path), crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=0.0
     )
-    dataset = ImageFolder(files, config, (96, 64), 0)
+    dataset = AugmentedImages(files, config, (96, 64), 0)
     stand_in, good = dataset[Item(0, 0, 0, 1)], dataset[Item(0, 0, 0, 4)]
     assert torch.equal(stand_in.image, good.image)
     assert [Path(path).name for path, _ in stand_in.failures] == [

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.distributed.checkpoint import FileSystemReader
 from train_pictures import picture
 
-from greenmim.data import ImageFolder
+from greenmim.data import AugmentedImages
 from greenmim.run_log import read_log
 from greenmim.sampler import EpochSampler
 
@@ -162,7 +162,7 @@ def test_the_files_of_both_strategies_are_alike(saved_on_two: dict[str, Path]) -
 
 def note_items(rank: int) -> None:
     """In every process: write down which images are asked for (loader processes are forks)."""
-    real = ImageFolder.__getitem__
+    real = AugmentedImages.__getitem__
 
     def __getitem__(self, item):
         sample = real(self, item)
@@ -171,8 +171,8 @@ def note_items(rank: int) -> None:
             file.write(line + "\n")
         return sample
 
-    ImageFolder.note_folder = note_folder()
-    ImageFolder.__getitem__ = __getitem__
+    AugmentedImages.note_folder = note_folder()
+    AugmentedImages.__getitem__ = __getitem__
 
 
 def note_folder() -> str:

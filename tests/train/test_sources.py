@@ -21,7 +21,7 @@ from train_pictures import picture
 from greenmim.augment import Finish
 from greenmim.cli import main
 from greenmim.config import ModelConfig
-from greenmim.data import Batch, Collate, ImageFolder, make_loader
+from greenmim.data import AugmentedImages, Batch, Collate, make_loader
 from greenmim.mim import GreenMIM
 from greenmim.pictures import Album
 from greenmim.planning import Planner
@@ -109,7 +109,7 @@ def load(root: str, workers: int = 0, first: int = 0, rank: int = 0, size: int =
         shards=source.shards,
     )
     collate = Collate(Planner(CONFIG), MaskConfig(0.5), 3, Finish(config))
-    dataset = ImageFolder(source, config, (96, 64), 3)
+    dataset = AugmentedImages(source, config, (96, 64), 3)
     return list(make_loader(dataset, sampler, collate, workers, pin_memory=False))
 
 
@@ -387,7 +387,7 @@ def test_dry_run(tiny: Path, root: str, tmp_path: Path, capsys) -> None:
 def test_the_album_takes_spread_images_or_the_first_of_a_shard(tar: Path, shards: Path) -> None:
     for root, expected in ((f"tar/{tar}", [0, 4, 8]), (f"wds/{shards}", [0, 1, 2])):
         config = DataConfig(root=root)
-        dataset = ImageFolder(find_source(config), config, (96, 64), 0)
+        dataset = AugmentedImages(find_source(config), config, (96, 64), 0)
         assert dataset.source.some(3) == expected
         album = Album(dataset, 3, MaskConfig(0.5), (96, 64))
         assert album.images.shape == (3, 3, 96, 64)
@@ -424,7 +424,7 @@ def test_a_shard_that_is_lost_is_replaced_by_others(shards: Path, monkeypatch) -
     """Not by its own other images, or a run would end for one shard."""
     monkeypatch.setattr("greenmim.data.MAX_BAD_IN_A_ROW", 2)
     config = DataConfig(root=f"wds/{shards}")
-    dataset = ImageFolder(find_source(config), config, (96, 64), 0)
+    dataset = AugmentedImages(find_source(config), config, (96, 64), 0)
     (shards / "train-2.tar").unlink()
     for position in range(6, 9):
         sample = dataset[item(position)]

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from greenmim.cli import main
 from greenmim.config import ModelConfig, model_config
-from greenmim.data import ImageFolder
+from greenmim.data import AugmentedImages
 from greenmim.estimate import forward_flops, kept_bytes
 from greenmim.loading import load_model
 from greenmim.mim import GreenMIM
@@ -69,7 +69,7 @@ def test_drawing_changes_nothing_in_the_run(tiny: Path, photos: Path, tmp_path: 
 def test_an_album_shows_the_same_images_hidden_units_grey(photos: Path, last: str) -> None:
     network, _ = load_model(last)
     config = DataConfig(root=str(photos))
-    dataset = ImageFolder(Folder(str(photos)), config, (96, 64), 0)
+    dataset = AugmentedImages(Folder(str(photos)), config, (96, 64), 0)
     album = Album(dataset, 3, MaskConfig(0.5), (96, 64))
     first, again = album.draw(network.train()), album.draw(network)
     assert np.array_equal(first, again) and network.training
