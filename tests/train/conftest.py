@@ -8,6 +8,7 @@ import pytest
 import torch
 from crew import EVERY
 from PIL import Image
+from tar_files import encoded, name_of, write_tar
 from train_pictures import picture
 
 TINY = """
@@ -68,6 +69,37 @@ def resumable(tiny: Path, photos: Path, tmp_path: Path):
         ]
 
     return make
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    """Twelve pictures and what is none of them."""
+    members = {f"class{n % 3}/{name_of(n)}": encoded(n) for n in range(12)}
+    return write_tar(tmp_path / "t.tar", {"readme.txt": b"text", "a/._0.png": b"mac", **members})
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Four shards of three samples, each a label and an image between two that do not count."""
+    for shard in range(4):
+        members = {}
+        for number in range(3 * shard, 3 * shard + 3):
+            key = f"{number:02d}"
+            members |= {
+                f"{key}.cls": b"7",
+                f"{key}.seg.png": b"no",
+                name_of(number): encoded(number),
+            }
+            members[f"{key}.webp"] = b"no"
+        write_tar(tmp_path / "shards" / f"train-{shard}.tar", members)
+    return tmp_path / "shards"
+
+
+@pytest.fixture(params=["tar", "wds"])
+def root(request, tmp_path: Path) -> str:
+    if request.param == "tar":
+        return f"tar/{request.getfixturevalue('tar')}"
+    return f"wds/{request.getfixturevalue('shards')}/train-{{0..3}}.tar"
 
 
 @pytest.fixture(autouse=True)
