@@ -35,6 +35,7 @@ CODE = {
     "operators.json": MEASURED_CODE,
     "cpu_attention.json": MEASURED_CODE,
     "steps.json": (*MEASURED_CODE, "greenmim", "benchmarks/naive_model.py"),
+    "step_profile.json": (*MEASURED_CODE, "greenmim", "benchmarks/naive_model.py"),
     "loader.json": ("greenmim/augment.py", "greenmim/data.py", "greenmim/images.py"),
 }
 SLOWER = 1.15  # a row this many times the old one's time is slower, if the spread allows it
@@ -111,6 +112,12 @@ def page(folder: pathlib.Path) -> str:
         parts.append(
             f"## Training steps\n\n{tables.where(result['environment'])}\n"
             f"{tables.steps_table(result)}\n{tables.reasons_table(result)}"
+        )
+    if result := found.get("step_profile.json"):
+        parts.append(
+            f"### Where a step's time goes\n\n{tables.where(result['environment'])}\n"
+            f"{result['problem']}, batch {result['batch']}, {result['precision']}, in PyTorch's"
+            f" profiler, which takes some time itself.\n\n{tables.profile_table(result)}"
         )
     if result := found.get("loader.json"):
         parts.append(

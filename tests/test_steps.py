@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import naive_model, steps
+from benchmarks import naive_model, step_profile, steps
 from benchmarks.measure import Rates
 from greenmim import ModelConfig
 
@@ -91,3 +91,12 @@ def test_the_variants_of_a_gpu_are_all_there():
     assert {"naive", "naive, planning in the step", "simmim", "cuda", "cuda-compiled",
             "cuda-graphed", "triton-graphed", "reference"} <= set(found)  # fmt: skip
     assert dataclasses.asdict(found["cuda-graphed"])["graphed"]
+
+
+def test_a_profile_sorts_the_operators_by_kind():
+    found = step_profile.profile(steps.Step(PROBLEM, eager_variants()[0], "cpu"))
+    assert set(found) == {*step_profile.KINDS, step_profile.REST}
+    assert found["products"] > 0 and found["attention"] > 0 and found["optimiser"] > 0
+    assert step_profile.kind_of("greenmim::group_window_attention_backward") == "attention"
+    assert step_profile.kind_of("aten::gelu_backward") == "GELU"
+    assert step_profile.kind_of("aten::empty") == step_profile.REST
