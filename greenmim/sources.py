@@ -129,7 +129,9 @@ class Tars(_AnyOrder):
         self.root = root
         if not os.path.exists(place):
             raise UserError(f"--data.root {root}: there is no tar file or folder {place}.")
-        self.files = [place] if os.path.isfile(place) else sorted(glob.glob(f"{place}/*.tar"))
+        self.files = (
+            [place] if os.path.isfile(place) else sorted(glob.glob(f"{glob.escape(place)}/*.tar"))
+        )
         found = []
         for number, path in enumerate(self.files):
             try:
