@@ -18,7 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
 import torch
 
 from .environment import describe, folder_of, write_json
-from .steps import CPU_PROBLEMS, Step, variants
+from .step_variants import CPU_PROBLEMS, Step, variants
 
 STEPS = 4
 KINDS = {
