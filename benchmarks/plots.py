@@ -110,6 +110,8 @@ def memory(result: dict):
     figure, axes = drawn
     axes.set_ylabel("extra memory, % of the naive path's")
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+    axes.minorticks_off()
     axes.axhline(100, color="#444444", linewidth=0.8, linestyle=":")
     axes.set_title(_title(result, "memory beyond inputs, outputs and gradients"), fontsize=10)
     return figure
@@ -130,7 +132,7 @@ def roofline(result: dict):
     figure = Figure(figsize=(8.5, 4.2))
     axes = figure.subplots()
     intensity = [row["flops"] / row["bytes"] for row in rows]
-    span = np.geomspace(min(intensity) / 2, max(4 * max(intensity), 4 * matrix / copy), 100)
+    span = np.geomspace(min(intensity) / 2, 2 * max(*intensity, matrix / copy), 100)
     axes.plot(span, np.minimum(span * copy, matrix) / 1e9, color="#444444", linewidth=1)
     axes.text(
         span[-1], matrix / 1e9, "measured matrix product", ha="right", va="bottom", fontsize=8
@@ -148,6 +150,8 @@ def roofline(result: dict):
             )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved",
              ylabel="GFLOP/s that count")  # fmt: skip
+    _plain(axes.xaxis)
+    _plain(axes.yaxis, (1,))
     axes.set_title(_title(result, "circles forward, squares backward"), fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   frameon=False, fontsize=8)  # fmt: skip
@@ -172,9 +176,19 @@ def growing(result: dict):
         ticks = next(iter(found.values()))[0]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
         axes.minorticks_off()
+        _plain(axes.yaxis)
         axes.legend(frameon=False, fontsize=8, title="exponent", title_fontsize=8)
     figure.axes[0].set_ylabel("ms, forward + backward")
     return figure
+
+
+def _plain(axis, subs: tuple[float, ...] = (1, 2, 5)) -> None:
+    """Numbers as people write them on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _title(result: dict, what: str) -> str:

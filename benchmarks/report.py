@@ -31,11 +31,21 @@ resident memory of the process.
 """
 TOKENS = {1: 768, 2: 192, 3: 48, 4: 12}
 # What each file's figures depend on.
+STEP_CODE = (
+    *MEASURED_CODE,
+    *(f"greenmim/{name}" for name in ("encoders", "mim.py", "decoder.py", "planning.py")),
+    *(f"greenmim/{name}" for name in ("passes.py", "onednn.py")),
+    "benchmarks/naive_model.py",
+    "benchmarks/simmim_model.py",
+)
 CODE = {
     "operators.json": MEASURED_CODE,
     "cpu_attention.json": MEASURED_CODE,
-    "steps.json": (*MEASURED_CODE, "greenmim", "benchmarks/naive_model.py"),
-    "loader.json": ("greenmim/augment.py", "greenmim/data.py", "greenmim/images.py"),
+    "steps.json": STEP_CODE,
+    "step_profile.json": STEP_CODE,
+    "loader.json": tuple(
+        f"greenmim/{name}.py" for name in ("augment", "data", "images", "sources", "tars", "shards")
+    ),
 }
 SLOWER = 1.15  # a row this many times the old one's time is slower, if the spread allows it
 
@@ -111,6 +121,12 @@ def page(folder: pathlib.Path) -> str:
         parts.append(
             f"## Training steps\n\n{tables.where(result['environment'])}\n"
             f"{tables.steps_table(result)}\n{tables.reasons_table(result)}"
+        )
+    if result := found.get("step_profile.json"):
+        parts.append(
+            f"### Where a step's time goes\n\n{tables.where(result['environment'])}\n"
+            f"{result['problem']}, batch {result['batch']}, {result['precision']}, in PyTorch's"
+            f" profiler, which takes some time itself.\n\n{tables.profile_table(result)}"
         )
     if result := found.get("loader.json"):
         parts.append(

@@ -122,6 +122,16 @@ def steps_table(result: dict) -> str:
     return "".join(lines)
 
 
+def profile_table(result: dict) -> str:
+    """Where the time of a step goes."""
+    names = list(result["steps"])
+    lines = [_line(["kind", *names]), _line(["---", *["---:"] * len(names)])]
+    for kind in result["steps"][names[0]]:
+        cells = [f"{result['steps'][name][kind]:.0f} ms" for name in names]
+        lines.append(_line([kind, *cells]))
+    return "".join(lines)
+
+
 def loader_table(result: dict) -> str:
     """Images per second of one core."""
     lines = [_line(["JPEGs", "path", "images/s per core", "20 to 80 %"]), _line(["---"] * 4)]

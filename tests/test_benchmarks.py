@@ -119,6 +119,23 @@ def test_a_planted_wrong_result_is_not_timed():
         Bench(tiny(), "cpu").prepare(ours, "both")
 
 
+def test_peers_in_16_bits_may_round_but_not_err():
+    problem = tiny()
+    case = dataclasses.replace(problem.case, dtype=torch.bfloat16, mask_ratio=0.25)
+    problem = dataclasses.replace(problem, case=case)
+    bench = Bench(problem, "cpu")
+    for name in ("naive", "padded-sdpa"):
+        bench.check(peer_named(name), with_gradients=True)
+
+    def make(operator, inputs):
+        function = peers.naive(operator, inputs)
+        return lambda x, table: function(x, table.roll(1, 0))  # the bias of the neighbour
+
+    wrong = dataclasses.replace(peer_named("naive"), make=make, name="shifted")
+    with pytest.raises(Unable, match="wrong, not timed"):
+        bench.check(wrong, with_gradients=True)
+
+
 def test_a_wrong_gradient_is_not_timed_either():
     class Twice(torch.autograd.Function):
         @staticmethod

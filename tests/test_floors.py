@@ -142,6 +142,21 @@ def test_an_upward_import_is_seen():
         ("greenmim_kernels.testing", ["timm", "jsonargparse", "tensorboard", "matplotlib"]),
         ("greenmim", ["jsonargparse", "tensorboard", "matplotlib", "tqdm.rich"]),
         ("benchmarks.cpu_attention", ["timm", "jsonargparse", "tensorboard", "matplotlib"]),
+        # What a machine with a GPU runs, with nothing installed but torch, timm and pytest.
+        *(
+            (
+                module,
+                ["jsonargparse", "tensorboard", "matplotlib", "submitit", "skimage", "tqdm.rich"],
+            )
+            for module in (
+                "benchmarks.steps",
+                "benchmarks.operators",
+                "benchmarks.cases",
+                "benchmarks.gpu_check",
+                "benchmarks.tune",
+                "benchmarks.choose",
+            )
+        ),
     ],
 )
 def test_what_an_import_must_not_need(module, unwanted):

@@ -7,15 +7,18 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import naive_model, steps
+from benchmarks import naive_model, step_profile, steps
+from benchmarks.environment import write_json
 from benchmarks.measure import Rates
+from benchmarks.step_variants import Problem, Step, Variant, variants
 from greenmim import ModelConfig
+from greenmim_kernels import available_backends
 
 SMALL = ModelConfig(
     image_size=224, window_size=7, embed_dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8),
     decoder_dim=32, decoder_heads=2,
 )  # fmt: skip
-PROBLEM = steps.Problem("small", SMALL, 2, "fp32")
+PROBLEM = Problem("small", SMALL, 2, "fp32")
 RATES = Rates(1e10, {"float32": 1e11})
 
 
@@ -27,14 +30,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def eager_variants() -> list[steps.Variant]:
-    return [v for v in steps.variants("cpu") if not v.compiled]
+def eager_variants() -> list[Variant]:
+    return [v for v in variants("cpu") if not v.compiled]
 
 
 def test_all_variants_have_the_reference_s_loss_and_train():
     weights = []
     for variant in eager_variants():
-        step = steps.Step(PROBLEM, variant, "cpu")
+        step = Step(PROBLEM, variant, "cpu")
         errors = step.errors()
         assert errors is None or (errors[0] < 1e-5 and errors[1] < 1e-4), (variant, errors)
         step.count = 0
@@ -59,8 +62,8 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
 
 
 def test_a_variant_that_fails_leaves_the_others(monkeypatch):
-    broken = steps.Variant("broken", "ours", "triton")
-    if steps.gk.available_backends()["triton"] is None:
+    broken = Variant("broken", "ours", "triton")
+    if available_backends()["triton"] is None:
         pytest.skip("Triton runs here")
     rows: list[dict] = []
     steps.measured_rows(PROBLEM, [broken, eager_variants()[0]], "cpu", 1, RATES, rows.append)
@@ -80,14 +83,23 @@ def test_rows_of_other_problems_are_kept_where_the_code_is_the_same(tmp_path):
     file = tmp_path / "steps.json"
     environment = {"commit": "a", "device": "x"}
     rows = [{"model": "one"}, {"model": "two"}]
-    steps.write_json(file, {"environment": environment, "rows": rows})
+    write_json(file, {"environment": environment, "rows": rows})
     assert steps.rows_to_keep(file, environment, {"one"}) == [{"model": "two"}]
     assert steps.rows_to_keep(file, {**environment, "commit": "b"}, {"one"}) == []
     assert steps.rows_to_keep(tmp_path / "none.json", environment, set()) == []
 
 
 def test_the_variants_of_a_gpu_are_all_there():
-    found = {v.name: v for v in steps.variants("cuda")}
+    found = {v.name: v for v in variants("cuda")}
     assert {"naive", "naive, planning in the step", "simmim", "cuda", "cuda-compiled",
             "cuda-graphed", "triton-graphed", "reference"} <= set(found)  # fmt: skip
     assert dataclasses.asdict(found["cuda-graphed"])["graphed"]
+
+
+def test_a_profile_sorts_the_operators_by_kind():
+    found = step_profile.profile(Step(PROBLEM, eager_variants()[0], "cpu"))
+    assert set(found) == {*step_profile.KINDS, step_profile.REST}
+    assert found["products"] > 0 and found["attention"] > 0 and found["optimiser"] > 0
+    assert step_profile.kind_of("greenmim::group_window_attention_backward") == "attention"
+    assert step_profile.kind_of("aten::gelu_backward") == "GELU"
+    assert step_profile.kind_of("aten::empty") == step_profile.REST

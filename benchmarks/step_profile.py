@@ -1,0 +1,79 @@
+"""Where the time of a training step goes on a CPU: the naive path's beside ours.
+
+    python -m benchmarks.step_profile [--threads 2]
+
+Time of each operator without those it calls, from PyTorch's profiler, summed by kind. The profiler
+itself takes some time, so the sums are more than `benchmarks.steps` gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import sys
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
+
+import torch
+
+from .environment import describe, folder_of, write_json
+from .step_variants import CPU_PROBLEMS, Step, variants
+
+STEPS = 4
+KINDS = {
+    "products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "convolution"),
+    "attention": ("group_window_attention", "aten::bmm", "softmax", "masked_fill", "aten::index",
+                  "index_put", "aten::cat", "scaled_dot_product"),
+    "GELU": ("gelu",),
+    "norms": ("layer_norm", "var_mean"),
+    "optimiser": ("_fused_adamw", "Optimizer."),
+    "copies and sums": ("aten::copy_", "aten::add", "aten::sum", "aten::mul", "aten::fill_",
+                        "aten::mse_loss", "aten::sub", "aten::div", "aten::pow"),
+}  # fmt: skip
+REST = "everything else"
+
+
+def kind_of(name: str) -> str:
+    """The kind of an operator."""
+    for kind, parts in KINDS.items():
+        if any(part in name for part in parts):
+            return kind
+    return REST
+
+
+def profile(step: Step) -> dict[str, float]:
+    """Milliseconds of each kind in one step."""
+    for _ in range(2):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(STEPS):
+            step()
+    sums: collections.Counter = collections.Counter({kind: 0.0 for kind in (*KINDS, REST)})
+    for event in profiler.key_averages():
+        sums[kind_of(event.key)] += event.self_cpu_time_total / 1e3 / STEPS
+    return dict(sums)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    problem = CPU_PROBLEMS[0]
+    result = {"environment": describe(options.threads), "problem": problem.name,
+              "batch": problem.batch, "precision": problem.precision, "steps": {}}  # fmt: skip
+    for variant in variants("cpu"):
+        if variant.name in ("naive", "cpp"):
+            result["steps"][variant.name] = profile(Step(problem, variant, "cpu"))
+    for kind in (*KINDS, REST):
+        row = "".join(f"{step[kind]:>10.1f}" for step in result["steps"].values())
+        print(f"{kind:<20}{row} ms")
+    if not options.no_save:
+        write_json(folder_of(result["environment"]["device"]) / "step_profile.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
