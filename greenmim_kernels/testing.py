@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -160,6 +161,7 @@ def assert_within_budget(
     plain: dict[str, Tensor],
     exact: dict[str, Tensor],
     factor: float = 2.0,
+    other_draws: Callable[[], Iterable[tuple[dict[str, Tensor], dict[str, Tensor]]]] | None = None,
 ) -> None:
     """Compare a backend's results with the fp64 reference's.
 
@@ -171,24 +173,38 @@ def assert_within_budget(
         factor: how many times the plain error is allowed, on top of a rounding
             band: 4 units of the result's dtype and 16 of the dtype that sums are taken in (small
             cases have too few values for the plain error to be typical).
+        other_draws: asked only where that is exceeded: (plain, exact) of the same case on other
+            values. The largest of their errors then counts: with a few entries in a table, plain
+            arithmetic is sometimes lucky.
 
     Raises:
         AssertionError: names the tensor, its error and what was allowed.
     """
-    # The table's gradient cancels to nothing where windows hold one token; its error is that of its
-    # terms, which are of the size of the gradient of qkv.
-    terms = exact["grad_qkv"]
     for name, expected in exact.items():
         got = actual[name]
-        least = terms.abs().max().item() if name == "grad_table" and terms.numel() else 1e-30
+        least = _least(name, exact)
         assert got.shape == expected.shape, f"{name}: {list(got.shape)} != {list(expected.shape)}"
         eps = torch.finfo(got.dtype).eps
-        cost = (
-            relative_error(plain[name], expected, least) * eps / torch.finfo(plain[name].dtype).eps
-        )
+        scale = eps / torch.finfo(plain[name].dtype).eps
         band = 4 * eps + 16 * torch.finfo(accumulation_dtype(got.dtype)).eps
-        error, allowed = relative_error(got, expected, least), factor * cost + band
+        error = relative_error(got, expected, least)
+        allowed = factor * scale * relative_error(plain[name], expected, least) + band
+        if error > allowed and other_draws is not None:
+            costs = [relative_error(p[name], e[name], _least(name, e)) for p, e in other_draws()]
+            allowed = max(allowed, factor * scale * max(costs) + band)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def _least(name: str, exact: dict[str, Tensor]) -> float:
+    """What an error is relative to at least.
+
+    The table's gradient cancels to nothing where windows hold one token; its error is that of its
+    terms, which are of the size of the gradient of qkv.
+    """
+    terms = exact.get("grad_qkv")
+    if name != "grad_table" or terms is None or not terms.numel():
+        return 1e-30
+    return terms.abs().max().item()
 
 
 def assert_backend_agrees(inputs: Inputs, backend: str, factor: float = 2.0) -> None:
