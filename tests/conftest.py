@@ -23,6 +23,15 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def one_thread():
+    """What is small gains nothing from a second thread, and waits for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fresh tensors hold NaN instead of whatever the memory held: nothing may be left unwritten."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -22,12 +22,7 @@ from greenmim_kernels.testing import Case
 RATES = Rates(1e10, {"float32": 1e11})
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(operator: str = "group_window_attention"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from benchmarks import naive_model, step_profile, steps
 from benchmarks.environment import write_json
@@ -22,12 +21,7 @@ PROBLEM = Problem("small", SMALL, 2, "fp32")
 RATES = Rates(1e10, {"float32": 1e11})
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def eager_variants() -> list[Variant]:

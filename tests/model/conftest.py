@@ -86,12 +86,8 @@ def some_visible(model: greenmim.GreenMIM, batch: int | None = None, seed: int =
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_models(one_thread):
+    """All models here are small."""
 
 
 @pytest.fixture(params=["reference", "cpp"])
