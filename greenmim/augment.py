@@ -45,7 +45,7 @@ def draw_crop(height: int, width: int, config: DataConfig) -> Crop:
     As torchvision's RandomResizedCrop and RandomHorizontalFlip do.
     """
     # It asks a picture for its size alone.
-    picture = torch.empty(3, height, width, device="meta")
+    picture = torch.empty(1).expand(1, height, width)
     box = RandomResizedCrop.get_params(picture, list(config.crop_scale), list(config.crop_ratio))
     return Crop(*box, flip=bool(torch.rand(()) < config.flip))
 

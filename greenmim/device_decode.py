@@ -1,15 +1,19 @@
-"""JPEGs decoded where the model is, by torchvision (nvJPEG on CUDA)."""
+"""JPEGs decoded where the model is, by torchvision (nvJPEG on CUDA).
+
+torchvision 0.29 calls its decoders deprecated, so they are imported where they are used alone.
+"""
 
 from __future__ import annotations
 
+import io
 from typing import NamedTuple
 
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from greenmim.augment import Crop
+from greenmim.images import open_rgb
 
 
 class EncodedBatch(NamedTuple):
@@ -35,7 +39,8 @@ def decode_into(
 ) -> tuple[tuple[tuple[str, str], ...], bool]:
     """Decode, crop and scale the JPEGs into their places.
 
-    One that is corrupt is replaced by the image before it in the batch.
+    What torchvision cannot decode is left to Pillow; one that is corrupt is replaced by the image
+    before it in the batch.
 
     Args:
         images: uint8 [B, 3, H, W] on the device, changed in place.
@@ -46,7 +51,7 @@ def decode_into(
     """
     files = list(encoded.data.split(encoded.sizes))
     try:
-        pictures = decode_jpeg(files, ImageReadMode.RGB, device=images.device)
+        pictures = _decode(files, images.device)
     except RuntimeError:  # says that one of them is bad, not which
         pictures = [_decoded(file, images.device) for file in files]
     failures, bad = [], []
@@ -70,9 +75,19 @@ def decode_into(
 
 def _decoded(file: torch.Tensor, device: torch.device) -> torch.Tensor | str:
     try:
-        return decode_jpeg([file], ImageReadMode.RGB, device=device)[0]
-    except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
+        return _decode([file], device)[0]
+    except RuntimeError:
+        pass
+    try:
+        return F.pil_to_tensor(open_rgb(io.BytesIO(file.numpy().tobytes()))).to(device)
+    except Exception as error:  # decoders raise anything on a broken file
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _decode(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return decode_jpeg(files, ImageReadMode.RGB, device=device)
 
 
 def check_device(device: torch.device) -> None:
@@ -80,9 +95,10 @@ def check_device(device: torch.device) -> None:
     if device.type == "cpu":
         raise ValueError("--data.decode device needs a CUDA GPU; on the CPU take reduced.")
     try:
-        smallest = encode_jpeg(torch.zeros(1, 8, 8, dtype=torch.uint8))
-        decode_jpeg([smallest], ImageReadMode.RGB, device=device)
-    except RuntimeError as error:
+        from torchvision.io import encode_jpeg
+
+        _decode([encode_jpeg(torch.zeros(1, 8, 8, dtype=torch.uint8))], device)
+    except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"--data.decode device: torchvision cannot decode JPEGs on this GPU"
             f" ({str(error).strip().splitlines()[0]}); take --data.decode reduced."

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from train_pictures import picture
 
-from greenmim import augment
+from greenmim import augment, device_decode
 from greenmim.augment import Crop, Encoded, Finish, draw_crop, read_crop, read_encoded
 from greenmim.cli import main
 from greenmim.data import AugmentedImages, Batch, Collate, Feed, make_loader
@@ -223,3 +223,15 @@ def test_a_run_finished_on_the_device_is_the_run(tiny, photos, tmp_path):
         lines = (work / "log.jsonl").read_text().splitlines()
         losses.append([line.split('"loss"')[1][:24] for line in lines if '"loss"' in line])
     assert losses[0] == losses[1] and len(losses[0]) > 3
+
+
+def test_what_torchvision_cannot_decode_is_left_to_pillow(jpegs, monkeypatch):
+    def refuse(files, device):
+        raise RuntimeError("no such colours")
+
+    expected, _ = batches(jpegs)
+    monkeypatch.setattr(device_decode, "_decode", refuse)
+    found, failures = batches(jpegs, decode="device")
+    assert not failures
+    for a, b in zip(expected, found, strict=True):
+        assert (a.images - b.images).square().mean().sqrt() < 0.12
