@@ -13,9 +13,11 @@ import time
 import pytest
 import torch
 
+from greenmim_kernels.host_memory import keep_freed_memory
+
 from .cases import SELECTIONS, Problem, select
 from .environment import describe, folder_of, write_json
-from .measure import Rates, keep_memory, measure_rates
+from .measure import Rates, measure_rates
 from .operators import Bench
 from .peers import Peer
 
@@ -66,7 +68,7 @@ class Results:
         options = config.option
         if options.threads:
             torch.set_num_threads(options.threads)
-        keep_memory()
+        keep_freed_memory()
         self.end = time.monotonic() + 60 * options.minutes
         self.rounds = options.rounds
         environment = describe(torch.get_num_threads(), device())

@@ -27,10 +27,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import torch
 
 import greenmim_kernels as gk
+from greenmim_kernels.host_memory import keep_freed_memory
 from greenmim_kernels.testing import Case, Inputs, assert_within_budget, make_inputs, run
 
 from .environment import describe, folder_of, write_json
-from .measure import keep_memory
 from .naive import NaiveGroupAttention
 
 # Group size 49, as the published method packs at stages 1 and 2.
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         print(extra_resident_bytes(inputs, peers[options.resident[1]]))
         return
 
-    keep_memory()
+    keep_freed_memory()
     result = {"environment": describe(options.threads), "rows": []}
     print(
         f"{'case':<58}{'naive ms':>10}{'fused ms':>10}{'faster':>9}{'in turn':>9}"

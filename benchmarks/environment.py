@@ -81,6 +81,7 @@ MEASURED_CODE = (
     "csrc",
     "greenmim_kernels",
     ":!greenmim_kernels/testing.py",  # what checks it does not change it
+    ":!greenmim_kernels/host_memory.py",
     "benchmarks/naive.py",
 )
 

@@ -15,12 +15,10 @@ to wait for.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import math
 import pathlib
-import platform
 import statistics
 import subprocess
 import time
@@ -34,7 +32,6 @@ MIN_SAMPLES = 5
 CPU_COPY_BYTES, CUDA_COPY_BYTES = 256 << 20, 1 << 30
 CPU_MATRIX, CUDA_MATRIX = 2048, 8192
 DEFAULT_CPU_CACHE = 32 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +141,6 @@ def measure(
         while len(samples) < rounds and (len(samples) < MIN_SAMPLES or time.perf_counter() < end):
             samples.append(sample())
     return Timing.of(samples)
-
-
-def keep_memory() -> None:
-    """Let glibc keep the memory that is freed, as the large heap of a training process does.
-
-    A process that does nothing but one layer gives it back after every call, and what is measured
-    is page faults, now and then.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def cache_bytes(device: str) -> int:

@@ -35,6 +35,7 @@ STEP_CODE = (
     *MEASURED_CODE,
     *(f"greenmim/{name}" for name in ("encoders", "mim.py", "decoder.py", "planning.py")),
     *(f"greenmim/{name}" for name in ("passes.py", "onednn.py")),
+    "greenmim_kernels/host_memory.py",
     "benchmarks/naive_model.py",
     "benchmarks/simmim_model.py",
 )

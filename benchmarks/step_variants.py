@@ -90,6 +90,7 @@ class Variant:
     Attributes:
         backend: of the kernels; None where there are none.
         kind: ours, naive, naive-planning or dense.
+        keeps_memory: on a CPU, as the trainer does (see `greenmim_kernels.host_memory`).
     """
 
     name: str
@@ -97,6 +98,7 @@ class Variant:
     backend: str | None = None
     compiled: bool = False
     graphed: bool = False
+    keeps_memory: bool = False
 
 
 def variants(device: str) -> list[Variant]:
@@ -105,7 +107,9 @@ def variants(device: str) -> list[Variant]:
     found = [Variant("naive", "naive"), Variant("naive, planning in the step", "naive-planning")]
     first = backends[0]
     if device == "cpu":
-        found += [Variant("cpp", "ours", "cpp"), Variant("cpp-compiled", "ours", "cpp", True)]
+        found.append(Variant("naive, memory kept", "naive", keeps_memory=True))
+        found.append(Variant("cpp", "ours", "cpp", keeps_memory=True))
+        found.append(Variant("cpp-compiled", "ours", "cpp", compiled=True, keeps_memory=True))
         return [*found, Variant("simmim", "dense")]
     found.append(Variant(f"{first}-graphed", "ours", first, compiled=True, graphed=True))
     found += [Variant("simmim", "dense"), Variant(first, "ours", first)]

@@ -12,19 +12,21 @@ what is off is not timed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from .costs import Widths, step_work
 from .environment import describe, folder_of, write_json
 from .measure import Energy, Rates, Sampler, Timing, measure_rates, no_garbage_collection
+from .step_processes import StepProcess, checked_step, first_line
 from .step_variants import (
     CPU_PROBLEMS,
     CUDA_PROBLEMS,
@@ -36,57 +38,38 @@ from .step_variants import (
     variants,
 )
 
-# How far a loss, and the gradient of the first block, may be from the reference's in float32,
-# relative. What is wrong in the network changes its gradient, even where the loss of fresh weights
-# hardly depends on it.
-TOLERANCE = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 0.1), "fp16": (2e-3, 0.02)}
+WARM_UP = 4  # steps: AdamW's memory, compilation, the growth of the heap
+# Seconds before a CPU's step: OpenMP's threads in another variant's process wait for work that long
+# at most before they sleep, and would take a core meanwhile.
+PAUSE = 0.1
 
 
 def measured_rows(
     problem: Problem, chosen: list[Variant], device: str, rounds: int, rates: Rates, save: Callable
 ) -> None:
     """Measure variants of a problem; `save` is called with each row as it is done."""
-    on_gpu = device == "cuda"
-    ready: list[tuple[dict, Step]] = []
+    if device == "cpu":
+        for row in _in_turn(problem, chosen, rounds, rates):
+            save(row)
+        return
     for variant in chosen:
-        row = {"model": problem.name, "batch": problem.batch, "precision": problem.precision,
-               "variant": variant.name, "checked": False}  # fmt: skip
-        step = None
-        try:
-            if variant.kind != "dense":
+        if variant.kind != "dense":
+            with contextlib.suppress(RuntimeError):  # which the check will meet again, and say
                 reference(problem, device)  # its memory is not the variant's
-            if on_gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            step = Step(problem, variant, device)
-            errors = step.errors()
-            row["first_seconds"] = time.perf_counter() - start
-            row["loss_error"], row["gradient_error"] = errors or (None, None)
-            allowed = TOLERANCE[problem.precision]
-            if errors and not all(e <= a for e, a in zip(errors, allowed, strict=True)):
-                row["reason"] = (
-                    f"wrong, not timed: its loss is off by {errors[0]:.1e} of the reference's, its"
-                    f" gradient by {errors[1]:.1e}"
-                )
-                save(row)
-                continue
-            row["checked"] = True
-            if not on_gpu:
-                ready.append((row, step))
-                continue
-            row |= _on_gpu(step, problem, rounds, rates)
-        except (RuntimeError, ValueError) as error:  # out of memory, or a backend that cannot
-            row["reason"] = str(error).strip().splitlines()[0]
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        row, step = checked_step(problem, variant, device)
+        if step is not None:
+            try:
+                row |= _on_gpu(step, problem, rounds, rates, row)
+            except RuntimeError as error:
+                row["reason"] = first_line(error)
         save(row)
         del step  # its memory
         gc.collect()
-    if ready:
-        for row in _in_turn(ready, problem, rounds, rates):
-            save(row)
 
 
-def _on_gpu(step: Step, problem: Problem, rounds: int, rates: Rates) -> dict:
+def _on_gpu(step: Step, problem: Problem, rounds: int, rates: Rates, row: dict) -> dict:
     sample = Sampler(step, "cuda")
     with no_garbage_collection():
         for _ in range(3):
@@ -100,33 +83,36 @@ def _on_gpu(step: Step, problem: Problem, rounds: int, rates: Rates) -> dict:
                 step()
     joules = None if energy.joules is None else energy.joules / (count * problem.batch)
     return {
-        **_figures(timing, step, problem, rates),
+        **_figures(timing, problem, step.variant, rates, row),
         "peak_memory_bytes": peak,
         "joules_per_image": joules,
         "joules_from": energy.source,
     }
 
 
-def _in_turn(
-    ready: list[tuple[dict, Step]], problem: Problem, rounds: int, rates: Rates
-) -> list[dict]:
+def _in_turn(problem: Problem, chosen: list[Variant], rounds: int, rates: Rates) -> Iterator[dict]:
     """On a CPU other work comes and goes: the variants take turns, and share what it costs."""
-    samples: list[list[float]] = [[] for _ in ready]
-    samplers = [Sampler(step, "cpu") for _, step in ready]
-    with no_garbage_collection():
-        for number in range(rounds + 2):
-            for sampler, taken in zip(samplers, samples, strict=True):
-                seconds = sampler()
-                if number >= 2:
-                    taken.append(seconds)
-    rows = []
-    for (row, step), taken in zip(ready, samples, strict=True):
-        figures = _figures(Timing.of(taken), step, problem, rates)
-        rows.append({**row, **figures, "peak_memory_bytes": None, "joules_per_image": None})
-    return rows
+    with contextlib.ExitStack() as stack:
+        ready: list[tuple[StepProcess, Variant, list[float]]] = []
+        for variant in chosen:
+            process = StepProcess(problem, variant)
+            stack.callback(process.close)
+            if "reason" in process.row:
+                yield process.row
+            else:
+                ready.append((process, variant, []))
+        for number in range(WARM_UP + rounds):
+            for process, _, samples in ready:
+                time.sleep(PAUSE)
+                seconds = process()
+                if number >= WARM_UP:
+                    samples.append(seconds)
+        for process, variant, samples in ready:
+            figures = _figures(Timing.of(samples), problem, variant, rates, process.row)
+            yield {**process.row, **figures, "peak_memory_bytes": None, "joules_per_image": None}
 
 
-def _figures(timing: Timing, step: Step, problem: Problem, rates: Rates) -> dict:
+def _figures(timing: Timing, problem: Problem, variant: Variant, rates: Rates, row: dict) -> dict:
     act = DTYPES[problem.precision].itemsize
     figures = {
         "seconds": timing.median,
@@ -136,9 +122,9 @@ def _figures(timing: Timing, step: Step, problem: Problem, rates: Rates) -> dict
         "rounds": timing.n,
         "floor_ms": None,
     }
-    if step.variant.kind != "dense":
+    if variant.kind != "dense":
         work = step_work(
-            problem.config, problem.batch, problem.mask_ratio, step.parameters, Widths(act=act)
+            problem.config, problem.batch, problem.mask_ratio, row["parameters"], Widths(act=act)
         )
         product = rates.matrix_flops_per_second[str(DTYPES[problem.precision]).split(".")[1]]
         floor = sum(item.seconds(rates.copy_bytes_per_second, product) for item in work)

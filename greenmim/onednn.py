@@ -2,8 +2,7 @@
 
 PyTorch gives float32 products to MKL. With the shapes of a training step on a CPU (few rows, and a
 weight that comes from memory) oneDNN, which every x86 build of PyTorch holds too, took a quarter
-less time for outputs and for gradients of inputs on an AMD EPYC; MKL stays the faster one for
-gradients of weights.
+less time on an AMD EPYC.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_library = torch.library.Library("greenmim", "FRAGMENT")
-_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+# oneDNN wants one factor of a weight's gradient transposed, a copy that costs as much as this many
+# columns of the product gain: narrower ones stay with MKL, which needs no copy.
+MIN_COLUMNS = 256
 
 
 def available() -> bool:
@@ -28,7 +28,7 @@ class OneDNNLinear(nn.Linear):
     """A linear layer for float32 tensors on a CPU; parameters and names are nn.Linear's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(x, self.weight, self.bias)
+        return _Linear.apply(x, self.weight, self.bias)
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -37,6 +37,32 @@ def use_onednn(model: nn.Module) -> None:
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = OneDNNLinear
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        rows, columns = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            _product(grad, weight.t()) if need_x else None,
+            _weight_gradient(rows, columns) if need_weight else None,
+            rows.sum(0) if ctx.has_bias and need_bias else None,
+        )
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """[M, O], [M, I] -> [O, I]"""
+    if x.shape[1] < MIN_COLUMNS:
+        return grad.t() @ x
+    return _product(grad.t().contiguous(), x.t())
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,26 +74,15 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _setup(ctx, inputs, output) -> None:
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Inductor refuses the operator itself where the weight is not a constant; it may call it
+    # under another name.
+    if torch.compiler.is_compiling():
+        return torch.ops.greenmim.onednn_linear(x, weight, bias)
+    return _run(x, weight, bias)
 
 
-def _backward(ctx, grad: Tensor):
-    x, weight = ctx.saved_tensors
-    rows = grad.reshape(-1, grad.shape[-1])
-    need_x, need_weight, need_bias = ctx.needs_input_grad
-    return (
-        _linear(grad, weight.t(), None) if need_x else None,
-        rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
-        rows.sum(0) if ctx.has_bias and need_bias else None,
-    )
-
-
+_library = torch.library.Library("greenmim", "FRAGMENT")
+_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("onednn_linear", _run, "CPU")
 torch.library.register_fake("greenmim::onednn_linear", _fake, lib=_library)
-torch.library.register_autograd(
-    "greenmim::onednn_linear", _backward, setup_context=_setup, lib=_library
-)
-_linear = torch.ops.greenmim.onednn_linear.default

@@ -31,6 +31,7 @@ from greenmim.sources import Source, find_source
 from greenmim.trackers import check_trackers
 from greenmim.world import World
 from greenmim_kernels import use_backend
+from greenmim_kernels.host_memory import keep_freed_memory
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Weights and two moments in float32.
@@ -127,8 +128,10 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
 
     notes = [*_facts(recipe, model, processes, precision, sampler), *notes]
     model.to(device)
-    if device.type == "cpu" and precision == torch.float32:
-        use_onednn(model)
+    if device.type == "cpu":
+        keep_freed_memory()
+        if precision == torch.float32:
+            use_onednn(model)
     forward = distribute(model, recipe, processes.alone)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

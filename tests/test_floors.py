@@ -15,7 +15,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # know each other.
 FLOORS = [
     ["greenmim_kernels._partition", "greenmim_kernels._C", "greenmim_kernels._C_cuda"],
-    ["greenmim_kernels.partition", "greenmim_kernels.reference", "greenmim_kernels.automatic"],
+    [
+        "greenmim_kernels.partition",
+        "greenmim_kernels.reference",
+        "greenmim_kernels.automatic",
+        "greenmim_kernels.host_memory",
+    ],
     ["greenmim_kernels.backends"],
     ["greenmim_kernels._triton"],
     ["greenmim_kernels._triton.primitives", "greenmim_kernels._triton.launch"],

@@ -9,9 +9,9 @@ import pytest
 from benchmarks import naive_model, step_profile, steps
 from benchmarks.environment import write_json
 from benchmarks.measure import Rates
+from benchmarks.step_processes import StepProcess, checked_step
 from benchmarks.step_variants import Problem, Step, Variant, variants
 from greenmim import ModelConfig
-from greenmim_kernels import available_backends
 
 SMALL = ModelConfig(
     image_size=224, window_size=7, embed_dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8),
@@ -39,7 +39,7 @@ def test_all_variants_have_the_reference_s_loss_and_train():
             step()
         if variant.kind != "dense":
             weights.append(step.model.encoder.layers[0].blocks[1].mlp.fc1.weight.detach())
-    assert len(weights) == 3
+    assert len(weights) == 4
     for other in weights[1:]:  # AdamW's first steps are of the gradient's sign: 1e-4 each
         assert (other - weights[0]).abs().mean() < 2e-6
 
@@ -47,21 +47,30 @@ def test_all_variants_have_the_reference_s_loss_and_train():
 def test_a_wrong_step_is_not_timed(monkeypatch):
     real = naive_model.NaiveGreenMIM._encode
     monkeypatch.setattr(naive_model.NaiveGreenMIM, "_encode", lambda *a: 1.01 * real(*a))
-    rows: list[dict] = []
-    steps.measured_rows(PROBLEM, eager_variants(), "cpu", 2, RATES, rows.append)
-    found = {row["variant"]: row for row in rows}
-    assert "not timed" in found["naive"]["reason"] and "seconds" not in found["naive"]
-    assert not found["naive"]["checked"] and found["cpp"]["checked"]
-    assert found["cpp"]["images_per_second"] > 0 and found["cpp"]["floor_ms"] > 0
+    found = {v.name: checked_step(PROBLEM, v, "cpu") for v in eager_variants()}
+    row, step = found["naive"]
+    assert "not timed" in row["reason"] and not row["checked"] and step is None
+    row, step = found["cpp"]
+    assert "reason" not in row and row["checked"] and step is not None
 
 
-def test_a_variant_that_fails_leaves_the_others(monkeypatch):
-    broken = Variant("broken", "ours", "triton")
-    if available_backends()["triton"] is None:
-        pytest.skip("Triton runs here")
+def test_variants_take_turns_in_processes_of_their_own():
+    broken = Variant("broken", "ours", "no such backend")
+    chosen = [broken, *(v for v in variants("cpu") if v.name in ("naive", "cpp"))]
     rows: list[dict] = []
-    steps.measured_rows(PROBLEM, [broken, eager_variants()[0]], "cpu", 1, RATES, rows.append)
-    assert [("reason" in row) for row in rows] == [True, False]
+    steps.measured_rows(PROBLEM, chosen, "cpu", 2, RATES, rows.append)
+    assert [row["variant"] for row in rows] == ["broken", "naive", "cpp"]
+    assert "no such backend" in rows[0]["reason"] and "seconds" not in rows[0]
+    for row in rows[1:]:
+        assert row["checked"] and row["rounds"] == 2
+        assert row["images_per_second"] > 0 and row["floor_ms"] > 0
+
+
+def test_a_process_that_dies_says_so(capfd):
+    process = StepProcess(PROBLEM, eager_variants()[0])
+    process._process.kill()
+    with pytest.raises(RuntimeError, match="'naive' ended with exit code -9"):
+        process()
 
 
 def test_knapsacks_hold_all_windows_and_fill_up():
