@@ -59,8 +59,14 @@ def gradients_kept_back(forward: nn.Module, wanted: bool) -> contextlib.Abstract
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
     """Scale gradients down to a norm of at most `limit`; their norm before, a scalar."""
-    norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
+    # Gradients that stay as they are need no pass over them; to look at the norm, which says so,
+    # is for nothing on a CPU and a wait for the device elsewhere.
+    if value.device.type != "cpu" or value > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value
 
 
 def whole_weights(model: GreenMIM, keep: bool) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from greenmim import GreenMIM, ModelConfig, passes
 from greenmim.cli import main
 from greenmim.distributed import Processes
 from greenmim.masking import random_visible
+from greenmim.parallel import clip_gradients
 from greenmim.passes import GraphedPasses, Passes
 from greenmim.reports import Reports
 from greenmim.world import World
@@ -187,3 +188,19 @@ def test_where_a_graph_cannot_be(options, message, tiny, photos, tmp_path, capsy
     assert main(["pretrain", *arguments, "--cuda-graph", "true", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not work.exists()
+
+
+@pytest.mark.parametrize(("limit", "after"), [(10.0, 5.0), (2.0, 2.0), (float("inf"), 5.0)])
+def test_gradients_above_the_limit_are_scaled_down_to_it(limit, after):
+    weights = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 1, 2)]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0]), torch.tensor([-4.0])  # norm 5; one None
+    norm = clip_gradients(weights, limit)
+    assert norm.item() == 5.0
+    expected = torch.tensor([3.0, -4.0]) * after / 5
+    torch.testing.assert_close(torch.cat([w.grad for w in weights[:2]]), expected)
+
+
+def test_gradients_that_are_not_finite_are_reported():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([1.0, float("nan")])
+    assert clip_gradients([weight], 1.0).isnan()
