@@ -7,12 +7,14 @@ of the C library. So each variant has the process that a user's run would be, an
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from greenmim_kernels.host_memory import keep_freed_memory
 
@@ -25,14 +27,18 @@ from .step_variants import Problem, Step, Variant
 TOLERANCE = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 0.1), "fp16": (2e-3, 0.02)}
 
 
-def checked_step(problem: Problem, variant: Variant, device: str) -> tuple[dict, Step | None]:
-    """A variant's row so far, and its step where it may be timed: else the row has the reason."""
-    row = {"model": problem.name, "batch": problem.batch, "precision": problem.precision,
-           "variant": variant.name, "checked": False}  # fmt: skip
+def checked_step(
+    problem: Problem, variant: Variant, device: str, expected: tuple[float, Tensor]
+) -> tuple[dict, Step | None]:
+    """A variant's row so far, and its step where it may be timed: else the row has the reason.
+
+    `expected` is what `step_variants.reference` gives.
+    """
+    row = first_row(problem, variant)
     try:
         start = time.perf_counter()
         step = Step(problem, variant, device)
-        errors = step.errors()
+        errors = step.errors(expected)
         row["first_seconds"] = time.perf_counter() - start
     except (RuntimeError, ValueError) as error:  # out of memory, or a backend that cannot
         row["reason"] = first_line(error)
@@ -50,6 +56,16 @@ def checked_step(problem: Problem, variant: Variant, device: str) -> tuple[dict,
     return row, step
 
 
+def first_row(problem: Problem, variant: Variant) -> dict:
+    return {
+        "model": problem.name,
+        "batch": problem.batch,
+        "precision": problem.precision,
+        "variant": variant.name,
+        "checked": False,
+    }
+
+
 def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -61,18 +77,18 @@ class StepProcess:
         row: what `checked_step` gives; a reason in it says that there is no step to time.
     """
 
-    def __init__(self, problem: Problem, variant: Variant) -> None:
+    def __init__(self, problem: Problem, variant: Variant, expected: tuple[float, Tensor]) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, problem, variant, torch.get_num_threads())
+        arguments = (theirs, problem, variant, expected, torch.get_num_threads())
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()  # else its end is not seen here
         self._name = variant.name
         self.row: dict = self._talk(self._connection.recv)
 
-    def __call__(self) -> float:
-        """Seconds of one step."""
+    def __call__(self) -> tuple[float, int]:
+        """Seconds of one step, and pages of memory that the system gave meanwhile."""
         self._talk(lambda: self._connection.send(None))
         return self._talk(self._connection.recv)
 
@@ -92,11 +108,17 @@ class StepProcess:
         self._process.join()
 
 
-def _serve(connection: Connection, problem: Problem, variant: Variant, threads: int) -> None:
+def _serve(
+    connection: Connection,
+    problem: Problem,
+    variant: Variant,
+    expected: tuple[float, Tensor],
+    threads: int,
+) -> None:
     torch.set_num_threads(threads)
     if variant.keeps_memory:
         keep_freed_memory()
-    row, step = checked_step(problem, variant, "cpu")
+    row, step = checked_step(problem, variant, "cpu", expected)
     connection.send(row)
     if step is None:
         return
@@ -107,4 +129,9 @@ def _serve(connection: Connection, problem: Problem, variant: Variant, threads: 
                 connection.recv()
             except EOFError:
                 return
-            connection.send(sample())
+            pages = _pages()
+            connection.send((sample(), _pages() - pages))
+
+
+def _pages() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

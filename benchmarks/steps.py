@@ -17,16 +17,18 @@ import dataclasses
 import gc
 import json
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from .costs import Widths, step_work
 from .environment import describe, folder_of, write_json
 from .measure import Energy, Rates, Sampler, Timing, measure_rates, no_garbage_collection
-from .step_processes import StepProcess, checked_step, first_line
+from .step_processes import StepProcess, checked_step, first_line, first_row
 from .step_variants import (
     CPU_PROBLEMS,
     CUDA_PROBLEMS,
@@ -48,17 +50,20 @@ def measured_rows(
     problem: Problem, chosen: list[Variant], device: str, rounds: int, rates: Rates, save: Callable
 ) -> None:
     """Measure variants of a problem; `save` is called with each row as it is done."""
+    try:
+        expected = reference(problem, device)
+    except RuntimeError as error:  # out of memory
+        for variant in chosen:
+            save({**first_row(problem, variant), "reason": first_line(error)})
+        return
     if device == "cpu":
-        for row in _in_turn(problem, chosen, rounds, rates):
+        for row in _in_turn(problem, chosen, expected, rounds, rates):
             save(row)
         return
     for variant in chosen:
-        if variant.kind != "dense":
-            with contextlib.suppress(RuntimeError):  # which the check will meet again, and say
-                reference(problem, device)  # its memory is not the variant's
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        row, step = checked_step(problem, variant, device)
+        row, step = checked_step(problem, variant, device, expected)
         if step is not None:
             try:
                 row |= _on_gpu(step, problem, rounds, rates, row)
@@ -90,12 +95,18 @@ def _on_gpu(step: Step, problem: Problem, rounds: int, rates: Rates, row: dict) 
     }
 
 
-def _in_turn(problem: Problem, chosen: list[Variant], rounds: int, rates: Rates) -> Iterator[dict]:
+def _in_turn(
+    problem: Problem,
+    chosen: list[Variant],
+    expected: tuple[float, Tensor],
+    rounds: int,
+    rates: Rates,
+) -> Iterator[dict]:
     """On a CPU other work comes and goes: the variants take turns, and share what it costs."""
     with contextlib.ExitStack() as stack:
-        ready: list[tuple[StepProcess, Variant, list[float]]] = []
+        ready: list[tuple[StepProcess, Variant, list[tuple[float, int]]]] = []
         for variant in chosen:
-            process = StepProcess(problem, variant)
+            process = StepProcess(problem, variant, expected)
             stack.callback(process.close)
             if "reason" in process.row:
                 yield process.row
@@ -104,11 +115,13 @@ def _in_turn(problem: Problem, chosen: list[Variant], rounds: int, rates: Rates)
         for number in range(WARM_UP + rounds):
             for process, _, samples in ready:
                 time.sleep(PAUSE)
-                seconds = process()
+                sample = process()
                 if number >= WARM_UP:
-                    samples.append(seconds)
+                    samples.append(sample)
         for process, variant, samples in ready:
-            figures = _figures(Timing.of(samples), problem, variant, rates, process.row)
+            seconds, pages = zip(*samples, strict=True)
+            figures = _figures(Timing.of(seconds), problem, variant, rates, process.row)
+            figures |= {"page_faults": statistics.median(pages)}
             yield {**process.row, **figures, "peak_memory_bytes": None, "joules_per_image": None}
 
 

@@ -10,7 +10,7 @@ from benchmarks import naive_model, step_profile, steps
 from benchmarks.environment import write_json
 from benchmarks.measure import Rates
 from benchmarks.step_processes import StepProcess, checked_step
-from benchmarks.step_variants import Problem, Step, Variant, variants
+from benchmarks.step_variants import Problem, Step, Variant, reference, variants
 from greenmim import ModelConfig
 
 SMALL = ModelConfig(
@@ -29,10 +29,10 @@ def eager_variants() -> list[Variant]:
 
 
 def test_all_variants_have_the_reference_s_loss_and_train():
-    weights = []
+    weights, expected = [], reference(PROBLEM, "cpu")
     for variant in eager_variants():
         step = Step(PROBLEM, variant, "cpu")
-        errors = step.errors()
+        errors = step.errors(expected)
         assert errors is None or (errors[0] < 1e-5 and errors[1] < 1e-4), (variant, errors)
         step.count = 0
         for _ in range(3):
@@ -45,9 +45,10 @@ def test_all_variants_have_the_reference_s_loss_and_train():
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):
+    expected = reference(PROBLEM, "cpu")
     real = naive_model.NaiveGreenMIM._encode
     monkeypatch.setattr(naive_model.NaiveGreenMIM, "_encode", lambda *a: 1.01 * real(*a))
-    found = {v.name: checked_step(PROBLEM, v, "cpu") for v in eager_variants()}
+    found = {v.name: checked_step(PROBLEM, v, "cpu", expected) for v in eager_variants()}
     row, step = found["naive"]
     assert "not timed" in row["reason"] and not row["checked"] and step is None
     row, step = found["cpp"]
@@ -64,10 +65,11 @@ def test_variants_take_turns_in_processes_of_their_own():
     for row in rows[1:]:
         assert row["checked"] and row["rounds"] == 2
         assert row["images_per_second"] > 0 and row["floor_ms"] > 0
+        assert row["page_faults"] >= 0
 
 
 def test_a_process_that_dies_says_so(capfd):
-    process = StepProcess(PROBLEM, eager_variants()[0])
+    process = StepProcess(PROBLEM, eager_variants()[0], reference(PROBLEM, "cpu"))
     process._process.kill()
     with pytest.raises(RuntimeError, match="'naive' ended with exit code -9"):
         process()
