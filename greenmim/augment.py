@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from greenmim.images import ORIENTATION_TAG, to_rgb, upright, upright_size
@@ -30,6 +31,11 @@ class Crop(NamedTuple):
     height: int
     width: int
     flip: bool
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom), as Pillow has it."""
+        return self.left, self.top, self.left + self.width, self.top + self.height
 
 
 class Encoded(NamedTuple):
@@ -84,10 +90,15 @@ def read_crop(
             image.draft(None, needed[::-1] if turned else needed)  # for JPEGs alone
         image.load()
         picture = to_rgb(upright(image))
+    if picture.size == (width, height):
+        # A third of the time that Pillow takes to scale it.
+        pixels = F.pil_to_tensor(picture.crop(crop.box))
+        return F.resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True), crop.flip
+    # The crop does not end at whole pixels of the smaller picture, which Pillow alone can take.
     x, y = picture.width / width, picture.height / height
-    box = (crop.left * x, crop.top * y, (crop.left + crop.width) * x, (crop.top + crop.height) * y)
+    left, top, right, bottom = crop.box
     # What is left of rounding must not reach over the edge.
-    box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
+    box = (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
     scaled = picture.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
     return F.pil_to_tensor(scaled), crop.flip
 
@@ -117,15 +128,18 @@ class Finish:
     """
 
     def __init__(self, config: DataConfig, device: torch.device | str = "cpu") -> None:
-        # Tensors: a list would be copied to the device at every call.
+        # Tensors: a list would be copied to the device at every call. In units of 8-bit pixels.
         self.mean, self.std = (
-            torch.tensor(values, device=device) for values in (config.mean, config.std)
+            torch.tensor(values, device=device).mul_(255).view(3, 1, 1)
+            for values in (config.mean, config.std)
         )
 
-    def __call__(self, images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, 3, H, W], bool [B] -> float32 [B, 3, H, W]."""
-        images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        return F.normalize(F.to_dtype(images, torch.float32, scale=True), self.mean, self.std)
+    def __call__(self, images: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [B, 3, H, W], bool [B] -> float32 [B, 3, H, W]; None: flipped already."""
+        if flips is not None:
+            images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        # In place, in one new tensor: with F.to_dtype and F.normalize it took four times as long.
+        return images.to(torch.float32).sub_(self.mean).div_(self.std)
 
 
 def normalise(picture: Image.Image, mean: list[float], std: list[float]) -> torch.Tensor:

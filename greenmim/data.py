@@ -205,11 +205,12 @@ class Collate:
         images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
         for place, sample in enumerate(samples):
             if not isinstance(sample.image, Encoded):
-                images[place] = sample.image
+                here = sample.flip and self.finish is not None
+                images[place] = sample.image.flip(2) if here else sample.image
+        if self.finish is not None:
+            return Batch(self.finish(images), plan, failures)
         flips = torch.tensor([sample.flip for sample in samples])
-        if self.finish is None:
-            return Batch(images, plan, failures, flips, encoded)
-        return Batch(self.finish(images, flips), plan, failures)
+        return Batch(images, plan, failures, flips, encoded)
 
 
 def join_encoded(samples: list[Sample]) -> EncodedBatch | None:
