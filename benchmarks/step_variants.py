@@ -16,6 +16,7 @@ from greenmim import GreenMIM, ModelConfig
 from greenmim.distributed import Processes
 from greenmim.masking import random_visible
 from greenmim.onednn import use_onednn
+from greenmim.parallel import recompute_pointwise
 from greenmim.passes import GraphedPasses, Passes
 from greenmim.world import World
 
@@ -90,6 +91,7 @@ class Variant:
     Attributes:
         backend: of the kernels; None where there are none.
         kind: ours, naive, naive-planning or dense.
+        recompute: pointwise work in the backward pass (see `greenmim.parallel`).
         keeps_memory: on a CPU, as the trainer does (see `greenmim_kernels.host_memory`).
     """
 
@@ -98,6 +100,7 @@ class Variant:
     backend: str | None = None
     compiled: bool = False
     graphed: bool = False
+    recompute: bool = False
     keeps_memory: bool = False
 
 
@@ -112,6 +115,8 @@ def variants(device: str) -> list[Variant]:
         found.append(Variant("cpp-compiled", "ours", "cpp", compiled=True, keeps_memory=True))
         return [*found, Variant("simmim", "dense")]
     found.append(Variant(f"{first}-graphed", "ours", first, compiled=True, graphed=True))
+    less = f"{first}-graphed, pointwise recomputed"
+    found.append(Variant(less, "ours", first, compiled=True, graphed=True, recompute=True))
     found += [Variant("simmim", "dense"), Variant(first, "ours", first)]
     found.append(Variant(f"{first}-compiled", "ours", first, compiled=True))
     for other in backends[1:]:
@@ -150,6 +155,7 @@ class Step:
         make: Callable = Passes
         if variant.graphed:
             make = functools.partial(GraphedPasses, Processes(World(), torch.device(device)))
+        recompute_pointwise(variant.recompute)
         called = torch.compile(forward, fullgraph=True) if variant.compiled else forward
         self.passes = make(called, trained, autocast, self.scaler, 1)
         self.count = 0

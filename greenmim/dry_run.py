@@ -42,10 +42,11 @@ def dry_run(
     with user_errors():
         visible = num_visible_units(recipe.model.num_units, recipe.mask.ratio)
         sampler = make_sampler(recipe, source, World(size=processes), first_update=0)
-        cost = estimate(recipe, precision, processes)
+        cost = estimate(recipe, precision, device.type, processes)
     steps, units = sampler.updates_per_epoch, recipe.model.num_units
     total = cost.state_bytes + cost.activation_bytes
     again = " (activations computed again)" if recipe.activation_checkpointing else ""
+    again += "; a compiled step keeps less" if recipe.compile else ""
     share = 100 * cost.forward_flops / cost.dense_flops
     lines = [
         f"processes        {processes}, on {device.type} in {str(precision).removeprefix('torch.')}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from greenmim.data import draw_visible
@@ -39,12 +41,13 @@ class Cost:
     activation_bytes: int
 
 
-def estimate(recipe: Recipe, precision: torch.dtype, processes: int) -> Cost:
-    """The cost of a recipe's step.
+def estimate(recipe: Recipe, precision: torch.dtype, device: str, processes: int) -> Cost:
+    """The cost of a recipe's step, as if it were not compiled: that keeps less.
 
     Args:
         recipe: The run.
         precision: What it computes in.
+        device: Where it runs: cpu or cuda.
         processes: How many share the model with FSDP.
     """
     model = GreenMIM(recipe.model).train()
@@ -52,7 +55,8 @@ def estimate(recipe: Recipe, precision: torch.dtype, processes: int) -> Cost:
     plan = model.plan(draw_visible(rng, grid, recipe.mask, None))
     everything = model.plan(np.ones(model.config.num_units, dtype=bool))
     parameters = sum(p.numel() for p in model.parameters())
-    one, two = (kept_bytes(model, plan, precision, images) for images in (1, 2))
+    with autocast_as_on(device, precision):
+        one, two = (kept_bytes(model, plan, images) for images in (1, 2))
     per_image, fixed = two.total - one.total, 2 * one.total - two.total
     if recipe.activation_checkpointing:
         # Every block keeps its input alone, and one block at a time has all it needs.
@@ -111,8 +115,28 @@ class Kept:
     inputs: int = 0
 
 
-def kept_bytes(model: GreenMIM, plan: Plan, precision: torch.dtype, images: int) -> Kept:
-    """What the forward pass of so many images keeps for the backward pass, weights left out."""
+@contextlib.contextmanager
+def autocast_as_on(device: str, precision: torch.dtype) -> Iterator[None]:
+    """Autocast on the CPU with the types that autocast has on a device.
+
+    On CUDA norms give float32, and what is added to their input is float32 from then on.
+    """
+    original = F.layer_norm
+
+    def layer_norm(x: Tensor, *arguments: object, **options: object) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return original(x.float(), *arguments, **options)
+
+    enabled = precision != torch.float32
+    as_it_is = contextlib.nullcontext()
+    norms = mock.patch.object(F, "layer_norm", layer_norm) if device == "cuda" else as_it_is
+    with norms, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        yield
+
+
+@contextlib.contextmanager
+def counting_kept(model: nn.Module) -> Iterator[Kept]:
+    """Counts what is kept for the backward pass meanwhile, weights left out; each tensor once."""
     kept, weights = Kept(), {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, Tensor] = {}  # holds the tensors, so that no address comes twice
 
@@ -123,13 +147,14 @@ def kept_bytes(model: GreenMIM, plan: Plan, precision: torch.dtype, images: int)
             kept.total += tensor.untyped_storage().nbytes()
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def kept_bytes(model: GreenMIM, plan: Plan, images: int) -> Kept:
+    """What the forward pass of so many images keeps for the backward pass, weights left out."""
     batch = torch.zeros(images, 3, *model.config.image_hw)
-    enabled = precision != torch.float32
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=enabled),
-        _by_block(model, kept),
-    ):
+    with counting_kept(model) as kept, _by_block(model, kept):
         model(batch, plan=plan, loss_only=True)
     return kept
 

@@ -8,6 +8,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +25,8 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
     slices (DTensors) afterwards, so an optimiser has to be made after this.
     """
     model.set_grad_checkpointing(recipe.activation_checkpointing)
+    if recipe.compile:
+        recompute_pointwise(recipe.recompute_pointwise)
     if not alone and recipe.cuda_graph:
         # Gradients are summed after the recorded passes (see `passes`); here as in DDP's
         # constructor, all start from the weights of the first process.
@@ -45,6 +48,15 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have two names for it
         # Nothing here has buffers that change, so there are none to send.
         return DistributedDataParallel(inner, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def recompute_pointwise(wanted: bool) -> None:
+    """Whether what is compiled from now on keeps less and computes cheap things again.
+
+    Those that a product of the backward pass takes: GELU, norms, and weights in 16 bits. To compute
+    them again costs a pass that writes them; torch.compile keeps them unless told otherwise.
+    """
+    functorch_config.ban_recompute_materialized_backward = not wanted
 
 
 def gradients_kept_back(forward: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:

@@ -109,5 +109,7 @@ def changes(before: dict[str, Any], recipe: Recipe) -> list[str]:
     """A line on what differs from the recipe of the checkpoint, if anything does."""
     now = recipe.to_dict()
     ignored = ("work_dir", "log", "checkpoint")
-    changed = [name for name in now if name not in ignored and before.get(name) != now[name]]
+    # An option that the version before did not have stands as that version worked.
+    known = (name for name in now if name in before and name not in ignored)
+    changed = [name for name in known if before[name] != now[name]]
     return [f"changed since the checkpoint: {', '.join(changed)}"] if changed else []

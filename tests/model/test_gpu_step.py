@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 
 from greenmim import GreenMIM, ModelConfig
 from greenmim.distributed import Processes
@@ -75,9 +76,13 @@ def test_a_recorded_step_is_the_step(precision, per_image):
 
 
 @pytest.mark.gpu
-def test_a_compiled_and_recorded_step_follows_the_step():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_and_recorded_step_follows_the_step(recompute):
     torch._dynamo.reset()
     expected = train(False, False, "bf16", False, strict=False)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with (
+        torch._dynamo.config.patch(error_on_recompile=True),
+        functorch_config.patch(ban_recompute_materialized_backward=not recompute),
+    ):
         actual = train(True, True, "bf16", False, strict=True)
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0)

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from greenmim import GreenMIM, ModelConfig, passes
+from greenmim import GreenMIM, ModelConfig, parallel, passes
 from greenmim.cli import main
 from greenmim.distributed import Processes
+from greenmim.estimate import counting_kept
 from greenmim.masking import random_visible
 from greenmim.parallel import clip_gradients
 from greenmim.passes import GraphedPasses, Passes
+from greenmim.recipe import DataConfig, Recipe
 from greenmim.reports import Reports
 from greenmim.world import World
 
@@ -169,6 +172,45 @@ def test_a_run_compiles_one_graph_for_all_masks(monkeypatch, tiny, photos, tmp_p
     assert main(["pretrain", *arguments, "--compile", "true", "--log.tensorboard", "false"]) == 0
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@functorch_config.patch(ban_recompute_materialized_backward=True)
+def test_recomputing_pointwise_work_keeps_less_and_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model, images = GreenMIM(CONFIG), torch.randn(2, 3, 64, 64)
+    plan = model.plan(random_visible(np.random.default_rng(0), 4, 0.5))
+    found = []
+    for wanted in (False, True):
+        parallel.recompute_pointwise(wanted)
+        torch._dynamo.reset()
+        # The partitioner of the compiler that users have; what it splits runs as it is.
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+        with counting_kept(model) as kept, torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(images, plan=plan, loss_only=True).loss
+        loss.backward()
+        found.append((kept.total, {n: p.grad for n, p in model.named_parameters()}))
+        model.zero_grad()
+    (much, expected), (less, actual) = found
+    assert less < 0.8 * much
+    for name, gradient in expected.items():
+        assert gradient is None or torch.equal(actual[name], gradient), name
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_run_says_what_the_compiler_keeps(wanted):
+    recipe = Recipe(work_dir="-", data=DataConfig(root="-"), compile=True,
+                    recompute_pointwise=wanted)  # fmt: skip
+    with functorch_config.patch(ban_recompute_materialized_backward=wanted):
+        parallel.distribute(GreenMIM(CONFIG), recipe, alone=True)
+        assert functorch_config.ban_recompute_materialized_backward == (not wanted)
+
+
+def test_recomputing_pointwise_work_needs_the_compiler(tiny, photos, tmp_path, capsys):
+    work = tmp_path / "run"
+    arguments = ["--config", str(tiny), "--data.root", str(photos), "--work-dir", str(work)]
+    assert main(["pretrain", *arguments, "--recompute-pointwise", "true"]) == 2
+    assert "add --compile true" in " ".join(capsys.readouterr().err.split())
+    assert not work.exists()
 
 
 @pytest.mark.parametrize(

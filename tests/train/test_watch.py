@@ -23,13 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from greenmim.cli import main
 from greenmim.config import ModelConfig, model_config
 from greenmim.data import AugmentedImages
-from greenmim.estimate import forward_flops, kept_bytes
+from greenmim.estimate import autocast_as_on, forward_flops, kept_bytes
 from greenmim.loading import load_model
 from greenmim.mim import GreenMIM
 from greenmim.pictures import HIDDEN_GREY, Album
 from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.run_log import read_log
 from greenmim.sources import Folder
+
+F_LAYER_NORM = nn.functional.layer_norm
 
 # ---- TensorBoard, wandb, the bar ----------------------------------------------------------------
 
@@ -219,7 +221,7 @@ def test_kept_bytes_grow_with_the_batch_and_count_each_tensor_once() -> None:
         def forward(self, batch, plan, loss_only):
             return self.inner(torch.ones(len(batch), 8)).sum()
 
-    one, two = (kept_bytes(Model(), None, torch.float32, n) for n in (1, 2))
+    one, two = (kept_bytes(Model(), None, n) for n in (1, 2))
     assert one.total == 4 * (8 + 16 + 16) and two.total == 2 * one.total
 
 
@@ -227,12 +229,24 @@ def test_kept_bytes_grow_with_the_batch_and_count_each_tensor_once() -> None:
 def test_activation_checkpointing_keeps_little_more_than_the_blocks_inputs(precision) -> None:
     model = GreenMIM(model_config("greenmim_swin_tiny_patch4_window7_224")).train()
     plan = model.plan(np.arange(49) % 4 == 0)
-    plain = kept_bytes(model, plan, precision, 2)
-    model.set_grad_checkpointing()
-    little = kept_bytes(model, plan, precision, 2)
+    with autocast_as_on("cuda", precision):
+        plain = kept_bytes(model, plan, 2)
+        model.set_grad_checkpointing()
+        little = kept_bytes(model, plan, 2)
     assert little.total < plain.total / 2
     estimate = plain.total - plain.blocks + plain.inputs
     assert little.total == pytest.approx(estimate, rel=0.25)
+
+
+def test_norms_are_in_float32_as_on_cuda_and_the_sums_they_take() -> None:
+    norm, x = nn.LayerNorm(8), torch.ones(2, 8, dtype=torch.bfloat16)
+    types = {}
+    for device in ("cpu", "cuda"):
+        with autocast_as_on(device, torch.bfloat16):
+            types[device] = norm(x).dtype, nn.functional.linear(norm(x), torch.ones(8, 8)).dtype
+    assert types["cuda"] == (torch.float32, torch.bfloat16)
+    assert types["cpu"] == (torch.bfloat16, torch.bfloat16)
+    assert norm(x.float()).dtype == torch.float32 and nn.functional.layer_norm is F_LAYER_NORM
 
 
 # ---- export -------------------------------------------------------------------------------------
