@@ -115,9 +115,10 @@ def variants(device: str) -> list[Variant]:
         found.append(Variant("cpp-compiled", "ours", "cpp", compiled=True, keeps_memory=True))
         return [*found, Variant("simmim", "dense")]
     found.append(Variant(f"{first}-graphed", "ours", first, compiled=True, graphed=True))
+    found.append(Variant("simmim", "dense"))
     less = f"{first}-graphed, pointwise recomputed"
     found.append(Variant(less, "ours", first, compiled=True, graphed=True, recompute=True))
-    found += [Variant("simmim", "dense"), Variant(first, "ours", first)]
+    found.append(Variant(first, "ours", first))
     found.append(Variant(f"{first}-compiled", "ours", first, compiled=True))
     for other in backends[1:]:
         found.append(Variant(f"{other}-graphed", "ours", other, compiled=True, graphed=True))

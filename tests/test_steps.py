@@ -99,6 +99,7 @@ def test_the_variants_of_a_gpu_are_all_there():
     assert {"naive", "naive, planning in the step", "simmim", "cuda", "cuda-compiled",
             "cuda-graphed", "triton-graphed", "reference"} <= set(found)  # fmt: skip
     assert dataclasses.asdict(found["cuda-graphed"])["graphed"]
+    assert [v.name for v in found.values() if v.recompute] == ["cuda-graphed, pointwise recomputed"]
 
 
 def test_a_profile_sorts_the_operators_by_kind():
