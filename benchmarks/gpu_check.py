@@ -40,7 +40,7 @@ class Part:
     needs_gpu: bool = True
 
 
-REPORT = "from greenmim.doctor import report; print(report())"
+REPORT = "from greenmim.tools.doctor import report; print(report())"
 ON_GPU = "tests/kernels/test_cuda_on_gpu.py"
 PARTS = (
     Part("environment", ("-c", REPORT), 60, needs_gpu=False),

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import greenmim_kernels as gk
 from greenmim import GreenMIM, ModelConfig
 from greenmim.config import model_config
-from greenmim.estimate import autocast_as_on, counting_kept
 from greenmim.masking import random_visible
-from greenmim.parallel import recompute_pointwise
+from greenmim.training.estimate import autocast_as_on, counting_kept
+from greenmim.training.parallel import recompute_pointwise
 
 from .step_variants import Dense, Naive
 

@@ -23,13 +23,14 @@ import torch
 from PIL import Image
 
 from greenmim import ModelConfig
-from greenmim.augment import Finish
-from greenmim.data import AugmentedImages, Collate
-from greenmim.images import open_rgb
+from greenmim.data.augment import Finish
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.images import open_rgb
+from greenmim.data.loader import Collate
+from greenmim.data.sampler import EpochSampler
+from greenmim.data.sources import find_source
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
-from greenmim.sampler import EpochSampler
-from greenmim.sources import find_source
 
 from .environment import describe, folder_of, write_json
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import greenmim_kernels as gk
 from greenmim import GreenMIM, ModelConfig
-from greenmim.distributed import Processes
 from greenmim.masking import random_visible
-from greenmim.onednn import use_onednn
-from greenmim.parallel import recompute_pointwise
-from greenmim.passes import GraphedPasses, Passes
-from greenmim.world import World
+from greenmim.training.distributed import Processes
+from greenmim.training.onednn import use_onednn
+from greenmim.training.parallel import recompute_pointwise
+from greenmim.training.passes import GraphedPasses, Passes
+from greenmim.training.world import World
 
 from .naive_model import NaiveGreenMIM
 from .simmim_model import SimMIM
@@ -91,7 +91,7 @@ class Variant:
     Attributes:
         backend: of the kernels; None where there are none.
         kind: ours, naive, naive-planning or dense.
-        recompute: pointwise work in the backward pass (see `greenmim.parallel`).
+        recompute: pointwise work in the backward pass (see `greenmim.training.parallel`).
         keeps_memory: on a CPU, as the trainer does (see `greenmim_kernels.host_memory`).
     """
 

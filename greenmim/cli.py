@@ -186,8 +186,8 @@ def _pretrain_parser() -> ArgumentParser:
 
 
 def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
-    from greenmim.slurm import submit
-    from greenmim.train import pretrain
+    from greenmim.training.slurm import submit
+    from greenmim.training.train import pretrain
 
     values = options.clone()
     for name in ("config", "resume", "mask_per_image", "dry_run", "launcher"):
@@ -212,9 +212,9 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
 def _say_what_would_run(recipe: Recipe, options: Namespace, job: SlurmJob | None) -> None:
     import torch
 
-    from greenmim.dry_run import dry_run
-    from greenmim.run import choose_device, user_errors
-    from greenmim.world import World
+    from greenmim.training.dry_run import dry_run
+    from greenmim.training.run import choose_device, user_errors
+    from greenmim.training.world import World
 
     with user_errors():
         world = World.from_environment()
@@ -250,7 +250,7 @@ def _reconstruct_parser() -> ArgumentParser:
 
 
 def _reconstruct(_: ArgumentParser, options: Namespace) -> int:
-    from greenmim.reconstruct import reconstruct
+    from greenmim.tools.reconstruct import reconstruct
 
     print(f"wrote {reconstruct(**vars(options))}")
     return 0
@@ -273,7 +273,7 @@ def _export_parser() -> ArgumentParser:
 
 
 def _export(_: ArgumentParser, options: Namespace) -> int:
-    from greenmim.export import export
+    from greenmim.tools.export import export
 
     facts = export(**vars(options))
     arguments = json.loads(facts["timm"])
@@ -307,7 +307,7 @@ def _convert_parser() -> ArgumentParser:
 
 
 def _convert(_: ArgumentParser, options: Namespace) -> int:
-    from greenmim.convert import convert_file
+    from greenmim.tools.convert import convert_file
 
     count = convert_file(**vars(options))
     print(f"wrote {options.output}: {count} tensors, {options.target} names")
@@ -322,7 +322,7 @@ def _doctor_parser() -> ArgumentParser:
 
 
 def _doctor(_: ArgumentParser, options: Namespace) -> int:
-    from greenmim.doctor import report
+    from greenmim.tools.doctor import report
 
     print(report())
     return 0

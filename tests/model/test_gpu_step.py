@@ -10,11 +10,11 @@ import torch
 from torch._functorch import config as functorch_config
 
 from greenmim import GreenMIM, ModelConfig
-from greenmim.distributed import Processes
 from greenmim.masking import random_visible
-from greenmim.passes import GraphedPasses, Passes
-from greenmim.reports import Reports
-from greenmim.world import World
+from greenmim.training.distributed import Processes
+from greenmim.training.passes import GraphedPasses, Passes
+from greenmim.training.reports import Reports
+from greenmim.training.world import World
 
 PARTS, UPDATES, BATCH = 2, 6, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from greenmim.onednn import MIN_COLUMNS, OneDNNLinear, available, use_onednn
+from greenmim.training.onednn import MIN_COLUMNS, OneDNNLinear, available, use_onednn
 
 from .conftest import images_for, small, some_visible
 

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
-from greenmim.run_log import read_log
+from greenmim.training.run_log import read_log
 
 EVERY = 2  # updates between two checkpoints of `conftest.command`
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["greenmim.cli", "greenmim.train", "torch.utils.tensorboard"])
+context.set_forkserver_preload(
+    ["greenmim.cli", "greenmim.training.train", "torch.utils.tensorboard"]
+)
 
 
 class Crew:

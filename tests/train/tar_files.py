@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 from train_pictures import picture
 
+from greenmim.data.sources import Source, find_source
 from greenmim.recipe import DataConfig
-from greenmim.sources import Source, find_source
 
 
 def encoded(number: int) -> bytes:

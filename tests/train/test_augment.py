@@ -13,15 +13,16 @@ from PIL import Image
 from torchvision.transforms import v2
 from train_pictures import picture
 
-from greenmim import augment, device_decode
-from greenmim.augment import Crop, Encoded, Finish, draw_crop, read_crop, read_encoded
 from greenmim.cli import main
-from greenmim.data import AugmentedImages, Batch, Collate, Feed, make_loader
-from greenmim.device_decode import check_device
+from greenmim.data import augment, device_decode
+from greenmim.data.augment import Crop, Encoded, Finish, draw_crop, read_crop, read_encoded
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.device_decode import check_device
+from greenmim.data.loader import Batch, Collate, Feed, make_loader
+from greenmim.data.sampler import EpochSampler
+from greenmim.data.sources import Folder
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
-from greenmim.sampler import EpochSampler
-from greenmim.sources import Folder
 
 from test_data import CONFIG  # isort: skip
 

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from train_pictures import picture
 
-from greenmim.augment import Finish
 from greenmim.config import ModelConfig
-from greenmim.data import AugmentedImages, Batch, Collate, Sample, make_loader
-from greenmim.images import find_images, open_rgb
+from greenmim.data.augment import Finish
+from greenmim.data.dataset import AugmentedImages, Sample
+from greenmim.data.images import find_images, open_rgb
+from greenmim.data.loader import Batch, Collate, make_loader
+from greenmim.data.sampler import EpochSampler, Item
+from greenmim.data.sources import Folder
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
-from greenmim.sampler import EpochSampler, Item
-from greenmim.sources import Folder
 
 # ---- finding and opening ------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.distributed.checkpoint import FileSystemReader
 from train_pictures import picture
 
-from greenmim.data import AugmentedImages
-from greenmim.run_log import read_log
-from greenmim.sampler import EpochSampler
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.sampler import EpochSampler
+from greenmim.training.run_log import read_log
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from greenmim.cli import main
-from greenmim.world import World
+from greenmim.training.world import World
 
 
 def complaint(capsys, *arguments: str) -> str:

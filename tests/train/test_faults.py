@@ -16,11 +16,11 @@ import pytest
 import torch
 from crew import EVERY, Crew, losses, records, run_crew, wait_for, weights
 
-from greenmim.images import find_images
+from greenmim.data.images import find_images
+from greenmim.data.sampler import EpochSampler
 from greenmim.mim import GreenMIM
-from greenmim.run_folder import RunFolder, read_run_checkpoint
-from greenmim.run_log import read_log
-from greenmim.sampler import EpochSampler
+from greenmim.training.run_folder import RunFolder, read_run_checkpoint
+from greenmim.training.run_log import read_log
 
 
 def assert_same_run(a: Path, b: Path) -> None:

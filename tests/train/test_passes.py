@@ -12,16 +12,17 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from greenmim import GreenMIM, ModelConfig, parallel, passes
+from greenmim import GreenMIM, ModelConfig
 from greenmim.cli import main
-from greenmim.distributed import Processes
-from greenmim.estimate import counting_kept
 from greenmim.masking import random_visible
-from greenmim.parallel import clip_gradients
-from greenmim.passes import GraphedPasses, Passes
 from greenmim.recipe import DataConfig, Recipe
-from greenmim.reports import Reports
-from greenmim.world import World
+from greenmim.training import parallel, passes
+from greenmim.training.distributed import Processes
+from greenmim.training.estimate import counting_kept
+from greenmim.training.parallel import clip_gradients
+from greenmim.training.passes import GraphedPasses, Passes
+from greenmim.training.reports import Reports
+from greenmim.training.world import World
 
 CONFIG = ModelConfig(
     image_size=64, window_size=2, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from crew import Crew, losses, wait_for
 
-from greenmim.peers import PeerWatch
-from greenmim.run_folder import RunFolder, read_run_checkpoint
+from greenmim.training.peers import PeerWatch
+from greenmim.training.run_folder import RunFolder, read_run_checkpoint
 
 
 def impatient(rank: int) -> None:
@@ -59,9 +59,9 @@ def no_images(rank: int) -> None:
     """From some image on, one process can read nothing."""
     if rank != int(os.environ["VICTIM"]):
         return
-    from greenmim import data
+    from greenmim.data import dataset
 
-    calls, real = 0, data.read_crop
+    calls, real = 0, dataset.read_crop
 
     def read_crop(*arguments):
         nonlocal calls
@@ -70,7 +70,7 @@ def no_images(rank: int) -> None:
             raise OSError("Stale file handle")
         return real(*arguments)
 
-    data.read_crop = read_crop
+    dataset.read_crop = read_crop
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -19,16 +19,16 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint import FileSystemReader
 
-from greenmim import train
 from greenmim.cli import main
 from greenmim.config import ModelConfig
-from greenmim.distributed import Processes
 from greenmim.mim import GreenMIM
 from greenmim.recipe import CheckpointConfig, DataConfig, Recipe
-from greenmim.run import make_optimizer
-from greenmim.run_folder import RunFolder
-from greenmim.run_log import RunLog, read_log
-from greenmim.world import World
+from greenmim.training import train
+from greenmim.training.distributed import Processes
+from greenmim.training.run import make_optimizer
+from greenmim.training.run_folder import RunFolder
+from greenmim.training.run_log import RunLog, read_log
+from greenmim.training.world import World
 from greenmim_kernels.backends import forced_backend
 
 REPOSITORY = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_accumulation_equals_a_larger_batch(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch
 ) -> None:
     one_mask = np.array([True, False, False, True, True, False])
-    monkeypatch.setattr("greenmim.data.random_visible", lambda *_, **__: one_mask)
+    monkeypatch.setattr("greenmim.data.loader.random_visible", lambda *_, **__: one_mask)
     for name, batch, parts in (("whole", "6", "1"), ("parts", "3", "2")):
         more = ("--data.batch-size", batch, "--optim.accumulate", parts, "--epochs", "3")
         assert main(command(tiny, photos, tmp_path / name, *more)) == 0

@@ -12,7 +12,7 @@ import yaml
 from greenmim.cli import build_parser, main
 from greenmim.presets import CONFIGS, preset_names, resolve_config
 from greenmim.recipe import DataConfig, OptimConfig, Recipe, ScheduleConfig, UserError
-from greenmim.schedule import learning_rate, scaled_rates
+from greenmim.training.schedule import learning_rate, scaled_rates
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "lr_schedule_and_keep_counts.json").read_text())

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from greenmim.distributed import Processes
 from greenmim.recipe import DataConfig, Recipe, UserError
-from greenmim.reports import Reports
-from greenmim.run_folder import RunFolder
-from greenmim.run_log import RunLog, read_log
-from greenmim.world import World
+from greenmim.training.distributed import Processes
+from greenmim.training.reports import Reports
+from greenmim.training.run_folder import RunFolder
+from greenmim.training.run_log import RunLog, read_log
+from greenmim.training.world import World
 
 CPU = torch.device("cpu")
 

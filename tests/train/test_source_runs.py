@@ -13,15 +13,15 @@ from crew import losses, run_crew
 from tar_files import ALL, name_of, read, source_of, write_tar
 
 from greenmim.cli import main
-from greenmim.data import AugmentedImages
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.sampler import EpochSampler, Item
+from greenmim.data.shards import open_shard
+from greenmim.data.sources import find_source
 from greenmim.mim import GreenMIM
-from greenmim.pictures import Album
 from greenmim.recipe import DataConfig, MaskConfig, Recipe
-from greenmim.run import make_sampler
-from greenmim.sampler import EpochSampler, Item
-from greenmim.shards import open_shard
-from greenmim.sources import find_source
-from greenmim.world import World
+from greenmim.training.pictures import Album
+from greenmim.training.run import make_sampler
+from greenmim.training.world import World
 
 # ---- runs ---------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ def item(position: int) -> Item:
 
 def test_a_shard_that_is_lost_is_replaced_by_others(shards: Path, monkeypatch) -> None:
     """Not by its own other images, or a run would end for one shard."""
-    monkeypatch.setattr("greenmim.data.MAX_BAD_IN_A_ROW", 2)
+    monkeypatch.setattr("greenmim.data.dataset.MAX_BAD_IN_A_ROW", 2)
     config = DataConfig(root=f"wds/{shards}")
     dataset = AugmentedImages(find_source(config), config, (96, 64), 0)
     (shards / "train-2.tar").unlink()

@@ -13,13 +13,14 @@ import pytest
 import torch
 from tar_files import ALL, encoded, read, source_of, write_tar
 
-from greenmim.augment import Finish
 from greenmim.config import ModelConfig
-from greenmim.data import AugmentedImages, Batch, Collate, make_loader
+from greenmim.data.augment import Finish
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.loader import Batch, Collate, make_loader
+from greenmim.data.sampler import EpochSampler, shard_order
+from greenmim.data.sources import Source, find_source
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig, UserError
-from greenmim.sampler import EpochSampler, shard_order
-from greenmim.sources import Source, find_source
 
 CONFIG = ModelConfig(
     image_size=(96, 64), window_size=2, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8)

@@ -22,14 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from greenmim.cli import main
 from greenmim.config import ModelConfig, model_config
-from greenmim.data import AugmentedImages
-from greenmim.estimate import autocast_as_on, forward_flops, kept_bytes
-from greenmim.loading import load_model
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.sources import Folder
 from greenmim.mim import GreenMIM
-from greenmim.pictures import HIDDEN_GREY, Album
 from greenmim.recipe import DataConfig, MaskConfig
-from greenmim.run_log import read_log
-from greenmim.sources import Folder
+from greenmim.tools.loading import load_model
+from greenmim.training.estimate import autocast_as_on, forward_flops, kept_bytes
+from greenmim.training.pictures import HIDDEN_GREY, Album
+from greenmim.training.run_log import read_log
 
 F_LAYER_NORM = nn.functional.layer_norm
 

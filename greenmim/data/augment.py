@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from greenmim.images import ORIENTATION_TAG, to_rgb, upright, upright_size
+from greenmim.data.images import ORIENTATION_TAG, to_rgb, upright, upright_size
 from greenmim.recipe import DataConfig
 
 

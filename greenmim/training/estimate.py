@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from greenmim.data import draw_visible
+from greenmim.data.loader import draw_visible
 from greenmim.mim import GreenMIM
 from greenmim.planning import Plan
 from greenmim.recipe import Recipe

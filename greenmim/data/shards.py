@@ -22,8 +22,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from greenmim.data.tars import Member, Opened, images_in, read_part
 from greenmim.recipe import UserError
-from greenmim.tars import Member, Opened, images_in, read_part
 
 _INFO_FILES = ("_info.json", "info.json")
 _MOST_OPEN = 32

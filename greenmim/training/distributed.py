@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from greenmim.guards import PeerError
-from greenmim.peers import PeerWatch
 from greenmim.recipe import UserError
-from greenmim.world import World, meeting_point
+from greenmim.training.peers import PeerWatch
+from greenmim.training.world import World, meeting_point
 
 T = TypeVar("T")
 # How long processes wait for each other to start, and for a collective; a death is told sooner.

@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 
 from greenmim.recipe import Recipe, SlurmJob, UserError
-from greenmim.run_folder import first_line
-from greenmim.train import pretrain
+from greenmim.training.run_folder import first_line
+from greenmim.training.train import pretrain
 
 # What submitit has Slurm send this long before the end; see `StopSignal`.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)

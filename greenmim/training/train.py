@@ -23,18 +23,25 @@ from pathlib import Path
 import torch
 
 import greenmim
-from greenmim.data import Feed
-from greenmim.distributed import Processes
+from greenmim.data.loader import Feed
 from greenmim.guards import EXIT_DIVERGED, StopSignal, exit_code_of
-from greenmim.pictures import Album
 from greenmim.recipe import Recipe
-from greenmim.reports import LAG, Report, Reports
-from greenmim.run import Run, choose_device, chosen_backend, prepare, run_state, user_errors
-from greenmim.run_log import RunLog, peak_memory_gib
-from greenmim.schedule import learning_rate, scaled_rates
 from greenmim.seeds import FORWARD, torch_seed
-from greenmim.training_state import write_moments
-from greenmim.world import World
+from greenmim.training.distributed import Processes
+from greenmim.training.pictures import Album
+from greenmim.training.reports import LAG, Report, Reports
+from greenmim.training.run import (
+    Run,
+    choose_device,
+    chosen_backend,
+    prepare,
+    run_state,
+    user_errors,
+)
+from greenmim.training.run_log import RunLog, peak_memory_gib
+from greenmim.training.schedule import learning_rate, scaled_rates
+from greenmim.training.training_state import write_moments
+from greenmim.training.world import World
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from greenmim.distributed import Processes
-from greenmim.parallel import clip_gradients, gradients_kept_back
 from greenmim.planning import Plan
+from greenmim.training.distributed import Processes
+from greenmim.training.parallel import clip_gradients, gradients_kept_back
 
 # Passes before the one that is recorded: compilation, choice of algorithms, first use of libraries.
 WARM_UP = 3

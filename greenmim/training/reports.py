@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from greenmim.distributed import Processes
+from greenmim.training.distributed import Processes
 
 # Updates between sending a report and reading it.
 LAG = 2

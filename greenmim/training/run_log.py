@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from greenmim.recipe import Recipe, UserError
-from greenmim.run_folder import RunFolder
-from greenmim.trackers import Tracker, make_trackers
+from greenmim.training.run_folder import RunFolder
+from greenmim.training.trackers import Tracker, make_trackers
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 

@@ -13,7 +13,7 @@ from greenmim.checkpoint import (
     save_safetensors,
 )
 from greenmim.recipe import UserError
-from greenmim.run_folder import RUN_FORMAT, first_line
+from greenmim.training.run_folder import RUN_FORMAT, first_line
 
 OUTPUT_SUFFIXES = (".safetensors", ".pth", ".pt")
 

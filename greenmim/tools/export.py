@@ -9,8 +9,8 @@ from typing import Any
 import greenmim
 from greenmim.checkpoint import convert_checkpoint, save_safetensors
 from greenmim.config import MODELS, ModelConfig
-from greenmim.loading import load_model
 from greenmim.recipe import UserError
+from greenmim.tools.loading import load_model
 
 
 def export(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from greenmim.augment import normalise
 from greenmim.config import UNIT_PIXELS
-from greenmim.data import AugmentedImages, draw_visible
-from greenmim.images import open_fitted
+from greenmim.data.augment import normalise
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.images import open_fitted
+from greenmim.data.loader import draw_visible
 from greenmim.mim import GreenMIM
 from greenmim.recipe import MaskConfig
 

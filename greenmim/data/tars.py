@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
-from greenmim.images import IMAGE_SUFFIXES
+from greenmim.data.images import IMAGE_SUFFIXES
 
 T = TypeVar("T")
 

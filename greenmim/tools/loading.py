@@ -9,7 +9,7 @@ from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkp
 from greenmim.config import ModelConfig
 from greenmim.mim import GreenMIM, create_model
 from greenmim.recipe import UserError
-from greenmim.run_folder import RUN_FORMAT, first_line
+from greenmim.training.run_folder import RUN_FORMAT, first_line
 
 
 def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMIM, dict[str, Any]]:

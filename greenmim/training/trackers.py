@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from greenmim.recipe import Recipe, UserError
-from greenmim.run_folder import RunFolder
+from greenmim.training.run_folder import RunFolder
 
 
 class Tracker(Protocol):

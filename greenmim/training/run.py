@@ -12,24 +12,37 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import greenmim
-from greenmim.augment import Finish
-from greenmim.data import AugmentedImages, Collate, make_loader
-from greenmim.device_decode import check_device
-from greenmim.distributed import Processes
+from greenmim.data.augment import Finish
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.device_decode import check_device
+from greenmim.data.loader import Collate, make_loader
+from greenmim.data.sampler import EpochSampler
+from greenmim.data.sources import Source, find_source
 from greenmim.masking import num_visible_units
 from greenmim.mim import GreenMIM
-from greenmim.onednn import use_onednn
-from greenmim.parallel import distribute, whole_weights
-from greenmim.passes import GraphedPasses, Passes
 from greenmim.planning import Planner
 from greenmim.recipe import Recipe, UserError
-from greenmim.resume import changes, check_same_model, find_checkpoint, place_of, restore_moments
-from greenmim.run_folder import RUN_FORMAT, RUN_VERSION, RunFolder, first_line, read_run_checkpoint
-from greenmim.sampler import EpochSampler
-from greenmim.schedule import scaled_rates
-from greenmim.sources import Source, find_source
-from greenmim.trackers import check_trackers
-from greenmim.world import World
+from greenmim.training.distributed import Processes
+from greenmim.training.onednn import use_onednn
+from greenmim.training.parallel import distribute, whole_weights
+from greenmim.training.passes import GraphedPasses, Passes
+from greenmim.training.resume import (
+    changes,
+    check_same_model,
+    find_checkpoint,
+    place_of,
+    restore_moments,
+)
+from greenmim.training.run_folder import (
+    RUN_FORMAT,
+    RUN_VERSION,
+    RunFolder,
+    first_line,
+    read_run_checkpoint,
+)
+from greenmim.training.schedule import scaled_rates
+from greenmim.training.trackers import check_trackers
+from greenmim.training.world import World
 from greenmim_kernels import use_backend
 from greenmim_kernels.host_memory import keep_freed_memory
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from greenmim.distributed import Processes
+from greenmim.data.sampler import EpochSampler
 from greenmim.mim import GreenMIM
 from greenmim.recipe import Recipe, UserError
-from greenmim.run_folder import RunFolder, first_line, moments_folder, read_run_checkpoint
-from greenmim.sampler import EpochSampler
-from greenmim.training_state import read_moments
+from greenmim.training.distributed import Processes
+from greenmim.training.run_folder import RunFolder, first_line, moments_folder, read_run_checkpoint
+from greenmim.training.training_state import read_moments
 
 
 def find_checkpoint(folder: RunFolder, resume: str | None) -> tuple[Path | None, list[str]]:

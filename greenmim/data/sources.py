@@ -17,10 +17,10 @@ from typing import Protocol
 
 import numpy as np
 
-from greenmim.images import find_images
+from greenmim.data.images import find_images
+from greenmim.data.shards import find_shards
+from greenmim.data.tars import Opened, images_in, read_part
 from greenmim.recipe import DataConfig, UserError
-from greenmim.shards import find_shards
-from greenmim.tars import Opened, images_in, read_part
 
 # Of timm's prefixes, those that are something else than a place in the file system.
 _NOT_SUPPORTED = ("hfids", "tfds", "torch")

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from greenmim.augment import normalise
-from greenmim.images import find_images, open_fitted
-from greenmim.loading import load_model
+from greenmim.data.augment import normalise
+from greenmim.data.images import find_images, open_fitted
 from greenmim.masking import random_visible
-from greenmim.pictures import shown
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, UserError
-from greenmim.run_folder import first_line
+from greenmim.tools.loading import load_model
+from greenmim.training.pictures import shown
+from greenmim.training.run_folder import first_line
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from greenmim.checkpoint import load_checkpoint, save_atomic, sync_folder
-from greenmim.distributed import Processes
 from greenmim.recipe import CheckpointConfig, Recipe, UserError
+from greenmim.training.distributed import Processes
 
 RUN_FORMAT = "greenmim.pretrain"
 RUN_VERSION = 2

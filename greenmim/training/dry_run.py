@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 import yaml
 
-from greenmim.estimate import estimate
 from greenmim.masking import num_visible_units
 from greenmim.recipe import Recipe
-from greenmim.resume import find_checkpoint
-from greenmim.run import make_sampler, precision_of, source_of, user_errors
-from greenmim.run_folder import RunFolder
-from greenmim.schedule import scaled_rates
-from greenmim.trackers import check_trackers
-from greenmim.world import World
+from greenmim.training.estimate import estimate
+from greenmim.training.resume import find_checkpoint
+from greenmim.training.run import make_sampler, precision_of, source_of, user_errors
+from greenmim.training.run_folder import RunFolder
+from greenmim.training.schedule import scaled_rates
+from greenmim.training.trackers import check_trackers
+from greenmim.training.world import World
 
 GIB = 2**30
 

@@ -12,8 +12,8 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from greenmim.augment import Crop
-from greenmim.images import open_rgb
+from greenmim.data.augment import Crop
+from greenmim.data.images import open_rgb
 
 
 class EncodedBatch(NamedTuple):

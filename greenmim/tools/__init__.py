@@ -1,0 +1,1 @@
+"""What is done with a checkpoint, or before a run: reconstruct, convert, export, doctor."""

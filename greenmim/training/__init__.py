@@ -1,0 +1,1 @@
+"""A pre-training run: one loop, any number of processes, checkpoints, logs."""
