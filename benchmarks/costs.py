@@ -3,11 +3,19 @@
     python -m benchmarks.costs                 # rewrite benchmarks/step_costs.md
     python -m benchmarks.costs --batch 256     # print another table
 
-Computed from shapes alone, for a step whose pointwise work is fused as torch.compile fuses it: what
-stands between two matrix products or attentions is one pass that reads what it needs once and
-writes what is needed later once. Residuals and norms are float32 under autocast, products and
-attention in the 16-bit type, weights, gradients and moments float32. The tests compare the matrix
-products and attentions with a counter of a real step's operations, to the byte.
+Computed from shapes alone, for one way to cut the step into kernels: what stands between two matrix
+products or attentions is one pass that reads what it needs once and writes what is needed later
+once; gradients of biases ride along, 16-bit weights are written by the optimiser, and products
+write the gradients of weights in float32. PyTorch does not do the last three yet: what that adds is
+told below the table. Other cuts could take less (GELU within a product), and so does what stays in
+a GPU's L2 cache from one kernel to the next.
+
+Types are those of autocast: products and attention in 16 bits; weights, gradients and moments in
+float32; the residual stream in what the layer before the stage gives, float32 in stage 1 (after a
+norm) and in the decoder (after the positions), 16 bits in stages 2 to 4 (after a product).
+
+The tests compare with a real step: every product to the byte, all attention, and the values and
+types that go through norms and GELUs.
 """
 
 from __future__ import annotations
@@ -26,10 +34,12 @@ from greenmim.masking import num_visible_units, random_visible
 from greenmim.planning import Planner
 
 TABLE = pathlib.Path(__file__).parent / "step_costs.md"
-# Measured on an H100: a device copy, and a product of two 8192 x 8192 bfloat16 matrices.
+# Measured on an H100 while this was planned: a device copy, and a product of two 8192 x 8192 bfloat16
+# matrices. `benchmarks.steps` takes the rates of its own run.
 COPY_BYTES_PER_SECOND = 3.0e12
 PRODUCT_FLOPS_PER_SECOND = 798e12
 UNIT_VALUES = 3 * 32 * 32
+ADDED = ("cast", "bias gradient")  # by PyTorch, to what a step must do
 MASKS = 64  # over which the pairs of tokens that share a window are averaged
 
 
@@ -39,7 +49,8 @@ class Work:
 
     Attributes:
         part: Of the step.
-        kind: product, attention, pointwise or optimiser.
+        kind: product, attention, pointwise or optimiser; "cast" and "bias gradient" are what PyTorch
+            adds, and no part of the floor.
         flops: Two for each multiplication with addition.
         bytes: Inputs read once and outputs written once.
     """
@@ -56,11 +67,16 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """Bytes of a value: activations in products, the residual stream and norms, weights there."""
+    """Bytes of a value: in products, in the residual stream, of weights, in images."""
 
     act: int = 2
     stream: int = 4
     master: int = 4
+    image: int = 4
+
+    def after_product(self) -> Widths:
+        """Where the stream is what a product gave."""
+        return dataclasses.replace(self, stream=self.act)
 
 
 def product(
@@ -75,11 +91,13 @@ def product(
     yield Work(part, "product", flops, x + weight + bias * n * w.act + y)
     if not first:
         yield Work(part, "product", flops, y + weight + x)
-    yield Work(part, "product", flops, y + x + weight)
+    yield Work(part, "product", flops, y + x + k * n * w.master)
     if bias:
-        yield Work(part, "pointwise", 0, y + n * w.master)  # its gradient
-    if w.act != w.master:  # the weight's cast, and its gradient's
-        yield Work(part, "pointwise", 0, 2 * k * n * (w.act + w.master))
+        yield Work(part, "bias gradient", 0, y + n * w.master)
+    if w.act != w.master:
+        yield Work("optimiser", "optimiser", 0, k * n * w.act)
+        # Instead: weights read and written, and so gradients, which were written in 16 bits.
+        yield Work(part, "cast", 0, k * n * (w.master + w.act + w.act + w.act))
 
 
 def passes(part: str, values: int, forward: tuple, backward: tuple) -> Iterator[Work]:
@@ -88,19 +106,31 @@ def passes(part: str, values: int, forward: tuple, backward: tuple) -> Iterator[
         yield Work(part, "pointwise", 0, values * sum(widths))
 
 
-def norm(part: str, rows: int, dim: int, w: Widths, residual: bool) -> Iterator[Work]:
-    """LayerNorm, with the addition of a block's output to the residual stream before it."""
+def norm(
+    part: str, rows: int, dim: int, w: Widths, added: bool, goes_on: bool = True
+) -> Iterator[Work]:
+    """LayerNorm of the residual stream.
+
+    Args:
+        added: A block's output is added to the stream before it.
+        goes_on: The stream goes on beside it, and so does a gradient.
+    """
     values, stream, act = rows * dim, w.stream, w.act
-    added = (act, stream) if residual else ()  # the block's output is read, the sum written
-    # Backward: gradients of both outputs and the normalised value in, that of the stream out.
-    gradients = (act, stream, stream, stream) + ((act,) if residual else ())
-    yield from passes(part, values, (stream, act, *added), gradients)
+    # Forward: the block's output is read, the sum written, the normalised value written.
+    forward = (stream, act) + (act, stream) * added
+    # Backward: the gradient of the normalised value, that of the stream, the saved stream; out, the
+    # gradient of the stream, which is that of the block's output as well where types are the same.
+    backward = (act, stream, stream) + (stream,) * goes_on + (act,) * (added and act != stream)
+    yield from passes(part, values, forward, backward)
 
 
-def attention(part: str, pairs: float, qkv: int, out: int, lse: int, table: int) -> Iterator[Work]:
-    """Fused attention: two products forward, five backward; `qkv`, `out`: bytes."""
-    yield Work(part, "attention", 4 * pairs, qkv + out + lse + table)
-    yield Work(part, "attention", 10 * pairs, 2 * qkv + 2 * out + lse + 2 * table)
+def attention(part: str, pairs: float, qkv: int, out: int, table: int) -> Iterator[Work]:
+    """Fused attention: two products forward, four backward; `qkv`, `out`: bytes.
+
+    As in `traffic`: what is saved for the backward pass does not count.
+    """
+    yield Work(part, "attention", 4 * pairs, qkv + out + table)
+    yield Work(part, "attention", 8 * pairs, 2 * qkv + out + 2 * table)
 
 
 def encoder_work(config: ModelConfig, batch: int, visible: int, w: Widths) -> Iterator[Work]:
@@ -108,19 +138,22 @@ def encoder_work(config: ModelConfig, batch: int, visible: int, w: Widths) -> It
     patches = visible * (32 // PATCH_PIXELS) ** 2
     values = 3 * PATCH_PIXELS**2
     rows = batch * patches
-    yield Work("patch embedding", "pointwise", 0, rows * values * (4 + w.act))  # gather of pixels
-    yield from product("patch embedding", rows, values, config.embed_dim, w, first=True)
-    yield from passes("patch embedding", rows * config.embed_dim, (w.act, w.stream), (4, 4, w.act))
+    part = "patch embedding"
+    yield Work(part, "pointwise", 0, rows * values * (w.image + w.act))  # gather of pixels
+    yield from product(part, rows, values, config.embed_dim, w, first=True)
+    forward, backward = (w.act, w.stream), (w.stream, w.act, w.act)
+    yield from passes(part, rows * config.embed_dim, forward, backward)
     pairs = mean_pairs(config, visible)
     for stage, (dim, depth) in enumerate(zip(config.stage_dims, config.depths, strict=True)):
         rows = batch * patches // 4**stage
         if stage > 0:
             part = f"merging to stage {stage + 1}"
-            yield from norm(part, rows, 2 * dim, w, residual=False)
+            yield from norm(part, rows, 2 * dim, w, added=True, goes_on=False)
             yield from product(part, rows, 2 * dim, dim, w, bias=False)
+            w = w.after_product()
         for block in range(depth):
             yield from block_work(config, stage, block, rows, batch * pairs[stage][block % 2], w)
-    yield from norm("final norm", rows, dim, w, residual=True)
+    yield from norm("final norm", rows, dim, w, added=True, goes_on=False)
 
 
 def block_work(
@@ -131,16 +164,20 @@ def block_work(
     _, (high, wide), _ = config.stage_windows()[stage]
     table = (2 * high - 1) * (2 * wide - 1) * heads * 4
     part = f"stage {stage + 1}, "
-    yield from norm(part + "norms", rows, dim, w, residual=block > 0)
+    yield from norm(part + "norms", rows, dim, w, added=block > 0)
     yield from product(part + "linear layers", rows, dim, 3 * dim, w)
     act = rows * dim * w.act
-    yield from attention(part + "attention", pairs * dim, 3 * act, act, rows * heads * 4, table)
+    yield from attention(part + "attention", pairs * dim, 3 * act, act, table)
     yield from product(part + "linear layers", rows, dim, dim, w)
-    yield from norm(part + "norms", rows, dim, w, residual=True)
+    yield from norm(part + "norms", rows, dim, w, added=True)
     yield from product(part + "linear layers", rows, dim, 4 * dim, w)
-    gelu = passes(part + "GELU", 4 * rows * dim, (w.act, w.act), (w.act, w.act, w.act))
-    yield from gelu
+    yield from gelu(part + "GELU", 4 * rows * dim, w)
     yield from product(part + "linear layers", rows, 4 * dim, dim, w)
+
+
+def gelu(part: str, values: int, w: Widths) -> Iterator[Work]:
+    """GELU between two products."""
+    yield from passes(part, values, (w.act, w.act), (w.act, w.act, w.act))
 
 
 def decoder_work(config: ModelConfig, batch: int, visible: int, w: Widths) -> Iterator[Work]:
@@ -149,40 +186,40 @@ def decoder_work(config: ModelConfig, batch: int, visible: int, w: Widths) -> It
     hidden = units - visible
     part = "decoder"
     yield from product(part, batch * visible, config.stage_dims[-1], dim, w)
-    yield from passes(part, batch * units * dim, (w.act, 4), (4, w.act))  # positions, mask tokens
+    # Positions and mask tokens.
+    yield from passes(part, batch * units * dim, (w.act, w.stream), (w.stream, w.act))
     for number in range(config.decoder_depth):
         last = number == config.decoder_depth - 1
         rows, kept = batch * units, batch * (hidden if last else units)
-        yield from norm(part, rows, dim, w, residual=number > 0)
+        yield from norm(part, rows, dim, w, added=number > 0)
         if last and hidden < units:
             yield from product(part, kept, dim, dim, w)
             yield from product(part, rows, dim, 2 * dim, w)
         else:
             yield from product(part, rows, dim, 3 * dim, w)
         qkv, out = (kept + 2 * rows) * dim * w.act, kept * dim * w.act
-        heads = kept * config.decoder_heads * 4
-        yield from attention(part, kept * units * dim, qkv, out, heads, 0)
+        yield from attention(part, kept * units * dim, qkv, out, 0)
         yield from product(part, kept, dim, dim, w)
-        yield from norm(part, kept, dim, w, residual=True)
+        yield from norm(part, kept, dim, w, added=True)
         yield from product(part, kept, dim, 4 * dim, w)
-        yield from passes(part, 4 * kept * dim, (w.act, w.act), (w.act, w.act, w.act))
+        yield from gelu(part, 4 * kept * dim, w)
         yield from product(part, kept, 4 * dim, dim, w)
     kept = batch * hidden
-    yield from norm(part, kept, dim, w, residual=True)
+    yield from norm(part, kept, dim, w, added=config.decoder_depth > 0, goes_on=False)
     yield from product(part, kept, dim, UNIT_VALUES, w)
-    # Pixels (twice: mean and deviation, then the error) and prediction in, its gradient out.
-    yield from passes("loss", kept * UNIT_VALUES, (4, 4, w.act), (4, w.act, w.act))
+    # Pixels and prediction in, in each pass, and the prediction's gradient out.
+    yield from passes("loss", kept * UNIT_VALUES, (w.image, w.act), (w.image, w.act, w.act))
 
 
 def optimiser_work(parameters: int) -> Iterator[Work]:
-    """The norm of the gradient, AdamW and clearing: float32."""
-    yield Work("optimiser", "optimiser", 0, parameters * 4 * (1 + 4 + 3 + 1))
+    """The norm of the gradient; AdamW, which reads four values and writes three: float32."""
+    yield Work("optimiser", "optimiser", 0, parameters * 4 * (1 + 4 + 3))
 
 
 def step_work(
     config: ModelConfig, batch: int, mask_ratio: float, parameters: int, widths: Widths
 ) -> list[Work]:
-    """Everything of one training step."""
+    """Everything of one training step, and what PyTorch adds to it (see `Work.kind`)."""
     visible = num_visible_units(config.num_units, mask_ratio)
     return [
         *encoder_work(config, batch, visible, widths),
@@ -191,13 +228,19 @@ def step_work(
     ]
 
 
+def floor_seconds(work: list[Work], copy: float, rate: float) -> float:
+    """The least time at these rates."""
+    return sum(item.seconds(copy, rate) for item in work if item.kind not in ADDED)
+
+
 def mean_pairs(config: ModelConfig, visible: int) -> list[list[float]]:
     """Pairs of tokens of an image that share a window, for even and odd blocks of each stage."""
     planner, rng = Planner(config), np.random.default_rng(0)
     sums = np.zeros((len(config.depths), 2))
     for _ in range(MASKS):
-        units = random_visible(rng, config.num_units, 1 - (visible - 0.5) / config.num_units) \
-            if visible < config.num_units else np.ones(config.num_units, dtype=bool)  # fmt: skip
+        units = random_visible(
+            rng, config.num_units, 1 - min(1, (visible + 0.5) / config.num_units)
+        )
         for stage, pair in enumerate(planner(units).partitions):
             for odd, part in enumerate(pair):
                 ids = part.window_id.numpy()
@@ -206,13 +249,14 @@ def mean_pairs(config: ModelConfig, visible: int) -> list[list[float]]:
 
 
 def table(work: list[Work], title: str, copy: float, rate: float) -> str:
-    """A Markdown table by part."""
+    """A Markdown table by part, without what PyTorch adds."""
+    work = [item for item in work if item.kind not in ADDED]
     lines = [
         title,
         "| part | GFLOPs | GB | products ms | other ms | share |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    total = sum(item.seconds(copy, rate) for item in work)
+    total = floor_seconds(work, copy, rate)
     for part in dict.fromkeys(item.part for item in work):
         lines.append(_row(part, [item for item in work if item.part == part], total, copy, rate))
     lines.append(_row("**all**", work, total, copy, rate))
@@ -241,20 +285,25 @@ def page(name: str, batch: int, mask_ratio: float) -> str:
     model = create_model(name)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     work = step_work(config, batch, mask_ratio, parameters, Widths())
-    floor = sum(item.seconds(COPY_BYTES_PER_SECOND, PRODUCT_FLOPS_PER_SECOND) for item in work)
+    rates = COPY_BYTES_PER_SECOND, PRODUCT_FLOPS_PER_SECOND
+    floor = floor_seconds(work, *rates)
+    casts, biases = (
+        1e3 * sum(item.seconds(*rates) for item in work if item.kind == kind) for kind in ADDED
+    )
     title = (
         "# The least a training step costs\n\n"
-        "Written by `python -m benchmarks.costs` from shapes alone; see its first lines for what is"
-        " counted.\n\n"
+        "Written by `python -m benchmarks.costs` from shapes alone; its first lines say how the step"
+        " is cut into kernels, and what is not counted.\n\n"
         f"{name}, batch {batch}, {mask_ratio:.0%} hidden, bfloat16 autocast, forward, backward and"
         f" optimiser. Each kernel takes the longer of its FLOPs at"
         f" {PRODUCT_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and its bytes at"
         f" {COPY_BYTES_PER_SECOND / 1e12:.1f} TB/s, rates measured on an H100. Together"
-        f" **{1e3 * floor:.1f} ms, {batch / floor:.0f} images per second**: no step of these"
-        " kernels is faster there, and what a real one takes longer is launches, products below"
-        " the rate of a large one, and the host.\n"
+        f" **{1e3 * floor:.1f} ms, {batch / floor:.0f} images per second**. PyTorch today adds"
+        f" {casts:.1f} ms of casts (weights before the products, their gradients after) and"
+        f" {biases:.1f} ms for gradients of biases in passes of their own; what a real step takes"
+        " beyond that is launches, products below the rate of a large one, and the host.\n"
     )
-    return table(work, title, COPY_BYTES_PER_SECOND, PRODUCT_FLOPS_PER_SECOND)
+    return table(work, title, *rates)
 
 
 def main(argv: list[str] | None = None) -> int:

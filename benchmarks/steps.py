@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .costs import Widths, step_work
+from .costs import Widths, floor_seconds, step_work
 from .environment import describe, folder_of, write_json
 from .measure import Energy, Rates, Sampler, Timing, measure_rates, no_garbage_collection
 from .step_processes import StepProcess, checked_step, first_line, first_row
@@ -140,7 +140,7 @@ def _figures(timing: Timing, problem: Problem, variant: Variant, rates: Rates, r
             problem.config, problem.batch, problem.mask_ratio, row["parameters"], Widths(act=act)
         )
         product = rates.matrix_flops_per_second[str(DTYPES[problem.precision]).split(".")[1]]
-        floor = sum(item.seconds(rates.copy_bytes_per_second, product) for item in work)
+        floor = floor_seconds(work, rates.copy_bytes_per_second, product)
         figures |= {"floor_ms": 1e3 * floor, "of_floor": floor / timing.median}
     return figures
 
