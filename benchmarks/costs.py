@@ -34,8 +34,8 @@ from greenmim.masking import num_visible_units, random_visible
 from greenmim.planning import Planner
 
 TABLE = pathlib.Path(__file__).parent / "step_costs.md"
-# Measured on an H100 while this was planned: a device copy, and a product of two 8192 x 8192 bfloat16
-# matrices. `benchmarks.steps` takes the rates of its own run.
+# Measured on an H100 while this was planned: a device copy, and a product of two 8192 x 8192
+# bfloat16 matrices. `benchmarks.steps` takes the rates of its own run.
 COPY_BYTES_PER_SECOND = 3.0e12
 PRODUCT_FLOPS_PER_SECOND = 798e12
 UNIT_VALUES = 3 * 32 * 32
@@ -49,8 +49,8 @@ class Work:
 
     Attributes:
         part: Of the step.
-        kind: product, attention, pointwise or optimiser; "cast" and "bias gradient" are what PyTorch
-            adds, and no part of the floor.
+        kind: product, attention, pointwise or optimiser; "cast" and "bias gradient" are what
+            PyTorch adds, and no part of the floor.
         flops: Two for each multiplication with addition.
         bytes: Inputs read once and outputs written once.
     """
@@ -238,9 +238,9 @@ def mean_pairs(config: ModelConfig, visible: int) -> list[list[float]]:
     planner, rng = Planner(config), np.random.default_rng(0)
     sums = np.zeros((len(config.depths), 2))
     for _ in range(MASKS):
-        units = random_visible(
-            rng, config.num_units, 1 - min(1, (visible + 0.5) / config.num_units)
-        )
+        # Half a unit more, so that rounding down gives as many as wanted.
+        ratio = 1 - min(1, (visible + 0.5) / config.num_units)
+        units = random_visible(rng, config.num_units, ratio)
         for stage, pair in enumerate(planner(units).partitions):
             for odd, part in enumerate(pair):
                 ids = part.window_id.numpy()
@@ -257,7 +257,8 @@ def table(work: list[Work], title: str, copy: float, rate: float) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     total = floor_seconds(work, copy, rate)
-    for part in dict.fromkeys(item.part for item in work):
+    # The optimiser comes last, whatever layers have to say of it.
+    for part in sorted(dict.fromkeys(item.part for item in work), key="optimiser".__eq__):
         lines.append(_row(part, [item for item in work if item.part == part], total, copy, rate))
     lines.append(_row("**all**", work, total, copy, rate))
     return "\n".join(lines) + "\n"
@@ -292,8 +293,8 @@ def page(name: str, batch: int, mask_ratio: float) -> str:
     )
     title = (
         "# The least a training step costs\n\n"
-        "Written by `python -m benchmarks.costs` from shapes alone; its first lines say how the step"
-        " is cut into kernels, and what is not counted.\n\n"
+        "Written by `python -m benchmarks.costs` from shapes alone; its first lines say how the"
+        " step is cut into kernels, and what is not counted.\n\n"
         f"{name}, batch {batch}, {mask_ratio:.0%} hidden, bfloat16 autocast, forward, backward and"
         f" optimiser. Each kernel takes the longer of its FLOPs at"
         f" {PRODUCT_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and its bytes at"
