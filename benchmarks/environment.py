@@ -17,9 +17,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
+def _git(*arguments: str) -> str | None:
+    """What git says; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def processor() -> str:
@@ -54,6 +58,8 @@ def version_of(package: str) -> str | None:
 def describe(threads: int, device: str = "cpu") -> dict:
     """Device, versions and commit. ``dirty`` means that the code differs from the commit.
 
+    Outside a repository the commit is the one that the variable GREENMIM_COMMIT names, if any.
+
     Args:
         threads: of the CPU.
         device: what is measured, "cpu" or a CUDA device.
@@ -61,6 +67,8 @@ def describe(threads: int, device: str = "cpu") -> dict:
     from greenmim_kernels.backends import cpu_capability
 
     is_cuda = torch.device(device).type == "cuda"
+    # Result files themselves do not make the code another one.
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "device": torch.cuda.get_device_name(device) if is_cuda else processor(),
         "driver": driver() if is_cuda else None,
@@ -70,9 +78,8 @@ def describe(threads: int, device: str = "cpu") -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version_of("triton"),
-        "commit": _git("rev-parse", "HEAD"),
-        # Result files themselves do not make the code another one.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("GREENMIM_COMMIT"),
+        "dirty": None if changes is None else bool(changes),
     }
 
 
@@ -81,16 +88,17 @@ MEASURED_CODE = (
     "csrc",
     "greenmim_kernels",
     ":!greenmim_kernels/testing.py",  # what checks it does not change it
-    ":!greenmim_kernels/host_memory.py",
     "benchmarks/naive.py",
 )
 
 
-def changed_since(commit: str, paths: tuple[str, ...] = MEASURED_CODE) -> bool | None:
+def changed_since(commit: str | None, paths: tuple[str, ...] = MEASURED_CODE) -> bool | None:
     """Whether the code at `paths` differs between a commit and HEAD.
 
-    None where git cannot tell: no repository, or the commit is not in it.
+    None where git cannot tell: no repository, or the commit is unknown or not in it.
     """
+    if commit is None:
+        return None
     done = subprocess.run(
         ["git", "diff", "--quiet", commit, "HEAD", "--", *paths],
         cwd=ROOT,

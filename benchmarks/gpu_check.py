@@ -158,7 +158,7 @@ def main() -> int:
                 shutil.copy(ROOT / written, out)
 
     table = check(parts, minutes, has_gpu, save)
-    print(f"\n{device}, torch {torch.__version__}, commit {environment['commit'][:9]}")
+    print(f"\n{device}, torch {torch.__version__}, commit {environment['commit']}")
     for name, row in table.items():
         print(f"  {name:<12} {row['state']:<28} {row.get('seconds', ''):>8}")
     return int(any(row["state"].startswith(FAILED) for row in table.values()))

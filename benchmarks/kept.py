@@ -61,7 +61,7 @@ def kept_by_all(config: ModelConfig, mask_ratio: float) -> Iterator[Kept]:
     model = GreenMIM(config).train()
     visible = random_visible(np.random.default_rng(0), config.num_units, mask_ratio)
     mask, plan = torch.from_numpy(visible), model.plan(visible)
-    naive, dense = Naive(model, plan_within=False), Dense(model)
+    naive, dense = Naive(model, plan_within=False), Dense(config)
     naive_plan, size = naive.prepare(mask), config.image_hw
     yield _kept("naive", naive, size, lambda images: naive(images, naive_plan, True).loss)
     yield _kept("simmim", dense, size, lambda images: dense(images, mask, True).loss)

@@ -27,6 +27,7 @@ class SimMIM(nn.Module):
             embed_dim=config.embed_dim,
             depths=config.depths,
             num_heads=config.num_heads,
+            drop_path_rate=0.0,  # as SimMIM pre-trains; timm's default is another
             num_classes=0,
             global_pool="",
         )

@@ -3,8 +3,8 @@
     python -m benchmarks.step_profile [--threads 2]
 
 Time of each operator without those it calls, from PyTorch's profiler, summed by kind. The profiler
-itself takes some time, so the sums are more than `benchmarks.steps` gives. Both keep the memory
-that they free (`greenmim_kernels.host_memory`), which the naive path alone would not.
+itself takes some time, so the sums are more than `benchmarks.steps` gives. All keep the memory that
+they free (`greenmim_kernels.host_memory`), which the naive path alone would not.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     result = {"environment": describe(options.threads), "problem": problem.name,
               "batch": problem.batch, "precision": problem.precision, "steps": {}}  # fmt: skip
     for variant in variants("cpu"):
-        if variant.name in ("naive", "cpp"):
+        if variant.keeps_memory and not variant.compiled:
             result["steps"][variant.name] = profile(Step(problem, variant, "cpu"))
     for kind in (*KINDS, REST):
         row = "".join(f"{step[kind]:>10.1f}" for step in result["steps"].values())

@@ -24,6 +24,7 @@ from .naive_model import NaiveGreenMIM
 from .simmim_model import SimMIM
 
 BATCHES = 4  # of images and masks, used in turn
+CHECKED = 1  # the batch that is compared: not the one that a graph was recorded with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHUNK = 16  # images
 LARGE = {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}
@@ -52,6 +53,27 @@ CUDA_PROBLEMS = [
 ]
 
 
+class Expected(NamedTuple):
+    """Loss and gradients of the checked batch, by the reference in float32, on the CPU."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+class Errors(NamedTuple):
+    """How far a step is from what is expected, relative.
+
+    Attributes:
+        loss: Of the loss.
+        gradient: Of all gradients, as one vector.
+        tables: Of those of the bias tables, as one vector: they are too small to show in the other.
+    """
+
+    loss: float
+    gradient: float
+    tables: float
+
+
 class Output(NamedTuple):
     """What the passes look for in what a model gives."""
 
@@ -76,9 +98,9 @@ class Naive(nn.Module):
 class Dense(nn.Module):
     """SimMIM under the interface of the passes."""
 
-    def __init__(self, model: GreenMIM) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = SimMIM(model.config)
+        self.dense = SimMIM(config)
 
     def forward(self, images: Tensor, plan: Tensor, loss_only: bool) -> Output:
         return Output(loss=self.dense(images, plan))
@@ -93,6 +115,7 @@ class Variant:
         kind: ours, naive, naive-planning or dense.
         recompute: pointwise work in the backward pass (see `greenmim.training.parallel`).
         keeps_memory: on a CPU, as the trainer does (see `greenmim_kernels.host_memory`).
+        onednn: on a CPU, for linear layers, as the trainer does.
     """
 
     name: str
@@ -102,35 +125,47 @@ class Variant:
     graphed: bool = False
     recompute: bool = False
     keeps_memory: bool = False
+    onednn: bool = False
 
 
 def variants(device: str) -> list[Variant]:
-    """All that make sense on a device, most valuable first."""
-    backends = ["cuda", "triton"]
-    found = [Variant("naive", "naive"), Variant("naive, planning in the step", "naive-planning")]
-    first = backends[0]
+    """All that make sense on a device, most valuable first.
+
+    The naive path is not compiled on a CPU: its shapes change with the mask, and each of them takes
+    minutes to compile.
+    """
+    naive = Variant("naive", "naive")
     if device == "cpu":
-        found.append(Variant("naive, memory kept", "naive", keeps_memory=True))
-        found.append(Variant("cpp", "ours", "cpp", keeps_memory=True))
-        found.append(Variant("cpp-compiled", "ours", "cpp", compiled=True, keeps_memory=True))
-        return [*found, Variant("simmim", "dense")]
-    found.append(Variant(f"{first}-graphed", "ours", first, compiled=True, graphed=True))
-    found.append(Variant("simmim", "dense"))
+        as_trainer = {"keeps_memory": True, "onednn": True}
+        return [
+            naive,
+            Variant("naive, memory kept", "naive", keeps_memory=True),
+            Variant("naive, memory kept, oneDNN", "naive", **as_trainer),
+            Variant("cpp", "ours", "cpp", **as_trainer),
+            Variant("cpp-compiled", "ours", "cpp", compiled=True, **as_trainer),
+            Variant("simmim", "dense"),
+        ]
+    backends = ["cuda", "triton"]
+    first = backends[0]
     less = f"{first}-graphed, pointwise recomputed"
-    found.append(Variant(less, "ours", first, compiled=True, graphed=True, recompute=True))
-    found.append(Variant(first, "ours", first))
-    found.append(Variant(f"{first}-compiled", "ours", first, compiled=True))
+    found = [
+        naive,
+        Variant("naive, planning in the step", "naive-planning"),
+        Variant(f"{first}-graphed", "ours", first, compiled=True, graphed=True),
+        Variant("simmim", "dense"),
+        Variant(less, "ours", first, compiled=True, graphed=True, recompute=True),
+        Variant(first, "ours", first),
+        Variant(f"{first}-compiled", "ours", first, compiled=True),
+    ]
     for other in backends[1:]:
         found.append(Variant(f"{other}-graphed", "ours", other, compiled=True, graphed=True))
         found.append(Variant(other, "ours", other))
     found += [
         Variant("simmim-compiled", "dense", compiled=True),
         Variant("reference", "ours", "reference"),
+        Variant("naive-compiled", "naive", compiled=True),
     ]
     return found
-
-
-REFERENCE = Variant("reference", "ours", "reference")
 
 
 class Step:
@@ -139,18 +174,22 @@ class Step:
     def __init__(self, problem: Problem, variant: Variant, device: str) -> None:
         self.problem, self.variant, self.device = problem, variant, device
         torch.manual_seed(0)
-        model = GreenMIM(problem.config).to(device)
-        if variant.kind.startswith("naive"):
-            forward = Naive(model, variant.kind == "naive-planning")
+        if variant.kind == "dense":
+            forward = self.model = Dense(problem.config).to(device)
         else:
-            forward = model if variant.kind == "ours" else Dense(model).to(device)
-        if device == "cpu" and variant.backend == "cpp":  # as the trainer does
-            use_onednn(model)
-        self.model, self.inputs = model, self._inputs(forward)
-        trained = [p for p in forward.parameters() if p.requires_grad]
-        self.parameters = sum(p.numel() for p in trained)
+            self.model = GreenMIM(problem.config).to(device)
+            plans = variant.kind == "naive-planning"
+            forward = self.model if variant.kind == "ours" else Naive(self.model, plans)
+        if variant.onednn and problem.precision == "fp32":
+            use_onednn(self.model)
+        self.inputs = self._inputs(forward)
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = sum(p.numel() for p in self.trained.values())
+        trained = list(self.trained.values())
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
-        self.scaler = torch.amp.GradScaler(device, enabled=problem.precision == "fp16")
+        enabled = problem.precision == "fp16"
+        # As far down as a run's scale is after its first updates.
+        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=enabled)
         dtype = DTYPES[problem.precision]
         autocast = functools.partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)
         make: Callable = Passes
@@ -160,6 +199,20 @@ class Step:
         called = torch.compile(forward, fullgraph=True) if variant.compiled else forward
         self.passes = make(called, trained, autocast, self.scaler, 1)
         self.count = 0
+        self._make_moments()
+
+    def _make_moments(self) -> None:
+        """AdamW's, before anything is recorded: the peak of memory is to have them."""
+        group, state = self.optimizer.param_groups[0], self.optimizer.state
+        rate, group["lr"] = group["lr"], 0.0
+        for parameter in self.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        for parameter in self.trained.values():
+            state[parameter]["step"].zero_()
+        group["lr"] = rate
+        self.passes.clear(self.optimizer)
 
     def _inputs(self, forward: nn.Module) -> list[tuple[Tensor, object]]:
         problem, rng = self.problem, np.random.default_rng(0)
@@ -186,48 +239,47 @@ class Step:
 
     def __call__(self) -> None:
         self.loss()
-        self.scaler.unscale_(self.optimizer)
+        self.passes.finish(self.optimizer, float("inf"))  # the norm, which a run logs
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.passes.clear(self.optimizer)
 
-    def errors(self, expected: tuple[float, Tensor]) -> tuple[float, float] | None:
-        """Of the first batch's loss and of a gradient, relative; None for SimMIM.
-
-        The gradient is that of the first block's qkv: all that comes after it went into it.
-
-        Args:
-            expected: what `reference` gives for the problem.
-        """
+    def errors(self, expected: Expected) -> Errors:
+        """Of the checked batch, after those before it. For a step that was not called yet."""
+        for _ in range(CHECKED):
+            self.loss()
+            self.passes.clear(self.optimizer)
         loss = self.loss().item()
-        if self.variant.kind == "dense":
-            gradient = None
-        else:
-            gradient = checked_weight(self.model).grad.clone() / self.scaler.get_scale()
+        scale = self.scaler.get_scale()
+        found = {name: p.grad.cpu() / scale for name, p in self.trained.items()}
         self.passes.clear(self.optimizer)
-        if gradient is None:
-            return None if np.isfinite(loss) else (float("inf"), 0.0)
-        exact, exact_gradient = expected[0], expected[1].to(gradient.device)
-        off = (gradient - exact_gradient).norm() / exact_gradient.norm()
-        return abs(loss - exact) / abs(exact), off.item()
+        tables = [name for name in found if name.endswith("relative_position_bias_table")]
+        return Errors(
+            abs(loss - expected.loss) / abs(expected.loss),
+            _distance(found, expected.gradients, list(found)),
+            _distance(found, expected.gradients, tables),
+        )
 
 
-def checked_weight(model: GreenMIM) -> Tensor:
-    return model.encoder.layers[0].blocks[0].attn.qkv.weight
+def _distance(found: dict[str, Tensor], expected: dict[str, Tensor], names: list[str]) -> float:
+    off = sum((found[n] - expected[n]).double().square().sum() for n in names)
+    size = sum(expected[n].double().square().sum() for n in names)
+    return (off / size).sqrt().item()
 
 
-def reference(problem: Problem, device: str) -> tuple[float, Tensor]:
-    """Loss and gradient of the first batch by the reference in float32, a few images at a time.
+def reference(problem: Problem, dense: bool, device: str) -> Expected:
+    """What is expected of a problem's steps, a few images at a time.
 
-    Returns:
-        The loss, and the gradient of `checked_weight` on the CPU.
+    Args:
+        dense: of SimMIM, which is its own reference, in float32 and eager.
     """
-    step = Step(dataclasses.replace(problem, precision="fp32"), REFERENCE, device)
-    images, plan = step.inputs[0]
+    kind = Variant("reference", "dense") if dense else Variant("reference", "ours", "reference")
+    step = Step(dataclasses.replace(problem, precision="fp32"), kind, device)
+    images, plan = step.inputs[CHECKED]
     total = 0.0
     for part in images.split(CHUNK):
         with gk.use_backend("reference"):
             loss = step.model(part, plan=plan, loss_only=True).loss * len(part) / len(images)
         loss.backward()
         total += loss.item()
-    return total, checked_weight(step.model).grad.cpu()
+    return Expected(total, {name: p.grad.cpu() for name, p in step.trained.items()})

@@ -3,10 +3,10 @@
     python -m benchmarks.steps                       # what this machine can run
     python -m benchmarks.steps --problem base-224 --variant naive cuda-graphed --no-save
 
-A step is the forward pass, the backward pass and fused AdamW, on images that are on the device,
-with another mask in every step. All variants of a problem train the same weights; the loss and the
-first block's gradient of each are compared with the reference's in float32 before it is timed, and
-what is off is not timed.
+A step is the forward pass, the backward pass, the gradient's norm and fused AdamW, on images that
+are on the device, with another mask in every step. All variants of a problem train the same
+weights; the loss and all gradients of each are compared with the reference's in float32 before it
+is timed, and what is off is not timed. The step of SimMIM, another model, is compared with itself.
 """
 
 from __future__ import annotations
@@ -14,74 +14,110 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
+import math
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import torch
-from torch import Tensor
 
 from .costs import Widths, floor_seconds, step_work
 from .environment import describe, folder_of, write_json
 from .measure import Energy, Rates, Sampler, Timing, measure_rates, no_garbage_collection
-from .step_processes import StepProcess, checked_step, first_line, first_row
-from .step_variants import (
-    CPU_PROBLEMS,
-    CUDA_PROBLEMS,
-    DTYPES,
-    Problem,
-    Step,
-    Variant,
-    reference,
-    variants,
+from .step_processes import (
+    Ended,
+    StepProcess,
+    checked_step,
+    first_line,
+    first_row,
+    in_child,
+    load_reference,
+    save_reference,
 )
+from .step_variants import CPU_PROBLEMS, CUDA_PROBLEMS, DTYPES, Problem, Step, Variant, variants
 
-WARM_UP = 4  # steps: AdamW's memory, compilation, the growth of the heap
+WARM_UP = 4  # steps: compilation, the growth of the heap
 # Seconds before a CPU's step: OpenMP's threads in another variant's process wait for work that long
 # at most before they sleep, and would take a core meanwhile.
 PAUSE = 0.1
+# A variant's process on a GPU may take so long; most of it is compilation.
+GPU_SECONDS = 300.0
 
 
 def measured_rows(
-    problem: Problem, chosen: list[Variant], device: str, rounds: int, rates: Rates, save: Callable
+    problem: Problem,
+    chosen: list[Variant],
+    device: str,
+    rounds: int,
+    rates: Rates,
+    save: Callable[[dict], None],
+    until: float = math.inf,
 ) -> None:
-    """Measure variants of a problem; `save` is called with each row as it is done."""
-    try:
-        expected = reference(problem, device)
-    except RuntimeError as error:  # out of memory
-        for variant in chosen:
-            save({**first_row(problem, variant), "reason": first_line(error)})
-        return
-    if device == "cpu":
-        for row in _in_turn(problem, chosen, expected, rounds, rates):
-            save(row)
-        return
-    for variant in chosen:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        row, step = checked_step(problem, variant, device, expected)
-        if step is not None:
+    """Measure variants of a problem; `save` is called with each row as it is done.
+
+    On a GPU no variant is started after `until` on the monotonic clock.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for dense in sorted({variant.kind == "dense" for variant in chosen}):
+            files[dense] = pathlib.Path(folder) / f"expected-{dense}.pt"
             try:
-                row |= _on_gpu(step, problem, rounds, rates, row)
-            except RuntimeError as error:
-                row["reason"] = first_line(error)
-        save(row)
-        del step  # its memory
-        gc.collect()
+                reason = in_child(save_reference, problem, dense, device, files[dense])
+            except Ended as error:
+                reason = str(error)
+            if reason:
+                files[dense] = None
+                reason = f"no reference: {reason}"
+            for variant in chosen:
+                if reason and (variant.kind == "dense") == dense:
+                    save({**first_row(problem, variant), "reason": reason})
+        left = [(v, files[v.kind == "dense"]) for v in chosen if files[v.kind == "dense"]]
+        if device == "cpu":
+            for row in _in_turn(problem, left, rounds, rates):
+                save(row)
+            return
+        for variant, file in left:
+            if time.monotonic() > until:
+                break
+            arguments = problem, variant, file, rounds, rates
+            try:
+                row = in_child(_on_gpu, *arguments, seconds=GPU_SECONDS)
+            except Ended as error:
+                row = {**first_row(problem, variant), "reason": str(error)}
+            save(row)
 
 
-def _on_gpu(step: Step, problem: Problem, rounds: int, rates: Rates, row: dict) -> dict:
+def _on_gpu(
+    connection: Connection,
+    problem: Problem,
+    variant: Variant,
+    file: pathlib.Path,
+    rounds: int,
+    rates: Rates,
+) -> None:
+    """Work of a child: says a variant's row."""
+    row, step = checked_step(problem, variant, "cuda", load_reference(file))
+    if step is not None:
+        try:
+            row |= _sampled(step, problem, rounds, rates, row)
+        except Exception as error:  # a kernel's, a compiler's, memory's
+            row["reason"] = first_line(error)
+    connection.send(row)
+
+
+def _sampled(step: Step, problem: Problem, rounds: int, rates: Rates, row: dict) -> dict:
     sample = Sampler(step, "cuda")
     with no_garbage_collection():
-        for _ in range(3):
+        for _ in range(WARM_UP):
             sample()
         timing = Timing.of([sample() for _ in range(rounds)])
         # Since before the step was made: a graph allocates when it is recorded, not when it runs.
-        peak = torch.cuda.max_memory_allocated()
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         count = max(rounds, int(2.0 / timing.median))  # two seconds, for the energy counter
         with Energy("cuda") as energy:
             for _ in range(count):
@@ -90,24 +126,20 @@ def _on_gpu(step: Step, problem: Problem, rounds: int, rates: Rates, row: dict) 
     return {
         **_figures(timing, problem, step.variant, rates, row),
         "peak_memory_bytes": peak,
+        "reserved_memory_bytes": reserved,
         "joules_per_image": joules,
         "joules_from": energy.source,
     }
 
 
 def _in_turn(
-    problem: Problem,
-    chosen: list[Variant],
-    expected: tuple[float, Tensor],
-    rounds: int,
-    rates: Rates,
+    problem: Problem, chosen: list[tuple[Variant, pathlib.Path]], rounds: int, rates: Rates
 ) -> Iterator[dict]:
     """On a CPU other work comes and goes: the variants take turns, and share what it costs."""
     with contextlib.ExitStack() as stack:
         ready: list[tuple[StepProcess, Variant, list[tuple[float, int]]]] = []
-        for variant in chosen:
-            process = StepProcess(problem, variant, expected)
-            stack.callback(process.close)
+        for variant, file in chosen:
+            process = stack.enter_context(contextlib.closing(StepProcess(problem, variant, file)))
             if "reason" in process.row:
                 yield process.row
             else:
@@ -118,11 +150,20 @@ def _in_turn(
                 sample = process()
                 if number >= WARM_UP:
                     samples.append(sample)
+        seconds = {v.name: [taken for taken, _ in samples] for _, v, samples in ready}
         for process, variant, samples in ready:
-            seconds, pages = zip(*samples, strict=True)
-            figures = _figures(Timing.of(seconds), problem, variant, rates, process.row)
-            figures |= {"page_faults": statistics.median(pages)}
+            own, pages = seconds[variant.name], [pages for _, pages in samples]
+            figures = _figures(Timing.of(own), problem, variant, rates, process.row)
+            figures["page_faults"] = statistics.median(pages)
+            if "naive" in seconds:
+                figures["to_naive"] = spread_of_ratio(seconds["naive"], own)
             yield {**process.row, **figures, "peak_memory_bytes": None, "joules_per_image": None}
+
+
+def spread_of_ratio(seconds: list[float], others: list[float]) -> dict[str, float]:
+    """How much faster the others are, round by round: what slows a round slows both."""
+    ratios = Timing.of([a / b for a, b in zip(seconds, others, strict=True)])
+    return {"median": ratios.median, "p20": ratios.p20, "p80": ratios.p80}
 
 
 def _figures(timing: Timing, problem: Problem, variant: Variant, rates: Rates, row: dict) -> dict:
@@ -145,14 +186,21 @@ def _figures(timing: Timing, problem: Problem, variant: Variant, rates: Rates, r
     return figures
 
 
-def rows_to_keep(file: pathlib.Path, environment: dict, measured: set[str]) -> list[dict]:
-    """Rows of other problems that the same code gave in the same place."""
+def rows_to_keep(file: pathlib.Path, environment: dict) -> list[dict]:
+    """Rows that the same code gave in the same place."""
     if not file.exists():
         return []
     earlier = json.loads(file.read_text())
-    if earlier["environment"] != environment:
-        return []
-    return [row for row in earlier["rows"] if row["model"] not in measured]
+    return earlier["rows"] if earlier["environment"] == environment else []
+
+
+def put(rows: list[dict], row: dict) -> None:
+    """Add a row, in the place of the earlier one of its model and variant if there is one."""
+    for number, earlier in enumerate(rows):
+        if (earlier["model"], earlier["variant"]) == (row["model"], row["variant"]):
+            rows[number] = row
+            return
+    rows.append(row)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,13 +210,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--problem", nargs="+", choices=[p.name for p in problems])
     parser.add_argument("--variant", nargs="+", choices=[v.name for v in variants(device)])
     parser.add_argument("--others", action="store_true", help="all problems but the first")
-    parser.add_argument("--rounds", type=int, default=20 if device == "cuda" else 7)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no problem after these")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after these")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    start = time.monotonic()
+    until = time.monotonic() + 60 * options.minutes
     chosen = [v for v in variants(device) if not options.variant or v.name in options.variant]
     problems = problems[1:] if options.others else problems
     problems = [p for p in problems if not options.problem or p.name in options.problem]
@@ -179,10 +227,10 @@ def main(argv: list[str] | None = None) -> int:
         "rows": [],
     }
     file = folder_of(result["environment"]["device"]) / "steps.json"
-    result["rows"] = rows_to_keep(file, result["environment"], {p.name for p in problems})
+    result["rows"] = rows_to_keep(file, result["environment"])
 
     def save(row: dict) -> None:
-        result["rows"].append(row)
+        put(result["rows"], row)
         speed = row.get("images_per_second")
         said = row.get("reason") if speed is None else (
             f"{speed:9.1f} images/s   {1e3 * row['seconds']:9.1f} ms"
@@ -193,8 +241,8 @@ def main(argv: list[str] | None = None) -> int:
             write_json(file, result)
 
     for problem in problems:
-        if time.monotonic() - start < 60 * options.minutes:
-            measured_rows(problem, chosen, device, options.rounds, rates, save)
+        if time.monotonic() < until:
+            measured_rows(problem, chosen, device, options.rounds, rates, save, until)
     return 0
 
 

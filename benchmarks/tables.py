@@ -96,7 +96,7 @@ def steps_table(result: dict) -> str:
     """Training steps: images per second beside the naive path's and the floor's."""
     lines = [
         _line(["model", "batch", "precision", "variant", "images/s", "20 to 80 %", "to naive",
-               "of the floor", "peak memory", "joules/image"]),
+               "of the floor", "peak memory (reserved)", "joules/image"]),
         _line(["---", "---:", "---", "---", *["---:"] * 6]),
     ]  # fmt: skip
     for row in result["rows"]:
@@ -109,14 +109,20 @@ def steps_table(result: dict) -> str:
             and "images_per_second" in other
         ]  # fmt: skip
         ratio = f"{row['images_per_second'] / naive[0]:.2f}x" if naive else ""
+        if turns := row.get("to_naive"):  # took turns
+            ratio = f"{turns['median']:.2f}x ({turns['p20']:.2f} to {turns['p80']:.2f})"
         share = f"{row['of_floor']:.0%}" if row.get("of_floor") else ""
-        memory, joules = row.get("peak_memory_bytes"), row.get("joules_per_image")
+        peak, joules = row.get("peak_memory_bytes"), row.get("joules_per_image")
+        memory = ""
+        if peak:
+            reserved = row["reserved_memory_bytes"]
+            memory = f"{peak / 2**30:.1f} GiB ({reserved / 2**30:.1f})"
         lines.append(
             _line([
                 row["model"], str(row["batch"]), row["precision"], row["variant"],
                 _three_digits(row["images_per_second"]),
                 f"{_three_digits(row['p20'])} to {_three_digits(row['p80'])}", ratio, share,
-                f"{memory / 2**30:.1f} GiB" if memory else "", f"{joules:.3f}" if joules else "",
+                memory, f"{joules:.3f}" if joules else "",
             ])
         )  # fmt: skip
     return "".join(lines)
@@ -153,7 +159,7 @@ def where(environment: dict) -> str:
     if environment.get("triton"):
         parts.append(f"triton {environment['triton']}")
     changes = " + changes" if environment["dirty"] else ""
-    parts.append(f"commit {environment['commit'][:9]}{changes}")
+    parts.append(f"commit {(environment['commit'] or 'unknown')[:9]}{changes}")
     return ", ".join(parts) + "\n"
 
 

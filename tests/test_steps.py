@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
+import torch
 
 from benchmarks import naive_model, step_profile, steps
 from benchmarks.environment import write_json
 from benchmarks.measure import Rates
-from benchmarks.step_processes import StepProcess, checked_step
-from benchmarks.step_variants import Problem, Step, Variant, reference, variants
+from benchmarks.step_processes import (
+    Ended,
+    StepProcess,
+    checked_step,
+    in_child,
+    load_reference,
+    save_reference,
+)
+from benchmarks.step_variants import Expected, Problem, Step, Variant, reference, variants
 from greenmim import ModelConfig
 
 SMALL = ModelConfig(
@@ -28,12 +37,18 @@ def eager_variants() -> list[Variant]:
     return [v for v in variants("cpu") if not v.compiled]
 
 
-def test_all_variants_have_the_reference_s_loss_and_train():
-    weights, expected = [], reference(PROBLEM, "cpu")
+@pytest.fixture(scope="module")
+def expected() -> dict[bool, Expected]:
+    """Of GreenMIM's and of SimMIM's step."""
+    return {dense: reference(PROBLEM, dense, "cpu") for dense in (False, True)}
+
+
+def test_all_variants_have_the_reference_s_gradients_and_train(expected):
+    weights = []
     for variant in eager_variants():
         step = Step(PROBLEM, variant, "cpu")
-        errors = step.errors(expected)
-        assert errors is None or (errors[0] < 1e-5 and errors[1] < 1e-4), (variant, errors)
+        errors = step.errors(expected[variant.kind == "dense"])
+        assert max(errors) < 1e-5, (variant, errors)
         step.count = 0
         for _ in range(3):
             step()
@@ -44,15 +59,102 @@ def test_all_variants_have_the_reference_s_loss_and_train():
         assert (other - weights[0]).abs().mean() < 2e-6
 
 
-def test_a_wrong_step_is_not_timed(monkeypatch):
-    expected = reference(PROBLEM, "cpu")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_steps_are_within_their_limits(precision, expected):
+    problem = dataclasses.replace(PROBLEM, precision=precision)
+    for variant in eager_variants():
+        if variant.backend == "cpp" and precision == "fp16":
+            continue  # the CPU's kernels have no float16
+        row, step = checked_step(problem, variant, "cpu", expected[variant.kind == "dense"])
+        assert step is not None, row
+
+
+def wrong_latent(monkeypatch):
     real = naive_model.NaiveGreenMIM._encode
     monkeypatch.setattr(naive_model.NaiveGreenMIM, "_encode", lambda *a: 1.01 * real(*a))
-    found = {v.name: checked_step(PROBLEM, v, "cpu", expected) for v in eager_variants()}
-    row, step = found["naive"]
+
+
+def no_gradient_of_tables(monkeypatch):
+    _without_gradients(monkeypatch, "relative_position_bias_table")
+
+
+def no_gradient_of_one_late_weight(monkeypatch):
+    _without_gradients(monkeypatch, "encoder.layers.3.blocks.0.mlp.fc1.weight")
+
+
+def _without_gradients(monkeypatch, end):
+    real = Step.errors
+
+    def errors(self, expected):
+        for name, weight in self.trained.items():
+            if self.variant.kind == "naive" and name.endswith(end):
+                weight.register_hook(torch.zeros_like)
+        return real(self, expected)
+
+    monkeypatch.setattr(Step, "errors", errors)
+
+
+def a_batch_that_stays(monkeypatch):
+    """As of a graph that ignores its inputs."""
+    real = Step._inputs
+
+    def inputs(self, forward):
+        found = real(self, forward)
+        return [found[0]] * len(found) if self.variant.kind == "naive" else found
+
+    monkeypatch.setattr(Step, "_inputs", inputs)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [wrong_latent, no_gradient_of_tables, no_gradient_of_one_late_weight, a_batch_that_stays],
+)
+def test_a_wrong_step_is_not_timed(plant, monkeypatch, expected):
+    plant(monkeypatch)
+    naive, cpp = (v for v in eager_variants() if v.name in ("naive", "cpp"))
+    row, step = checked_step(PROBLEM, naive, "cpu", expected[False])
     assert "not timed" in row["reason"] and not row["checked"] and step is None
-    row, step = found["cpp"]
+    row, step = checked_step(PROBLEM, cpp, "cpu", expected[False])
     assert "reason" not in row and row["checked"] and step is not None
+
+
+def test_a_step_has_its_moments_before_anything_is_recorded():
+    step = Step(PROBLEM, eager_variants()[0], "cpu")
+    assert set(step.optimizer.state) == set(step.trained.values())
+    for state in step.optimizer.state.values():
+        assert state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+    assert step.optimizer.param_groups[0]["lr"] == 1e-4
+    assert all(p.grad is None for p in step.trained.values())
+
+
+def test_simmim_s_loss_is_that_of_hidden_pixels():
+    step = Step(PROBLEM, next(v for v in variants("cpu") if v.kind == "dense"), "cpu")
+    images, visible = step.inputs[0]
+    images.requires_grad_()
+    with torch.no_grad():
+        prediction = _prediction(step.model.dense, images, visible)
+    error = (prediction - images.detach()).abs()
+    hidden = [(u // 7, u % 7) for u in range(49) if not visible[u]]
+    cells = [error[:, :, 32 * h : 32 * h + 32, 32 * w : 32 * w + 32] for h, w in hidden]
+    loss = step.model(images, plan=visible, loss_only=True).loss
+    torch.testing.assert_close(loss, torch.stack(cells).mean())
+
+
+def _prediction(simmim, images, visible):
+    """The pixels that it predicts, from its loss: the derivative of |x - y| is its sign."""
+    pixels = {}
+    real = torch.nn.functional.pixel_shuffle
+
+    def shuffled(x, side):
+        pixels["out"] = real(x, side)
+        return pixels["out"]
+
+    torch.nn.functional.pixel_shuffle = shuffled
+    try:
+        simmim(images, visible)
+    finally:
+        torch.nn.functional.pixel_shuffle = real
+    return pixels["out"]
 
 
 def test_variants_take_turns_in_processes_of_their_own():
@@ -66,13 +168,35 @@ def test_variants_take_turns_in_processes_of_their_own():
         assert row["checked"] and row["rounds"] == 2
         assert row["images_per_second"] > 0 and row["floor_ms"] > 0
         assert row["page_faults"] >= 0
+    assert rows[1]["to_naive"] == {"median": 1, "p20": 1, "p80": 1}
 
 
-def test_a_process_that_dies_says_so(capfd):
-    process = StepProcess(PROBLEM, eager_variants()[0], reference(PROBLEM, "cpu"))
-    process._process.kill()
-    with pytest.raises(RuntimeError, match="'naive' ended with exit code -9"):
+def test_ratios_are_taken_round_by_round():
+    # The second round is slow for both.
+    ratio = steps.spread_of_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
+    assert ratio == {"median": 2, "p20": 2, "p80": 2}
+
+
+def test_a_process_that_dies_says_so(tmp_path, capfd):
+    file = tmp_path / "expected.pt"
+    assert in_child(save_reference, PROBLEM, False, "cpu", file) is None
+    assert load_reference(file).loss > 0
+    process = StepProcess(PROBLEM, eager_variants()[0], file)
+    process._child.process.kill()
+    with pytest.raises(Ended, match="ended with exit code -9"):
         process()
+    process.close()
+
+
+def test_a_child_that_takes_too_long_is_ended():
+    start = time.monotonic()
+    with pytest.raises(Ended, match="longer than 1 s"):
+        in_child(_sleep, seconds=1)
+    assert time.monotonic() - start < 30
+
+
+def _sleep(connection):
+    time.sleep(600)
 
 
 def test_knapsacks_hold_all_windows_and_fill_up():
@@ -84,14 +208,17 @@ def test_knapsacks_hold_all_windows_and_fill_up():
     assert sum(counts[i] for i in groups[0]) == 49
 
 
-def test_rows_of_other_problems_are_kept_where_the_code_is_the_same(tmp_path):
+def test_rows_stay_until_they_are_measured_again(tmp_path):
     file = tmp_path / "steps.json"
     environment = {"commit": "a", "device": "x"}
-    rows = [{"model": "one"}, {"model": "two"}]
+    rows = [{"model": "m", "variant": v, "run": 1} for v in ("one", "two")]
     write_json(file, {"environment": environment, "rows": rows})
-    assert steps.rows_to_keep(file, environment, {"one"}) == [{"model": "two"}]
-    assert steps.rows_to_keep(file, {**environment, "commit": "b"}, {"one"}) == []
-    assert steps.rows_to_keep(tmp_path / "none.json", environment, set()) == []
+    kept = steps.rows_to_keep(file, environment)
+    steps.put(kept, {"model": "m", "variant": "one", "run": 2})
+    steps.put(kept, {"model": "m", "variant": "three", "run": 2})
+    assert [(row["variant"], row["run"]) for row in kept] == [("one", 2), ("two", 1), ("three", 2)]
+    assert steps.rows_to_keep(file, {**environment, "commit": "b"}) == []
+    assert steps.rows_to_keep(tmp_path / "none.json", environment) == []
 
 
 def test_the_variants_of_a_gpu_are_all_there():
