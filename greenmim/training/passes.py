@@ -78,8 +78,10 @@ class Passes:
 class GraphedPasses(Passes):
     """Passes recorded once, at the first micro-batch, and replayed.
 
-    Gradients lie in one piece of memory, which is summed over the processes between the passes and
-    the optimiser's step, all at once.
+    One process with one micro-batch in an update has the gradients that a replay writes: nothing is
+    added up and nothing cleared, and they share the graph's memory with activations. Else gradients
+    lie in one piece of memory of their own, to which replays add, and which is summed over the
+    processes between the passes and the optimiser's step, all at once.
 
     Args:
         processes: The processes of the run, each with the same weights.
@@ -89,25 +91,37 @@ class GraphedPasses(Passes):
     def __init__(self, processes: Processes, *others) -> None:
         super().__init__(*others)
         self.processes = processes
-        self.gradient = flat_gradients(self.parameters)
+        adds_up = self.parts > 1 or not processes.alone
+        self.gradient = flat_gradients(self.parameters) if adds_up else None
         self._replay: Callable[[], None] | None = None
 
     def run(self, images: Tensor, plan: Plan, part: int) -> Tensor:
         if self._replay is None:
             self._images, self._plan = images.clone(), Plan(plan.memory.clone(), plan.layout)
-            self._replay = record(self._recorded_pass)
-            self.gradient.zero_()  # of what the warm-up left
+            self._replay = record(self._recorded_pass, self._forget)
+            self._forget_sum()  # of what the warm-up left
         self._images.copy_(images)
         self._plan.memory.copy_(plan.memory)
         self._replay()
         return self._loss.clone()
 
     def finish(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
-        self.processes.sum_(self.gradient).div_(self.processes.world.size)
+        if self.gradient is not None:
+            self.processes.sum_(self.gradient).div_(self.processes.world.size)
         return super().finish(optimizer, limit)
 
     def clear(self, optimizer: torch.optim.Optimizer) -> None:
-        self.gradient.zero_()
+        self._forget_sum()
+
+    def _forget_sum(self) -> None:
+        if self.gradient is not None:
+            self.gradient.zero_()
+
+    def _forget(self) -> None:
+        """Before a pass that is to leave gradients of its own."""
+        if self.gradient is None:
+            for parameter in self.parameters:
+                parameter.grad = None
 
     def _recorded_pass(self) -> None:
         self._loss = self._pass(self._images, self._plan)
@@ -124,14 +138,21 @@ def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
     return vector
 
 
-def record(work: Callable[[], None]) -> Callable[[], None]:
-    """Record a function's kernels as a CUDA graph; calling the result launches them again."""
+def record(work: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
+    """Record a function's kernels as a CUDA graph; calling the result launches them again.
+
+    Args:
+        work: What is recorded.
+        prepare: Called before each of its calls, the recorded one too, and no part of it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
+            prepare()
             work()
     torch.cuda.current_stream().wait_stream(stream)
+    prepare()
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as the one that pins batches, may go on calling CUDA meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -16,11 +16,13 @@ from greenmim.training.passes import GraphedPasses, Passes
 from greenmim.training.reports import Reports
 from greenmim.training.world import World
 
-PARTS, UPDATES, BATCH = 2, 6, 8
+UPDATES, BATCH = 6, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(graphed: bool, compiled: bool, precision: str, per_image: bool, strict: bool):
+def train(
+    graphed: bool, compiled: bool, precision: str, per_image: bool, strict: bool, parts: int = 2
+):
     """Losses of a few updates; `strict` raises where anything waits for the device."""
     torch.manual_seed(0)
     device = torch.device("cuda")
@@ -35,11 +37,11 @@ def train(graphed: bool, compiled: bool, precision: str, per_image: bool, strict
     processes = Processes(World(), device)
     make = functools.partial(GraphedPasses, processes) if graphed else Passes
     forward = torch.compile(model, fullgraph=True) if compiled else model
-    work = make(forward, trained, autocast, scaler, PARTS)
-    reports = Reports(processes, device, PARTS, norm_counts=not scaler.is_enabled())
+    work = make(forward, trained, autocast, scaler, parts)
+    reports = Reports(processes, device, parts, norm_counts=not scaler.is_enabled())
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     batches = []
-    for _ in range(UPDATES * PARTS):
+    for _ in range(UPDATES * parts):
         images = torch.randn(BATCH, 3, 224, 224, generator=generator).pin_memory()
         masks = random_visible(rng, 49, 0.75, BATCH if per_image else None)
         batches.append((images, model.plan(masks).pin_memory()))
@@ -48,12 +50,12 @@ def train(graphed: bool, compiled: bool, precision: str, per_image: bool, strict
         for update in range(UPDATES):
             if update == 1 and strict:  # the first compiles, records and allocates
                 torch.cuda.set_sync_debug_mode("error")
-            for part in range(PARTS):
-                images, plan = batches[update * PARTS + part]
+            for part in range(parts):
+                images, plan = batches[update * parts + part]
                 images = images.to(device, non_blocking=True)
                 losses.append(work.run(images, plan.to(device, non_blocking=True), part))
             norm = work.finish(optimizer, limit=1.0)
-            bad = reports.send(update, losses[-PARTS:], norm)
+            bad = reports.send(update, losses[-parts:], norm)
             if not scaler.is_enabled():
                 optimizer.found_inf = bad.float()
             scaler.step(optimizer)
@@ -68,21 +70,23 @@ def train(graphed: bool, compiled: bool, precision: str, per_image: bool, strict
 @pytest.mark.gpu
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("precision", DTYPES)
-def test_a_recorded_step_is_the_step(precision, per_image):
-    expected = train(False, False, precision, per_image, strict=True)
-    actual = train(True, False, precision, per_image, strict=True)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_recorded_step_is_the_step(parts, precision, per_image):
+    expected = train(False, False, precision, per_image, strict=True, parts=parts)
+    actual = train(True, False, precision, per_image, strict=True, parts=parts)
     # The same kernels on the same numbers; only the norm sums in another order.
     torch.testing.assert_close(actual, expected, rtol=1e-3 if precision != "fp32" else 1e-5, atol=0)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_compiled_and_recorded_step_follows_the_step(recompute):
+def test_a_compiled_and_recorded_step_follows_the_step(recompute, parts):
     torch._dynamo.reset()
-    expected = train(False, False, "bf16", False, strict=False)
+    expected = train(False, False, "bf16", False, strict=False, parts=parts)
     with (
         torch._dynamo.config.patch(error_on_recompile=True),
         functorch_config.patch(ban_recompute_materialized_backward=not recompute),
     ):
-        actual = train(True, True, "bf16", False, strict=True)
+        actual = train(True, True, "bf16", False, strict=True, parts=parts)
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0)

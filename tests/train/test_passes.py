@@ -43,18 +43,18 @@ class TwoAlike(Processes):
         return tensor.mul_(2)
 
 
-def train(make, per_image: bool = False) -> tuple[list, list, dict]:
+def train(make, per_image: bool = False, parts: int = PARTS) -> tuple[list, list, dict]:
     """Losses, norms and weights of a short training run."""
     torch.manual_seed(0)
     model = GreenMIM(CONFIG)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    work = make(model, trained, contextlib.nullcontext, scaler, PARTS)
+    work = make(model, trained, contextlib.nullcontext, scaler, parts)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     losses, norms = [], []
     for _ in range(UPDATES):
-        for part in range(PARTS):
+        for part in range(parts):
             images = torch.randn(2, 3, 64, 64, generator=generator)
             plan = model.plan(random_visible(rng, 4, 0.5, 2 if per_image else None))
             losses.append(work.run(images, plan, part))
@@ -64,22 +64,29 @@ def train(make, per_image: bool = False) -> tuple[list, list, dict]:
     return losses, norms, dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("per_image", [False, True])
-@pytest.mark.parametrize("several", [False, True])
-def test_recorded_passes_train_as_plain_ones(monkeypatch, several, per_image):
-    processes = TwoAlike() if several else Processes(World(), torch.device("cpu"))
-    recorded = []
+class Recording:
+    """What a graph does, without a GPU: replays write where the recorded call wrote."""
 
-    def record(work):
+    count = 0
+
+    def __call__(self, work, prepare):
         for _ in range(passes.WARM_UP):
+            prepare()
             work()
-        recorded.append(work)
-        return work
+        prepare()
+        self.count += 1
+        return lambda: (prepare(), work())
 
-    monkeypatch.setattr(passes, "record", record)
-    expected = train(Passes, per_image)
-    actual = train(functools.partial(GraphedPasses, processes), per_image)
-    assert len(recorded) == 1
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("several, parts", [(False, 1), (False, 2), (True, 1), (True, 2)])
+def test_recorded_passes_train_as_plain_ones(monkeypatch, several, parts, per_image):
+    processes = TwoAlike() if several else Processes(World(), torch.device("cpu"))
+    recording = Recording()
+    monkeypatch.setattr(passes, "record", recording)
+    expected = train(Passes, per_image, parts)
+    actual = train(functools.partial(GraphedPasses, processes), per_image, parts)
+    assert recording.count == 1
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=0)
     for name, weights in expected[2].items():
@@ -88,8 +95,20 @@ def test_recorded_passes_train_as_plain_ones(monkeypatch, several, per_image):
         assert processes.sums == UPDATES  # once an update, however many micro-batches it has
 
 
+def test_gradients_of_a_pass_alone_are_its_own(monkeypatch):
+    """Nothing is summed in memory of its own where there is nothing to sum."""
+    processes = Processes(World(), torch.device("cpu"))
+    model = GreenMIM(CONFIG)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    arguments = model, trained, contextlib.nullcontext, torch.amp.GradScaler("cpu", enabled=False)
+    assert GraphedPasses(processes, *arguments, 1).gradient is None
+    assert all(parameter.grad is None for parameter in trained)
+    assert GraphedPasses(processes, *arguments, 2).gradient is not None
+    assert GraphedPasses(TwoAlike(), *arguments, 1).gradient is not None
+
+
 def test_losses_of_a_graph_are_kept_when_it_runs_again(monkeypatch):
-    monkeypatch.setattr(passes, "record", lambda work: work)
+    monkeypatch.setattr(passes, "record", lambda work, prepare: work)
     losses, _, _ = train(functools.partial(GraphedPasses, Processes(World(), torch.device("cpu"))))
     assert len({loss.data_ptr() for loss in losses}) == len(losses)
     assert len({loss.item() for loss in losses}) == len(losses)
