@@ -33,9 +33,10 @@ TOKENS = {1: 768, 2: 192, 3: 48, 4: 12}
 # What each file's figures depend on.
 STEP_CODE = (
     *MEASURED_CODE,
+    *(f"benchmarks/{name}.py" for name in ("steps", "step_variants", "step_processes", "costs")),
+    "benchmarks/measure.py",
     *(f"greenmim/{name}" for name in ("encoders", "mim.py", "decoder.py", "planning.py")),
     *(f"greenmim/training/{name}.py" for name in ("passes", "parallel", "onednn")),
-    "greenmim_kernels/host_memory.py",
     "benchmarks/naive_model.py",
     "benchmarks/simmim_model.py",
 )

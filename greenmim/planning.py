@@ -27,6 +27,7 @@ from .config import UNIT_PIXELS, ModelConfig, check_image_size
 
 _ALIGNMENT = 64  # bytes; kernels read 16 at a time
 _CHILDREN = ((0, 0), (1, 0), (0, 1), (1, 1))
+_PARTITION_TENSORS = ("token_index", "window_id", "coords")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Layout:
     hidden_index: Place
     patch_index: Place
     partitions: tuple[tuple[GroupPartition, GroupPartition], ...]
+
+    def places(self) -> tuple[Place, ...]:
+        """All of them; the same for plans of the same shapes."""
+        parts = [part for pair in self.partitions for part in pair]
+        inner = (getattr(part, name) for part in parts for name in _PARTITION_TENSORS)
+        return self.visible, self.unit_index, self.hidden_index, self.patch_index, *inner
 
 
 class Plan:
@@ -100,8 +107,8 @@ def _map_partitions(partitions, change):
     """Pairs of partitions with each of their tensors (or places) changed."""
 
     def changed(part: GroupPartition) -> GroupPartition:
-        names = ("token_index", "window_id", "coords")
-        return dataclasses.replace(part, **{name: change(getattr(part, name)) for name in names})
+        tensors = {name: change(getattr(part, name)) for name in _PARTITION_TENSORS}
+        return dataclasses.replace(part, **tensors)
 
     pairs = []
     for even, odd in partitions:

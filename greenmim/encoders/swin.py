@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from greenmim_kernels import GroupPartition, group_window_attention
+from greenmim_kernels import GroupPartition, group_window_attention, use_backend
+from greenmim_kernels.backends import forced_backend
 
 from ..config import PATCH_PIXELS, ModelConfig
 from ..planning import Plan
@@ -37,8 +38,16 @@ class VisibleBlock(SwinTransformerBlock):
             # The only thing random is stochastic depth; without it no generator's state need be
             # kept, which a CUDA graph could not repeat.
             random = isinstance(self.drop_path1, DropPath)
-            return checkpoint(self._run, x, part, use_reentrant=False, preserve_rng_state=random)
+            run = self._run
+            if not torch.compiler.is_compiling():  # which takes the backend as a constant
+                # On a GPU the backward pass has a thread of its own, where no backend is forced.
+                run = functools.partial(self._run_by, forced_backend())
+            return checkpoint(run, x, part, use_reentrant=False, preserve_rng_state=random)
         return self._run(x, part)
+
+    def _run_by(self, backend: str, x: Tensor, part: GroupPartition) -> Tensor:
+        with use_backend(backend):
+            return self._run(x, part)
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
         x = x + self.drop_path1(self._attend(self.norm1(x), part))

@@ -1,4 +1,4 @@
-"""Linear layers in float32 on x86 CPUs by oneDNN.
+"""Linear layers in float32 on x86 CPUs by oneDNN; all other calls of them are nn.Linear's.
 
 PyTorch gives float32 products to MKL. With the shapes of a training step on a CPU (few rows, and a
 weight that comes from memory) oneDNN, which every x86 build of PyTorch holds too, took a quarter
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # oneDNN wants one factor of a weight's gradient transposed, a copy that costs as much as this many
 # columns of the product gain: narrower ones stay with MKL, which needs no copy.
@@ -28,7 +29,11 @@ class OneDNNLinear(nn.Linear):
     """A linear layer for float32 tensors on a CPU; parameters and names are nn.Linear's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias)
+        weight = self.weight
+        float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+        if float32 and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return _Linear.apply(x, weight, self.bias)
+        return super().forward(x)
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -47,6 +52,7 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         rows, columns = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -60,7 +66,7 @@ class _Linear(torch.autograd.Function):
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """[M, O], [M, I] -> [O, I]"""
-    if x.shape[1] < MIN_COLUMNS:
+    if x.shape[1] < MIN_COLUMNS or len(x) == 0:  # oneDNN refuses a sum over nothing
         return grad.t() @ x
     return _product(grad.t().contiguous(), x.t())
 

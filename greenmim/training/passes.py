@@ -9,6 +9,7 @@ they are.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 
 import torch
@@ -53,7 +54,7 @@ class Passes:
             part: The number of the micro-batch in the update.
         """
         with gradients_kept_back(self.forward, part + 1 < self.parts):
-            return self._pass(images, plan)
+            return self._pass(images, plan, 1 / self.parts)
 
     def finish(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
         """Make the sum of an update ready for the optimiser: unscaled, clipped.
@@ -68,10 +69,11 @@ class Passes:
         """Forget the gradient."""
         optimizer.zero_grad(set_to_none=True)
 
-    def _pass(self, images: Tensor, plan: Plan) -> Tensor:
+    def _pass(self, images: Tensor, plan: Plan, share: float) -> Tensor:
+        """Add `share` of the gradient; the loss."""
         with self.autocast():
             loss = self.forward(images, plan=plan, loss_only=True).loss
-        self.scaler.scale(loss / self.parts).backward()
+        self.scaler.scale(loss * share).backward()
         return loss.detach()
 
 
@@ -98,8 +100,14 @@ class GraphedPasses(Passes):
     def run(self, images: Tensor, plan: Plan, part: int) -> Tensor:
         if self._replay is None:
             self._images, self._plan = images.clone(), Plan(plan.memory.clone(), plan.layout)
-            self._replay = record(self._recorded_pass, self._forget)
+            devices = [images.device] if images.device.type == "cuda" else []
+            # The warm-up draws, too (stochastic depth), but is no part of the run.
+            with torch.random.fork_rng(devices):
+                self._replay = record(self._recorded_pass, self._forget)
             self._forget_sum()  # of what the warm-up left
+        recorded = self._images.shape, self._plan.layout.places()
+        if recorded != (images.shape, plan.layout.places()):
+            raise ValueError("the passes were recorded for images or a plan of other shapes")
         self._images.copy_(images)
         self._plan.memory.copy_(plan.memory)
         self._replay()
@@ -107,7 +115,7 @@ class GraphedPasses(Passes):
 
     def finish(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
         if self.gradient is not None:
-            self.processes.sum_(self.gradient).div_(self.processes.world.size)
+            self.processes.sum_(self.gradient)
         return super().finish(optimizer, limit)
 
     def clear(self, optimizer: torch.optim.Optimizer) -> None:
@@ -124,7 +132,8 @@ class GraphedPasses(Passes):
                 parameter.grad = None
 
     def _recorded_pass(self) -> None:
-        self._loss = self._pass(self._images, self._plan)
+        share = 1 / (self.parts * self.processes.world.size)
+        self._loss = self._pass(self._images, self._plan, share)
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
@@ -153,6 +162,7 @@ def record(work: Callable[[], None], prepare: Callable[[], None]) -> Callable[[]
             work()
     torch.cuda.current_stream().wait_stream(stream)
     prepare()
+    gc.collect()  # tensors that nobody needs are not to be freed while recording
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as the one that pins batches, may go on calling CUDA meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

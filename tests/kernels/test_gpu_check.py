@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
+import torch
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Part
@@ -38,17 +42,35 @@ def test_what_does_not_fit_is_left_out_and_said():
     assert states(table) == {"good": "not reached: no time left"}
 
 
-def test_where_the_modules_are_missing_they_are_built_first(tmp_path, monkeypatch):
-    package = tmp_path / "greenmim_kernels"
-    package.mkdir()
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
-    assert not gpu_check.is_built()
-    for name in ("_C.abi3.so", "_C_cuda.abi3.so", "_partition.cpython-312-x86_64-linux-gnu.so"):
-        assert not gpu_check.is_built()
-        (package / name).touch()
-    assert gpu_check.is_built()
-    assert (gpu_check.pathlib.Path(__file__).parents[2] / gpu_check.BUILD.arguments[0]).exists()
+def test_what_a_part_started_ends_with_it(tmp_path):
+    file = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(file)!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    row = gpu_check.run_part(Part("slow", ("-c", code), 3), 60)
+    assert row["state"] == "failed: ran out of time"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # until it is reaped
+            os.kill(int(file.read_text()), 0)
+            time.sleep(0.1)
+
+
+def test_parts_leave_the_time_that_a_later_one_has_reserved():
+    part = Part("steps", ("-c", "print('fine')"), 60, reserved=59)
+    table = gpu_check.check((GOOD, part), 1, True, lambda table: None)
+    assert states(table) == {"good": "not reached: no time left", "steps": "passed"}
+
+
+def test_whether_the_modules_work_is_tried(monkeypatch):
+    """Without a GPU the CUDA backend does not, and the reason is the table's."""
+    row = gpu_check.run_part(gpu_check.TRY, 60)
+    assert (row["state"] == "passed") == gpu_check.is_built()
+    if not torch.cuda.is_available():
+        assert row["state"] == "failed" and row["said"]
+    assert (gpu_check.ROOT / gpu_check.BUILD.arguments[0]).exists()
 
 
 def test_parts_by_name():

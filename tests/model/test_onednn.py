@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,16 +15,19 @@ pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no one
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (0, 5), (4, 1, 5)])
+@pytest.mark.parametrize(
+    "shape", [(5,), (2, 3, 5), (0, 5), (4, 1, 5), (0, MIN_COLUMNS), (2, 0, MIN_COLUMNS)]
+)
 @pytest.mark.parametrize("strided", [False, True])
 def test_values_and_gradients_are_those_of_a_linear_layer(shape, bias, strided):
     torch.manual_seed(0)
-    plain = nn.Linear(5, 7, bias=bias)
-    ours = nn.Sequential(nn.Linear(5, 7, bias=bias))
+    columns = shape[-1]
+    plain = nn.Linear(columns, 7, bias=bias)
+    ours = nn.Sequential(nn.Linear(columns, 7, bias=bias))
     ours[0].load_state_dict(plain.state_dict())
     use_onednn(ours)
     assert type(ours[0]) is OneDNNLinear
-    x = torch.randn(*shape[:-1], 10)[..., ::2] if strided else torch.randn(shape)
+    x = torch.randn(*shape[:-1], 2 * columns)[..., ::2] if strided else torch.randn(shape)
     results = []
     for layer in (plain.double(), ours):
         leaf = x.to(next(layer.parameters()).dtype).requires_grad_()
@@ -44,8 +48,41 @@ def test_only_the_gradient_that_is_asked_for(need):
 
 def test_the_operator_keeps_its_promises():
     arguments = [torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)]
-    for tensor in arguments:
-        tensor.requires_grad_()
+    operator = torch.ops.greenmim.onednn_linear.default
+    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, [arguments[0], arguments[1], None])
+
+
+def test_what_it_is_not_made_for_is_left_to_pytorch():
+    layer, plain = OneDNNLinear(5, 7), nn.Linear(5, 7)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        for value in (x, x.bfloat16()):
+            out = layer(value)
+            assert out.dtype == torch.bfloat16
+            assert torch.equal(out, plain(value))
+    assert torch.equal(layer.double()(x.double()), plain.double()(x.double()))
+    with torch.device("meta"):
+        assert OneDNNLinear(5, 7)(torch.empty(3, 5)).shape == (3, 7)
+
+
+def test_a_second_derivative_is_refused():
+    layer, x = OneDNNLinear(5, 7), torch.randn(3, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_a_model_that_sees_everything_trains_with_it():
+    """Its decoder predicts no unit: products of no rows."""
+    model = small(decoder_dim=MIN_COLUMNS).float()
+    use_onednn(model)
+    plan = model.plan(np.ones(model.config.num_units, dtype=bool))
+    loss = model(images_for(model), plan=plan, loss_only=True).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_a_model_trains_and_compiles_with_it():

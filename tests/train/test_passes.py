@@ -8,11 +8,12 @@ import functools
 import numpy as np
 import pytest
 import torch
+from recording import CONFIG, Recording
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from greenmim import GreenMIM, ModelConfig
+from greenmim import GreenMIM
 from greenmim.cli import main
 from greenmim.masking import random_visible
 from greenmim.recipe import DataConfig, Recipe
@@ -24,10 +25,6 @@ from greenmim.training.passes import GraphedPasses, Passes
 from greenmim.training.reports import Reports
 from greenmim.training.world import World
 
-CONFIG = ModelConfig(
-    image_size=64, window_size=2, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8),
-    decoder_dim=32, decoder_heads=2,
-)  # fmt: skip
 PARTS, UPDATES = 2, 3
 
 
@@ -62,20 +59,6 @@ def train(make, per_image: bool = False, parts: int = PARTS) -> tuple[list, list
         optimizer.step()
         work.clear(optimizer)
     return losses, norms, dict(model.named_parameters())
-
-
-class Recording:
-    """What a graph does, without a GPU: replays write where the recorded call wrote."""
-
-    count = 0
-
-    def __call__(self, work, prepare):
-        for _ in range(passes.WARM_UP):
-            prepare()
-            work()
-        prepare()
-        self.count += 1
-        return lambda: (prepare(), work())
 
 
 @pytest.mark.parametrize("per_image", [False, True])
@@ -170,8 +153,20 @@ def count_copies_to_the_host(monkeypatch) -> list[bool]:
 
     for name in ("cpu", "item", "tolist", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, forbidden(name))
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, not_on_a_device(name, getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "to", to)
     return copies
+
+
+def not_on_a_device(name: str, original):
+    def made(*arguments, device=None, **options):
+        assert device is None or torch.device(device).type == "cpu", (
+            f"torch.{name} copies and waits"
+        )
+        return original(*arguments, **options)
+
+    return made
 
 
 def forbidden(name: str):
@@ -181,10 +176,10 @@ def forbidden(name: str):
     return waits
 
 
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_a_run_compiles_one_graph_for_all_masks(monkeypatch, tiny, photos, tmp_path):
     """Two: the backward pass is compiled with the forward pass, the last batch is as the first."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     torch._dynamo.reset()
     counters.clear()
     work = tmp_path / "run"
