@@ -117,6 +117,14 @@ def page(name: str, batch: int, mask_ratio: float) -> str:
             f" {total / 2**30:.2f} | {total / naive.total(batch):.0%} |"
             f" {total / dense.total(batch):.0%} |"
         )
+    gradients = 4 * rows[-1].state // STATE_BYTES / 2**30
+    lines.append(
+        "\nWhen the backward pass begins there are no gradients yet, and they grow as what is kept"
+        " is given back. Only a CUDA graph of several processes or micro-batches has memory of its"
+        f" own for them: {gradients:.2f} GiB more. *Together* is no peak, which has what one kernel"
+        " needs, images and an allocator's fragments, too; `benchmarks.steps` measures that on a"
+        " GPU."
+    )
     return "\n".join(lines) + "\n"
 
 
