@@ -199,6 +199,19 @@ def _sleep(connection):
     time.sleep(600)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_gpu_that_fails_leaves_a_reason_for_each_variant(tmp_path):
+    chosen = [v for v in variants("cuda") if v.name in ("naive", "simmim")]
+    rows: list[dict] = []
+    steps.measured_rows(PROBLEM, chosen, "cuda", 1, RATES, rows.append)
+    assert {row["variant"] for row in rows} == {"naive", "simmim"}
+    assert all("no reference: RuntimeError" in row["reason"] for row in rows)
+    file = tmp_path / "expected.pt"
+    assert in_child(save_reference, PROBLEM, False, "cpu", file) is None
+    row = in_child(steps._on_gpu, PROBLEM, chosen[0], file, 1, RATES)
+    assert row["variant"] == "naive" and row["reason"].startswith("RuntimeError")
+
+
 def test_knapsacks_hold_all_windows_and_fill_up():
     counts = [30, 20, 29, 19, 49, 1, 10, 39]
     groups = naive_model.knapsacks(counts, 49)
