@@ -20,8 +20,8 @@ class PeerError(Exception):
 class StopSignal:
     """While entered, signals that ask a program to end only set a flag to read later.
 
-    Those are SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and the first Ctrl-C: Slurm sends SIGTERM, and SIGUSR1
-    or SIGUSR2 (submitit) some time before a job's end.
+    Those are SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and the first Ctrl-C: Slurm sends SIGTERM, and
+    SIGUSR1 or SIGUSR2 (submitit) some time before a job's end.
 
     Attributes:
         received: The first of them; what follows it only says the same more urgently.

@@ -57,9 +57,11 @@ class Processes:
         hang_minutes: float | None = None,
     ) -> None:
         self.world, self.hang_minutes = world, hang_minutes
-        self._find_device = device if callable(device) else lambda: device
-        if not callable(device):
+        if isinstance(device, torch.device):
             self.device = device
+            self._find_device = lambda: device
+        else:
+            self._find_device = device
         self.watch: PeerWatch | None = None
 
     @property

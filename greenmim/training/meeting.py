@@ -101,7 +101,9 @@ def _verdict(found: list[dict[str, str] | None]) -> str:
     """Why the run cannot start; empty where it can."""
     for rank, facts in enumerate(found):
         if facts is not None and "error" in facts:
-            return f"Process {rank} on {facts['host']}: {facts['error']}" if rank else facts["error"]
+            return (
+                f"Process {rank} on {facts['host']}: {facts['error']}" if rank else facts["error"]
+            )
     missing = [rank for rank, facts in enumerate(found) if facts is None]
     if missing:
         names = ", ".join(map(str, missing))

@@ -27,7 +27,7 @@ PHASES = {"starting": 6, "first update": 3, "loading": 1, "computing": 1, "savin
 
 
 class AwakeClock:
-    """Seconds in which this process ran: time for which it was stopped (a suspended job) is left out.
+    """Seconds in which this process ran: time that it was stopped (a suspended job) is left out.
 
     Args:
         longest: A longer time between two readings counts as so much.

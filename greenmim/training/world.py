@@ -37,8 +37,8 @@ class World:
         """
         names = dict(_SRUN if _under_srun(environment) else _TORCHRUN)
         _refuse_mpirun(environment)
-        if not environment.get("LOCAL_RANK", "").strip():
-            names["local_rank"] = _SRUN["local_rank"]
+        if "RANK" in environment and not environment.get("LOCAL_RANK", "").strip():
+            names["local_rank"] = _SRUN["local_rank"]  # started by srun with variables set by hand
         found = {}
         for name, variable in names.items():
             text = environment.get(variable, "").strip()
@@ -52,8 +52,8 @@ class World:
         for name in ("rank", "local_rank"):
             if world.size > 1 and name not in found:
                 raise ValueError(
-                    f"{names['size']} is {world.size} but {names[name]} is not set; start through"
-                    " torchrun or srun, or set it."
+                    f"{names['size']} is {world.size} but {_TORCHRUN[name]} is not set; start"
+                    " through torchrun or srun, or set it."
                 )
         if world.rank >= world.size:
             raise ValueError(

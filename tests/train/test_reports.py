@@ -40,9 +40,11 @@ def test_reports_come_late_and_in_order() -> None:
 
 
 def test_a_gradient_scaler_may_overflow_while_it_finds_its_scale() -> None:
-    reports = Reports(Processes(World(), CPU), CPU, accumulate=1, norm_counts=False)
-    assert not send(reports, 1, [1.0], math.inf)
-    assert send(reports, 2, [math.nan])
+    reports = Reports(Processes(World(), CPU), CPU, accumulate=1)
+    assert not send(reports, 1, [1.0], math.inf, scale=torch.tensor(1.0))
+    assert send(reports, 2, [math.nan], scale=torch.tensor(65536.0))
+    assert send(reports, 3, [1.0], math.nan, scale=torch.tensor(0.5))  # not for its scale
+    assert not send(reports, 4, [1.0], 1.0, scale=torch.tensor(0.5))
 
 
 class TwoProcesses(Processes):
