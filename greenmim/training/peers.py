@@ -73,6 +73,7 @@ class PeerWatch:
         self._left = threading.Event()
         self._may_end = threading.Event()
         self._may_end.set()
+        self._ending = False
         self._place = (0, 0, "starting")
         self._hung: set[int] = set()
         self._told: dict[int, bytes] = {}
@@ -127,6 +128,8 @@ class PeerWatch:
     def wait_for_cause(self) -> str | None:
         """Why a collective failed: the process that died, or None when all are alive."""
         self._found.wait(self.silent_seconds + 3 * BEAT_SECONDS)
+        if self._ending:  # told already, and over in a moment
+            time.sleep(10 * BEAT_SECONDS)
         return self.cause
 
     def _find(self, cause: str | None) -> None:
@@ -166,6 +169,7 @@ class PeerWatch:
 
     def _end(self) -> None:
         """The main thread waits for what never comes; nor may this one, in a pipe nobody reads."""
+        self._ending = True
         text = f"greenmim: error: {self.cause}; process {self.rank} ends too."
         threading.Thread(
             target=lambda: print(text, file=sys.stderr, flush=True), daemon=True
