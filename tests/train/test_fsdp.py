@@ -9,7 +9,12 @@ import pytest
 import torch
 from crew import command, losses, run_crew
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_watch import TINY
 
+from greenmim.data.dataset import AugmentedImages
+from greenmim.data.sources import Folder
+from greenmim.mim import GreenMIM
+from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.training import parallel, pictures
 from greenmim.training.parallel import whole_weights
 
@@ -60,6 +65,22 @@ def test_a_picture_that_fails_ends_no_run(
     text = run_crew(argv, 2, tmp_path / "outputs", setup=nothing_to_draw)
     told = "no more pictures are drawn, for one failed: no room for a picture"
     assert text.count(told) == 1 and "finished: 2 epochs, 4 updates" in text
+
+
+def test_a_model_goes_on_learning_after_a_picture_that_failed(photos: Path, monkeypatch) -> None:
+    data = DataConfig(root=str(photos))
+    album = pictures.Album(
+        AugmentedImages(Folder(str(photos)), data, (96, 64), 0), 2, MaskConfig(0.5), (96, 64)
+    )
+
+    def fails(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pictures, "shown", fails)
+    model = GreenMIM(TINY)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        album.draw(model.train())
+    assert model.training and model.encoder.training
 
 
 def test_whole_weights_come_to_the_cpu_one_by_one(monkeypatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from greenmim.data.sampler import EpochSampler
 from greenmim.recipe import DataConfig, Recipe, UserError
 from greenmim.training.distributed import Processes
 from greenmim.training.reports import Reports
@@ -68,6 +69,19 @@ def test_losses_stand_in_the_order_of_the_global_batch() -> None:
     assert send(reports, 1, [2.0, 4.0], 0.5)
     (report,) = reports.read(1)
     assert report.bad_micro_batches() == [2]
+
+
+def test_files_of_an_update_are_named_without_a_new_order(monkeypatch) -> None:
+    """An order of millions of images takes seconds, and an update has many micro-batches."""
+    orders, real = [], EpochSampler._new_order
+    monkeypatch.setattr(
+        EpochSampler, "_new_order", lambda self, epoch: orders.append(epoch) or real(self, epoch)
+    )
+    sampler = EpochSampler(40, 2, epochs=2, accumulate=2, world_size=2)
+    seen = list(sampler)
+    named = [sampler.items(step, micro) for step in range(5, 10) for micro in (0, 2)]
+    assert named == seen[10:20] and orders == [0, 1]
+    assert sampler.items(0, 0) == seen[0] and orders == [0, 1, 0]
 
 
 # ---- the log on a full disk ---------------------------------------------------------------------
