@@ -198,6 +198,8 @@ class Feed:
             self._batches = None  # asks each to end, and waits for it
             late.cancel()
             self._kill()
+            for worker in self._workers:
+                worker.join(_CLOSE_SECONDS)
 
     def _kill(self) -> None:
         for worker in self._workers:

@@ -173,7 +173,7 @@ class Trainer:
                 self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
             if self.stop_asked and not last:
                 return self.stopped(step)
-            if last or self._due(step, recipe.log.pictures_every_epochs):
+            if not self.stop_asked and (last or self._due(step, recipe.log.pictures_every_epochs)):
                 run.processes.at(step, "drawing")
                 with run.autocast():
                     self.draw(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from crew import Crew, losses, wait_for
 
 from greenmim.data import dataset
@@ -159,3 +161,13 @@ def test_a_process_that_cannot_start_is_told_at_once(
     (line,) = crew.text().splitlines()
     assert re.search(wanted, line), line
     assert crew.text(1) == "" and not (tmp_path / "run").exists()
+
+
+def test_once_one_cannot_start_the_rest_is_not_waited_for_long(monkeypatch) -> None:
+    monkeypatch.setattr(meeting, "START_SECONDS", 40.0)
+    monkeypatch.setattr(meeting, "SHORT_SECONDS", 0.2)
+    store, error = dist.HashStore(), {"host": "a", "error": "no GPU"}
+    store.set("here/0", json.dumps(error))
+    started = time.monotonic()
+    found = meeting._gather(store, 2)
+    assert found == [error, None] and time.monotonic() - started < 20
