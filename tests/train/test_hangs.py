@@ -41,10 +41,8 @@ def stuck_loading(rank: int) -> None:
     dataset.read_crop = read_crop_of_a_dead_disk
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_hangs_is_named_with_its_place_and_stack(
-    victim: int, resumable, tmp_path: Path
-) -> None:
+def test_a_process_that_hangs_is_named_with_its_place_and_stack(resumable, tmp_path: Path) -> None:
+    victim = 1
     argv = resumable("run", 2, "--epochs", "50", "--hang-minutes", "0.1")
     options = {"setup": stuck_loading, "environment": {"VICTIM": str(victim)}}
     with Crew(argv, 2, tmp_path, **options) as crew:
@@ -67,7 +65,7 @@ def test_a_job_that_is_suspended_goes_on(resumable, tmp_path: Path) -> None:
             if number == signal.SIGSTOP:
                 done = len(losses(run))
                 assert done < 30
-                time.sleep(6)  # twice the patience
+                time.sleep(5)  # longer than the patience
         assert crew.wait(90) == [0, 0], crew.text() + crew.text(1)
     assert len(losses(run)) == 30
 
@@ -98,7 +96,7 @@ def slow_commit(rank: int) -> None:
     def save_atomic(state, path):
         if state["step"] == 4:
             Path(os.environ["HERE"], "writing").touch()
-            time.sleep(8)
+            time.sleep(7)
         real(state, path)
 
     run_folder.save_atomic = save_atomic
