@@ -6,7 +6,6 @@ import contextlib
 import warnings
 
 import torch
-import torch._dynamo.config as dynamo_config
 import torch.distributed as dist
 from torch import nn
 from torch._functorch import config as functorch_config
@@ -58,6 +57,8 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
 def _allow_graphs(count: int) -> None:
     # The blocks are one function to the compiler, which gives up a function after 8 graphs: for as
     # many blocks, with and without gradients.
+    import torch._dynamo.config as dynamo_config  # seconds, which only who compiles need spend
+
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(dynamo_config, name, max(getattr(dynamo_config, name), 2 * count))
 
