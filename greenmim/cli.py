@@ -19,8 +19,9 @@ from greenmim.recipe import Recipe, SlurmJob, UserError
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 bad input, told in one line; 3 stopped because losses were not finite;"
-    " 4 another process of the run died; 75 stopped by SIGTERM or SIGUSR1 after saving, repeat the"
-    " command with --resume; 130 the same after Ctrl-C"
+    " 4 another process of the run died, or one hung; 75 stopped by SIGTERM, SIGHUP, SIGUSR1 or"
+    " SIGUSR2 after saving, repeat the command with --resume; 130 the same after Ctrl-C; 1 an error"
+    " of greenmim itself, with its traceback"
 )
 
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("GREENMIM_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        arguments = _config_first(arguments)
         parser, commands = build_parser()
         options = parser.parse_args(arguments)
         if options.command is None:
@@ -84,6 +86,17 @@ def _underscores(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """The command, its --config, and the rest: a file would override the options before it."""
+    if arguments[:1] != ["pretrain"]:
+        return arguments
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", action="append", default=[])
+    found, rest = finder.parse_known_args(arguments[1:])
+    configs = [part for config in found.config for part in ("--config", config)]
+    return ["pretrain", *configs, *rest]
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -154,7 +167,7 @@ def _pretrain_parser() -> ArgumentParser:
         "--config",
         action=_Preset,
         metavar="NAME_OR_FILE",
-        help="a preset or a YAML file; options after it override its values",
+        help="a preset or a YAML file; options override its values",
     )
     parser.add_argument(
         "--resume",

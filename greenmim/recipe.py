@@ -179,6 +179,9 @@ class Recipe:
         threads: CPU threads of the training process; null leaves the choice to PyTorch.
         max_skipped: Stop after this many updates in a row with a loss or gradient that is not
             finite.
+        hang_minutes: With several processes: end the run when they wait so long for one of them
+            in an update (three times as long for the first, for saving and for pictures); null
+            waits for ever.
         model: The network.
         data: The images.
         mask: What is hidden.
@@ -201,6 +204,7 @@ class Recipe:
     backend: Literal["auto", "reference", "cpp", "cuda", "triton"] = "auto"
     threads: int | None = None
     max_skipped: int = 20
+    hang_minutes: float | None = 10.0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -215,6 +219,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (no tuples), the same after a trip through YAML or a checkpoint."""
         return _plain(dataclasses.asdict(self))
+
+
+# Slurm's warning comes three minutes before the end of a job.
+SHORTEST_JOB_HOURS = 0.25
 
 
 @dataclass(frozen=True)
@@ -244,6 +252,11 @@ class SlurmJob:
             value = getattr(self, name)
             if not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it has to be above 0.")
+        if self.hours < SHORTEST_JOB_HOURS:
+            raise UserError(
+                f"--hours is {self.hours}; it has to be at least {SHORTEST_JOB_HOURS}: a job too"
+                " short to start, get on and save would go back into the queue for ever."
+            )
 
     @property
     def processes(self) -> int:
@@ -301,6 +314,8 @@ def _check(recipe: Recipe) -> None:
             "--cuda-graph with --activation-checkpointing cannot repeat stochastic depth; set"
             " --model.drop-path 0 or leave one of them out."
         )
+    hang = recipe.hang_minutes
+    need(hang is None or hang > 0, "hang-minutes", hang, "above 0, or null for no limit")
     need(recipe.log.wandb != "", "log.wandb", recipe.log.wandb, "the name of a project")
     need(recipe.data.workers >= 0, "data.workers", recipe.data.workers, "0 or more")
     need(recipe.seed >= 0, "seed", recipe.seed, "0 or more")

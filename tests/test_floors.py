@@ -52,7 +52,12 @@ FLOORS = [
     ["greenmim.data.loader"],
     ["greenmim.training"],
     ["greenmim.training.world", "greenmim.training.onednn", "greenmim.training.schedule"],
-    ["greenmim.training.peers", "greenmim.training.parallel", "greenmim.training.training_state"],
+    [
+        "greenmim.training.meeting",
+        "greenmim.training.peers",
+        "greenmim.training.parallel",
+        "greenmim.training.training_state",
+    ],
     ["greenmim.training.distributed"],
     [
         "greenmim.training.run_folder",

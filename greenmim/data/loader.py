@@ -5,9 +5,13 @@ What is random is a function of the run's seed and a place in the run, see `seed
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import multiprocessing
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +28,11 @@ from greenmim.masking import block_visible, random_visible
 from greenmim.planning import Plan, Planner
 from greenmim.recipe import MaskConfig, UserError
 from greenmim.seeds import MASK, generator
+
+# A wait for a batch looks so often whether the run was asked to stop.
+_POLL_SECONDS = 2
+_CLOSE_SECONDS = 3.0
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +152,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
+        timeout=_POLL_SECONDS if workers else 0,  # no error: see `Feed.next`
         # Its own generator: a loader draws a seed when it starts, which must not move the run's
         # stream.
         generator=torch.Generator().manual_seed(0),
@@ -152,39 +162,61 @@ def make_loader(
 class Feed:
     """The batches of a loader, with the time spent waiting for them and the files that failed.
 
+    Args:
+        loader: The loader.
+        device: Where batches go.
+        give_up: Asked again and again while a batch does not come: whether to wait no longer.
+
     Attributes:
         waited: Seconds spent waiting so far.
         failures: (path, reason) of files that could not be read, each once.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self,
+        loader: DataLoader,
+        device: torch.device,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.device, self.give_up = device, give_up
         # Copies have a stream of their own: they run beside the update before.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0
         self.failures: list[tuple[str, str]] = []
         self._dataset: AugmentedImages = loader.dataset
         self._finish = Finish(loader.dataset.config, device)
+        others = set(multiprocessing.active_children())
         self._batches = iter(loader)
+        self._workers = set(multiprocessing.active_children()) - others
         self._named: set[str] = set()
 
-    def next(self) -> Batch:
-        """The next batch, on the device, as the model takes it.
+    def close(self) -> None:
+        """End the loader's processes, in a few seconds those that hang, too."""
+        late = threading.Timer(_CLOSE_SECONDS, self._kill)
+        late.start()
+        with _children_may_end():
+            self._batches = None  # asks each to end, and waits for it
+            late.cancel()
+            self._kill()
+            for worker in self._workers:
+                worker.join(_CLOSE_SECONDS)
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()
+
+    def next(self) -> Batch | None:
+        """The next batch, on the device, as the model takes it; None where waiting was given up.
 
         Raises:
             UserError: no image can be read any more, or a loader process died.
         """
         asked = time.perf_counter()
-        try:
-            batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"A loader process died ({' '.join(str(error).split())}); most often memory ran"
-                " out: lower --data.workers, or raise the limit of /dev/shm in a container."
-            ) from error
+        batch = self._wait()
         self.waited += time.perf_counter() - asked
+        if batch is None:
+            return None
         self._name(batch.failures)
         if batch.images is None:
             raise UserError(self._dataset.all_bad(batch.failures))
@@ -192,6 +224,23 @@ class Feed:
         if batch.flips is None:
             return batch
         return replace(batch, images=self._finish(batch.images, batch.flips), flips=None)
+
+    def _wait(self) -> Batch | None:
+        while True:
+            try:
+                return next(self._batches)
+            except RuntimeError as error:
+                if "DataLoader timed out" in str(error):
+                    if self.give_up():
+                        return None
+                    continue
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"A loader process died ({' '.join(str(error).split())}); most often memory"
+                    " ran out: lower --data.workers, or raise the limit of /dev/shm in a"
+                    " container."
+                ) from error
 
     def _to_device(self, batch: Batch) -> Batch:
         if self._copies is None:
@@ -224,8 +273,25 @@ class Feed:
         return taken
 
 
+@contextlib.contextmanager
+def _children_may_end() -> Iterator[None]:
+    """Inside, the end of a loader process is not the error that PyTorch takes it for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is not None:  # else it was no handler of Python's
+            signal.signal(signal.SIGCHLD, before)
+
+
 def _start_worker(worker: int) -> None:
     # A scheduler signals the whole process group; only the main process may decide what happens,
     # and it still needs batches until the update under way is done.
     for number in StopSignal.HANDLED:
         signal.signal(number, signal.SIG_IGN)
+    # So it would outlive that process, if that is killed while this one hangs.
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

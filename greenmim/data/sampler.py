@@ -71,6 +71,7 @@ class EpochSampler(Sampler[list[Item]]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.first_update = first_update
         self.shards = None if shards is None else np.tile(shards, repeats)
+        self._kept: tuple[int, np.ndarray] | None = None
         self.images_per_update = batch_size * accumulate * world_size
         self.updates_per_epoch = self.positions // self.images_per_update
         self.left_out = self.positions - self.updates_per_epoch * self.images_per_update
@@ -105,6 +106,12 @@ class EpochSampler(Sampler[list[Item]]):
         return self._items(self._order(step // self.updates_per_epoch), step, micro)
 
     def _order(self, epoch: int) -> np.ndarray:
+        # Kept, for an order takes seconds where there are many millions of images.
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = epoch, self._new_order(epoch)
+        return self._kept[1]
+
+    def _new_order(self, epoch: int) -> np.ndarray:
         rng = generator(self.seed, ORDER, epoch)
         if self.shards is None:
             return rng.permutation(self.positions)

@@ -13,16 +13,17 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from greenmim.guards import PeerError
 from greenmim.recipe import UserError
+from greenmim.training.meeting import meet
 from greenmim.training.peers import PeerWatch
-from greenmim.training.world import World, meeting_point
+from greenmim.training.world import World, run_name
 
 T = TypeVar("T")
-# How long processes wait for each other to start, and for a collective; a death is told sooner.
-START_MINUTES, COLLECTIVE_MINUTES = 10, 60
+# How long a collective waits. The watch finds deaths and hangs long before; and a job may be
+# suspended for hours, which this limit counts and the watch does not.
+COLLECTIVE_HOURS = 24
 _OF_A_COLLECTIVE = re.compile(
     r"gloo|nccl|connection|broken pipe|socket|timed? ?out|process group", re.IGNORECASE
 )
@@ -37,15 +38,30 @@ class Processes:
 
     Args:
         world: Which of them this is.
-        device: Where this process computes; CUDA tensors go through NCCL, CPU tensors through Gloo.
+        device: Where this process computes, or what finds it on entry and raises a UserError where
+            it cannot. CUDA tensors go through NCCL, CPU tensors through Gloo.
+        hang_minutes: As for `PeerWatch`.
+
+    Attributes:
+        device: Where this process computes.
 
     Raises:
-        UserError: on entry, when the others do not come.
+        UserError: on entry, when the others do not come, or one of them has no device.
         PeerError: on leaving, in place of the error of a collective that another's death broke.
     """
 
-    def __init__(self, world: World, device: torch.device) -> None:
-        self.world, self.device = world, device
+    def __init__(
+        self,
+        world: World,
+        device: torch.device | Callable[[], torch.device],
+        hang_minutes: float | None = None,
+    ) -> None:
+        self.world, self.hang_minutes = world, hang_minutes
+        if isinstance(device, torch.device):
+            self.device = device
+            self._find_device = lambda: device
+        else:
+            self._find_device = device
         self.watch: PeerWatch | None = None
 
     @property
@@ -55,18 +71,19 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if self.alone:
+            self.device = self._find_device()
             return self
         rank, size = self.world.rank, self.world.size
         try:
-            host, port = meeting_point()
-            start = datetime.timedelta(minutes=START_MINUTES)
-            store, _, _ = next(rendezvous(f"tcp://{host}:{port}", rank, size, timeout=start))
+            store, self.device, wrong = meet(self.world, self._find_device)
+            if wrong is not None:
+                raise self.common_error(wrong)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("group", store),
+                store=dist.PrefixStore(f"{run_name()}/group", store),
                 rank=rank,
                 world_size=size,
-                timeout=datetime.timedelta(minutes=COLLECTIVE_MINUTES),
+                timeout=datetime.timedelta(hours=COLLECTIVE_HOURS),
                 device_id=self.device if self.device.type == "cuda" else None,
             )
         except (ValueError, RuntimeError) as error:
@@ -74,7 +91,8 @@ class Processes:
                 f"Process {rank} of {size} cannot meet the others:"
                 f" {str(error).strip().splitlines()[0]}"
             ) from error
-        self.watch = PeerWatch(dist.PrefixStore("watch", store.clone()), rank, size)
+        watched = dist.PrefixStore(f"{run_name()}/watch", store.clone())
+        self.watch = PeerWatch(watched, rank, size, self.hang_minutes)
         self.watch.start()
         return self
 
@@ -94,6 +112,18 @@ class Processes:
                 raise PeerError(f"{cause}; process {self.world.rank} ends too.") from error
         else:
             self.watch.report(" ".join(str(error).split()) or kind.__name__)
+
+    def at(self, step: int, phase: str) -> None:
+        """Tell the watch that this process comes to a phase of an update (see `peers.PHASES`).
+
+        All processes come to the same phases in the same order.
+        """
+        if self.watch is not None:
+            self.watch.at(step, phase)
+
+    def finishing(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, this process does what needs no other one and is worth finishing if one dies."""
+        return contextlib.nullcontext() if self.watch is None else self.watch.finishing()
 
     def from_main(self, make: Callable[[], T]) -> T:
         """`make()` in the main process alone; what it gives, or its UserError, in all.

@@ -37,9 +37,13 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
     if recipe.strategy == "fsdp":
         # The prediction is a view, of which it warns in case somebody changes it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        for block in [*model.encoder.blocks(), *model.decoder_blocks]:
+        blocks = [*model.encoder.blocks(), *model.decoder_blocks]
+        if recipe.compile:
+            _allow_graphs(len(blocks))
+        for block in blocks:
             if recipe.compile:  # by block: the hooks around it are Python
-                block.compile(fullgraph=True)
+                # Sizes differ from stage to stage and never else: each has a graph of its own.
+                block.compile(fullgraph=True, dynamic=False)
             fully_shard(block)
         return fully_shard(model)
     # Compiled inside: DDP's own hooks stay outside the graph, which is then one piece.
@@ -48,6 +52,15 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have two names for it
         # Nothing here has buffers that change, so there are none to send.
         return DistributedDataParallel(inner, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _allow_graphs(count: int) -> None:
+    # The blocks are one function to the compiler, which gives up a function after 8 graphs: for as
+    # many blocks, with and without gradients.
+    import torch._dynamo.config as dynamo_config  # seconds, which only who compiles need spend
+
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo_config, name, max(getattr(dynamo_config, name), 2 * count))
 
 
 def recompute_pointwise(wanted: bool) -> None:
@@ -82,10 +95,15 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor
 
 
 def whole_weights(model: GreenMIM, keep: bool) -> dict[str, torch.Tensor]:
-    """The state dict with whole tensors, or {} without `keep`. A collective after fully_shard."""
+    """The state dict with whole tensors, or {} without `keep`. A collective after fully_shard.
+
+    What was in slices comes to the CPU, so that a GPU never holds more than one whole tensor of it.
+    """
     weights = {}
     for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+            tensor = tensor.cpu() if keep else None
         if keep:
-            weights[name] = whole
+            weights[name] = tensor
     return weights

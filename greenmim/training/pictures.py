@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -11,7 +13,9 @@ from greenmim.data.dataset import AugmentedImages
 from greenmim.data.images import open_fitted
 from greenmim.data.loader import draw_visible
 from greenmim.mim import GreenMIM
-from greenmim.recipe import MaskConfig
+from greenmim.recipe import MaskConfig, Recipe
+from greenmim.training.distributed import Processes
+from greenmim.training.parallel import whole_weights
 
 HIDDEN_GREY = 0.78
 _GAP = 2  # pixels between images
@@ -109,6 +113,58 @@ class Album:
         images = self.images.to(network.decoder_embed.weight.device)
         learning = network.training
         network.eval()
-        rows = shown(network, images, self.visible, self.mean, self.std)
-        network.train(learning)
-        return page(rows)
+        try:
+            return page(shown(network, images, self.visible, self.mean, self.std))
+        finally:
+            network.train(learning)
+
+
+class Painter:
+    """Draws what a model has learnt so far, in the main process; no error in it ends a run.
+
+    Args:
+        model: The model that learns.
+        recipe: The run.
+        dataset: Its images.
+        processes: Its processes.
+        say: Tells the reader.
+    """
+
+    def __init__(
+        self,
+        model: GreenMIM,
+        recipe: Recipe,
+        dataset: AugmentedImages,
+        processes: Processes,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.recipe, self.dataset = model, recipe, dataset
+        self.processes, self.say = processes, say
+        self.album: Album | None = None
+        self.failed = False
+
+    def draw(self) -> np.ndarray | None:
+        """A page, as `Album.draw` makes it. A collective."""
+        weights = None
+        if self.recipe.strategy == "fsdp" and not self.processes.alone:
+            # Only slices are brought together here. A model of its own, not compiled, is drawn with
+            # where they are: nothing that fails there keeps the other processes waiting.
+            weights = whole_weights(self.model, keep=self.processes.world.is_main)
+        if self.failed or not self.processes.world.is_main:
+            return None
+        try:
+            network = self.model if weights is None else self._copy(weights)
+            if self.album is None:
+                log, mask, size = self.recipe.log, self.recipe.mask, self.recipe.model.image_hw
+                self.album = Album(self.dataset, log.pictures, mask, size)
+            return self.album.draw(network)
+        except Exception as error:  # a full GPU, a disk that is gone: pictures are not the run
+            self.failed = True
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.say(f"no more pictures are drawn, for one failed: {reason}")
+            return None
+
+    def _copy(self, weights: dict[str, torch.Tensor]) -> GreenMIM:
+        network = GreenMIM(self.recipe.model)
+        network.load_state_dict(weights)
+        return network.to(self.processes.device)

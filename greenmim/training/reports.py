@@ -61,14 +61,10 @@ class Reports:
         processes: The processes of the run.
         device: Where the losses are.
         accumulate: Micro-batches of a process in an update.
-        norm_counts: Whether a norm that is not finite makes the update one to skip; not with a
-            gradient scaler, which finds its scale by such norms.
     """
 
-    def __init__(
-        self, processes: Processes, device: torch.device, accumulate: int, norm_counts: bool = True
-    ) -> None:
-        self.processes, self.device, self.norm_counts = processes, device, norm_counts
+    def __init__(self, processes: Processes, device: torch.device, accumulate: int) -> None:
+        self.processes, self.device = processes, device
         self.num_losses = accumulate * processes.world.size
         self._sent: deque[tuple[int, torch.Tensor, torch.cuda.Event | None, dict]] = deque()
 
@@ -78,6 +74,7 @@ class Reports:
         losses: list[torch.Tensor],
         grad_norm: torch.Tensor,
         *,
+        scale: torch.Tensor | None = None,
         stop: bool = False,
         news: bool = False,
         facts: dict[str, float] | None = None,
@@ -88,6 +85,9 @@ class Reports:
             step: Updates done with this one.
             losses: Scalar losses of this process's micro-batches, in order.
             grad_norm: Scalar.
+            scale: What a gradient scaler multiplied the loss with, a scalar on the device. It finds
+                the scale by norms that are not finite, and such an update counts as skipped only
+                where the scale is below 1 and can be the reason no more.
             stop: Whether this process was asked to stop.
             news: Whether this process has unreadable files to name.
             facts: For the reader in this process.
@@ -103,8 +103,10 @@ class Reports:
         vector[count + 1].fill_(float(news))
         vector[count + 2].fill_(float(stop))
         self.processes.sum_(vector)
-        told = vector[: count + 1] if self.norm_counts else vector[:count]
-        bad = told.isfinite().all().logical_not()
+        norm_counts = True if scale is None else scale < 1
+        bad = (vector[count].isfinite().logical_not() & norm_counts) | (
+            vector[:count].isfinite().all().logical_not()
+        )
         message = torch.cat([vector, bad.float()[None]])
         event = None
         if self.device.type == "cuda":

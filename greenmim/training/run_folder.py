@@ -132,7 +132,12 @@ class RunFolder:
                 raise UserError(_not_written(path, error)) from error
             self._remove_old(keep, state["steps_per_epoch"])
 
-        processes.from_main(commit)
+        def finish() -> None:
+            # What the others had to write is written: the death of one must not end this.
+            with processes.finishing():
+                commit()
+
+        processes.from_main(finish)
         return path
 
     def _nearest(self) -> Path:

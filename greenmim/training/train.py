@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import shlex
@@ -28,7 +29,7 @@ from greenmim.guards import EXIT_DIVERGED, StopSignal, exit_code_of
 from greenmim.recipe import Recipe
 from greenmim.seeds import FORWARD, torch_seed
 from greenmim.training.distributed import Processes
-from greenmim.training.pictures import Album
+from greenmim.training.pictures import Painter
 from greenmim.training.reports import LAG, Report, Reports
 from greenmim.training.run import (
     Run,
@@ -41,7 +42,7 @@ from greenmim.training.run import (
 from greenmim.training.run_log import RunLog, peak_memory_gib
 from greenmim.training.schedule import learning_rate, scaled_rates
 from greenmim.training.training_state import write_moments
-from greenmim.training.world import World
+from greenmim.training.world import World, launcher_note
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
     """
     with user_errors():
         world = World.from_environment()
-    device = choose_device(recipe, world)
-    with Processes(world, device) as processes:
+    with (
+        contextlib.ExitStack() as outside,
+        Processes(world, lambda: choose_device(recipe, world), recipe.hang_minutes) as processes,
+    ):
         run = prepare(recipe, resume, processes)
         if run.first_step >= run.total_steps:
             newest = run.folder.newest_checkpoint()
@@ -88,17 +91,21 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
             return Result(0, run.first_step, newest)
         processes.from_main(lambda: run.folder.start(recipe, run.first_step))
         folder = run.folder if world.is_main else None
+        # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the others,
+        # which are then finding out which one it was.
+        stop = outside.enter_context(StopSignal())
         with (
             RunLog(folder, recipe, run.first_step, run.total_steps) as log,
-            StopSignal() as stop,
             chosen_backend(recipe),
         ):
             _introduce(run, log)
-            return Trainer(run, log, stop).train()
+            trainer = Trainer(run, log, stop)
+            with contextlib.closing(trainer.feed):
+                return trainer.train()
 
 
 def _introduce(run: Run, log: RunLog) -> None:
-    for note in run.notes:
+    for note in filter(None, [*run.notes, launcher_note()]):
         log.say(note)
     log.event(
         "start",
@@ -121,16 +128,15 @@ class Trainer:
 
     def __init__(self, run: Run, log: RunLog, stop: StopSignal) -> None:
         self.run, self.log, self.stop = run, log, stop
-        self.feed = Feed(run.loader, run.device)
-        self.passes = run.passes()
-        self.reports = Reports(
-            run.processes,
-            run.device,
-            run.recipe.optim.accumulate,
-            norm_counts=not run.scaler.is_enabled(),
+        # One process alone need not wait for a loader that hangs; others would wait for it.
+        self.feed = Feed(
+            run.loader, run.device, lambda: run.processes.alone and stop.received is not None
         )
-        self.album: Album | None = None
+        self.passes = run.passes()
+        self.reports = Reports(run.processes, run.device, run.recipe.optim.accumulate)
+        self.painter = Painter(run.model, run.recipe, run.dataset, run.processes, log.say)
         self.checkpoint: Path | None = None
+        self.saved = run.first_step
         self.skipped, self.skipped_in_a_row = run.skipped, 0
         self.stop_asked = self.diverged = False
         self.unlogged: list[Report] = []
@@ -149,7 +155,8 @@ class Trainer:
                 warmup_epochs=recipe.schedule.warmup_epochs,
                 epochs=recipe.epochs,
             )
-            self.update(step, lr)
+            if not self.update(step, lr):
+                return self.stopped(step - 1)
             self.log.step_done()
 
             last = step == run.total_steps
@@ -158,20 +165,26 @@ class Trainer:
             self.take_note(step if last or now else step - LAG)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
-            stopping = (now or self.stop_asked) and not last
-            if last or stopping or self._due(step, recipe.checkpoint.every_epochs):
+            if last or now or self.stop_asked or self._save_due(step):
+                run.processes.at(step, "saving")
                 self.save(step)
-            elif recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0:
-                self.save(step)
-            if last or self._due(step, recipe.log.pictures_every_epochs):
-                self.draw(step)
-            if stopping:
+                self.saved = step
+                # A signal that came meanwhile has got its save.
+                self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
+            if self.stop_asked and not last:
                 return self.stopped(step)
+            if not self.stop_asked and (last or self._due(step, recipe.log.pictures_every_epochs)):
+                run.processes.at(step, "drawing")
+                with run.autocast():
+                    self.draw(step)
         self.finish()
         return Result(0, run.total_steps, self.checkpoint)
 
-    def update(self, step: int, lr: float) -> None:
-        """Forward and backward passes of the global batch, and one step of the optimiser."""
+    def update(self, step: int, lr: float) -> bool:
+        """Forward and backward passes of the global batch, and one step of the optimiser.
+
+        False where a signal ended the wait for a batch: the weights are those of the step before.
+        """
         run, recipe, optimizer, scaler = (
             self.run,
             self.run.recipe,
@@ -180,9 +193,13 @@ class Trainer:
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = []
+        losses, first = [], step == run.first_step + 1
         for part in range(recipe.optim.accumulate):
+            run.processes.at(step, "first update" if first else "loading")
             batch = self.feed.next()
+            if batch is None:
+                return False
+            run.processes.at(step, "first update" if first else "computing")
             # For stochastic depth, the one thing that a forward pass draws.
             torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, run.sampler.micro(part)))
             losses.append(self.passes.run(batch.images, batch.plan, part))
@@ -191,6 +208,7 @@ class Trainer:
             step,
             losses,
             norm,
+            scale=scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else None,
             stop=self.stop.received is not None,
             news=bool(self.feed.failures),
             facts={
@@ -205,6 +223,7 @@ class Trainer:
         scaler.step(optimizer)
         scaler.update()
         self.passes.clear(optimizer)
+        return True
 
     def take_note(self, up_to: int) -> None:
         """Read the reports of the updates up to one, and log what they say."""
@@ -245,27 +264,21 @@ class Trainer:
 
     def draw(self, step: int) -> None:
         """Show how well the model fills in hidden units."""
-        run, started = self.run, time.perf_counter()
-        # Slices of a model have to be brought together: then all processes take part.
-        if run.processes.world.is_main or run.recipe.strategy == "fsdp":
-            if self.album is None:
-                options = run.recipe.log.pictures, run.recipe.mask, run.recipe.model.image_hw
-                self.album = Album(run.dataset, *options)
-            with run.autocast():
-                picture = self.album.draw(run.model)
-            if picture is not None:
-                self.log.picture(step, "original, masked, reconstruction", picture)
+        started = time.perf_counter()
+        picture = self.painter.draw()
+        if picture is not None:
+            self.log.picture(step, "original, masked, reconstruction", picture)
         self.window_start += time.perf_counter() - started
 
     def stopped(self, step: int) -> Result:
-        """The end of a run that a signal stopped, already saved."""
+        """The end of a run that a signal stopped."""
+        if self.saved < step:  # it stopped between updates
+            self.save(step)
         names = self.run.processes.gather(self.stop.received)
         received = next(name for name in names if name is not None)
         self.log.event("stopped", step=step, signal=received.name)
-        self.log.say(
-            f"{received.name} received: saved {self.checkpoint}; the same command with --resume"
-            " goes on."
-        )
+        saved = f"saved {self.checkpoint}" if self.checkpoint else "there was nothing to save yet"
+        self.log.say(f"{received.name} received: {saved}; the same command with --resume goes on.")
         return Result(exit_code_of(received), step, self.checkpoint, received)
 
     def finish(self) -> None:
@@ -278,6 +291,11 @@ class Trainer:
             f"finished: {run.recipe.epochs} epochs, {run.total_steps} updates, {self.skipped}"
             f" skipped, {log.num_unreadable} unreadable images; checkpoint {self.checkpoint}"
         )
+
+    def _save_due(self, step: int) -> bool:
+        every = self.run.recipe.checkpoint
+        by_steps = bool(every.every_steps) and step % every.every_steps == 0
+        return by_steps or self._due(step, every.every_epochs)
 
     def _due(self, step: int, epochs: int | None) -> bool:
         return bool(epochs) and step % (epochs * self.run.steps_per_epoch) == 0
@@ -305,17 +323,18 @@ class Trainer:
         run = self.run
         self.skipped += 1
         self.skipped_in_a_row += 1
-        micro = report.bad_micro_batches()
-        files = [
-            run.dataset.path(item.position % len(run.dataset))
-            for index in micro
-            for item in run.sampler.items(report.step - 1, index)
-        ]
-        self.log.event("skipped", step=report.step, micro_batches=micro, files=files)
-        self.log.say(
-            f"update {report.step} was skipped: its loss or gradient is not finite"
-            f" ({len(files)} images, the first {files[0]}; all in log.jsonl)"
-        )
+        if run.processes.world.is_main:
+            micro = report.bad_micro_batches()
+            files = [
+                run.dataset.path(item.position % len(run.dataset))
+                for index in micro
+                for item in run.sampler.items(report.step - 1, index)
+            ]
+            self.log.event("skipped", step=report.step, micro_batches=micro, files=files)
+            self.log.say(
+                f"update {report.step} was skipped: its loss or gradient is not finite"
+                f" ({len(files)} images, the first {files[0]}; all in log.jsonl)"
+            )
         if self.skipped_in_a_row >= run.recipe.max_skipped:
             self.diverged = True
             self.log.event("diverged", step=report.step, skipped=self.skipped)

@@ -38,7 +38,7 @@ def train(
     make = functools.partial(GraphedPasses, processes) if graphed else Passes
     forward = torch.compile(model, fullgraph=True) if compiled else model
     work = make(forward, trained, autocast, scaler, parts)
-    reports = Reports(processes, device, parts, norm_counts=not scaler.is_enabled())
+    reports = Reports(processes, device, parts)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     batches = []
     for _ in range(UPDATES * parts):
@@ -55,7 +55,10 @@ def train(
                 images = images.to(device, non_blocking=True)
                 losses.append(work.run(images, plan.to(device, non_blocking=True), part))
             norm = work.finish(optimizer, limit=1.0)
-            bad = reports.send(update, losses[-parts:], norm)
+            scale = None
+            if scaler.is_enabled():
+                scale = scaler.scale(torch.ones((), device=device))
+            bad = reports.send(update, losses[-parts:], norm, scale=scale)
             if not scaler.is_enabled():
                 optimizer.found_inf = bad.float()
             scaler.step(optimizer)

@@ -18,7 +18,13 @@ from greenmim.cli import main
 from greenmim.recipe import DataConfig, Recipe, UserError
 from greenmim.training.run import choose_device
 from greenmim.training.run_log import read_log
-from greenmim.training.world import World, first_host, meeting_point
+from greenmim.training.world import (
+    World,
+    first_host,
+    launcher_note,
+    meeting_point,
+    run_name,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 SRUN = {
@@ -33,9 +39,54 @@ SRUN = {
 
 def test_srun_says_who_and_where() -> None:
     assert World.from_environment(SRUN) == World(9, 1, 16)
-    assert meeting_point(SRUN) == ("gpu03", 20000 + 123458 % 20000)
+    host, port = meeting_point(SRUN)
+    assert host == "gpu03" and 20000 <= port < 32768
     chosen = {**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "5000"}
     assert meeting_point(chosen) == ("head", 5000)
+
+
+def test_steps_on_one_node_keep_apart() -> None:
+    steps = [
+        {**SRUN, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        for job in range(1000, 1004)
+        for step in range(3)
+    ]
+    ports = [meeting_point(step)[1] for step in steps]
+    assert len(set(ports)) == len(ports) and all(20000 <= port < 32768 for port in ports)
+    assert len(set(map(run_name, steps))) == len(steps)
+
+
+def test_a_local_rank_that_nobody_says() -> None:
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8"}
+    assert World.from_environment({**torchrun, "SLURM_LOCALID": "1"}) == World(5, 1, 8)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 8 but LOCAL_RANK is not set"):
+        World.from_environment(torchrun)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 8 but RANK is not set"):
+        World.from_environment({"LOCAL_RANK": "1", "WORLD_SIZE": "8"})
+    assert World.from_environment({"RANK": "0", "WORLD_SIZE": "1"}) == World()
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_mpirun_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="mpirun started 4 processes .* torchrun or srun"):
+        World.from_environment({name: "4"})
+    assert World.from_environment({name: "1"}) == World()
+    ranked = {name: "4", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    assert World.from_environment(ranked) == World(1, 1, 4)
+    if name == "PMI_SIZE":  # of srun's own protocol
+        assert World.from_environment({**SRUN, name: "16"}).size == 16
+
+
+def test_what_torchrun_does_to_a_run_that_is_to_stop() -> None:
+    assert launcher_note({}) is None
+    torchrun = {"TORCHELASTIC_RUN_ID": "none"}
+    note = launcher_note({**torchrun, "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT"})
+    assert "--shutdown-timeout" in note and "--signals-to-handle" in note
+    told = {
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGUSR1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+    }
+    assert launcher_note({**torchrun, **told}) is None
 
 
 def test_torchrun_under_srun_wins_and_a_batch_script_is_one_process() -> None:
@@ -177,6 +228,8 @@ def test_a_job_is_checked_before_it_is_submitted(
     argv = command(tiny, photos, tmp_path / "run", "--launcher", "slurm")
     assert main([*argv, "--nodes", "0"]) == 2
     assert "--nodes is 0" in capsys.readouterr().err
+    assert main([*argv, "--hours", "0.05"]) == 2
+    assert "--hours is 0.05" in capsys.readouterr().err
     assert main([*argv, "--nodes", "3"]) == 2  # 24 processes x 3 images > 12
     assert "fewer than the 72 of one update" in capsys.readouterr().err
     assert main([*argv, "--gpus-per-node", "2", "--dry-run"]) == 0

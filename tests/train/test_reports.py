@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from greenmim.data.sampler import EpochSampler
 from greenmim.recipe import DataConfig, Recipe, UserError
 from greenmim.training.distributed import Processes
 from greenmim.training.reports import Reports
@@ -40,9 +41,11 @@ def test_reports_come_late_and_in_order() -> None:
 
 
 def test_a_gradient_scaler_may_overflow_while_it_finds_its_scale() -> None:
-    reports = Reports(Processes(World(), CPU), CPU, accumulate=1, norm_counts=False)
-    assert not send(reports, 1, [1.0], math.inf)
-    assert send(reports, 2, [math.nan])
+    reports = Reports(Processes(World(), CPU), CPU, accumulate=1)
+    assert not send(reports, 1, [1.0], math.inf, scale=torch.tensor(1.0))
+    assert send(reports, 2, [math.nan], scale=torch.tensor(65536.0))
+    assert send(reports, 3, [1.0], math.nan, scale=torch.tensor(0.5))  # not for its scale
+    assert not send(reports, 4, [1.0], 1.0, scale=torch.tensor(0.5))
 
 
 class TwoProcesses(Processes):
@@ -66,6 +69,19 @@ def test_losses_stand_in_the_order_of_the_global_batch() -> None:
     assert send(reports, 1, [2.0, 4.0], 0.5)
     (report,) = reports.read(1)
     assert report.bad_micro_batches() == [2]
+
+
+def test_files_of_an_update_are_named_without_a_new_order(monkeypatch) -> None:
+    """An order of millions of images takes seconds, and an update has many micro-batches."""
+    orders, real = [], EpochSampler._new_order
+    monkeypatch.setattr(
+        EpochSampler, "_new_order", lambda self, epoch: orders.append(epoch) or real(self, epoch)
+    )
+    sampler = EpochSampler(40, 2, epochs=2, accumulate=2, world_size=2)
+    seen = list(sampler)
+    named = [sampler.items(step, micro) for step in range(5, 10) for micro in (0, 2)]
+    assert named == seen[10:20] and orders == [0, 1]
+    assert sampler.items(0, 0) == seen[0] and orders == [0, 1, 0]
 
 
 # ---- the log on a full disk ---------------------------------------------------------------------
