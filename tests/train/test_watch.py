@@ -28,8 +28,8 @@ from greenmim.mim import GreenMIM
 from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.tools.loading import load_model
 from greenmim.training.estimate import autocast_as_on, forward_flops, kept_bytes
+from greenmim.training.log_file import read_log
 from greenmim.training.pictures import HIDDEN_GREY, Album
-from greenmim.training.run_log import read_log
 
 F_LAYER_NORM = nn.functional.layer_norm
 
