@@ -190,6 +190,7 @@ class RunFolder:
         return None
 
     def _undo(self, path: Path) -> None:
+        self.lease.check()  # what is there now may be another command's
         if not path.exists():
             shutil.rmtree(moments_folder(path), ignore_errors=True)
 
