@@ -318,5 +318,4 @@ def first_line(error: BaseException) -> str:
 
 
 def _reason(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror}{where}" if error.strerror else first_line(error)
+    return error.strerror or first_line(error)
