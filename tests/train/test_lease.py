@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from functools import partial
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from greenmim.cli import main
 from greenmim.recipe import CheckpointConfig, UserError
 from greenmim.training.distributed import Processes
-from greenmim.training.lease import NAME, Holder, Lease, _here
+from greenmim.training.lease import NAME, Holder, Lease, _here, _state_and_birth
 from greenmim.training.run_folder import RunFolder
 from greenmim.training.world import World
 
@@ -48,7 +49,7 @@ def hold_for_ever(folder: str) -> None:
 
 @pytest.fixture
 def killed_holder(tmp_path: Path):
-    """A folder whose holder was killed and not yet waited for."""
+    """A folder whose holder was killed."""
     process = context.Process(target=hold_for_ever, args=(str(tmp_path / "run"),))
     process.start()
     wait_for((tmp_path / "run" / NAME).exists)
@@ -68,6 +69,20 @@ def test_a_killed_holder_on_this_machine_is_replaced_at_once(killed_holder: Path
     assert shown(killed_holder).token == token and shown(killed_holder).pid == os.getpid()
     lease.release()
     assert not list(killed_holder.iterdir())
+
+
+def test_a_killed_holder_that_nobody_waited_for_is_replaced_at_once(tmp_path: Path) -> None:
+    """As in a container, whose first process may not do that."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        _, born = _state_and_birth(process.pid)
+        left_by(tmp_path, pid=process.pid, born=born)
+        with pytest.raises(UserError, match=f"in use by process {process.pid} on"):
+            Lease(tmp_path).acquire()
+        process.kill()
+        wait_for(lambda: shown(tmp_path).is_gone())
+        lease = Lease(tmp_path)
+        lease.acquire()
+        lease.release()
 
 
 def test_a_later_process_with_the_same_number_is_another(tmp_path: Path) -> None:
@@ -173,14 +188,16 @@ def test_the_file_is_touched_while_it_is_held(tmp_path: Path, monkeypatch) -> No
 
 @pytest.mark.parametrize(("job", "restarts", "taken"), [("42", "1", True), ("43", "1", False)])
 def test_a_job_that_was_requeued_takes_its_own_folder(
-    job: str, restarts: str, taken: bool, tmp_path: Path, monkeypatch
+    job: str, restarts: str, taken: bool, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     left_by(tmp_path, place="other", job="42")
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     lease = Lease(tmp_path)
     if taken:
+        lease.stale_seconds = 2.0
         lease.acquire()
+        assert capsys.readouterr().out == ""  # did not wait
         assert shown(tmp_path).restarts == 1
         lease.release()
     else:
