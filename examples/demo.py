@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from greenmim import cli
-from greenmim.training.run_log import read_log
+from greenmim.training.log_file import read_log
 
 # The photographs among the wheel's pictures; drawings, text and test patterns are left out.
 PHOTOGRAPHS = (

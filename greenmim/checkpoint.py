@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pathlib
 import pickle
@@ -30,6 +31,8 @@ _BUFFERS = ("relative_position_index", "attn_mask")
 # What official files hold beside tensors and plain values: the command line they were made with.
 _PLAIN_CLASSES = [argparse.Namespace, pathlib.PosixPath]
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+# What file systems say that have no fsync for a folder: FUSE, some network file systems.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 def convert_checkpoint(
@@ -127,7 +130,7 @@ def _relative_position_index(name: str, table: Tensor) -> Tensor:
     return offset[..., 0] * (2 * side - 1) + offset[..., 1]
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, Any]:
     """The whole content of a checkpoint file, on the CPU.
 
     Pickles are read with ``weights_only``: tensors and plain values, the ``argparse.Namespace`` of
@@ -135,6 +138,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Args:
         path: a .safetensors file, or one written by ``torch.save``.
+        lazily: leave tensors of the latter on the disk until they are used.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -148,7 +152,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_PLAIN_CLASSES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except (
         safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError,
         UnicodeDecodeError,
@@ -228,6 +232,19 @@ def save_safetensors(
     )
 
 
+def save_text(text: str, path: str | os.PathLike) -> None:
+    """A file of text in UTF-8, written like :func:`save_atomic`.
+
+    Args:
+        text: its content.
+        path: the file to write or replace; its folder must be there.
+
+    Raises:
+        OSError: as :func:`save_atomic`.
+    """
+    _write_atomic(lambda beside: beside.write_text(text, encoding="utf-8"), pathlib.Path(path))
+
+
 def _write_atomic(write: Callable[[pathlib.Path], None], path: pathlib.Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -245,9 +262,15 @@ def _write_atomic(write: Callable[[pathlib.Path], None], path: pathlib.Path) -> 
 
 
 def sync_folder(path: pathlib.Path) -> None:
-    """Bring the names in a folder to the disk: after it, a power cut does not undo a rename."""
+    """Bring the names in a folder to the disk: after it, a power cut does not undo a rename.
+
+    On a file system that does this for files only there is nothing to do.
+    """
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(folder)

@@ -51,7 +51,13 @@ FLOORS = [
     ["greenmim.data.dataset"],
     ["greenmim.data.loader"],
     ["greenmim.training"],
-    ["greenmim.training.world", "greenmim.training.onednn", "greenmim.training.schedule"],
+    [
+        "greenmim.training.world",
+        "greenmim.training.onednn",
+        "greenmim.training.schedule",
+        "greenmim.training.lease",
+        "greenmim.training.log_file",
+    ],
     [
         "greenmim.training.meeting",
         "greenmim.training.peers",

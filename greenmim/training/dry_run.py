@@ -38,7 +38,7 @@ def dry_run(
     check_trackers(recipe)
     precision = precision_of(recipe, device)
     source = source_of(recipe)
-    checkpoint, notes = find_checkpoint(RunFolder(recipe.work_dir), resume)
+    found = find_checkpoint(RunFolder(recipe.work_dir), resume)
     with user_errors():
         visible = num_visible_units(recipe.model.num_units, recipe.mask.ratio)
         sampler = make_sampler(recipe, source, World(size=processes), first_update=0)
@@ -66,7 +66,7 @@ def dry_run(
         f" {sampler.left_out} images left out of each epoch",
         f"schedule         {scaled_rates(recipe, sampler.images_per_update)[2]}; warm-up"
         f" {recipe.schedule.warmup_epochs:g} epochs",
-        f"checkpoint       {checkpoint or 'none: the run starts from the beginning'}",
-        *notes,
+        f"checkpoint       {found.checkpoint or 'none: the run starts from the beginning'}",
+        *found.notes,
     ]
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False), lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ class Run:
 
     Attributes:
         forward: What to call in place of `model`: compiled, or spread over the processes.
+        first_step: Updates done, in the schedule's count.
+        shift: Updates ever done, less `first_step`: not 0 after a change of the updates per epoch.
+        kept: Updates done at the folder's own checkpoint that the run goes on from; 0 without one.
         skipped: Updates skipped before `first_step`.
         notes: What the user should know, one line each.
     """
@@ -74,6 +78,8 @@ class Run:
     sampler: EpochSampler
     loader: DataLoader
     first_step: int
+    shift: int
+    kept: int
     skipped: int
     notes: list[str]
 
@@ -124,9 +130,20 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
 
     source = processes.from_main(lambda: source_of(recipe))
     folder = RunFolder(recipe.work_dir)
-    checkpoint, notes = processes.from_main(lambda: find_checkpoint(folder, resume))
+    state = None
+
+    def find() -> tuple[Path | None, list[str]]:
+        nonlocal state
+        folder.lease.check_free()
+        folder.note_found()
+        found = find_checkpoint(folder, resume)
+        state = found.state  # stays here: the others read it themselves
+        return found.checkpoint, found.notes
+
+    checkpoint, notes = processes.from_main(find)
     with processes.agreed():
-        state = read_run_checkpoint(checkpoint) if checkpoint else None
+        if checkpoint and state is None:
+            state = read_run_checkpoint(checkpoint)
         torch.manual_seed(recipe.seed)
         with user_errors():
             model = GreenMIM(recipe.model)
@@ -137,7 +154,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
             model.load_state_dict(state["model"])
         dataset = AugmentedImages(source, recipe.data, recipe.model.image_hw, recipe.seed)
         dataset.check_readable()
-    processes.from_main(lambda: _check_room(folder, model))
+    processes.from_main(lambda: _check_room(folder, model, recipe.checkpoint.keep_last))
 
     notes = [*_facts(recipe, model, processes, precision, sampler), *notes]
     model.to(device)
@@ -148,14 +165,16 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     forward = distribute(model, recipe, processes.alone)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    first_step = skipped = 0
+    first_step = shift = kept = skipped = 0
     if state is not None:
         restore_moments(model, optimizer, checkpoint, processes)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         first_step, skipped = place_of(state, sampler, notes), state["skipped"]
+        updates = state.get("updates", state["step"])
+        shift, kept = updates - first_step, updates if folder.owns(checkpoint) else 0
         notes += changes(state["recipe"], recipe)
-        notes.append(f"resumed after update {first_step} from {checkpoint}")
+        notes.append(f"resumed after update {updates} from {checkpoint}")
     elif resume is not None:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
 
@@ -177,6 +196,8 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
         sampler,
         loader,
         first_step,
+        shift,
+        kept,
         skipped,
         notes,
     )
@@ -238,7 +259,7 @@ def user_errors() -> Iterator[None]:
 
 
 def run_state(run: Run, step: int, skipped: int) -> dict[str, Any]:
-    """What a checkpoint's file holds after `step` updates. A collective with FSDP.
+    """What a checkpoint's file holds after `step` updates of the schedule. A collective with FSDP.
 
     There is no state of random generators in it: what is random follows from the step.
     """
@@ -246,6 +267,7 @@ def run_state(run: Run, step: int, skipped: int) -> dict[str, Any]:
         "format": RUN_FORMAT,
         "version": RUN_VERSION,
         "step": step,
+        "updates": step + run.shift,
         "epoch": step / run.steps_per_epoch,
         "steps_per_epoch": run.steps_per_epoch,
         "images_per_update": run.sampler.images_per_update,
@@ -305,13 +327,16 @@ def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
-def _check_room(folder: RunFolder, model: GreenMIM) -> None:
-    needed = _CHECKPOINT_BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
+def _check_room(folder: RunFolder, model: GreenMIM, keep_last: int) -> None:
+    one = _CHECKPOINT_BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
+    # The new one is whole before the oldest is removed.
+    more = max(keep_last + 1 - len(folder.by_step()), 1)
     free = folder.free_bytes()
-    if free is not None and free < needed:
+    if free is not None and free < more * one:
         raise UserError(
-            f"--work-dir {folder.path}: a checkpoint takes {needed / 1e6:.0f} MB and the disk has"
-            f" {free / 1e6:.0f} MB left; make room or choose another folder."
+            f"--work-dir {folder.path}: a checkpoint takes {one / 1e6:.0f} MB, the run needs room"
+            f" for {more} and the disk has {free / 1e6:.0f} MB left; make room, choose another"
+            " folder or a lower --checkpoint.keep-last."
         )
 
 

@@ -3,26 +3,33 @@
 A checkpoint is `step_N.pth` (weights and all that is small) and the folder `step_N.optimizer` (the
 moments, see `training_state`). The folder is written first and the file is renamed into place last:
 a checkpoint is whole where its file is, whatever killed the run.
+
+N counts the updates ever done. It grows whatever happens to the schedule's own count, which starts
+anew at the same place of the schedule when a run goes on with another number of updates per epoch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from greenmim.checkpoint import load_checkpoint, save_atomic, sync_folder
+from greenmim.checkpoint import load_checkpoint, save_atomic, save_text, sync_folder
 from greenmim.recipe import CheckpointConfig, Recipe, UserError
 from greenmim.training.distributed import Processes
+from greenmim.training.lease import Lease
+from greenmim.training.training_state import moments_sizes
 
 RUN_FORMAT = "greenmim.pretrain"
 RUN_VERSION = 2
 _STEP_FILE = re.compile(r"step_(\d+)\.pth")
+_MOMENTS_FOLDER = re.compile(r"step_\d+\.optimizer")
 _LEFT_OVER = re.compile(r"\.(step_\d+\.pth|last)\.\d+")
 
 
@@ -36,10 +43,38 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.pth"
+        self.lease = Lease(self.path)
+        self.notes: list[str] = []  # on what went wrong without harm, for the user
+        self._told: set[str] = set()
+        self._epochs: dict[Path, float] = {}
+        self._found: set[int] | None = None
+
+    @contextlib.contextmanager
+    def held(self, processes: Processes) -> Iterator[None]:
+        """Keep other commands out of the folder. A collective.
+
+        Raises:
+            UserError: another command runs in it, or the processes see different folders.
+        """
+        token = processes.from_main(self.lease.acquire)
+        try:
+            with processes.agreed():
+                self.lease.must_be_seen(token)
+            yield
+        finally:
+            self.lease.release()
+
+    def note_found(self) -> None:
+        """Remember what is here: `start` refuses when it has changed."""
+        self._found = set(self.by_step())
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return self.config.exists() or self.log.exists() or bool(self.by_step())
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run, set aside or not."""
+        return self.checkpoints.resolve() in checkpoint.resolve().parents
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint with the most steps."""
@@ -70,23 +105,26 @@ class RunFolder:
         usage = shutil.disk_usage(self._nearest())
         return usage.free if usage.total else None
 
-    def start(self, recipe: Recipe, first_step: int) -> None:
+    def start(self, recipe: Recipe, kept: int) -> None:
         """Make the folder and save the resolved recipe.
 
-        Checkpoints beyond `first_step`, of a course that the run leaves, are set aside.
+        Checkpoints beyond update `kept`, of a course that the run leaves, are set aside.
 
         Raises:
-            UserError: the system refuses.
+            UserError: the system refuses, or another command was here since `note_found`.
         """
         text = "# Resolved recipe of this run; pass it back with --config.\n" + yaml.safe_dump(
             recipe.to_dict(), sort_keys=False
         )
+        if self._found is not None and set(self.by_step()) != self._found:
+            raise UserError(
+                f"Another command wrote checkpoints in --work-dir {self.path} while this one"
+                " started; repeat it."
+            )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            temporary = self.config.with_name(f".{self.config.name}.{os.getpid()}")
-            temporary.write_text(text)
-            os.replace(temporary, self.config)
-            self._set_aside(first_step)
+            save_text(text, self.config)
+            self._set_aside(kept)
         except OSError as error:
             raise UserError(
                 f"--work-dir {self.path} cannot be written: {error.strerror}."
@@ -98,8 +136,8 @@ class RunFolder:
         keep: CheckpointConfig,
         write_moments: Callable[[Path], None],
         processes: Processes,
-    ) -> Path:
-        """Write a checkpoint of `state["step"]`, point last.pth to it, remove the oldest ones.
+    ) -> tuple[Path, str | None]:
+        """Write a checkpoint of `state["updates"]`, point last.pth to it, remove the oldest ones.
 
         A collective: every process calls it.
 
@@ -109,36 +147,58 @@ class RunFolder:
             write_moments: Writes the optimiser's state into a new folder; a collective.
             processes: The processes of the run.
 
+        Returns:
+            The checkpoint, and in all processes alike why it could not be written (disk full,
+            folder gone), if so; older ones are untouched then.
+
         Raises:
-            UserError: it cannot be written (disk full, folder gone); older ones are untouched.
+            UserError: another command took the folder over.
         """
-        path = self.checkpoints / f"step_{state['step']:08d}.pth"
+        path = self.checkpoints / f"step_{state['updates']:08d}.pth"
         moments = moments_folder(path)
-        processes.from_main(lambda: self._remove_left_overs(path))
-        try:
-            write_moments(moments)
-        except OSError as error:
-            processes.from_main(lambda: shutil.rmtree(moments, ignore_errors=True))
-            raise processes.common_error(_not_written(path, error)) from error
-
-        def commit() -> None:
+        processes.from_main(self.lease.check)
+        problem = processes.from_main(self._remove_left_overs)
+        if problem is None:
             try:
-                sync_folder(moments)
-                save_atomic(state, path)
-                self._point_to(path)
+                write_moments(moments)
             except OSError as error:
-                if not path.exists():
-                    shutil.rmtree(moments, ignore_errors=True)
-                raise UserError(_not_written(path, error)) from error
-            self._remove_old(keep, state["steps_per_epoch"])
+                problem = _reason(error)
+        if problem is None:
 
-        def finish() -> None:
-            # What the others had to write is written: the death of one must not end this.
-            with processes.finishing():
-                commit()
+            def commit() -> str | None:
+                # What the others had to write is written: the death of one must not end this.
+                with processes.finishing():
+                    return self._commit(state, path)
 
-        processes.from_main(finish)
-        return path
+            problem = processes.from_main(commit)
+        if problem is None:
+            processes.from_main(lambda: self._remove_old(keep))
+        else:
+            processes.from_main(lambda: self._undo(path))
+        return path, problem
+
+    def take_notes(self) -> list[str]:
+        """What went wrong without harm since the last call."""
+        notes, self.notes = self.notes, []
+        return notes
+
+    def _commit(self, state: dict[str, Any], path: Path) -> str | None:
+        moments = moments_folder(path)
+        try:
+            sync_folder(moments)
+            # Fails where another machine wrote its part elsewhere.
+            whole = {**state, "moments": moments_sizes(moments)}
+            self.lease.check()  # the moments may have taken long
+            save_atomic(whole, path)
+        except OSError as error:
+            return _reason(error)
+        self._point_to(path)
+        return None
+
+    def _undo(self, path: Path) -> None:
+        self.lease.check()  # what is there now may be another command's
+        if not path.exists():
+            shutil.rmtree(moments_folder(path), ignore_errors=True)
 
     def _nearest(self) -> Path:
         place = self.path.absolute()
@@ -147,13 +207,22 @@ class RunFolder:
         return place
 
     def _point_to(self, path: Path) -> None:
+        """last.pth is for people: nothing here needs it, and some file systems have no links."""
         link = self.checkpoints / f".last.{os.getpid()}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        os.replace(link, self.last)
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            os.replace(link, self.last)
+        except OSError as error:
+            self._tell("last", f"{self.last} could not be made to point to {path}: {error}")
 
-    def _set_aside(self, first_step: int) -> None:
-        later = [file for step, file in self.by_step().items() if step > first_step]
+    def _tell(self, topic: str, note: str) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
+            self.notes.append(note)
+
+    def _set_aside(self, kept: int) -> None:
+        later = [file for step, file in self.by_step().items() if step > kept]
         if not later:
             return
         number = 1
@@ -170,24 +239,39 @@ class RunFolder:
         else:
             self.last.unlink(missing_ok=True)
 
-    def _remove_old(self, keep: CheckpointConfig, steps_per_epoch: int) -> None:
-        files = self.by_step()
-        period = keep.keep_every_epochs and keep.keep_every_epochs * steps_per_epoch
-        for step in sorted(files)[: -keep.keep_last]:
-            if not (period and step % period == 0):
-                files[step].unlink(missing_ok=True)  # before its moments: see the module's head
-                shutil.rmtree(moments_folder(files[step]), ignore_errors=True)
+    def _remove_old(self, keep: CheckpointConfig) -> None:
+        try:
+            files = self.by_step()
+            for step in sorted(files)[: -keep.keep_last]:
+                if not self._is_milestone(files[step], keep.keep_every_epochs):
+                    files[step].unlink()  # before its moments: see the module's head
+                    shutil.rmtree(moments_folder(files[step]), ignore_errors=True)
+        except OSError as error:
+            self._tell("old", f"an old checkpoint could not be removed: {error}")
 
-    def _remove_left_overs(self, path: Path) -> None:
+    def _is_milestone(self, path: Path, every_epochs: int | None) -> bool:
+        if every_epochs is None:
+            return False
+        if path not in self._epochs:
+            try:
+                state = load_checkpoint(path, lazily=True)
+                self._epochs[path] = state["step"] / state["steps_per_epoch"]
+            except Exception:  # anything, of a damaged file: it stays for the user to look at
+                return True
+        return self._epochs[path] % every_epochs == 0
+
+    def _remove_left_overs(self) -> str | None:
         """What saves that were killed left: folders without their file, and temporary files."""
         try:
             for entry in self.checkpoints.iterdir():
-                if entry.suffix == ".optimizer" and not entry.with_suffix(".pth").exists():
-                    shutil.rmtree(entry, ignore_errors=True)
+                if _MOMENTS_FOLDER.fullmatch(entry.name):
+                    if not entry.with_suffix(".pth").exists():
+                        shutil.rmtree(entry, ignore_errors=True)
                 elif _LEFT_OVER.fullmatch(entry.name):
                     entry.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(_not_written(path, error)) from error
+            return _reason(error)
+        return None
 
 
 def moments_folder(checkpoint: Path) -> Path:
@@ -219,11 +303,17 @@ def read_run_checkpoint(path: str | Path) -> dict[str, Any]:
             " install that version."
         )
     # As `--resume` follows links, so do the moments beside.
-    if not (moments_folder(path.resolve()) / ".metadata").is_file():
-        raise UserError(
-            f"{path} lacks the optimiser's state {moments_folder(path.resolve()).name} beside it;"
-            " copy both."
-        )
+    moments = moments_folder(path.resolve())
+    if not (moments / ".metadata").is_file():
+        raise UserError(f"{path} lacks the optimiser's state {moments.name} beside it; copy both.")
+    for name, size in state.get("moments", {}).items():
+        file = moments / name
+        if not file.is_file() or file.stat().st_size != size:
+            there = f"{file.stat().st_size} bytes" if file.is_file() else "not there"
+            raise UserError(
+                f"The optimiser's state of {path} is damaged: {moments.name}/{name} is {there},"
+                f" it was {size} bytes."
+            )
     return state
 
 
@@ -233,9 +323,5 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _not_written(path: Path, error: OSError) -> str:
-    reason = error.strerror or first_line(error)
-    return (
-        f"The checkpoint {path} could not be written: {reason}; older checkpoints are whole: make"
-        " room or mend the folder, then repeat the command with --resume."
-    )
+def _reason(error: OSError) -> str:
+    return error.strerror or first_line(error)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from greenmim.recipe import Recipe, UserError
+from greenmim.recipe import UserError
+from greenmim.training.log_file import LogFile, cut_log
 from greenmim.training.run_folder import RunFolder
-from greenmim.training.trackers import Tracker, make_trackers
+from greenmim.training.trackers import Tracker
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -28,37 +24,51 @@ class RunLog:
     Args:
         folder: The run's folder; log.jsonl is appended to. None: nothing is written or printed, as
             in all processes but the main one.
-        recipe: The run.
-        first_step: Updates already done; later lines of an earlier try are dropped from log.jsonl.
-        total_steps: Updates of the whole run.
+        trackers: Told the same figures, and closed.
+        kept: Updates done at the folder's checkpoint that the run goes on from; later lines of an
+            earlier try are dropped from log.jsonl.
+        first_step, total_steps: Updates already done, and of the whole run, in the schedule's count
+            like every `step` here.
+        shift: What is written counts all updates ever done: so many more than the schedule's count.
 
     Raises:
-        UserError: here and in every method, when log.jsonl cannot be written.
+        UserError: log.jsonl cannot be written. Once it could, a failure is told and the lines wait.
     """
 
     def __init__(
-        self, folder: RunFolder | None, recipe: Recipe, first_step: int, total_steps: int
+        self,
+        folder: RunFolder | None,
+        trackers: list[Tracker],
+        kept: int,
+        first_step: int,
+        total_steps: int,
+        shift: int = 0,
     ) -> None:
-        self.total_steps = total_steps
+        self.shift, self.total_steps = shift, total_steps
         self._named: set[str] = set()
-        self._path = self._file = self._bar = None
-        self._trackers: list[Tracker] = []
+        self._trackers = trackers
+        self._file = self._bar = None
+        self._trouble: str | None = None
         if folder is None:
             return
-        self._path = folder.log
         try:
-            records = _drop_lines_after(folder.log, first_step)
-            self._file = folder.log.open("a", encoding="utf-8")
+            records = cut_log(folder.log, kept)
+            self._file = LogFile(folder.log)
         except OSError as error:
-            raise self._not_written(error) from error
+            raise UserError(
+                f"{folder.log} could not be written: {error.strerror or error}; checkpoints are"
+                " whole: make room or mend the folder, then repeat the command with --resume."
+            ) from error
         self._named = {r["path"] for r in records if r["event"] == "unreadable_image"}
-        self._trackers = make_trackers(folder, recipe, first_step)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total_steps, initial=first_step, dynamic_ncols=True, bar_format=BAR
-            )
+            total, done = self.number(total_steps), self.number(first_step)
+            self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format=BAR)
+
+    def number(self, step: int) -> int:
+        """Updates ever done after `step` of the schedule's updates."""
+        return step + self.shift
 
     def __enter__(self) -> RunLog:
         return self
@@ -68,7 +78,9 @@ class RunLog:
             self._bar.close()
         self._tell_trackers(lambda tracker: tracker.close())
         if self._file is not None:
-            self._file.close()
+            lost = self._file.close()
+            if lost:
+                self.say(f"{lost} lines could not be written to {self._file.path}")
 
     def say(self, text: str) -> None:
         """A line for the reader."""
@@ -81,17 +93,12 @@ class RunLog:
         """A line for machines, in log.jsonl."""
         if self._file is None:
             return
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()  # JSON has no NaN
-        }
-        record = {"event": name, "time": round(time.time(), 3), **finite}
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._file = None  # closing it would try once more
-            raise self._not_written(error) from error
+        if "step" in values:
+            values["step"] = self.number(values["step"])
+        trouble = self._file.write(name, values)
+        if trouble and not self._trouble:
+            self.say(f"{self._file.path} could not be written: {trouble}; its lines wait")
+        self._trouble = trouble
 
     def step_done(self) -> None:
         """One update is done."""
@@ -101,7 +108,7 @@ class RunLog:
     def train(self, step: int, values: dict[str, float]) -> None:
         """The figures after `step` updates."""
         self.event("train", step=step, **values)
-        self._tell_trackers(lambda tracker: tracker.scalars(step, values))
+        self._tell_trackers(lambda tracker: tracker.scalars(self.number(step), values))
         speed = f"{values['images_per_second']:.1f} img/s"
         wait = f"wait {100 * values['data_wait']:.0f}%"
         if self._bar is not None:  # short, for terminals of 80 columns
@@ -110,8 +117,8 @@ class RunLog:
             self._bar.set_postfix_str(f"{loss}, {speed}, {wait}, {memory}", refresh=False)
         elif self._file is not None:
             print(
-                f"step {step:>6}/{self.total_steps}  epoch {values['epoch']:.2f}"
-                f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
+                f"step {self.number(step):>6}/{self.number(self.total_steps)}"
+                f"  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
                 f"  grad {values['grad_norm']:.2f}"
                 f"  {speed}  {wait}  mem {values['peak_memory_gib']:.2f} GiB",
                 flush=True,
@@ -119,7 +126,7 @@ class RunLog:
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture for the trackers, uint8 [H, W, 3]."""
-        self._tell_trackers(lambda tracker: tracker.picture(step, name, pixels))
+        self._tell_trackers(lambda tracker: tracker.picture(self.number(step), name, pixels))
 
     def unreadable(self, failures: Iterable[tuple[str, str]]) -> None:
         """Name image files that could not be read, each once."""
@@ -142,12 +149,6 @@ class RunLog:
                 self._trackers.remove(tracker)
                 self.say(f"{tracker.name} is left out from here on: {' '.join(str(error).split())}")
 
-    def _not_written(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self._path} could not be written: {error.strerror or error}; checkpoints are whole:"
-            " make room or mend the folder, then repeat the command with --resume."
-        )
-
 
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: of tensors on a GPU, else resident in the main process."""
@@ -156,25 +157,3 @@ def peak_memory_gib(device: torch.device) -> float:
     return (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     )  # ru_maxrss is in KiB on Linux
-
-
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line cut off by a crash is left out."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove what a broken-off try logged after the checkpoint that the run goes on from."""
-    if not path.exists():
-        return []
-    kept = [record for record in read_log(path) if record.get("step", 0) <= step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
-    return kept

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 from greenmim.recipe import Recipe, SlurmJob, UserError
-from greenmim.training.run_folder import first_line
+from greenmim.training.run_folder import RunFolder, first_line
 from greenmim.training.train import pretrain
 
 # What submitit has Slurm send this long before the end; see `StopSignal`.
@@ -28,14 +28,19 @@ class Piece:
         self.recipe, self.resume = recipe, resume
 
     def __call__(self) -> int:
-        folder = Path(self.recipe.work_dir)
-        # Only the first piece may start from somewhere else: later ones have their own checkpoints.
-        started = (folder / "config.yaml").exists()
-        resume = "auto" if started or self.resume is None else self.resume
-        result = pretrain(self.recipe, resume)
+        result = pretrain(self.recipe, self.where_to_resume())
         if result.signal in _WARNINGS and os.environ.get("SLURM_PROCID") == "0":
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         return result.exit_code
+
+    def where_to_resume(self) -> str:
+        """From the run's own checkpoints, once it has some; before, from where it was told to."""
+        folder = RunFolder(self.recipe.work_dir)
+        if self.resume is None or not folder.by_step():
+            return self.resume or "auto"
+        # An older one of its own: what is later is set aside by the first piece.
+        first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+        return self.resume if first and folder.owns(Path(self.resume)) else "auto"
 
     def checkpoint(self) -> object:
         """Called by submitit when the signal comes before the run listens: just again."""

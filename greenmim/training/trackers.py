@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import secrets
 from typing import Protocol
 
 import numpy as np
 
+from greenmim.checkpoint import save_text
 from greenmim.recipe import Recipe, UserError
 from greenmim.training.run_folder import RunFolder
 
@@ -28,18 +29,23 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run's folder; what was written beyond `first_step` is purged."""
+    """Event files in the run's folder; what was written beyond update `kept` is purged."""
 
     name = "TensorBoard"
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, first_step: int) -> None:
+    def __init__(self, folder: RunFolder, recipe: Recipe, kept: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder.tensorboard, purge_step=first_step + 1)
+        try:
+            self._writer = SummaryWriter(folder.tensorboard, purge_step=kept + 1)
+        except OSError as error:
+            raise UserError(
+                f"--log.tensorboard: {folder.tensorboard} cannot be written: {error.strerror}."
+            ) from error
         rows = [f"| {key} | {value} |" for key, value in _flat(recipe.to_dict()).items()]
-        if first_step == 0:
+        if kept == 0:
             table = "\n".join(["| value | |", "|---|---|", *rows])
-            self._writer.add_text("recipe", table, first_step)
+            self._writer.add_text("recipe", table, 0)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -55,23 +61,32 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, the same one again after a resume."""
+    """A run of Weights & Biases, the same one again after a resume.
+
+    Its own count of steps only rises, and a resumed run may go back behind it; so updates are a
+    figure of their own, which the curves are drawn over.
+    """
 
     name = "Weights & Biases"
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, first_step: int) -> None:
+    def __init__(self, folder: RunFolder, recipe: Recipe, kept: int) -> None:
         import wandb
 
         self._wandb = wandb
         try:
+            number = folder.path / "wandb_id"
+            if not number.exists():
+                save_text(secrets.token_hex(6), number)
             self._run = wandb.init(
                 project=recipe.log.wandb,
                 name=folder.path.name,
-                id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:12],
+                id=number.read_text().strip(),
                 resume="allow",
                 dir=str(folder.path),
                 config=recipe.to_dict(),
             )
+            self._run.define_metric("update")
+            self._run.define_metric("*", step_metric="update")
         except Exception as error:  # no key, no network: its own kinds of errors
             reason = " ".join(str(error).split())
             raise UserError(
@@ -80,10 +95,11 @@ class WandB:
             ) from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._run.log({f"train/{name}": value for name, value in values.items()}, step=step)
+        figures = {f"train/{name}": value for name, value in values.items()}
+        self._run.log({"update": step, **figures})
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self._run.log({name: self._wandb.Image(pixels)}, step=step)
+        self._run.log({"update": step, name: self._wandb.Image(pixels)})
 
     def close(self) -> None:
         self._run.finish()
@@ -99,10 +115,19 @@ def check_trackers(recipe: Recipe) -> None:
         raise UserError("--log.wandb needs the package wandb: pip install wandb.")
 
 
-def make_trackers(folder: RunFolder, recipe: Recipe, first_step: int) -> list[Tracker]:
-    """The trackers that a recipe asks for."""
-    wanted = {TensorBoard: recipe.log.tensorboard, WandB: bool(recipe.log.wandb)}
-    return [kind(folder, recipe, first_step) for kind, asked in wanted.items() if asked]
+def make_trackers(folder: RunFolder, recipe: Recipe, kept: int) -> list[Tracker]:
+    """The trackers that a recipe asks for; the one that may refuse comes first.
+
+    Args:
+        folder: The run's folder; it is there.
+        recipe: The run.
+        kept: Updates done at the folder's checkpoint that the run goes on from.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    wanted = {WandB: bool(recipe.log.wandb), TensorBoard: recipe.log.tensorboard}
+    return [kind(folder, recipe, kept) for kind, asked in wanted.items() if asked]
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, object]:

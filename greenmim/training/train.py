@@ -41,8 +41,12 @@ from greenmim.training.run import (
 )
 from greenmim.training.run_log import RunLog, peak_memory_gib
 from greenmim.training.schedule import learning_rate, scaled_rates
+from greenmim.training.trackers import make_trackers
 from greenmim.training.training_state import write_moments
 from greenmim.training.world import World, launcher_note
+
+# A run ends when so many checkpoints in a row could not be written.
+FAILED_SAVES = 3
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,22 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
                     f"The run in {run.folder.path} is finished ({recipe.epochs} epochs): {newest}"
                 )
             return Result(0, run.first_step, newest)
-        processes.from_main(lambda: run.folder.start(recipe, run.first_step))
-        folder = run.folder if world.is_main else None
-        # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the others,
-        # which are then finding out which one it was.
-        stop = outside.enter_context(StopSignal())
-        with (
-            RunLog(folder, recipe, run.first_step, run.total_steps) as log,
-            chosen_backend(recipe),
-        ):
-            _introduce(run, log)
-            trainer = Trainer(run, log, stop)
-            with contextlib.closing(trainer.feed):
-                return trainer.train()
+        with run.folder.held(processes):
+            with processes.agreed():  # before the folder looks like a run: they may refuse
+                trackers = make_trackers(run.folder, recipe, run.kept) if world.is_main else []
+            processes.from_main(lambda: run.folder.start(recipe, run.kept))
+            with processes.agreed():
+                folder = run.folder if world.is_main else None
+                counts = run.first_step, run.total_steps, run.shift
+                log = RunLog(folder, trackers, run.kept, *counts)
+            # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the
+            # others, which are then finding out which one it was.
+            stop = outside.enter_context(StopSignal())
+            with log, chosen_backend(recipe):
+                _introduce(run, log)
+                trainer = Trainer(run, log, stop)
+                with contextlib.closing(trainer.feed):
+                    return trainer.train()
 
 
 def _introduce(run: Run, log: RunLog) -> None:
@@ -136,7 +143,7 @@ class Trainer:
         self.reports = Reports(run.processes, run.device, run.recipe.optim.accumulate)
         self.painter = Painter(run.model, run.recipe, run.dataset, run.processes, log.say)
         self.checkpoint: Path | None = None
-        self.saved = run.first_step
+        self.saved, self.failed_saves = run.first_step, 0
         self.skipped, self.skipped_in_a_row = run.skipped, 0
         self.stop_asked = self.diverged = False
         self.unlogged: list[Report] = []
@@ -167,8 +174,7 @@ class Trainer:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
             if last or now or self.stop_asked or self._save_due(step):
                 run.processes.at(step, "saving")
-                self.save(step)
-                self.saved = step
+                self.save(step, final=last or now or self.stop_asked)
                 # A signal that came meanwhile has got its save.
                 self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
             if self.stop_asked and not last:
@@ -244,22 +250,38 @@ class Trainer:
             if self.diverged:
                 return
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint; everything before it is read and logged first."""
+    def save(self, step: int, final: bool = False) -> None:
+        """Write a checkpoint; everything before it is read and logged first.
+
+        Raises:
+            UserError: it could not be written, and this was the `final` one or one of many: until
+                then, the run goes on and tries again when the next one is due.
+        """
         run = self.run
         self.take_note(step)
         started = time.perf_counter()
         alone = run.processes.alone
-        self.checkpoint = run.folder.save(
+        path, problem = run.folder.save(
             run_state(run, step, self.skipped),
             run.recipe.checkpoint,
             lambda folder: write_moments(run.model, run.optimizer, folder, alone),
             run.processes,
         )
         seconds = time.perf_counter() - started
-        self.log.event(
-            "checkpoint", step=step, path=str(self.checkpoint), seconds=round(seconds, 3)
-        )
+        for note in run.folder.take_notes():
+            self.log.say(note)
+        if problem is None:
+            self.checkpoint, self.saved, self.failed_saves = path, step, 0
+            self.log.event("checkpoint", step=step, path=str(path), seconds=round(seconds, 3))
+        else:
+            self.failed_saves += 1
+            self.log.event("not_saved", step=step, path=str(path), reason=problem)
+            told = f"The checkpoint {path} could not be written: {problem}; older ones are whole"
+            if final or self.failed_saves == FAILED_SAVES:
+                raise run.processes.common_error(
+                    f"{told}: make room or mend the folder, then repeat the command with --resume."
+                )
+            self.log.say(f"{told}. The run goes on and tries again when the next one is due.")
         self.window_start += seconds  # saving is not training time
 
     def draw(self, step: int) -> None:
@@ -272,8 +294,8 @@ class Trainer:
 
     def stopped(self, step: int) -> Result:
         """The end of a run that a signal stopped."""
-        if self.saved < step:  # it stopped between updates
-            self.save(step)
+        if self.saved < step:  # it stopped between updates, or could not save
+            self.save(step, final=True)
         names = self.run.processes.gather(self.stop.received)
         received = next(name for name in names if name is not None)
         self.log.event("stopped", step=step, signal=received.name)
@@ -332,13 +354,13 @@ class Trainer:
             ]
             self.log.event("skipped", step=report.step, micro_batches=micro, files=files)
             self.log.say(
-                f"update {report.step} was skipped: its loss or gradient is not finite"
-                f" ({len(files)} images, the first {files[0]}; all in log.jsonl)"
+                f"update {self.log.number(report.step)} was skipped: its loss or gradient is not"
+                f" finite ({len(files)} images, the first {files[0]}; all in log.jsonl)"
             )
         if self.skipped_in_a_row >= run.recipe.max_skipped:
             self.diverged = True
             self.log.event("diverged", step=report.step, skipped=self.skipped)
-            self.log.say(_diverged_advice(run, report.step))
+            self.log.say(_diverged_advice(run, self.log.number(report.step)))
 
 
 def _diverged_advice(run: Run, step: int) -> str:

@@ -130,7 +130,8 @@ def test_a_disk_without_room_for_a_checkpoint(
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
-    assert "a checkpoint takes 5 MB and the disk has 1 MB left" in text
+    wanted = "a checkpoint takes 5 MB, the run needs room for 3 and the disk has 1 MB left"
+    assert wanted in text and "--checkpoint.keep-last" in text
     assert not (tmp_path / "run").exists()
 
 

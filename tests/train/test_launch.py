@@ -16,8 +16,8 @@ from crew import command, free_port, losses, run_crew
 
 from greenmim.cli import main
 from greenmim.recipe import DataConfig, Recipe, UserError
+from greenmim.training.log_file import read_log
 from greenmim.training.run import choose_device
-from greenmim.training.run_log import read_log
 from greenmim.training.world import (
     World,
     first_host,

@@ -19,9 +19,9 @@ from greenmim.masking import random_visible
 from greenmim.recipe import DataConfig, Recipe
 from greenmim.training import passes
 from greenmim.training.distributed import Processes
+from greenmim.training.log_file import read_log
 from greenmim.training.parallel import distribute
 from greenmim.training.passes import GraphedPasses, Passes
-from greenmim.training.run_log import read_log
 from greenmim.training.train import Trainer
 from greenmim.training.world import World
 from greenmim_kernels import use_backend

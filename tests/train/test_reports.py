@@ -11,9 +11,10 @@ import torch
 from greenmim.data.sampler import EpochSampler
 from greenmim.recipe import DataConfig, Recipe, UserError
 from greenmim.training.distributed import Processes
+from greenmim.training.log_file import read_log
 from greenmim.training.reports import Reports
 from greenmim.training.run_folder import RunFolder
-from greenmim.training.run_log import RunLog, read_log
+from greenmim.training.run_log import RunLog
 from greenmim.training.world import World
 
 CPU = torch.device("cpu")

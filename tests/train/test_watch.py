@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -28,8 +30,8 @@ from greenmim.mim import GreenMIM
 from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.tools.loading import load_model
 from greenmim.training.estimate import autocast_as_on, forward_flops, kept_bytes
+from greenmim.training.log_file import read_log
 from greenmim.training.pictures import HIDDEN_GREY, Album
-from greenmim.training.run_log import read_log
 
 F_LAYER_NORM = nn.functional.layer_norm
 
@@ -85,33 +87,63 @@ def last(finished_run: Path) -> str:
     return str(finished_run / "checkpoints" / "last.pth")
 
 
+class FakeWandB(types.ModuleType):
+    """Keeps runs by their number as the service does, and takes what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = types.SimpleNamespace()
+        self.runs: dict[str, list[dict]] = {}
+        self.starts: list[dict] = []
+        self.finished = 0
+
+    def init(self, *, project: str, name: str, id: str, resume: str, dir: str, config: dict):
+        assert re.fullmatch(r"[\w-]{1,64}", id) and Path(dir).is_dir() and resume == "allow"
+        self.starts.append({"project": project, "id": id, "config": config})
+        history, fake, metrics = self.runs.setdefault(id, []), self, {}
+
+        class Run:
+            def define_metric(self, name: str, step_metric: str | None = None) -> None:
+                assert "*" not in name[:-1] and (step_metric is None or step_metric in metrics)
+                metrics[name] = step_metric
+
+            def log(self, values: dict, step: int | None = None) -> None:
+                if step is not None and history and step < history[-1]["_step"]:
+                    return  # with a warning
+                assert metrics.get("*") in values
+                own = history[-1]["_step"] + 1 if history else 0
+                history.append({**values, "_step": own if step is None else step})
+
+            def finish(self) -> None:
+                fake.finished += 1
+
+        return Run()
+
+    def Image(self, pixels: np.ndarray) -> tuple:
+        return "image", pixels.shape
+
+
 def test_wandb_gets_curves_and_pictures_and_goes_on_with_its_run(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    calls: list[tuple] = []
-
-    class Run:
-        def log(self, values: dict, step: int) -> None:
-            calls.append(("log", step, values))
-
-        def finish(self) -> None:
-            calls.append(("finish",))
-
-    fake = types.ModuleType("wandb")
-    fake.__spec__ = types.SimpleNamespace()
-    fake.init = lambda **options: calls.append(("init", options)) or Run()
-    fake.Image = lambda pixels: ("image", pixels.shape)
+    fake = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    argv = command(tiny, photos, tmp_path / "run", "--log.wandb", "mim", "--resume")
+    more = ("--log.wandb", "mim", "--checkpoint.every-steps", "1", "--checkpoint.keep-last", "9")
+    argv = command(tiny, photos, tmp_path / "run", *more, "--resume")
     assert main([*argv, "--epochs", "1"]) == 0
-    assert main(argv) == 0
-    starts = [options for name, *(options,) in (c for c in calls if c[0] == "init")]
-    assert starts[0]["project"] == "mim" and starts[0]["config"]["optim"]["lr"] == 1e-3
-    assert starts[0]["id"] == starts[1]["id"] and starts[0]["resume"] == "allow"
-    assert [c[0] for c in calls].count("finish") == 2
-    logged = [c for c in calls if c[0] == "log"]
-    assert {"train/loss", "train/lr"} <= set(logged[0][2])
-    assert [next(iter(c[2].values()))[0] for c in logged if len(c[2]) == 1] == ["image", "image"]
+    older = tmp_path / "run" / "checkpoints" / "step_00000002.pth"
+    assert main([*argv, str(older)]) == 0
+    assert [s["project"] for s in fake.starts] == ["mim", "mim"] and fake.finished == 2
+    assert fake.starts[0]["config"]["optim"]["lr"] == 1e-3
+    (history,) = fake.runs.values()  # the same run again
+    curve = [entry["update"] for entry in history if "train/loss" in entry]
+    assert curve == [1, 2, 3, 4, 3, 4, 5, 6, 7, 8]  # what was resumed behind is there, too
+    pictures = [e for e in history if "original, masked, reconstruction" in e]
+    assert [entry["update"] for entry in pictures] == [4, 8]
+    # Another folder is another run, also where it had the path of one before.
+    shutil.rmtree(tmp_path / "run")
+    assert main([*argv, "--epochs", "1"]) == 0
+    assert len(fake.runs) == 2
 
 
 def test_wandb_that_is_not_installed(
