@@ -44,7 +44,7 @@ FLOORS = [
     ["greenmim.recipe", "greenmim.guards", "greenmim.seeds"],
     ["greenmim.presets"],
     ["greenmim.data"],
-    ["greenmim.data.images", "greenmim.data.sampler"],
+    ["greenmim.data.images", "greenmim.data.sampler", "greenmim.data.errors"],
     ["greenmim.data.augment", "greenmim.data.tars"],
     ["greenmim.data.device_decode", "greenmim.data.shards"],
     ["greenmim.data.sources"],

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from greenmim.data.images import ORIENTATION_TAG, to_rgb, upright, upright_size
+from greenmim.data.images import SWAPPED, orientation, to_rgb, upright, upright_size
 from greenmim.recipe import DataConfig
 
 
@@ -78,18 +79,19 @@ def read_crop(
         OSError and others from Pillow: the file is corrupt, truncated or no image.
     """
     with Image.open(file) as image:
-        if image.format != "JPEG":
+        if not isinstance(image, JpegImageFile):  # which a phone's MPO is, too
             image.load()  # some formats hold their EXIF block behind the pixels
-        (height, width), turned = upright_size(image)
+        lies = orientation(image)
+        height, width = upright_size(image, lies)
         crop = draw(height, width)
         if reduce:
             needed = (
                 math.ceil(width * size[1] / crop.width),
                 math.ceil(height * size[0] / crop.height),
             )
-            image.draft(None, needed[::-1] if turned else needed)  # for JPEGs alone
+            image.draft(None, needed[::-1] if lies in SWAPPED else needed)  # for JPEGs alone
         image.load()
-        picture = to_rgb(upright(image))
+        picture = to_rgb(upright(image, lies))
     if picture.size == (width, height):
         # A third of the time that Pillow takes to scale it.
         pixels = F.pil_to_tensor(picture.crop(crop.box))
@@ -112,7 +114,7 @@ def read_encoded(
     """
     data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
     with Image.open(io.BytesIO(data)) as image:
-        plain = image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION_TAG, 1) == 1
+        plain = image.mode in ("RGB", "L") and orientation(image) == 1
         if image.format != "JPEG" or not plain:
             return None
         crop = draw(image.height, image.width)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from greenmim.data.images import find_images
+from greenmim.data.images import Names, find_images
 from greenmim.data.shards import find_shards
 from greenmim.data.tars import Opened, images_in, read_part
 from greenmim.recipe import DataConfig, UserError
@@ -107,7 +107,7 @@ class Folder(_AnyOrder):
         return len(self.names)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.names[index]))
+        return os.path.join(self.root, self.names[index])
 
     open = path
 
@@ -148,7 +148,7 @@ class Tars(_AnyOrder):
             what = "image" if self.files else "tar file (*.tar)"
             raise UserError(f"--data.root {root}: there is no {what} in it.")
         names, files, offsets, sizes = zip(*found, strict=True)
-        self.names = np.array(names, dtype=bytes)
+        self.names = Names(names)
         self.file_of = np.array(files, dtype=np.int32)
         self.places = np.array([offsets, sizes], dtype=np.int64).T
         self._opened = Opened(self._open_tar, _MOST_OPEN_TARS)
@@ -160,7 +160,7 @@ class Tars(_AnyOrder):
         return len(self.names)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.files[self.file_of[index]], os.fsdecode(self.names[index]))
+        return os.path.join(self.files[self.file_of[index]], self.names[index])
 
     def open(self, index: int) -> io.BytesIO:
         file = self._opened[int(self.file_of[index])]

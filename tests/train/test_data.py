@@ -27,7 +27,7 @@ from greenmim.recipe import DataConfig, MaskConfig
 
 
 def names(folder: Path) -> list[str]:
-    return [os.fsdecode(name) for name in find_images(folder)]
+    return list(find_images(folder))
 
 
 def test_images_are_found_at_any_depth_in_a_fixed_order(tmp_path: Path) -> None:
