@@ -44,7 +44,12 @@ FLOORS = [
     ["greenmim.recipe", "greenmim.guards", "greenmim.seeds"],
     ["greenmim.presets"],
     ["greenmim.data"],
-    ["greenmim.data.images", "greenmim.data.sampler", "greenmim.data.errors"],
+    [
+        "greenmim.data.images",
+        "greenmim.data.sampler",
+        "greenmim.data.errors",
+        "greenmim.data.shared",
+    ],
     ["greenmim.data.augment", "greenmim.data.tars"],
     ["greenmim.data.device_decode", "greenmim.data.shards"],
     ["greenmim.data.sources"],

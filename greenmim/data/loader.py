@@ -5,6 +5,8 @@ What is random is a function of the run's seed and a place in the run, see `seed
 
 from __future__ import annotations
 
+import math
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -15,10 +17,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from greenmim.config import UNIT_PIXELS
+from greenmim.data import shared
 from greenmim.data.augment import Encoded, Finish
 from greenmim.data.dataset import AugmentedImages, Sample
 from greenmim.data.device_decode import EncodedBatch, decode_into
-from greenmim.data.sampler import EpochSampler
+from greenmim.data.sampler import PLACES, EpochSampler
 from greenmim.guards import StopSignal
 from greenmim.masking import block_visible, random_visible
 from greenmim.planning import Plan, Planner
@@ -31,12 +34,13 @@ class Batch:
     """Images, the plan of their masks, and (path, reason) of unreadable files.
 
     Attributes:
-        images: float32 [B, 3, H, W], or uint8 with flips still to be done. `images` and `plan` are
-            None when no readable file was found for some image.
+        images: float32 [B, 3, H, W], or uint8 with flips still to be done, channels last in memory.
+            `images` and `plan` are None where there is a reason to `stop`.
         plan: Of the masks.
         failures: (path, reason) of files that could not be read.
         flips: bool [B], which images to flip; None where all is done.
         encoded: Images still to be decoded.
+        stop: Why the run cannot go on: as text, for an error loses its sentence between processes.
     """
 
     images: torch.Tensor | None
@@ -44,6 +48,7 @@ class Batch:
     failures: tuple[tuple[str, str], ...]
     flips: torch.Tensor | None = None
     encoded: EncodedBatch | None = None
+    stop: str | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The batch on a device; what is to be decoded stays."""
@@ -83,23 +88,43 @@ class Collate:
         failures = tuple(
             dict.fromkeys(failure for sample in samples for failure in sample.failures)
         )
-        if any(sample.image is None for sample in samples):
-            return Batch(None, None, failures)
+        stop = next((sample.stop for sample in samples if sample.stop), None)
+        try:
+            return (
+                Batch(None, None, failures, stop=stop) if stop else self._batch(samples, failures)
+            )
+        except UserError as error:
+            return Batch(None, None, failures, stop=str(error))
+
+    def _batch(self, samples: list[Sample], failures: tuple[tuple[str, str], ...]) -> Batch:
         item = samples[0].item
-        rng = generator(self.seed, MASK, item.step, item.micro)
-        count = len(samples) if self.mask.per_image else None
-        visible = draw_visible(rng, self.planner.unit_grid, self.mask, count)
-        plan, encoded = self.planner(visible), join_encoded(samples)
+        plan = self._plan(generator(self.seed, MASK, item.step, item.micro), len(samples))
         height, width = (side * UNIT_PIXELS for side in self.planner.unit_grid)
-        images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
+        if self.finish is not None:
+            images = shared.empty((len(samples), 3, height, width), torch.float32)
+            # One by one: an image stays in the processor's cache, a batch does not.
+            for place, sample in enumerate(samples):
+                self.finish.into(images[place], sample.image, sample.flip)
+            return Batch(images, plan, failures)
+        # Crops are channels last, and are left so.
+        images = shared.empty((len(samples), height, width, 3), torch.uint8).permute(0, 3, 1, 2)
         for place, sample in enumerate(samples):
             if not isinstance(sample.image, Encoded):
-                here = sample.flip and self.finish is not None
-                images[place] = sample.image.flip(2) if here else sample.image
-        if self.finish is not None:
-            return Batch(self.finish(images), plan, failures)
-        flips = torch.tensor([sample.flip for sample in samples])
-        return Batch(images, plan, failures, flips, encoded)
+                images[place] = sample.image
+        flips = shared.copied(torch.tensor([sample.flip for sample in samples]))
+        return Batch(images, plan, failures, flips, join_encoded(samples))
+
+    def _plan(self, rng: np.random.Generator, count: int) -> Plan:
+        """The plan of masks for so many images."""
+        count = count if self.mask.per_image else None
+        plan = self.planner(draw_visible(rng, self.planner.unit_grid, self.mask, count))
+        return Plan(shared.copied(plan.memory), plan.layout)
+
+    def batch_bytes(self, count: int) -> int:
+        """What a batch of so many images takes; of JPEGs that are not decoded yet, about."""
+        pixels = count * 3 * math.prod(side * UNIT_PIXELS for side in self.planner.unit_grid)
+        images = pixels * (1 if self.finish is None else 4)
+        return images + self._plan(generator(self.seed, MASK), count).memory.nbytes
 
 
 def join_encoded(samples: list[Sample]) -> EncodedBatch | None:
@@ -110,11 +135,14 @@ def join_encoded(samples: list[Sample]) -> EncodedBatch | None:
     if not found:
         return None
     files = [sample.image.data for _, sample in found]
+    sizes = [len(file) for file in files]
+    data = shared.empty((sum(sizes),), torch.uint8)
     return EncodedBatch(
-        data=torch.cat(files),
-        sizes=[len(file) for file in files],
+        data=torch.cat(files, out=data),
+        sizes=sizes,
         places=[place for place, _ in found],
         crops=[sample.image.crop for _, sample in found],
+        items=[sample.item for _, sample in found],
         paths=[sample.path for _, sample in found],
     )
 
@@ -136,6 +164,9 @@ def make_loader(
     pin_memory: bool,
 ) -> DataLoader:
     """A loader over the rest of the run: its workers live until the end, not one epoch."""
+    # Batches come from an order's places in turn, and go to the workers in turn.
+    places = PLACES * sampler.accumulate
+    dataset.source.expect(places // math.gcd(max(workers, 1), places))
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -147,6 +178,26 @@ def make_loader(
         # stream.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def check_shared_memory(loader: DataLoader, processes: int) -> None:
+    """Find out before a run whether its batches fit into shared memory.
+
+    Args:
+        loader: Of one process of the run, made by `make_loader`.
+        processes: How many processes of the run share this machine.
+
+    Raises:
+        UserError: they do not.
+    """
+    if loader.num_workers:
+        # Each worker makes batches ahead, and the main process still holds the one before.
+        batches = loader.num_workers * loader.prefetch_factor + 1
+        one = loader.collate_fn.batch_bytes(loader.batch_sampler.batch_size)
+        shared.check_room(processes * batches * one)
+
+
+_DIED = re.compile(r"DataLoader worker \(pid.*(exited unexpectedly|is killed by signal)")
 
 
 class Feed:
@@ -178,17 +229,18 @@ class Feed:
         try:
             batch = next(self._batches)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            # Not what a worker raised, which says "Caught ... in DataLoader worker".
+            if not _DIED.match(str(error)):
                 raise
             raise UserError(
                 f"A loader process died ({' '.join(str(error).split())}); most often memory ran"
                 " out: lower --data.workers, or raise the limit of /dev/shm in a container."
             ) from error
-        self.waited += time.perf_counter() - asked
         self._name(batch.failures)
-        if batch.images is None:
-            raise UserError(self._dataset.all_bad(batch.failures))
+        if batch.stop:
+            raise UserError(batch.stop)
         batch = self._to_device(batch)
+        self.waited += time.perf_counter() - asked
         if batch.flips is None:
             return batch
         return replace(batch, images=self._finish(batch.images, batch.flips), flips=None)
@@ -206,10 +258,15 @@ class Feed:
     def _decode(self, batch: Batch) -> Batch:
         if batch.encoded is None:
             return batch
-        failures, any_good = decode_into(batch.images, batch.encoded)
-        self._name(failures)
-        if not any_good:
-            raise UserError(self._dataset.all_bad(failures))
+        encoded = batch.encoded
+        for number, reason in decode_into(batch.images, encoded):
+            sample = self._dataset.instead(encoded.items[number], (encoded.paths[number], reason))
+            self._name(sample.failures)
+            if sample.stop:
+                raise UserError(sample.stop)
+            place = encoded.places[number]
+            batch.images[place] = sample.image.to(self.device)
+            batch.flips[place] = sample.flip
         return replace(batch, encoded=None)
 
     def _name(self, failures: tuple[tuple[str, str], ...]) -> None:

@@ -41,6 +41,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def expect(self, places: int) -> None:
+        """Told before reading: in so many places at a time a process will go through shards."""
+
+    def at(self, position: int, turn: int) -> int:
+        """Index of the image at a position below the length, in the pass number `turn`, from 0."""
+
     def path(self, index: int) -> str:
         """The image's name for people."""
 
@@ -52,6 +58,9 @@ class Source(Protocol):
 
     def some(self, count: int) -> list[int]:
         """Indices of a few images to look at."""
+
+    def notes(self) -> list[str]:
+        """What people should know before a run, once its first image was read."""
 
 
 def find_source(config: DataConfig) -> Source:
@@ -86,6 +95,15 @@ class _AnyOrder:
     """What sources share whose images can be read in any order."""
 
     shards: np.ndarray | None = None
+
+    def expect(self, places: int) -> None:
+        pass
+
+    def at(self, position: int, turn: int) -> int:
+        return position
+
+    def notes(self) -> list[str]:
+        return []
 
     def stand_in(self, index: int, step: int) -> int:
         """The next one."""
@@ -163,9 +181,9 @@ class Tars(_AnyOrder):
         return os.path.join(self.files[self.file_of[index]], self.names[index])
 
     def open(self, index: int) -> io.BytesIO:
-        file = self._opened[int(self.file_of[index])]
         offset, size = self.places[index].tolist()
-        return io.BytesIO(read_part(file, offset, size))
+        file = int(self.file_of[index])
+        return io.BytesIO(self._opened.use(file, lambda opened: read_part(opened, offset, size)))
 
 
 class HuggingFace(_AnyOrder):

@@ -307,7 +307,7 @@ class Trainer:
         self.skipped_in_a_row += 1
         micro = report.bad_micro_batches()
         files = [
-            run.dataset.path(item.position % len(run.dataset))
+            run.dataset.path(item)
             for index in micro
             for item in run.sampler.items(report.step - 1, index)
         ]

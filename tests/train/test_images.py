@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,11 @@ def test_a_broken_exif_block_does_not_turn_the_crop() -> None:
     exif[0x010F], exif[0x0112], exif[0x011A] = "Maker", 6, 72.0
     data = bytearray(saved(large(64, 96), exif=exif, quality=95).getvalue())
     start = data.index(b"Exif\0\0") + 6
-    assert data[start + 13] == 2  # the type of the maker's name: text
-    data[start + 13] = 12
+    assert data[start + 11] == 0x0F  # the low byte of the tag for the maker
+    data[start + 11] = 7  # one whose value has to be a number
     with Image.open(io.BytesIO(data)) as image:
         assert image.getexif()[0x0112] == 6
-        with pytest.raises(AttributeError):
+        with pytest.raises(struct.error):
             ImageOps.exif_transpose(image)
         expected = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
     crop, _ = read_crop(io.BytesIO(data), (96, 64), everything, reduce=True)
@@ -136,4 +137,4 @@ def test_images_of_every_kind_can_be_used_after_they_were_opened(tmp_path: Path)
     for form in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF"):
         path = tmp_path / f"p.{form.lower()}"
         Image.fromarray(picture(1)).save(path)
-        assert np.abs(np.asarray(open_rgb(path)).astype(int) - picture(1)).mean() < 8
+        assert np.abs(np.asarray(open_rgb(path)).astype(int) - picture(1)).mean() < 20  # palettes
