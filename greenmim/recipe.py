@@ -43,7 +43,8 @@ class DataConfig:
         flip: Probability of a horizontal flip.
         decode: How JPEGs are decoded: full, reduced (at a fraction of the size where the crop is
             large enough), or device (whole, by torchvision on the GPU). The crops are the same.
-        augment_on_device: Flip and normalise on the device: images travel there in 8 bits.
+        augment_on_device: Flip and normalise on the device: images travel there in 8 bits. null
+            does so on a GPU.
         mean: Mean of each RGB channel, in 0 to 1.
         std: Standard deviation of each RGB channel, in 0 to 1.
     """
@@ -57,7 +58,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     decode: Literal["full", "reduced", "device"] = "reduced"
-    augment_on_device: bool = False
+    augment_on_device: bool | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 

@@ -6,13 +6,13 @@ What is random is a function of the run's seed and a place in the run, see `seed
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
 from greenmim.data.augment import Crop, Encoded, draw_crop, read_crop, read_encoded
+from greenmim.data.errors import hopeless, patiently, reason_of
 from greenmim.data.sampler import Item
 from greenmim.data.sources import Source
 from greenmim.recipe import DataConfig, UserError
@@ -28,10 +28,11 @@ class Sample(NamedTuple):
 
     Attributes:
         item: Its place in the run.
-        image: uint8 [3, H, W], or a JPEG to be decoded on the device; None: no file could be read.
+        image: uint8 [3, H, W], or a JPEG to be decoded on the device; None: see `stop`.
         flip: Whether to flip it.
         failures: (path, reason) of files that could not be read.
-        path: The file.
+        path: The file of a JPEG that is still to be decoded.
+        stop: Why the run cannot go on.
     """
 
     item: Item
@@ -39,6 +40,7 @@ class Sample(NamedTuple):
     flip: bool
     failures: tuple[tuple[str, str], ...]
     path: str = ""
+    stop: str | None = None
 
 
 class AugmentedImages(Dataset):
@@ -56,41 +58,68 @@ class AugmentedImages(Dataset):
     ) -> None:
         self.source = source
         self.seed = seed
-        self.bad: dict[int, str] = {}
         self.config, self.image_size = config, image_size
         self.mean, self.std = list(config.mean), list(config.std)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def path(self, index: int) -> str:
-        """An image's name for people."""
-        return self.source.path(index)
+    def path(self, item: Item) -> str:
+        """Name, for people, of the image at a place in the run."""
+        return self.source.path(self._index(item))
 
-    def check_readable(self) -> None:
+    def check_readable(self) -> list[str]:
         """Find out before the run starts whether anything can be read.
 
-        Raises:
-            UserError: the first files are all corrupt.
-        """
-        crop, failures = self._read(0, self._crop_of(Item(0, 0, 0, 0)))
-        self.bad.clear()
-        if crop is None:
-            raise UserError(self.all_bad(failures))
+        Returns:
+            What people should know of the images.
 
-    def all_bad(self, failures: tuple[tuple[str, str], ...]) -> str:
-        """The message when no readable file takes the place of a bad one."""
-        return (
-            f"No image can be read: {len(failures)} files in a row under {self.source.root} are"
-            f" corrupt; the first is {failures[0][0]} ({failures[0][1]})."
-        )
+        Raises:
+            UserError: the first files are all corrupt, or nothing could be.
+        """
+        if stop := self[Item(0, 0, 0, 0)].stop:
+            raise UserError(stop)
+        return self.source.notes()
 
     def __getitem__(self, item: Item) -> Sample:
-        sample, failures = self._read(item.position % len(self), self._crop_of(item))
-        return Sample(item, None, False, failures) if sample is None else sample
+        return self._sample(item, self.config.decode, [])
 
-    def _crop_of(self, item: Item) -> Callable[[int, tuple[tuple[str, str], ...]], Sample]:
-        """What makes the sample of a place in the run from an image of the source."""
+    def instead(self, item: Item, failure: tuple[str, str]) -> Sample:
+        """What takes the place of an image that could not be decoded on the device."""
+        return self._sample(item, "reduced", [failure])
+
+    def _sample(
+        self,
+        item: Item,
+        decode: Literal["full", "reduced", "device"],
+        failures: list[tuple[str, str]],
+    ) -> Sample:
+        """The sample of an image or of one that stands in; `failures`: of those tried before.
+
+        Nothing is remembered of a file that failed: it may have been the network.
+        """
+        index = self._index(item)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
+            for step in range(len(failures), min(len(self), MAX_BAD_IN_A_ROW)):
+                candidate = self.source.stand_in(index, step)
+                try:
+                    sample = patiently(lambda chosen=candidate: self._read(chosen, item, decode))
+                    return sample._replace(failures=tuple(failures))
+                except Exception as error:  # decoders raise anything on a broken file
+                    path = self.source.path(candidate)
+                    if why := hopeless(error):
+                        why = f"{path} cannot be read, for {why} ({reason_of(error)})."
+                        return Sample(item, None, False, tuple(failures), stop=why)
+                    failures.append((path, reason_of(error)))
+        why = (
+            f"No image can be read: {len(failures)} in a row under {self.source.root} failed;"
+            f" the first is {failures[0][0]} ({failures[0][1]})."
+        )
+        return Sample(item, None, False, tuple(failures), stop=why)
+
+    def _read(self, index: int, item: Item, decode: str) -> Sample:
+        """The crop of an image of the source for a place in the run."""
 
         def draw(height: int, width: int) -> Crop:
             # torchvision draws from the global generator, which is left as it was. This is what
@@ -103,26 +132,12 @@ class AugmentedImages(Dataset):
             finally:
                 torch.set_rng_state(before)
 
-        def read(index: int, failures: tuple[tuple[str, str], ...]) -> Sample:
-            file, path = self.source.open(index), self.path(index)
-            if self.config.decode == "device" and (encoded := read_encoded(file, draw)):
-                return Sample(item, encoded, encoded.crop.flip, failures, path)
-            reduced = self.config.decode == "reduced"
-            return Sample(item, *read_crop(file, self.image_size, draw, reduced), failures, path)
+        file = self.source.open(index)
+        if decode == "device" and (encoded := read_encoded(file, draw)):
+            path = self.source.path(index)
+            return Sample(item, encoded, encoded.crop.flip, (), path)
+        return Sample(item, *read_crop(file, self.image_size, draw, decode == "reduced"), ())
 
-        return read
-
-    def _read(self, index: int, read: Callable) -> tuple:
-        """The sample of an image or of the one that stands in, and the files that failed."""
-        failures = []
-        for step in range(min(len(self), MAX_BAD_IN_A_ROW)):
-            candidate = self.source.stand_in(index, step)
-            if candidate not in self.bad:
-                try:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
-                        return read(candidate, tuple(failures)), tuple(failures)
-                except Exception as error:  # decoders raise anything on a broken file
-                    self.bad[candidate] = " ".join(str(error).split()) or type(error).__name__
-            failures.append((self.path(candidate), self.bad[candidate]))
-        return None, tuple(failures)
+    def _index(self, item: Item) -> int:
+        repeat, position = divmod(item.position, len(self))
+        return self.source.at(position, item.epoch * self.config.repeats + repeat)

@@ -13,7 +13,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from greenmim.data.augment import Crop
+from greenmim.data.errors import reason_of
 from greenmim.data.images import open_rgb
+from greenmim.data.sampler import Item
 
 
 class EncodedBatch(NamedTuple):
@@ -24,6 +26,7 @@ class EncodedBatch(NamedTuple):
         sizes: Bytes of each.
         places: Which image of the batch each is.
         crops: Of the decoded picture.
+        items: Their places in the run.
         paths: For messages.
     """
 
@@ -31,46 +34,37 @@ class EncodedBatch(NamedTuple):
     sizes: list[int]
     places: list[int]
     crops: list[Crop]
+    items: list[Item]
     paths: list[str]
 
 
-def decode_into(
-    images: torch.Tensor, encoded: EncodedBatch
-) -> tuple[tuple[tuple[str, str], ...], bool]:
+def decode_into(images: torch.Tensor, encoded: EncodedBatch) -> list[tuple[int, str]]:
     """Decode, crop and scale the JPEGs into their places.
 
-    What torchvision cannot decode is left to Pillow; one that is corrupt is replaced by the image
-    before it in the batch.
+    What torchvision cannot decode is left to Pillow.
 
     Args:
         images: uint8 [B, 3, H, W] on the device, changed in place.
         encoded: What to decode; on the CPU.
 
     Returns:
-        (path, reason) of files that cannot be decoded, and whether any image is good.
+        (number in `encoded`, reason) of those that cannot be decoded; their places are left alone.
     """
     files = list(encoded.data.split(encoded.sizes))
     try:
         pictures = _decode(files, images.device)
     except RuntimeError:  # says that one of them is bad, not which
         pictures = [_decoded(file, images.device) for file in files]
-    failures, bad = [], []
-    for picture, place, crop, path in zip(
-        pictures, encoded.places, encoded.crops, encoded.paths, strict=True
-    ):
+    failures = []
+    for number, picture in enumerate(pictures):
         if isinstance(picture, str):
-            failures.append((path, picture))
-            bad.append(place)
+            failures.append((number, picture))
             continue
-        box, size = crop[:4], list(images.shape[2:])
-        images[place] = F.resized_crop(
+        box, size = encoded.crops[number][:4], list(images.shape[2:])
+        images[encoded.places[number]] = F.resized_crop(
             picture, *box, size, InterpolationMode.BICUBIC, antialias=True
         )
-    good = [place for place in range(len(images)) if place not in bad]
-    for place in bad if good else ():
-        before = [other for other in good if other < place]
-        images[place] = images[before[-1] if before else good[-1]]
-    return tuple(failures), bool(good)
+    return failures
 
 
 def _decoded(file: torch.Tensor, device: torch.device) -> torch.Tensor | str:
@@ -81,7 +75,7 @@ def _decoded(file: torch.Tensor, device: torch.device) -> torch.Tensor | str:
     try:
         return F.pil_to_tensor(open_rgb(io.BytesIO(file.numpy().tobytes()))).to(device)
     except Exception as error:  # decoders raise anything on a broken file
-        return " ".join(str(error).split()) or type(error).__name__
+        return reason_of(error)
 
 
 def _decode(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

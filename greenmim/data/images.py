@@ -4,32 +4,74 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from greenmim.recipe import UserError
+
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 )
 
-ORIENTATION_TAG = 0x0112  # of EXIF
+_ORIENTATION_TAG = 0x0112  # of EXIF
+# What puts a picture upright, by the tag.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPPED = (5, 6, 7, 8)  # height and width
 
 
-def find_images(root: str | Path) -> np.ndarray:
+class Names:
+    """Names of files by their number, in two pieces of memory.
+
+    So loader processes share it, which they do not share a list's strings, however many millions
+    there are; and a single long name takes no more than itself.
+    """
+
+    def __init__(self, names: Iterable[bytes]) -> None:
+        names = list(names)
+        self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        self._bytes = b"".join(names)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, number: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
+
+
+def find_images(root: str | Path) -> Names:
     """Every image file under a folder, at any depth, in sorted order.
 
     Hidden files and folders are left out; linked folders are followed, each once.
 
     Returns:
-        bytes array [number of files] of paths relative to `root`. One flat array instead of a list
-        of strings, so that loader processes share its memory however many millions of names it
-        holds.
+        Paths relative to `root`.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
         NotADirectoryError: `root` is a file.
+        UserError: a folder in it cannot be listed.
     """
+
+    def refused(error: OSError) -> None:
+        raise UserError(
+            f"The folder {error.filename} cannot be listed ({error.strerror}); give it permission"
+            f" to be read, or take it out of {root}."
+        ) from error
+
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"There is no folder {root}; pass the folder with the images.")
@@ -37,22 +79,24 @@ def find_images(root: str | Path) -> np.ndarray:
         raise NotADirectoryError(f"{root} is a file; pass the folder with the images.")
     names: list[bytes] = []
     seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=refused, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = os.path.relpath(folder, root)
+        inside = "" if inside == "." else os.path.join(inside, "")
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                names.append(os.fsencode(os.path.relpath(os.path.join(folder, name), root)))
+                names.append(os.fsencode(inside + name))
     if not names:
         raise FileNotFoundError(
             f"There is no image in {root}; looked at any depth for"
             f" {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
-    return np.array(sorted(names), dtype=bytes)
+    return Names(sorted(names))
 
 
 def open_rgb(file: str | Path | io.BytesIO) -> Image.Image:
@@ -64,8 +108,8 @@ def open_rgb(file: str | Path | io.BytesIO) -> Image.Image:
         OSError and others from Pillow: the file is corrupt, truncated or no image.
     """
     with Image.open(file) as image:
-        image.load()
-        return to_rgb(upright(image))
+        image.load()  # some formats hold their EXIF block behind the pixels
+        return to_rgb(upright(image, orientation(image)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -87,21 +131,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def upright_size(image: Image.Image) -> tuple[tuple[int, int], bool]:
-    """(height, width) of a picture once `upright`, and whether that swaps its sides."""
+def orientation(image: Image.Image) -> int:
+    """How a picture lies, 1 to 8 as EXIF numbers it; 1, upright, where it does not say."""
     try:
-        turned = image.getexif().get(ORIENTATION_TAG, 1) in (5, 6, 7, 8)
-    except Exception:  # a broken EXIF block raises anything
-        turned = False
-    return (image.size if turned else image.size[::-1]), turned
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF tag says."""
-    try:
-        return ImageOps.exif_transpose(image)
+        tag = image.getexif().get(_ORIENTATION_TAG, 1)
+        return tag if tag in _TURNS else 1
     except Exception:  # a broken EXIF block raises anything; the pixels are still good
-        return image
+        return 1
+
+
+def upright_size(image: Image.Image, lies: int) -> tuple[int, int]:
+    """(height, width) of a picture once `upright`."""
+    return image.size if lies in SWAPPED else image.size[::-1]
+
+
+def upright(image: Image.Image, lies: int) -> Image.Image:
+    """A loaded picture with this `orientation`, turned; the same one where it need not be.
+
+    Pillow's exif_transpose writes the EXIF block anew, which fails where it is broken, and copies a
+    picture that it does not turn.
+    """
+    return image.transpose(_TURNS[lies]) if lies in _TURNS else image
 
 
 def open_fitted(file: str | Path | io.BytesIO, size: tuple[int, int]) -> Image.Image:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
+import math
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,19 +17,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from greenmim.config import UNIT_PIXELS
+from greenmim.data import shared
 from greenmim.data.augment import Encoded, Finish
 from greenmim.data.dataset import AugmentedImages, Sample
-from greenmim.data.device_decode import EncodedBatch, decode_into
-from greenmim.data.sampler import EpochSampler
+from greenmim.data.device_decode import EncodedBatch
+from greenmim.data.sampler import PLACES, EpochSampler
 from greenmim.guards import StopSignal
 from greenmim.masking import block_visible, random_visible
 from greenmim.planning import Plan, Planner
 from greenmim.recipe import MaskConfig, UserError
 from greenmim.seeds import MASK, generator
+from greenmim_kernels.host_memory import give_back_freed_memory
 
 # A wait for a batch looks so often whether the run was asked to stop.
 _POLL_SECONDS = 2
-_CLOSE_SECONDS = 3.0
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -40,12 +39,13 @@ class Batch:
     """Images, the plan of their masks, and (path, reason) of unreadable files.
 
     Attributes:
-        images: float32 [B, 3, H, W], or uint8 with flips still to be done. `images` and `plan` are
-            None when no readable file was found for some image.
+        images: float32 [B, 3, H, W], or uint8 with flips still to be done, channels last in memory.
+            `images` and `plan` are None where there is a reason to `stop`.
         plan: Of the masks.
         failures: (path, reason) of files that could not be read.
         flips: bool [B], which images to flip; None where all is done.
         encoded: Images still to be decoded.
+        stop: Why the run cannot go on: as text, for an error loses its sentence between processes.
     """
 
     images: torch.Tensor | None
@@ -53,6 +53,7 @@ class Batch:
     failures: tuple[tuple[str, str], ...]
     flips: torch.Tensor | None = None
     encoded: EncodedBatch | None = None
+    stop: str | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The batch on a device; what is to be decoded stays."""
@@ -92,23 +93,43 @@ class Collate:
         failures = tuple(
             dict.fromkeys(failure for sample in samples for failure in sample.failures)
         )
-        if any(sample.image is None for sample in samples):
-            return Batch(None, None, failures)
+        stop = next((sample.stop for sample in samples if sample.stop), None)
+        try:
+            return (
+                Batch(None, None, failures, stop=stop) if stop else self._batch(samples, failures)
+            )
+        except UserError as error:
+            return Batch(None, None, failures, stop=str(error))
+
+    def _batch(self, samples: list[Sample], failures: tuple[tuple[str, str], ...]) -> Batch:
         item = samples[0].item
-        rng = generator(self.seed, MASK, item.step, item.micro)
-        count = len(samples) if self.mask.per_image else None
-        visible = draw_visible(rng, self.planner.unit_grid, self.mask, count)
-        plan, encoded = self.planner(visible), join_encoded(samples)
+        plan = self._plan(generator(self.seed, MASK, item.step, item.micro), len(samples))
         height, width = (side * UNIT_PIXELS for side in self.planner.unit_grid)
-        images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
+        if self.finish is not None:
+            images = shared.empty((len(samples), 3, height, width), torch.float32)
+            # One by one: an image stays in the processor's cache, a batch does not.
+            for place, sample in enumerate(samples):
+                self.finish.into(images[place], sample.image, sample.flip)
+            return Batch(images, plan, failures)
+        # Crops are channels last, and are left so.
+        images = shared.empty((len(samples), height, width, 3), torch.uint8).permute(0, 3, 1, 2)
         for place, sample in enumerate(samples):
             if not isinstance(sample.image, Encoded):
-                here = sample.flip and self.finish is not None
-                images[place] = sample.image.flip(2) if here else sample.image
-        if self.finish is not None:
-            return Batch(self.finish(images), plan, failures)
-        flips = torch.tensor([sample.flip for sample in samples])
-        return Batch(images, plan, failures, flips, encoded)
+                images[place] = sample.image
+        flips = shared.copied(torch.tensor([sample.flip for sample in samples]))
+        return Batch(images, plan, failures, flips, join_encoded(samples))
+
+    def _plan(self, rng: np.random.Generator, count: int) -> Plan:
+        """The plan of masks for so many images."""
+        count = count if self.mask.per_image else None
+        plan = self.planner(draw_visible(rng, self.planner.unit_grid, self.mask, count))
+        return Plan(shared.copied(plan.memory), plan.layout)
+
+    def batch_bytes(self, count: int) -> int:
+        """What a batch of so many images takes; of JPEGs that are not decoded yet, about."""
+        pixels = count * 3 * math.prod(side * UNIT_PIXELS for side in self.planner.unit_grid)
+        images = pixels * (1 if self.finish is None else 4)
+        return images + self._plan(generator(self.seed, MASK), count).memory.nbytes
 
 
 def join_encoded(samples: list[Sample]) -> EncodedBatch | None:
@@ -119,11 +140,14 @@ def join_encoded(samples: list[Sample]) -> EncodedBatch | None:
     if not found:
         return None
     files = [sample.image.data for _, sample in found]
+    sizes = [len(file) for file in files]
+    data = shared.empty((sum(sizes),), torch.uint8)
     return EncodedBatch(
-        data=torch.cat(files),
-        sizes=[len(file) for file in files],
+        data=torch.cat(files, out=data),
+        sizes=sizes,
         places=[place for place, _ in found],
         crops=[sample.image.crop for _, sample in found],
+        items=[sample.item for _, sample in found],
         paths=[sample.path for _, sample in found],
     )
 
@@ -145,6 +169,9 @@ def make_loader(
     pin_memory: bool,
 ) -> DataLoader:
     """A loader over the rest of the run: its workers live until the end, not one epoch."""
+    # Batches come from an order's places in turn, and go to the workers in turn.
+    places = PLACES * sampler.accumulate
+    dataset.source.expect(places // math.gcd(max(workers, 1), places))
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -159,132 +186,21 @@ def make_loader(
     )
 
 
-class Feed:
-    """The batches of a loader, with the time spent waiting for them and the files that failed.
+def check_shared_memory(loader: DataLoader, processes: int) -> None:
+    """Find out before a run whether its batches fit into shared memory.
 
     Args:
-        loader: The loader.
-        device: Where batches go.
-        give_up: Asked again and again while a batch does not come: whether to wait no longer.
+        loader: Of one process of the run, made by `make_loader`.
+        processes: How many processes of the run share this machine.
 
-    Attributes:
-        waited: Seconds spent waiting so far.
-        failures: (path, reason) of files that could not be read, each once.
+    Raises:
+        UserError: they do not.
     """
-
-    def __init__(
-        self,
-        loader: DataLoader,
-        device: torch.device,
-        give_up: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.device, self.give_up = device, give_up
-        # Copies have a stream of their own: they run beside the update before.
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.waited = 0.0
-        self.failures: list[tuple[str, str]] = []
-        self._dataset: AugmentedImages = loader.dataset
-        self._finish = Finish(loader.dataset.config, device)
-        others = set(multiprocessing.active_children())
-        self._batches = iter(loader)
-        self._workers = set(multiprocessing.active_children()) - others
-        self._named: set[str] = set()
-
-    def close(self) -> None:
-        """End the loader's processes, in a few seconds those that hang, too."""
-        late = threading.Timer(_CLOSE_SECONDS, self._kill)
-        late.start()
-        with _children_may_end():
-            self._batches = None  # asks each to end, and waits for it
-            late.cancel()
-            self._kill()
-            for worker in self._workers:
-                worker.join(_CLOSE_SECONDS)
-
-    def _kill(self) -> None:
-        for worker in self._workers:
-            if worker.is_alive():
-                worker.kill()
-
-    def next(self) -> Batch | None:
-        """The next batch, on the device, as the model takes it; None where waiting was given up.
-
-        Raises:
-            UserError: no image can be read any more, or a loader process died.
-        """
-        asked = time.perf_counter()
-        batch = self._wait()
-        self.waited += time.perf_counter() - asked
-        if batch is None:
-            return None
-        self._name(batch.failures)
-        if batch.images is None:
-            raise UserError(self._dataset.all_bad(batch.failures))
-        batch = self._to_device(batch)
-        if batch.flips is None:
-            return batch
-        return replace(batch, images=self._finish(batch.images, batch.flips), flips=None)
-
-    def _wait(self) -> Batch | None:
-        while True:
-            try:
-                return next(self._batches)
-            except RuntimeError as error:
-                if "DataLoader timed out" in str(error):
-                    if self.give_up():
-                        return None
-                    continue
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError(
-                    f"A loader process died ({' '.join(str(error).split())}); most often memory"
-                    " ran out: lower --data.workers, or raise the limit of /dev/shm in a"
-                    " container."
-                ) from error
-
-    def _to_device(self, batch: Batch) -> Batch:
-        if self._copies is None:
-            return self._decode(batch.to(self.device))
-        with torch.cuda.stream(self._copies):
-            batch = self._decode(batch.to(self.device, non_blocking=True))
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self._copies)
-        batch.record_stream(current)
-        return batch
-
-    def _decode(self, batch: Batch) -> Batch:
-        if batch.encoded is None:
-            return batch
-        failures, any_good = decode_into(batch.images, batch.encoded)
-        self._name(failures)
-        if not any_good:
-            raise UserError(self._dataset.all_bad(failures))
-        return replace(batch, encoded=None)
-
-    def _name(self, failures: tuple[tuple[str, str], ...]) -> None:
-        for path, reason in failures:
-            if path not in self._named:
-                self._named.add(path)
-                self.failures.append((path, reason))
-
-    def take_failures(self) -> list[tuple[str, str]]:
-        """The failures since the last call."""
-        taken, self.failures = self.failures, []
-        return taken
-
-
-@contextlib.contextmanager
-def _children_may_end() -> Iterator[None]:
-    """Inside, the end of a loader process is not the error that PyTorch takes it for."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        if before is not None:  # else it was no handler of Python's
-            signal.signal(signal.SIGCHLD, before)
+    if loader.num_workers:
+        # Each worker makes batches ahead, and the main process still holds the one before.
+        batches = loader.num_workers * loader.prefetch_factor + 1
+        one = loader.collate_fn.batch_bytes(loader.batch_sampler.batch_size)
+        shared.check_room(processes * batches * one)
 
 
 def _start_worker(worker: int) -> None:
@@ -292,6 +208,8 @@ def _start_worker(worker: int) -> None:
     # and it still needs batches until the update under way is done.
     for number in StopSignal.HANDLED:
         signal.signal(number, signal.SIG_IGN)
+    # The main process of a run on a CPU keeps what it frees; a picture is large once.
+    give_back_freed_memory()
     # So it would outlive that process, if that is killed while this one hangs.
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

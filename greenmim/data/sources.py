@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from greenmim.data.images import find_images
+from greenmim.data.images import Names, find_images
 from greenmim.data.shards import find_shards
 from greenmim.data.tars import Opened, images_in, read_part
 from greenmim.recipe import DataConfig, UserError
@@ -41,6 +41,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def expect(self, places: int) -> None:
+        """Told before reading: in so many places at a time a process will go through shards."""
+
+    def at(self, position: int, turn: int) -> int:
+        """Index of the image at a position below the length, in the pass number `turn`, from 0."""
+
     def path(self, index: int) -> str:
         """The image's name for people."""
 
@@ -52,6 +58,9 @@ class Source(Protocol):
 
     def some(self, count: int) -> list[int]:
         """Indices of a few images to look at."""
+
+    def notes(self) -> list[str]:
+        """What people should know before a run, once its first image was read."""
 
 
 def find_source(config: DataConfig) -> Source:
@@ -87,6 +96,15 @@ class _AnyOrder:
 
     shards: np.ndarray | None = None
 
+    def expect(self, places: int) -> None:
+        pass
+
+    def at(self, position: int, turn: int) -> int:
+        return position
+
+    def notes(self) -> list[str]:
+        return []
+
     def stand_in(self, index: int, step: int) -> int:
         """The next one."""
         return (index + step) % len(self)
@@ -107,7 +125,7 @@ class Folder(_AnyOrder):
         return len(self.names)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.names[index]))
+        return os.path.join(self.root, self.names[index])
 
     open = path
 
@@ -148,7 +166,7 @@ class Tars(_AnyOrder):
             what = "image" if self.files else "tar file (*.tar)"
             raise UserError(f"--data.root {root}: there is no {what} in it.")
         names, files, offsets, sizes = zip(*found, strict=True)
-        self.names = np.array(names, dtype=bytes)
+        self.names = Names(names)
         self.file_of = np.array(files, dtype=np.int32)
         self.places = np.array([offsets, sizes], dtype=np.int64).T
         self._opened = Opened(self._open_tar, _MOST_OPEN_TARS)
@@ -160,12 +178,12 @@ class Tars(_AnyOrder):
         return len(self.names)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.files[self.file_of[index]], os.fsdecode(self.names[index]))
+        return os.path.join(self.files[self.file_of[index]], self.names[index])
 
     def open(self, index: int) -> io.BytesIO:
-        file = self._opened[int(self.file_of[index])]
         offset, size = self.places[index].tolist()
-        return io.BytesIO(read_part(file, offset, size))
+        file = int(self.file_of[index])
+        return io.BytesIO(self._opened.use(file, lambda opened: read_part(opened, offset, size)))
 
 
 class HuggingFace(_AnyOrder):

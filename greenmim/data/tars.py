@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import tarfile
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
+from greenmim.data.errors import Unavailable, hopeless, patiently, reason_of
 from greenmim.data.images import IMAGE_SUFFIXES
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+# Seconds until what could not be opened is tried again: there may be thousands of images in it.
+AGAIN_AFTER = 60.0
 
 
 class Member(NamedTuple):
@@ -59,11 +65,20 @@ def read_part(file: BinaryIO, offset: int, size: int) -> bytes:
     return data
 
 
+class Failed(NamedTuple):
+    """What could not be opened. The text alone: an error holds on to all that led to it."""
+
+    reason: str
+    until: float
+
+
 class Opened(Generic[T]):
-    """What was opened last, by number; each process opens for itself, also after a fork.
+    """What was used last, by number; each process opens for itself, also after a fork.
+
+    What cannot be opened raises `Unavailable` for a while, and is then tried again.
 
     Args:
-        open_one: Opens; what it raises is kept, too, and raised again for the same number.
+        open_one: Opens.
         most: How many are kept.
     """
 
@@ -73,7 +88,7 @@ class Opened(Generic[T]):
 
     def _forget(self) -> None:
         self._process = os.getpid()
-        self._open: OrderedDict[int, T | Exception] = OrderedDict()
+        self._open: OrderedDict[int, T | Failed] = OrderedDict()
 
     def __getstate__(self) -> dict:
         return {"open_one": self.open_one, "most": self.most}
@@ -84,17 +99,34 @@ class Opened(Generic[T]):
     def __getitem__(self, number: int) -> T:
         if self._process != os.getpid():
             self._forget()
-        if number not in self._open:
+        found = self._open.pop(number, None)
+        if found is None or (isinstance(found, Failed) and time.monotonic() >= found.until):
             while len(self._open) >= self.most:
                 self._open.popitem(last=False)
-            try:
-                self._open[number] = self.open_one(number)
-            except Exception as error:
-                self._open[number] = error
-        self._open.move_to_end(number)
-        if isinstance(found := self._open[number], Exception):
-            raise found
+            found = self._try(number)
+        self._open[number] = found
+        if isinstance(found, Failed):
+            raise Unavailable(found.reason)
         return found
 
+    def _try(self, number: int) -> T | Failed:
+        try:
+            return patiently(lambda: self.open_one(number))
+        except Exception as error:
+            if hopeless(error):
+                raise
+            return Failed(reason_of(error), time.monotonic() + AGAIN_AFTER)
+
+    def use(self, number: int, action: Callable[[T], R]) -> R:
+        """`action` on it; where the system has an error with it, it is opened anew next time."""
+        try:
+            return action(self[number])
+        except OSError as error:
+            if error.errno is not None:  # a stale handle stays stale
+                self._open.pop(number, None)
+            raise
+
     def __contains__(self, number: int) -> bool:
-        return self._process == os.getpid() and number in self._open
+        """Whether it is open."""
+        ours = self._process == os.getpid()
+        return ours and not isinstance(self._open.get(number, Failed("", 0.0)), Failed)

@@ -90,7 +90,7 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
     for given in map(Path, images):
         if given.is_dir():
             try:
-                files += [given / os.fsdecode(name) for name in find_images(given)]
+                files += [given / name for name in find_images(given)]
             except OSError as error:
                 raise UserError(str(error)) from error
         elif given.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 
 import torch
@@ -46,7 +47,8 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
                 block.compile(fullgraph=True, dynamic=False)
             fully_shard(block)
         return fully_shard(model)
-    # Compiled inside: DDP's own hooks stay outside the graph, which is then one piece.
+    # Compiled inside: traced as one graph, which PyTorch cuts where DDP's buckets end, so that their
+    # gradients travel while the rest of the backward pass runs.
     inner = torch.compile(model, fullgraph=True) if recipe.compile else model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have two names for it
@@ -89,7 +91,7 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor
     value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
     # Gradients that stay as they are need no pass over them; to look at the norm, which says so,
     # is for nothing on a CPU and a wait for the device elsewhere.
-    if value.device.type != "cpu" or value > limit:
+    if math.isfinite(limit) and (value.device.type != "cpu" or value > limit):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import greenmim
-from greenmim.data.augment import Finish
+from greenmim.data.augment import Finish, finishes_in_loader
 from greenmim.data.dataset import AugmentedImages
 from greenmim.data.device_decode import check_device
-from greenmim.data.loader import Collate, make_loader
+from greenmim.data.loader import Collate, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import Source, find_source
 from greenmim.masking import num_visible_units
@@ -153,7 +154,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
             check_same_model(state, recipe, checkpoint)
             model.load_state_dict(state["model"])
         dataset = AugmentedImages(source, recipe.data, recipe.model.image_hw, recipe.seed)
-        dataset.check_readable()
+        notes += dataset.check_readable()
     processes.from_main(lambda: _check_room(folder, model, recipe.checkpoint.keep_last))
 
     notes = [*_facts(recipe, model, processes, precision, sampler), *notes]
@@ -179,9 +180,12 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
 
     sampler = make_sampler(recipe, source, world, first_update=first_step)
-    later = recipe.data.augment_on_device or recipe.data.decode == "device"
-    collate = Collate(planner, recipe.mask, recipe.seed, None if later else Finish(recipe.data))
+    finish = Finish(recipe.data) if finishes_in_loader(recipe.data, device) else None
+    collate = Collate(planner, recipe.mask, recipe.seed, finish)
     loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
+    here = processes.gather(socket.gethostname()).count(socket.gethostname())
+    with processes.agreed():
+        check_shared_memory(loader, here)
     return Run(
         recipe,
         processes,

@@ -151,9 +151,10 @@ class RunLog:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far in GiB: of tensors on a GPU, else resident in the main process."""
+    """Peak memory so far in GiB: what PyTorch took of a GPU, else resident in the main process.
+
+    Taken, not in use by tensors: a CUDA graph keeps memory that no tensor of the process names.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    )  # ru_maxrss is in KiB on Linux
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import greenmim
-from greenmim.data.loader import Feed
+from greenmim.data.feed import Feed
 from greenmim.guards import EXIT_DIVERGED, StopSignal, exit_code_of
 from greenmim.recipe import Recipe
 from greenmim.seeds import FORWARD, torch_seed
@@ -348,7 +348,7 @@ class Trainer:
         if run.processes.world.is_main:
             micro = report.bad_micro_batches()
             files = [
-                run.dataset.path(item.position % len(run.dataset))
+                run.dataset.path(item)
                 for index in micro
                 for item in run.sampler.items(report.step - 1, index)
             ]

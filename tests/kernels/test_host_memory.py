@@ -10,9 +10,11 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from greenmim_kernels.host_memory import keep_freed_memory
-if sys.argv[1] == "keep":
+from greenmim_kernels.host_memory import give_back_freed_memory, keep_freed_memory
+if sys.argv[1] != "default":
     keep_freed_memory()
+if sys.argv[1] == "undo":
+    give_back_freed_memory()
 def step():  # what a step does: tensors of all sizes, all freed at its end
     kept = [torch.ones(size << 20) for size in (1, 3, 12, 1, 2)]
 for _ in range(4):  # the heap grows to what it needs
@@ -27,8 +29,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_step_finds_the_memory_of_the_one_before():
     faults = [
         int(subprocess.check_output([sys.executable, "-c", PROGRAM, mode], timeout=120))
-        for mode in ("keep", "default")
+        for mode in ("keep", "default", "undo")
     ]
     pages = 19 << 20 >> 10  # of 4 KiB, 76 MiB of float32
     assert faults[0] < 100
     assert faults[1] > pages / 4  # else the setting does nothing here, and can go
+    assert faults[2] > pages / 4

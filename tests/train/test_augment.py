@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,19 @@ from train_pictures import picture
 
 from greenmim.cli import main
 from greenmim.data import augment, device_decode
-from greenmim.data.augment import Crop, Encoded, Finish, draw_crop, read_crop, read_encoded
+from greenmim.data.augment import (
+    Crop,
+    Encoded,
+    Finish,
+    draw_crop,
+    finishes_in_loader,
+    read_crop,
+    read_encoded,
+)
 from greenmim.data.dataset import AugmentedImages
 from greenmim.data.device_decode import check_device
-from greenmim.data.loader import Batch, Collate, Feed, make_loader
+from greenmim.data.feed import Feed
+from greenmim.data.loader import Batch, Collate, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import Folder
 from greenmim.planning import Planner
@@ -150,16 +160,19 @@ def jpegs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def batches(folder: Path, workers: int = 0, **data) -> tuple[list[Batch], list]:
-    config = DataConfig(root=str(folder), batch_size=3, repeats=2, **data)
+def feed_of(folder: Path, workers: int = 0, batch_size: int = 3, **data) -> Feed:
+    config = DataConfig(root=str(folder), batch_size=batch_size, repeats=2, **data)
     files = Folder(str(folder))
     dataset = AugmentedImages(files, config, (96, 64), 5)
-    sampler = EpochSampler(len(files), 3, repeats=2, epochs=1, seed=5)
-    later = config.augment_on_device or config.decode == "device"
-    finish = None if later else Finish(config)
+    sampler = EpochSampler(len(files), batch_size, repeats=2, epochs=1, seed=5)
+    finish = Finish(config) if finishes_in_loader(config, torch.device("cpu")) else None
     collate = Collate(Planner(CONFIG), MaskConfig(0.5), 5, finish)
-    feed = Feed(make_loader(dataset, sampler, collate, workers, False), torch.device("cpu"))
-    return [feed.next() for _ in range(len(sampler))], feed.take_failures()
+    return Feed(make_loader(dataset, sampler, collate, workers, False), torch.device("cpu"))
+
+
+def batches(folder: Path, workers: int = 0, **data) -> tuple[list[Batch], list]:
+    feed = feed_of(folder, workers, **data)
+    return [feed.next() for _ in range(14 // data.get("batch_size", 3))], feed.take_failures()
 
 
 def test_a_batch_finished_on_the_device_is_the_batch(jpegs):
@@ -197,16 +210,34 @@ def test_what_a_gpu_cannot_decode_is_decoded_before(jpegs):
     assert isinstance(read_encoded(str(jpegs / "0.jpg"), middle), Encoded)
 
 
-def test_a_file_that_the_device_cannot_decode_is_named_and_replaced(jpegs):
+@pytest.mark.parametrize("batch_size", [1, 3])  # 1: there is no good image beside it
+def test_what_the_device_cannot_decode_has_the_stand_in_of_every_other_way(jpegs, batch_size):
     spoilt = jpegs / "2.jpg"
     data = bytearray(spoilt.read_bytes())
     table = data.index(b"\xff\xc4")  # the first Huffman table; the header before it stays whole
     data[table + 5 : table + 60] = b"\xee" * 55
     spoilt.write_bytes(data)
-    found, failures = batches(jpegs, decode="device", flip=0.0)
+    expected, _ = batches(jpegs, batch_size=batch_size)
+    found, failures = batches(jpegs, batch_size=batch_size, decode="device")
     assert [path for path, reason in failures if reason] == [str(spoilt)]
-    assert all(batch.images.isfinite().all() for batch in found)
-    assert sum(len(batch.images.flatten(1).unique(dim=0)) < 3 for batch in found) == 2
+    a, b = (torch.cat([batch.images for batch in each]) for each in (expected, found))
+    assert (a - b).square().mean((1, 2, 3)).sqrt().max() < 0.2
+    items = [item for batch in EpochSampler(7, batch_size, repeats=2, seed=5) for item in batch]
+    spoilt_places = [place for place, item in enumerate(items) if item.position % 7 == 2]
+    assert spoilt_places and all(torch.equal(a[place], b[place]) for place in spoilt_places)
+
+
+def test_time_spent_decoding_is_time_spent_waiting(jpegs, monkeypatch):
+    real = device_decode._decode
+
+    def slow(files, device):
+        time.sleep(0.1)
+        return real(files, device)
+
+    monkeypatch.setattr(device_decode, "_decode", slow)
+    feed = feed_of(jpegs, decode="device")
+    feed.next()
+    assert feed.waited >= 0.1
 
 
 def test_the_device_has_to_be_a_gpu(tiny, photos, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from train_pictures import picture
 
 from greenmim.config import ModelConfig
-from greenmim.data.augment import Finish
+from greenmim.data.augment import Finish, finishes_in_loader
 from greenmim.data.dataset import AugmentedImages, Sample
 from greenmim.data.images import find_images, open_rgb
 from greenmim.data.loader import Batch, Collate, make_loader
@@ -27,7 +26,7 @@ from greenmim.recipe import DataConfig, MaskConfig
 
 
 def names(folder: Path) -> list[str]:
-    return [os.fsdecode(name) for name in find_images(folder)]
+    return list(find_images(folder))
 
 
 def test_images_are_found_at_any_depth_in_a_fixed_order(tmp_path: Path) -> None:
@@ -215,7 +214,7 @@ def load(
     files = Folder(str(folder))
     dataset = AugmentedImages(files, config, (96, 64), seed)
     sampler = EpochSampler(len(files), 3, repeats=2, epochs=2, seed=seed, first_update=first)
-    finish = None if config.augment_on_device else Finish(config)
+    finish = Finish(config) if finishes_in_loader(config, torch.device("cpu")) else None
     collate = Collate(Planner(CONFIG), MaskConfig(0.5, per_image=per_image), seed, finish)
     return list(make_loader(dataset, sampler, collate, workers, pin_memory=False))
 

@@ -257,6 +257,13 @@ def test_gradients_above_the_limit_are_scaled_down_to_it(limit, after):
     torch.testing.assert_close(torch.cat([w.grad for w in weights[:2]]), expected)
 
 
+def test_no_limit_is_no_pass_over_the_gradients(monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", None)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients([weight], float("inf")) == 5.0
+
+
 def test_gradients_that_are_not_finite_are_reported():
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([1.0, float("nan")])
