@@ -47,8 +47,8 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
                 block.compile(fullgraph=True, dynamic=False)
             fully_shard(block)
         return fully_shard(model)
-    # Compiled inside: traced as one graph, which PyTorch cuts where DDP's buckets end, so that their
-    # gradients travel while the rest of the backward pass runs.
+    # Compiled inside: traced as one graph, which PyTorch cuts where DDP's buckets end, so that
+    # their gradients travel while the rest of the backward pass runs.
     inner = torch.compile(model, fullgraph=True) if recipe.compile else model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have two names for it
