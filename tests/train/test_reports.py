@@ -15,6 +15,7 @@ from greenmim.training.log_file import read_log
 from greenmim.training.reports import Reports
 from greenmim.training.run_folder import RunFolder
 from greenmim.training.run_log import RunLog
+from greenmim.training.trackers import make_trackers
 from greenmim.training.world import World
 
 CPU = torch.device("cpu")
@@ -93,20 +94,28 @@ def recipe(tmp_path: Path) -> Recipe:
     return Recipe(work_dir=str(tmp_path), data=DataConfig(root="x"))
 
 
-def test_a_log_that_cannot_be_written_is_a_clear_error(recipe: Recipe, tmp_path: Path) -> None:
-    recipe.log.tensorboard = False
-    with RunLog(RunFolder(tmp_path), recipe, 0, 10) as log:
+def test_a_log_on_a_full_disk_is_told_and_its_lines_wait(tmp_path: Path, capsys) -> None:
+    with RunLog(RunFolder(tmp_path), [], 0, 0, 10) as log:
         log.event("start", step=0)
-        log._file.close()
-        log._file = open("/dev/full", "w")
-        with pytest.raises(UserError, match=r"log.jsonl could not be written: No space left"):
-            log.event("train", step=1)
-    assert [r["event"] for r in read_log(tmp_path / "log.jsonl")] == ["start"]
+        log._file._file.close()
+        log._file._file = open("/dev/full", "ab", buffering=0)
+        log.event("train", step=1)
+        log.event("train", step=2)
+    assert [r["event"] for r in read_log(tmp_path / "log.jsonl")] == ["start", "train", "train"]
+    text = capsys.readouterr().out
+    assert text.count("log.jsonl could not be written: No space left") == 1
+
+
+def test_a_log_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").symlink_to(tmp_path / "nowhere" / "log.jsonl")
+    with pytest.raises(UserError, match=r"log.jsonl could not be written: No such file"):
+        RunLog(RunFolder(tmp_path), [], 0, 0, 10)
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(recipe: Recipe, tmp_path: Path, capsys) -> None:
-    with RunLog(RunFolder(tmp_path), recipe, 0, 10) as log:
-        (tracker,) = log._trackers
+    folder = RunFolder(tmp_path)
+    (tracker,) = trackers = make_trackers(folder, recipe, 0)
+    with RunLog(folder, trackers, 0, 0, 10) as log:
 
         def scalars(step: int, values: dict[str, float]) -> None:
             raise OSError(28, "No space left on device")
