@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from train_pictures import picture
 
@@ -159,14 +160,18 @@ def jpegs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def feed_of(folder: Path, workers: int = 0, batch_size: int = 3, **data) -> Feed:
+def loader_of(folder: Path, workers: int = 0, batch_size: int = 3, **data) -> DataLoader:
     config = DataConfig(root=str(folder), batch_size=batch_size, repeats=2, **data)
     files = Folder(str(folder))
     dataset = AugmentedImages(files, config, (96, 64), 5)
     sampler = EpochSampler(len(files), batch_size, repeats=2, epochs=1, seed=5)
     finish = Finish(config) if finishes_in_loader(config, torch.device("cpu")) else None
     collate = Collate(Planner(CONFIG), MaskConfig(0.5), 5, finish)
-    return Feed(make_loader(dataset, sampler, collate, workers, False), torch.device("cpu"))
+    return make_loader(dataset, sampler, collate, workers, False)
+
+
+def feed_of(folder: Path, workers: int = 0, **data) -> Feed:
+    return Feed(loader_of(folder, workers, **data), torch.device("cpu"))
 
 
 def batches(folder: Path, workers: int = 0, **data) -> tuple[list[Batch], list]:
