@@ -21,7 +21,7 @@ from train_pictures import picture
 from greenmim.data import dataset as dataset_module
 from greenmim.data import errors, shared
 from greenmim.data.dataset import AugmentedImages
-from greenmim.data.loader import check_shared_memory
+from greenmim.data.loader import Feed, check_shared_memory
 from greenmim.data.sampler import Item
 from greenmim.data.sources import Folder
 from greenmim.recipe import DataConfig, UserError
@@ -43,6 +43,17 @@ def within(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def feeding(*arguments, **data) -> Iterator[Feed]:
+    """A feed whose loader processes are ended, and which has not for ever."""
+    feed = feed_of(*arguments, **data)
+    try:
+        with within(60):
+            yield feed
+    finally:
+        getattr(feed._batches, "_shutdown_workers", lambda: None)()
 
 
 def failing(monkeypatch, error: Exception, times: int, name: str = "") -> list[str]:
@@ -121,8 +132,7 @@ def test_what_no_other_file_would_fare_better_with_ends_the_run(
     error, advice, workers, photos, monkeypatch
 ) -> None:
     read = failing(monkeypatch, error, 10**6, "2.png")
-    feed = feed_of(photos, workers)
-    with within(60), pytest.raises(UserError) as told:
+    with feeding(photos, workers) as feed, pytest.raises(UserError) as told:
         for _ in range(4):
             feed.next()
     text = str(told.value)
@@ -144,8 +154,10 @@ def test_a_batch_that_shared_memory_has_no_room_for_ends_the_run(most, photos, m
         return real(self, place)
 
     monkeypatch.setattr(AugmentedImages, "__getitem__", item)
-    feed = feed_of(photos, workers=1)
-    with within(60), pytest.raises(UserError, match="MB of shared memory.*--shm-size"):
+    with (
+        feeding(photos, workers=1) as feed,
+        pytest.raises(UserError, match="MB of shared memory.*--shm-size"),
+    ):
         feed.next()
 
 
@@ -164,8 +176,8 @@ def test_everything_that_travels_is_made_in_shared_memory(data, tmp_path, monkey
 
 
 def shm(monkeypatch, free: int, blocks: int = 10**6) -> None:
-    found = SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=blocks)
-    monkeypatch.setattr(shared.os, "statvfs", lambda _: found)
+    real, found = os.statvfs, SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=blocks)
+    monkeypatch.setattr(os, "statvfs", lambda at: found if at == shared.PLACE else real(at))
 
 
 def test_shared_memory_is_counted_before_the_run(photos, tiny, tmp_path, monkeypatch, capsys):
@@ -214,8 +226,10 @@ def in_workers(monkeypatch, act) -> None:
 
 def test_a_loader_process_that_is_killed_is_told_as_such(photos, monkeypatch) -> None:
     in_workers(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    feed = feed_of(photos, workers=1)
-    with within(60), pytest.raises(UserError, match="A loader process died .*memory"):
+    with (
+        feeding(photos, workers=1) as feed,
+        pytest.raises(UserError, match="A loader process died .*memory"),
+    ):
         feed.next()
 
 
@@ -225,6 +239,8 @@ def test_an_error_in_a_loader_process_is_told_as_it_is(error, photos, monkeypatc
         raise error
 
     in_workers(monkeypatch, act)
-    feed = feed_of(photos, workers=1)
-    with within(60), pytest.raises(type(error), match=f"(?s)in DataLoader worker.*{error}"):
+    with (
+        feeding(photos, workers=1) as feed,
+        pytest.raises(type(error), match=f"(?s)in DataLoader worker.*{error}"),
+    ):
         feed.next()
