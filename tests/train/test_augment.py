@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from train_pictures import picture
 
 from greenmim.cli import main
@@ -136,6 +136,21 @@ def test_the_crop_is_torchvisions(tmp_path):
         assert torch.equal(ours, expected)
         assert (ours.int() - pillows.int()).abs().max() <= 1
     assert flips == {False, True}
+
+
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 1.0), (0.5, 0.6)])
+def test_crops_of_any_shape_are_drawn_as_torchvision_draws_them(scale, ratio):
+    config = DataConfig(root="-", crop_scale=scale, crop_ratio=ratio)
+    for seed in range(40):
+        # Of long ones and very small ones no draw fits: then it is the middle.
+        for height, width in ((375, 500), (500, 375), (20, 3000), (3000, 20), (1, 1), (7, 9)):
+            torch.manual_seed(seed)
+            picture = torch.empty(1).expand(1, height, width)
+            expected = RandomResizedCrop.get_params(picture, list(scale), list(ratio))
+            flip = bool(torch.rand(()) < config.flip)
+            torch.manual_seed(seed)
+            assert draw_crop(height, width, config) == (*expected, flip)
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 1, 1), (479, 639, 1, 1), (0, 5, 480, 1), (7, 0, 1, 640)])
