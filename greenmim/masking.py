@@ -9,7 +9,7 @@ import numpy as np
 # Least number of units of a block, and its least and greatest height / width (Bao et al., BEiT,
 # ICLR 2022, use 16 patches of 16 px, which are 4 units, and these ratios).
 _BLOCK_UNITS = 4
-_BLOCK_RATIO = (0.3, 1 / 0.3)
+_LOG_RATIO = math.log(1 / 0.3)
 
 
 def num_visible_units(num_units: int, mask_ratio: float) -> int:
@@ -82,19 +82,24 @@ def block_visible(
 
 def _hide_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
     visible = np.ones(grid, dtype=bool)
-    while (excess := int(visible.sum()) - count) > 0:
-        area = rng.uniform(min(_BLOCK_UNITS, excess), excess)
-        ratio = math.exp(rng.uniform(*map(math.log, _BLOCK_RATIO)))
+    flat = visible.reshape(-1)
+    while len(shown := flat.nonzero()[0]) > count:
+        excess = len(shown) - count
+        # All of a block at once: a call of the generator takes longer than the rest.
+        size, form, over, *place = rng.random(5).tolist()
+        least = min(_BLOCK_UNITS, excess)
+        area = least + size * (excess - least)
+        ratio = math.exp((2 * form - 1) * _LOG_RATIO)
         sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
-        sides = [min(max(round(side), 1), limit) for side, limit in zip(sides, grid, strict=True)]
         # Over a unit that is still visible, so that every block hides something.
-        over = rng.choice(np.argwhere(visible))
-        first = [
-            int(rng.integers(max(place - side + 1, 0), min(place, limit - side) + 1))
-            for place, side, limit in zip(over, sides, grid, strict=True)
-        ]
-        block = np.zeros(grid, dtype=bool)
-        block[first[0] : first[0] + sides[0], first[1] : first[1] + sides[1]] = True
-        hidden = np.flatnonzero(block & visible)[:excess]
-        visible.reshape(-1)[hidden] = False
+        unit = divmod(int(shown[int(over * len(shown))]), grid[1])
+        span = []
+        for side, limit, at, share in zip(sides, grid, unit, place, strict=True):
+            side = min(max(round(side), 1), limit)
+            first, last = max(at - side + 1, 0), min(at, limit - side)
+            start = first + int(share * (last - first + 1))
+            span.append(slice(start, start + side))
+        block = visible[tuple(span)]
+        hidden = np.flatnonzero(block)[:excess]
+        block[np.unravel_index(hidden, block.shape)] = False
     return visible

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
+from torchvision.transforms import RandomResizedCrop, v2
 from train_pictures import picture
 
 from greenmim.cli import main
@@ -138,6 +139,21 @@ def test_the_crop_is_torchvisions(tmp_path):
     assert flips == {False, True}
 
 
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 1.0), (0.5, 0.6)])
+def test_crops_of_any_shape_are_drawn_as_torchvision_draws_them(scale, ratio):
+    config = DataConfig(root="-", crop_scale=scale, crop_ratio=ratio)
+    for seed in range(40):
+        # Of long ones and very small ones no draw fits: then it is the middle.
+        for height, width in ((375, 500), (500, 375), (20, 3000), (3000, 20), (1, 1), (7, 9)):
+            torch.manual_seed(seed)
+            picture = torch.empty(1).expand(1, height, width)
+            expected = RandomResizedCrop.get_params(picture, list(scale), list(ratio))
+            flip = bool(torch.rand(()) < config.flip)
+            torch.manual_seed(seed)
+            assert draw_crop(height, width, config) == (*expected, flip)
+
+
 @pytest.mark.parametrize("crop", [(0, 0, 1, 1), (479, 639, 1, 1), (0, 5, 480, 1), (7, 0, 1, 640)])
 def test_crops_of_one_pixel_a_column_or_a_row(crop):
     box = Crop(*crop, flip=False)
@@ -160,14 +176,18 @@ def jpegs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def feed_of(folder: Path, workers: int = 0, batch_size: int = 3, **data) -> Feed:
+def loader_of(folder: Path, workers: int = 0, batch_size: int = 3, **data) -> DataLoader:
     config = DataConfig(root=str(folder), batch_size=batch_size, repeats=2, **data)
     files = Folder(str(folder))
     dataset = AugmentedImages(files, config, (96, 64), 5)
     sampler = EpochSampler(len(files), batch_size, repeats=2, epochs=1, seed=5)
     finish = Finish(config) if finishes_in_loader(config, torch.device("cpu")) else None
     collate = Collate(Planner(CONFIG), MaskConfig(0.5), 5, finish)
-    return Feed(make_loader(dataset, sampler, collate, workers, False), torch.device("cpu"))
+    return make_loader(dataset, sampler, collate, workers, False)
+
+
+def feed_of(folder: Path, workers: int = 0, **data) -> Feed:
+    return Feed(loader_of(folder, workers, **data), torch.device("cpu"))
 
 
 def batches(folder: Path, workers: int = 0, **data) -> tuple[list[Batch], list]:
