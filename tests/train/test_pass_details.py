@@ -198,7 +198,7 @@ def test_an_update_of_the_trainer_reads_nothing_back(tiny, photos, tmp_path, mon
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "numpy", "cpu"):
                 patch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
-            real_update(trainer, step, lr)
+            return real_update(trainer, step, lr)
 
     def noting(name, original):
         def called(tensor, *arguments):
