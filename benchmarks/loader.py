@@ -1,17 +1,23 @@
-"""How many images per second a core loads, beside what a step takes in.
+"""How many images per second a loader process gives, beside what a step takes in.
 
-    python -m benchmarks.loader                 # one core, every path
-    python -m benchmarks.loader --need 4000     # and the cores that so many images per second take
+    python -m benchmarks.loader                 # every path
+    python -m benchmarks.loader --need 4000     # cores for so many images per second
 
-JPEGs are made from scikit-image's photographs, in an ImageNet-like size (500 px) and as a camera
-gives them (1600 px). One process reads a batch after another, in this process, exactly as a loader
-process does it: file, decoding, crop, scaling, the end of the augmentation, masks and their plan.
+One loader process makes batches as it does in a run, and the main process does nothing but
+receive them: images over the time on the clock, and the processor time of the loader process.
+Float32 images are finished in the loader, uint8 ones on the device, which is no part of this.
+
+JPEGs are made from scikit-image's photographs: in an ImageNet-like size, and cut out of its larger
+ones, never enlarged. A reduced decode begins where both sides of a crop are twice the output's, so
+it is measured for the larger ones alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import os
 import pathlib
 import sys
 import tarfile
@@ -22,50 +28,80 @@ import numpy as np
 import torch
 from PIL import Image
 
-from greenmim import ModelConfig
-from greenmim.data.augment import Finish
+from greenmim import ModelConfig, create_model
+from greenmim.config import model_config
+from greenmim.data.augment import Finish, finishes_in_loader
 from greenmim.data.dataset import AugmentedImages
 from greenmim.data.images import open_rgb
-from greenmim.data.loader import Collate
+from greenmim.data.loader import Collate, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import find_source
 from greenmim.planning import Planner
-from greenmim.recipe import DataConfig, MaskConfig
+from greenmim.recipe import DataConfig, MaskConfig, UserError
 
+from . import costs
 from .environment import describe, folder_of, write_json
 
-PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "motorcycle_left",
-               "retina", "rocket")  # fmt: skip
-COPIES, QUALITY, BATCH, CROP = 4, 90, 16, (224, 224)
-LONG_SIDES = (500, 1600)
+# Names of scikit-image's photographs, by the longer side of the JPEGs made of them.
+PHOTOGRAPHS = {
+    500: ("astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "motorcycle_left",
+          "retina", "rocket"),
+    1000: ("hubble_deep_field", "retina"),
+    1400: ("retina",),
+}  # fmt: skip
+ENLARGED_BEYOND = 500  # px, of most of them
+COPIES, QUALITY, BATCH, CROP = 4, 90, 128, (224, 224)
+WARM_UP, LEAST = 3, 5  # batches
+NEED_MODEL, NEED_BATCH = "greenmim_swin_base_patch4_window7_224", 128
 PATHS = {
-    "decoded whole": {"decode": "full"},
-    "decoded at a reduced scale": {"decode": "reduced"},
-    "reduced, finished on the device": {"decode": "reduced", "augment_on_device": True},
-    "decoded on the device (bytes alone)": {"decode": "device"},
+    "decoded whole, float32": {"decode": "full", "augment_on_device": False},
+    "decoded whole, uint8": {"decode": "full", "augment_on_device": True},
+    "reduced, float32": {"decode": "reduced", "augment_on_device": False},
+    "reduced, uint8": {"decode": "reduced", "augment_on_device": True},
+    "bytes alone, decoded on the device": {"decode": "device"},
 }
-# Those other than a folder are read by the second path.
+# Those other than a folder are read by the path of a run on a GPU.
 SOURCES = {"folder": "{}", "a tar": "tar/{}/all.tar", "shards": "wds/{}/{{0..3}}.tar"}
+DEFAULT = "reduced, uint8"
+
+
+def needed() -> float:
+    """Images per second of a step of Swin-B at half the floor of an H100 (see `costs`)."""
+    config = model_config(NEED_MODEL)
+    parameters = sum(p.numel() for p in create_model(NEED_MODEL).parameters() if p.requires_grad)
+    work = costs.step_work(config, NEED_BATCH, 0.75, parameters, costs.Widths())
+    rates = costs.COPY_BYTES_PER_SECOND, costs.PRODUCT_FLOPS_PER_SECOND
+    return NEED_BATCH / costs.floor_seconds(work, *rates) / 2
 
 
 def make_photographs(folder: pathlib.Path, long_side: int) -> None:
-    """JPEGs whose longer side has so many px, from scikit-image's photographs."""
+    """JPEGs of at most so many px, 4:3 where they are cut out, from scikit-image's photographs."""
     import skimage.data
 
     source = pathlib.Path(skimage.data.__file__).parent
+    names = PHOTOGRAPHS[long_side]
     found = sorted(
-        path for name in PHOTOGRAPHS for path in source.glob(f"{name}.*") if path.suffix != ".py"
+        path for name in names for path in source.glob(f"{name}.*") if path.suffix != ".py"
     )
-    if len(found) < len(PHOTOGRAPHS):
-        raise FileNotFoundError(f"{source} holds {len(found)} of {len(PHOTOGRAPHS)} photographs")
+    if len(found) < len(names):
+        raise FileNotFoundError(f"{source} holds {len(found)} of {len(names)} photographs")
     for path, copy in itertools.product(found, range(COPIES)):
         picture = open_rgb(path)
-        scale = long_side / max(picture.size)
-        size = tuple(round(side * scale) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        if long_side > ENLARGED_BEYOND:
+            picture = cut_out(picture, long_side, 3 * long_side // 4, copy / (COPIES - 1))
+        elif max(picture.size) > long_side:
+            scale = long_side / max(picture.size)
+            size = tuple(round(side * scale) for side in picture.size)
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
         if copy % 2:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         picture.save(folder / f"{path.stem}-{copy}.jpg", quality=QUALITY)
+
+
+def cut_out(picture: Image.Image, width: int, height: int, where: float) -> Image.Image:
+    """Part of a picture in its own pixels, from its first corner (0) to its last (1)."""
+    left, top = (round(where * (a - b)) for a, b in zip(picture.size, (width, height), strict=True))
+    return picture.crop((left, top, left + width, top + height))
 
 
 def make_tars(folder: pathlib.Path) -> None:
@@ -77,25 +113,59 @@ def make_tars(folder: pathlib.Path) -> None:
                 archive.add(file, file.name)
 
 
-def images_per_second(root: str, options: dict, seconds: float) -> dict:
-    """Of one core: median over batches, and the spread between slow and fast ones."""
-    config = DataConfig(root=root, batch_size=BATCH, **options)
+def loader_of(root: str, options: dict, batch: int) -> torch.utils.data.DataLoader:
+    """One loader process, as a run has it."""
+    config = DataConfig(root=root, batch_size=batch, **options)
     source = find_source(config)
     dataset = AugmentedImages(source, config, CROP, seed=0)
-    later = config.augment_on_device or config.decode == "device"
-    collate = Collate(Planner(ModelConfig()), MaskConfig(), 0, None if later else Finish(config))
-    sampler = EpochSampler(len(source), BATCH, epochs=10_000, shards=source.shards)
-    rates, end = [], time.perf_counter() + seconds
-    for number, items in enumerate(sampler):
-        start = time.perf_counter()
-        collate([dataset[item] for item in items])
-        taken = time.perf_counter() - start
-        if number:  # the first finds nothing in memory
-            rates.append(BATCH / taken)
-        if time.perf_counter() > end and len(rates) >= 5:
+    finish = Finish(config) if finishes_in_loader(config, torch.device("cpu")) else None
+    collate = Collate(Planner(ModelConfig()), MaskConfig(), 0, finish)
+    repeats = math.ceil(8 * batch / len(source))
+    sampler = EpochSampler(len(source), batch, repeats=repeats, epochs=10_000, shards=source.shards)
+    return make_loader(dataset, sampler, collate, 1, pin_memory=False)
+
+
+def largest_batch(root: str, options: dict) -> int:
+    """The batch size of a run, or a smaller one where shared memory has no room for it."""
+    batch = BATCH
+    while batch > 1:
+        try:
+            check_shared_memory(loader_of(root, options, batch), 1)
             break
-    low, middle, high = np.percentile(rates, (20, 50, 80))
-    return {"images_per_second": middle, "p20": low, "p80": high, "batches": len(rates)}
+        except UserError:
+            batch //= 2
+    return batch
+
+
+def processor_seconds(process: int) -> float:
+    """Processor time that a process has had so far."""
+    # The name, which comes first, may hold blanks.
+    fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rate_of(root: str, options: dict, seconds: float) -> dict:
+    """Of one loader process: images over time, and the spread of batches."""
+    batch = largest_batch(root, options)
+    batches = iter(loader_of(root, options, batch))
+    (process,) = (worker.pid for worker in batches._workers)
+    for _ in range(WARM_UP):
+        next(batches)
+    used, start = processor_seconds(process), time.perf_counter()
+    arrivals = [start]
+    while arrivals[-1] - start < seconds or len(arrivals) <= LEAST:
+        next(batches)
+        arrivals.append(time.perf_counter())
+    used, images = processor_seconds(process) - used, batch * (len(arrivals) - 1)
+    low, high = np.percentile(batch / np.diff(arrivals), (20, 80))
+    return {
+        "batch": batch,
+        "batches": len(arrivals) - 1,
+        "images_per_second": images / (arrivals[-1] - start),
+        "p20": low,
+        "p80": high,
+        "cpu_seconds_per_image": used / images,
+    }
 
 
 def psnr_of_reduced(folder: pathlib.Path) -> float:
@@ -105,43 +175,63 @@ def psnr_of_reduced(folder: pathlib.Path) -> float:
         config = DataConfig(root=str(folder), batch_size=BATCH, decode=decode)
         source = find_source(config)
         dataset = AugmentedImages(source, config, CROP, seed=0)
-        items = itertools.islice(EpochSampler(len(source), BATCH), 2)
+        items = EpochSampler(len(source), len(source), repeats=4)
         crops[decode] = torch.stack([dataset[i].image for batch in items for i in batch]).double()
     error = (crops["full"] - crops["reduced"]).square().mean((1, 2, 3))
     return (10 * (255**2 / error.clamp(min=1e-3)).log10()).mean().item()
 
 
+def measure(folder: pathlib.Path, long_side: int, seconds: float, result: dict) -> None:
+    """Fill in the result for pictures of one size."""
+    make_photographs(folder, long_side)
+    make_tars(folder)
+    sizes = [file.stat().st_size for file in folder.glob("*.jpg")]
+    result["bytes_per_image"][str(long_side)] = sum(sizes) / len(sizes)
+    paths = list(PATHS)
+    if long_side < 2 * max(CROP) * 4 / 3:  # of 4:3, the shorter side counts
+        paths = [name for name in paths if PATHS[name]["decode"] != "reduced"]
+    else:
+        result["psnr_db"][str(long_side)] = psnr_of_reduced(folder)
+    cases = [("folder", name) for name in paths]
+    # The same, where nothing is reduced.
+    plain = DEFAULT if DEFAULT in paths else "decoded whole, uint8"
+    cases += [(source, plain) for source in SOURCES if source != "folder"]
+    for source, name in cases:
+        row = rate_of(SOURCES[source].format(folder), PATHS[name], seconds)
+        row["cores"] = result["need"] / row["images_per_second"]
+        name += "" if source == "folder" else f", from {source}"
+        result["rows"].append({"source": source, "long_side": long_side, "path": name, **row})
+        print(
+            f"{long_side:>5} px  {name:<38}{row['images_per_second']:8.0f} images/s"
+            f" ({row['p20']:.0f} to {row['p80']:.0f}),"
+            f" {1e3 * row['cpu_seconds_per_image']:.2f} ms of processor time each;"
+            f" {row['cores']:.1f} cores for {result['need']:.0f} images/s",
+            flush=True,
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--need", type=float, help="images per second of a step")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each path")
+    parser.add_argument(
+        "--need", type=float, help="images per second of a step; the default: half its floor"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each path")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    result = {"environment": describe(1), "need": options.need, "rows": [], "psnr_db": {}}
-    for long_side in LONG_SIDES:
+    result = {
+        "environment": describe(1),
+        "need": options.need or needed(),
+        "need_of": None if options.need else f"{NEED_MODEL}, batch {NEED_BATCH}, half its floor",
+        "rows": [],
+        "bytes_per_image": {},
+        "psnr_db": {},
+    }
+    for long_side in PHOTOGRAPHS:
         with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder)
-            make_photographs(path, long_side)
-            make_tars(path)
-            result["psnr_db"][str(long_side)] = psnr_of_reduced(path)
-            plain = list(PATHS)[1]
-            cases = [("folder", name) for name in PATHS]
-            cases += [(source, plain) for source in SOURCES if source != "folder"]
-            for source, name in cases:
-                root, how = SOURCES[source].format(path), PATHS[name]
-                name += "" if source == "folder" else f", from {source}"
-                row = {"source": source, "long_side": long_side, "path": name,
-                       **images_per_second(root, how, options.seconds)}  # fmt: skip
-                low, high = row["p20"], row["p80"]
-                cores = ""
-                if options.need:
-                    row["cores"] = options.need / row["images_per_second"]
-                    cores = f"   {row['cores']:5.1f} cores for {options.need:.0f} images/s"
-                result["rows"].append(row)
-                print(f"{long_side:>5} px  {name:<38}{row['images_per_second']:8.0f} images/s per"
-                      f" core ({low:.0f} to {high:.0f}){cores}", flush=True)  # fmt: skip
-        print(f"       reduced against whole: {result['psnr_db'][str(long_side)]:.1f} dB")
+            measure(pathlib.Path(folder), long_side, options.seconds, result)
+    for side, psnr in result["psnr_db"].items():
+        print(f"{side:>5} px  reduced against whole: {psnr:.1f} dB")
     if not options.no_save:
         file = folder_of(result["environment"]["device"]) / "loader.json"
         write_json(file, result)

@@ -133,15 +133,30 @@ def profile_table(result: dict) -> str:
 
 
 def loader_table(result: dict) -> str:
-    """Images per second of one core."""
-    lines = [_line(["JPEGs", "path", "images/s per core", "20 to 80 %"]), _line(["---"] * 4)]
+    """Images per second of one loader process."""
+    lines = [
+        _line(["JPEGs", "path", "images/s", "20 to 80 %", "processor time of an image",
+               f"cores for {result['need']:.0f} images/s"]),
+        _line(["---", "---", *["---:"] * 4]),
+    ]  # fmt: skip
     for row in result["rows"]:
+        side = row["long_side"]
+        size = result["bytes_per_image"][str(side)]
         lines.append(
-            _line([f"{row['long_side']} px", row["path"], f"{row['images_per_second']:.0f}",
-                   f"{row['p20']:.0f} to {row['p80']:.0f}"])
+            _line([
+                f"{side} px, {size / 1e3:.0f} kB", row["path"],
+                f"{row['images_per_second']:.0f}", f"{row['p20']:.0f} to {row['p80']:.0f}",
+                f"{1e3 * row['cpu_seconds_per_image']:.2f} ms", f"{row['cores']:.1f}",
+            ])
         )  # fmt: skip
+    batches = sorted({row["batch"] for row in result["rows"]})
     noise = ", ".join(f"{value:.0f} dB at {side} px" for side, value in result["psnr_db"].items())
-    return "".join(lines) + f"\nReduced decodes against whole ones: {noise}.\n"
+    need = f" The need is that of {result['need_of']}." if result["need_of"] else ""
+    return "".join(lines) + (
+        "\nOne loader process, batches of " + " or ".join(map(str, batches)) + ", the main process"
+        f" receiving alone.{need} A reduced decode begins at crops of twice the output. Reduced"
+        f" decodes against whole ones: {noise}.\n"
+    )
 
 
 def where(environment: dict) -> str:
