@@ -140,32 +140,29 @@ def profile_table(result: dict) -> str:
 
 def loader_table(result: dict) -> str:
     """Images per second of one loader process."""
-    need = result["need"]
     lines = [
-        _line(["JPEGs", "from", "path", "images/s", "20 to 80 %", "CPU ms/image",
-               f"processes for {need:.0f} images/s"]),
-        _line(["---"] * 3 + ["---:"] * 4),
+        _line(["JPEGs", "path", "images/s", "20 to 80 %", "processor time of an image",
+               f"cores for {result['need']:.0f} images/s"]),
+        _line(["---", "---", *["---:"] * 4]),
     ]  # fmt: skip
     for row in result["rows"]:
+        side = row["long_side"]
+        size = result["bytes_per_image"][str(side)]
         lines.append(
-            _line([row["set"], row["source"], row["path"], f"{row['images_per_second']:.0f}",
-                   f"{row['p20']:.0f} to {row['p80']:.0f}", f"{row['cpu_ms_per_image']:.2f}",
-                   f"{row['processes']:.0f}"])
+            _line([
+                f"{side} px, {size / 1e3:.0f} kB", row["path"],
+                f"{row['images_per_second']:.0f}", f"{row['p20']:.0f} to {row['p80']:.0f}",
+                f"{1e3 * row['cpu_seconds_per_image']:.2f} ms", f"{row['cores']:.1f}",
+            ])
         )  # fmt: skip
-    lines.append(
-        f"\nOne loader process at batch {result['batch']}, the way to the main process with it."
-        f" {need:.0f} images per second is Swin-B at batch 128 on an H100 at half the rate of its"
-        " [floor](../../step_costs.md).\n"
+    batches = sorted({row["batch"] for row in result["rows"]})
+    noise = ", ".join(f"{value:.0f} dB at {side} px" for side, value in result["psnr_db"].items())
+    need = f" The need is that of {result['need_of']}." if result["need_of"] else ""
+    return "".join(lines) + (
+        "\nOne loader process, batches of " + " or ".join(map(str, batches)) + ", the main process"
+        f" receiving alone.{need} A reduced decode begins at crops of twice the output. Reduced"
+        f" decodes against whole ones: {noise}.\n"
     )
-    for name, facts in result["sets"].items():
-        noise = facts["psnr_db"]
-        reduced = (
-            "no crop is twice as large as its output, so none is decoded at a reduced scale"
-            if noise is None
-            else f"crops that are decoded at a reduced scale are off by {noise:.0f} dB"
-        )
-        lines.append(f"\n{name}: {facts['mean_bytes'] / 1e3:.0f} kB on average; {reduced}.\n")
-    return "".join(lines)
 
 
 def where(environment: dict) -> str:

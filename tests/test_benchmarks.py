@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import environment, peers, plots, report, tables
+from benchmarks import costs, environment, loader, peers, plots, report, tables
 from benchmarks.cases import SELECTIONS, select
 from benchmarks.measure import Rates, Sampler, Timing, measure
 from benchmarks.operators import Bench, extra_bytes, timed_row
@@ -227,6 +230,58 @@ def test_tables_and_plots_of_a_result(tmp_path):
     assert all(5_000 < file.stat().st_size < 200_000 for file in written)
     (tmp_path / "operators.json").write_text(json.dumps(found))
     assert "in brackets" in report.page(tmp_path).lower()
+
+
+def test_the_loader_is_measured_as_a_run_has_it(tmp_path, monkeypatch):
+    pytest.importorskip("skimage")
+    monkeypatch.setattr(loader, "BATCH", 8)
+    monkeypatch.setattr(loader, "PATHS", dict(list(loader.PATHS.items())[:3:2]))
+    monkeypatch.setattr(loader, "SOURCES", {"folder": "{}"})
+    monkeypatch.setattr(loader, "DEFAULT", "reduced, float32")
+    made = []
+    real = loader.make_loader
+    monkeypatch.setattr(loader, "make_loader", lambda *a, **k: made.append(a) or real(*a, **k))
+    found = {"need": 700.0, "need_of": "a model", "rows": [], "bytes_per_image": {}, "psnr_db": {}}
+    loader.measure(tmp_path, 1000, 0.1, found)
+    assert {Image.open(file).size for file in tmp_path.glob("*.jpg")} == {(1000, 750)}
+    assert [row["path"] for row in found["rows"]] == ["decoded whole, float32", "reduced, float32"]
+    assert made and all(arguments[3] == 1 for arguments in made)  # a process of its own
+    for row in found["rows"]:
+        assert row["batch"] == 8 and row["batches"] >= loader.LEAST
+        # Whatever else runs, a process has no more time than there is.
+        busy = row["images_per_second"] * row["cpu_seconds_per_image"]
+        assert 0 < busy < 1.5 and row["p20"] <= row["p80"]
+        assert row["cores"] == pytest.approx(700 / row["images_per_second"])
+    text = tables.loader_table(found)
+    size = found["bytes_per_image"]["1000"] / 1e3
+    assert f"| 1000 px, {size:.0f} kB | reduced, float32 |" in text and "for 700 images/s" in text
+    assert "that of a model" in text and "dB at 1000 px" in text
+
+
+def test_nothing_is_reduced_of_pictures_that_are_no_larger(tmp_path, monkeypatch):
+    pytest.importorskip("skimage")
+    names = ("images_per_second", "p20", "p80", "cpu_seconds_per_image")
+    monkeypatch.setattr(loader, "rate_of", lambda *_: dict.fromkeys(names, 1.0))
+    found = {"need": 7.0, "need_of": None, "rows": [], "bytes_per_image": {}, "psnr_db": {}}
+    loader.measure(tmp_path, 500, 0.1, found)
+    assert len(found["rows"]) == 5 and not found["psnr_db"]
+    assert not any("reduced" in row["path"] for row in found["rows"])
+    widths = {max(Image.open(file).size) for file in tmp_path.glob("*.jpg")}
+    assert max(widths) == 500 and 451 in widths  # one is smaller, and stays so
+
+
+def test_the_need_is_half_the_floor_of_a_step():
+    (told,) = re.findall(r"(\d+) images per second", costs.TABLE.read_text())
+    assert loader.needed() == pytest.approx(int(told) / 2, rel=1e-3)
+
+
+def test_a_smaller_batch_where_shared_memory_forces_it(tmp_path, monkeypatch):
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.jpg")
+    room = 3 * 20 * 224 * 224 * 3  # two batches on their way and one that is held, of 20 in 8 bits
+    monkeypatch.setattr("greenmim.data.shared.os.statvfs", lambda _: SimpleNamespace(
+        f_bavail=room, f_frsize=1, f_blocks=1))  # fmt: skip
+    assert loader.largest_batch(str(tmp_path), {"augment_on_device": True}) == 16
+    assert loader.largest_batch(str(tmp_path), {"augment_on_device": False}) == 4
 
 
 def test_a_file_older_than_the_code_is_called_so():

@@ -122,8 +122,8 @@ class AugmentedImages(Dataset):
         """The crop of an image of the source for a place in the run."""
 
         def draw(height: int, width: int) -> Crop:
-            # torchvision draws from the global generator, which is left as it was. This is what
-            # torch.random.fork_rng does, at a quarter of its time.
+            # From the global generator, which is left as it was. This is what torch.random.fork_rng
+            # does, at a quarter of its time.
             before = torch.get_rng_state()
             try:
                 seed = torch_seed(self.seed, CROP, item.epoch, item.position)

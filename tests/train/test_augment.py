@@ -204,6 +204,35 @@ def test_a_batch_finished_on_the_device_is_the_batch(jpegs):
         assert torch.equal(a.images, b.images) and torch.equal(a.images, c.images)
 
 
+@pytest.mark.parametrize(
+    ("device", "asked", "decode", "in_loader"),
+    [
+        ("cpu", None, "reduced", True),
+        ("cuda", None, "reduced", False),
+        ("cpu", True, "reduced", False),
+        ("cuda", False, "full", True),
+        ("cuda", False, "device", False),
+    ],
+)
+def test_where_images_are_finished(device, asked, decode, in_loader):
+    config = DataConfig(augment_on_device=asked, decode=decode)
+    assert finishes_in_loader(config, torch.device(device)) == in_loader
+
+
+def test_one_image_is_finished_as_a_batch_is():
+    """In another order in memory, too; the model gets the usual one."""
+    finish = Finish(DataConfig())
+    crops = torch.randint(0, 256, (4, 32, 48, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    flips = torch.tensor([True, False, True, False])
+    expected = finish(crops.contiguous(), flips)
+    assert expected.is_contiguous() and finish(crops, flips).is_contiguous()
+    assert torch.equal(finish(crops, flips), expected)
+    one_by_one = torch.empty(4, 3, 32, 48)
+    for out, crop, flip in zip(one_by_one, crops, flips, strict=True):
+        finish.into(out, crop, bool(flip))
+    assert torch.equal(one_by_one, expected)
+
+
 def test_images_travel_in_eight_bits(jpegs):
     config = DataConfig(root=str(jpegs), augment_on_device=True)
     dataset = AugmentedImages(Folder(str(jpegs)), config, (96, 64), 5)
@@ -211,6 +240,7 @@ def test_images_travel_in_eight_bits(jpegs):
     items = next(iter(EpochSampler(7, 3, repeats=1, epochs=1, seed=5)))
     batch = collate([dataset[item] for item in items])
     assert batch.images.dtype == torch.uint8 and batch.flips.dtype == torch.bool
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)  # as crops come
 
 
 def test_decoding_on_the_device_gives_the_same_crops(jpegs):

@@ -21,7 +21,8 @@ from train_pictures import picture
 from greenmim.data import dataset as dataset_module
 from greenmim.data import errors, shared
 from greenmim.data.dataset import AugmentedImages
-from greenmim.data.loader import Feed, check_shared_memory
+from greenmim.data.feed import Feed
+from greenmim.data.loader import check_shared_memory
 from greenmim.data.sampler import Item
 from greenmim.data.sources import Folder
 from greenmim.recipe import DataConfig, UserError
