@@ -77,7 +77,7 @@ class AugmentedImages(Dataset):
         Raises:
             UserError: the first files are all corrupt, or nothing could be.
         """
-        if stop := self[Item(0, 0, 0, 0)].stop:
+        if stop := self._sample(Item(0, 0, 0, 0), self.config.decode, []).stop:
             raise UserError(stop)
         return self.source.notes()
 
