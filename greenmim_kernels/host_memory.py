@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Let the process keep freed memory for what it allocates next; for the rest of its life.
 
     By default glibc gives large tensors back to the system as they are freed, and every step takes
-    them anew as tens of thousands of pages, each cleared by the system at its first touch: a fifth
+    them anew as tens of thousands of pages, each cleared by the system at its first touch: a tenth
     of a step of Swin-B. Other C libraries are left as they are.
     """
     # All from the heap, which never shrinks.
