@@ -82,8 +82,8 @@ FLOORS = [
     ["greenmim.training.train", "greenmim.training.dry_run"],
     ["greenmim.training.slurm"],
     ["greenmim.tools"],
-    ["greenmim.tools.loading", "greenmim.tools.doctor", "greenmim.tools.convert"],
-    ["greenmim.tools.reconstruct", "greenmim.tools.export"],
+    ["greenmim.tools.loading", "greenmim.tools.doctor"],
+    ["greenmim.tools.reconstruct", "greenmim.tools.export", "greenmim.tools.convert"],
     ["greenmim.cli"],
     ["greenmim.__main__"],
 ]

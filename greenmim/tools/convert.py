@@ -7,13 +7,12 @@ from pathlib import Path
 import greenmim
 from greenmim.checkpoint import (
     convert_checkpoint,
-    find_state_dict,
-    load_checkpoint,
     save_atomic,
     save_safetensors,
 )
 from greenmim.recipe import UserError
-from greenmim.training.run_folder import RUN_FORMAT, first_line
+from greenmim.tools.loading import read_weights
+from greenmim.training.run_folder import RUN_FORMAT
 
 OUTPUT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -53,11 +52,7 @@ def convert_file(
         raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
     if output.exists() and not overwrite:
         raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
-    try:
-        content = load_checkpoint(input)
-        weights = find_state_dict(content, input)
-    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
-        raise UserError(f"The checkpoint {input} cannot be read: {first_line(error)}") from error
+    content, weights = read_weights(input)
     if input.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
         if source not in (None, "greenmim"):
             raise UserError(

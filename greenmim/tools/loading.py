@@ -12,6 +12,19 @@ from greenmim.recipe import UserError
 from greenmim.training.run_folder import RUN_FORMAT, first_line
 
 
+def read_weights(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint's content, and the state dict in it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        content = load_checkpoint(path)
+        return content, find_state_dict(content, path)
+    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
+        raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
+
+
 def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMIM, dict[str, Any]]:
     """The model of a checkpoint with its weights, and the recipe of its run ({} without a run).
 
@@ -21,11 +34,7 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
     path = Path(checkpoint)
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
-    try:
-        content = load_checkpoint(path)
-        weights = find_state_dict(content, path)
-    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
-        raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
+    content, weights = read_weights(path)
     if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
         run = content["recipe"]
         network = GreenMIM(ModelConfig(**run["model"]))
