@@ -22,6 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .messages import first_line
+
 KINDS = ("official", "timm", "greenmim")
 MERGE_ORDERS = ("swin", "row-major")
 _ENCODER = "encoder."
@@ -163,8 +165,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, 
                 f"{path} holds a {refused[1]}, and only tensors and plain values are read, for a"
                 " pickle can run code; save its state dict alone"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
+        raise ValueError(f"{path} is damaged or no checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

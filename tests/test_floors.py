@@ -34,7 +34,7 @@ FLOORS = [
     ["greenmim_kernels.functional"],
     ["greenmim_kernels.modules", "greenmim_kernels.testing"],
     ["greenmim_kernels"],
-    ["greenmim.config", "greenmim.masking"],
+    ["greenmim.config", "greenmim.masking", "greenmim.messages"],
     ["greenmim.planning"],
     ["greenmim.encoders.swin", "greenmim.decoder"],
     ["greenmim.encoders"],

@@ -16,6 +16,7 @@ from greenmim.data.augment import Crop
 from greenmim.data.errors import reason_of
 from greenmim.data.images import open_rgb
 from greenmim.data.sampler import Item
+from greenmim.messages import first_line
 
 
 class EncodedBatch(NamedTuple):
@@ -95,5 +96,5 @@ def check_device(device: torch.device) -> None:
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"--data.decode device: torchvision cannot decode JPEGs on this GPU"
-            f" ({str(error).strip().splitlines()[0]}); take --data.decode reduced."
+            f" ({first_line(error)}); take --data.decode reduced."
         ) from error

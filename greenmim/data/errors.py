@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from PIL import Image
 
+from greenmim.messages import one_line
+
 T = TypeVar("T")
 
 # Seconds to wait before a file is tried again that the system had an error with.
@@ -56,7 +58,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         most = 2 * Image.MAX_IMAGE_PIXELS
         return f"it has more than the {most / 1e6:.0f} million pixels Pillow opens; make it smaller"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def patiently(call: Callable[[], T]) -> T:

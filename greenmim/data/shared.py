@@ -12,6 +12,7 @@ import os
 import torch
 from torch.utils.data import get_worker_info
 
+from greenmim.messages import first_line
 from greenmim.recipe import UserError
 
 PLACE = "/dev/shm"
@@ -35,7 +36,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"A loader process gets no {size / 1e6:.1f} MB of shared memory"
-            f" ({str(error).strip().splitlines()[0]}); {_ADVICE}."
+            f" ({first_line(error)}); {_ADVICE}."
         ) from error
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 

@@ -20,6 +20,7 @@ import numpy as np
 from greenmim.data.images import Names, find_images
 from greenmim.data.shards import find_shards
 from greenmim.data.tars import Opened, images_in, read_part
+from greenmim.messages import one_line
 from greenmim.recipe import DataConfig, UserError
 
 # Of timm's prefixes, those that are something else than a place in the file system.
@@ -206,8 +207,7 @@ class HuggingFace(_AnyOrder):
                 f"--data.root {root} needs the package datasets: pip install datasets."
             ) from error
         except Exception as error:  # its own, the network's, the file system's
-            reason = " ".join(str(error).split())
-            raise UserError(f"--data.root {root} cannot be loaded: {reason}") from error
+            raise UserError(f"--data.root {root} cannot be loaded: {one_line(error)}") from error
         self._length = len(self._data)
 
     def _load(self):

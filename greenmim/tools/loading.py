@@ -7,9 +7,10 @@ from typing import Any
 
 from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkpoint
 from greenmim.config import ModelConfig
+from greenmim.messages import first_line, one_line
 from greenmim.mim import GreenMIM, create_model
 from greenmim.recipe import UserError
-from greenmim.training.run_folder import RUN_FORMAT, first_line
+from greenmim.training.run_folder import RUN_FORMAT
 
 
 def read_weights(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -52,5 +53,5 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
             network.load_state_dict(convert_checkpoint(weights, source=source, target="greenmim"))
             return network, run
         except (RuntimeError, ValueError, KeyError) as error:
-            problems.append(" ".join(str(error).split()))
+            problems.append(one_line(error))
     raise UserError(f"The checkpoint {path} is of another model: {problems[0][:300]}")

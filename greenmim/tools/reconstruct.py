@@ -13,10 +13,10 @@ from PIL import Image
 from greenmim.data.augment import normalise
 from greenmim.data.images import find_images, open_fitted
 from greenmim.masking import random_visible
+from greenmim.messages import first_line
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, UserError
 from greenmim.tools.loading import load_model
 from greenmim.training.pictures import shown
-from greenmim.training.run_folder import first_line
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 

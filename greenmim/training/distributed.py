@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from greenmim.guards import PeerError
+from greenmim.messages import first_line, one_line
 from greenmim.recipe import UserError
 from greenmim.training.meeting import meet
 from greenmim.training.peers import PeerWatch
@@ -88,8 +89,7 @@ class Processes:
             )
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"Process {rank} of {size} cannot meet the others:"
-                f" {str(error).strip().splitlines()[0]}"
+                f"Process {rank} of {size} cannot meet the others: {first_line(error)}"
             ) from error
         watched = dist.PrefixStore(f"{run_name()}/watch", store.clone())
         self.watch = PeerWatch(watched, rank, size, self.hang_minutes)
@@ -107,11 +107,11 @@ class Processes:
         elif isinstance(error, RuntimeError) and _OF_A_COLLECTIVE.search(str(error)):
             # Most likely the trace of another's death, which the watch knows or soon finds out.
             cause = self.watch.wait_for_cause()
-            self.watch.report(str(error).strip().splitlines()[0])
+            self.watch.report(first_line(error))
             if cause:
                 raise PeerError(f"{cause}; process {self.world.rank} ends too.") from error
         else:
-            self.watch.report(" ".join(str(error).split()) or kind.__name__)
+            self.watch.report(one_line(error))
 
     def at(self, step: int, phase: str) -> None:
         """Tell the watch that this process comes to a phase of an update (see `peers.PHASES`).

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from greenmim.messages import first_line
 from greenmim.recipe import UserError
 from greenmim.training.world import World, meeting_point, run_name
 
@@ -77,8 +78,7 @@ def _working(device: torch.device) -> torch.device:
     try:
         torch.zeros((), device=device)
     except RuntimeError as error:
-        text = str(error).strip().splitlines()[0]
-        raise UserError(f"{device} cannot be used: {text}") from error
+        raise UserError(f"{device} cannot be used: {first_line(error)}") from error
     return device
 
 

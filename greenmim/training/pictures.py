@@ -12,6 +12,7 @@ from greenmim.data.augment import normalise
 from greenmim.data.dataset import AugmentedImages
 from greenmim.data.images import open_fitted
 from greenmim.data.loader import draw_visible
+from greenmim.messages import one_line
 from greenmim.mim import GreenMIM
 from greenmim.recipe import MaskConfig, Recipe
 from greenmim.training.distributed import Processes
@@ -160,8 +161,7 @@ class Painter:
             return self.album.draw(network)
         except Exception as error:  # a full GPU, a disk that is gone: pictures are not the run
             self.failed = True
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self.say(f"no more pictures are drawn, for one failed: {reason}")
+            self.say(f"no more pictures are drawn, for one failed: {one_line(error)}")
             return None
 
     def _copy(self, weights: dict[str, torch.Tensor]) -> GreenMIM:

@@ -11,11 +11,12 @@ import torch
 
 from greenmim.config import ModelConfig
 from greenmim.data.sampler import EpochSampler
+from greenmim.messages import first_line
 from greenmim.mim import GreenMIM
 from greenmim.recipe import Recipe, UserError
 from greenmim.training.distributed import Processes
 from greenmim.training.log_file import read_log
-from greenmim.training.run_folder import RunFolder, first_line, moments_folder, read_run_checkpoint
+from greenmim.training.run_folder import RunFolder, moments_folder, read_run_checkpoint
 from greenmim.training.training_state import moments_sizes, read_moments
 
 

@@ -21,6 +21,7 @@ from greenmim.data.loader import Collate, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import Source, find_source
 from greenmim.masking import num_visible_units
+from greenmim.messages import first_line
 from greenmim.mim import GreenMIM
 from greenmim.planning import Planner
 from greenmim.recipe import Recipe, UserError
@@ -39,7 +40,6 @@ from greenmim.training.run_folder import (
     RUN_FORMAT,
     RUN_VERSION,
     RunFolder,
-    first_line,
     read_run_checkpoint,
 )
 from greenmim.training.schedule import scaled_rates

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from greenmim.checkpoint import load_checkpoint, save_atomic, save_text, sync_folder
+from greenmim.messages import first_line
 from greenmim.recipe import CheckpointConfig, Recipe, UserError
 from greenmim.training.distributed import Processes
 from greenmim.training.lease import Lease
@@ -315,12 +316,6 @@ def read_run_checkpoint(path: str | Path) -> dict[str, Any]:
                 f" it was {size} bytes."
             )
     return state
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's text, for one-line messages."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _reason(error: OSError) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from greenmim.messages import one_line
 from greenmim.recipe import UserError
 from greenmim.training.log_file import LogFile, cut_log
 from greenmim.training.run_folder import RunFolder
@@ -147,7 +148,7 @@ class RunLog:
                 what(tracker)
             except Exception as error:  # a full disk, a lost connection: no reason to end a run
                 self._trackers.remove(tracker)
-                self.say(f"{tracker.name} is left out from here on: {' '.join(str(error).split())}")
+                self.say(f"{tracker.name} is left out from here on: {one_line(error)}")
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -12,8 +12,9 @@ import signal
 import subprocess
 from pathlib import Path
 
+from greenmim.messages import first_line
 from greenmim.recipe import Recipe, SlurmJob, UserError
-from greenmim.training.run_folder import RunFolder, first_line
+from greenmim.training.run_folder import RunFolder
 from greenmim.training.train import pretrain
 
 # What submitit has Slurm send this long before the end; see `StopSignal`.

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from greenmim.checkpoint import save_text
+from greenmim.messages import one_line
 from greenmim.recipe import Recipe, UserError
 from greenmim.training.run_folder import RunFolder
 
@@ -88,9 +89,8 @@ class WandB:
             self._run.define_metric("update")
             self._run.define_metric("*", step_metric="update")
         except Exception as error:  # no key, no network: its own kinds of errors
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"--log.wandb {recipe.log.wandb}: {reason}; log in (wandb login), or set"
+                f"--log.wandb {recipe.log.wandb}: {one_line(error)}; log in (wandb login), or set"
                 " WANDB_MODE=offline."
             ) from error
 

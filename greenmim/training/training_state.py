@@ -20,6 +20,8 @@ from torch import nn
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
+from greenmim.messages import one_line
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What the pickle `.metadata` of tensors names. Not BytesStorageMetadata: what it points to, PyTorch
 # would unpickle without a look.
@@ -145,5 +147,4 @@ def _with_errors(run: Callable[[], None], folder: Path) -> None:
         first = next(iter(error.failures.values()), (error,))[0]
         if isinstance(first, OSError) and first.strerror:
             raise OSError(first.errno, first.strerror, str(folder)) from error
-        text = " ".join(str(first).split()) or type(first).__name__
-        raise OSError(f"{folder}: {text}") from error
+        raise OSError(f"{folder}: {one_line(first)}") from error
