@@ -63,7 +63,7 @@ test: $(READY)
 bench: $(READY)
 	OMP_WAIT_POLICY=PASSIVE KINETO_LOG_LEVEL=99 $(RUN) -m pytest -q benchmarks --benchmark-disable-gc \
 		--benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
-	OMP_WAIT_POLICY=PASSIVE $(RUN) -m benchmarks.steps
+	$(RUN) -m benchmarks.steps
 	$(RUN) -m benchmarks.report
 
 gpu-check: $(READY)
