@@ -172,6 +172,29 @@ def _register_attention(name: str, variant: str, num_index_tensors: int) -> None
     _register(name + "_backward", variant, backward_fake, refuse, lambda ctx, inputs, output: None)
 
 
+# --- linear layers on a CPU: kernels of _C alone, with oneDNN; autograd is the caller's ---------
+
+# x [..., I], weight [O, I], bias [O], grad [..., O], all float32.
+_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define(
+    "onednn_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight,"
+    " bool need_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::onednn_linear")
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::onednn_linear_backward")
+def _linear_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x.shape, need_x), (weight.shape, need_weight), (weight.shape[:1], need_bias)
+    return tuple(grad.new_empty(shape if need else (0,)) for shape, need in shapes)
+
+
 for _variant in VARIANTS:
     _register_copies(_variant)
     _register_attention("block_diagonal_attention", _variant, num_index_tensors=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from greenmim.training.onednn import MIN_COLUMNS, OneDNNLinear, available, use_onednn
+from greenmim.training.onednn import OneDNNLinear, available, use_onednn
 
 from .conftest import images_for, small, some_visible
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no one
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(5,), (2, 3, 5), (0, 5), (4, 1, 5), (0, MIN_COLUMNS), (2, 0, MIN_COLUMNS)]
+    "shape", [(5,), (2, 3, 5), (0, 5), (4, 1, 5), (2, 0, 5), (37, 64), (300, 5)]
 )
 @pytest.mark.parametrize("strided", [False, True])
 def test_values_and_gradients_are_those_of_a_linear_layer(shape, bias, strided):
@@ -46,13 +46,6 @@ def test_only_the_gradient_that_is_asked_for(need):
     assert (x.grad is not None) == need[0] and (layer.weight.grad is not None) == need[1]
 
 
-def test_the_operator_keeps_its_promises():
-    arguments = [torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)]
-    operator = torch.ops.greenmim.onednn_linear.default
-    torch.library.opcheck(operator, arguments)
-    torch.library.opcheck(operator, [arguments[0], arguments[1], None])
-
-
 def test_what_it_is_not_made_for_is_left_to_pytorch():
     layer, plain = OneDNNLinear(5, 7), nn.Linear(5, 7)
     plain.load_state_dict(layer.state_dict())
@@ -76,7 +69,7 @@ def test_a_second_derivative_is_refused():
 
 def test_a_model_that_sees_everything_trains_with_it():
     """Its decoder predicts no unit: products of no rows."""
-    model = small(decoder_dim=MIN_COLUMNS).float()
+    model = small().float()
     use_onednn(model)
     plan = model.plan(np.ones(model.config.num_units, dtype=bool))
     loss = model(images_for(model), plan=plan, loss_only=True).loss
@@ -104,8 +97,7 @@ def test_a_model_trains_and_compiles_with_it():
 def test_layers_compile_with_their_gradients():
     # Inductor refuses oneDNN's own operator where the weight is trained.
     torch.manual_seed(0)
-    wide = MIN_COLUMNS  # above it the gradient of a weight takes another way
-    layers = nn.Sequential(nn.Linear(8, wide), nn.GELU(), nn.Linear(wide, 8, bias=False))
+    layers = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8, bias=False))
     use_onednn(layers)
     x = torch.randn(2, 3, 8, requires_grad=True)
     results = []
@@ -116,14 +108,3 @@ def test_layers_compile_with_their_gradients():
         results.append([x.grad, *(p.grad for p in layers.parameters())])
     for compiled, eager in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("columns", [MIN_COLUMNS - 1, MIN_COLUMNS])
-def test_gradients_of_weights_by_either_library(columns):
-    layer = OneDNNLinear(columns, 3)
-    x = torch.randn(2, 5, columns)
-    grad = torch.randn(2, 5, 3)
-    layer(x).backward(grad)
-    exact = grad.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
-    torch.testing.assert_close(layer.weight.grad.double(), exact, rtol=1e-5, atol=1e-5)
-    assert layer.weight.grad.is_contiguous()  # else it is copied when it is kept
