@@ -154,9 +154,9 @@ class StepProcess:
         self._child = Child(_serve, problem, variant, expected, torch.get_num_threads())
         self.row: dict = self._child.hear()
 
-    def __call__(self) -> tuple[float, int]:
-        """Seconds of one step, and pages of memory that the system gave meanwhile."""
-        self._child.say(None)
+    def __call__(self, steps: int = 1) -> list[tuple[float, int]]:
+        """Of so many steps: seconds, and pages of memory that the system gave meanwhile."""
+        self._child.say(steps)
         return self._child.hear()
 
     def close(self) -> None:
@@ -175,14 +175,18 @@ def _serve(
     if step is None:
         return
     sample = Sampler(step)
+
+    def one() -> tuple[float, int]:
+        pages = _pages()
+        return sample(), _pages() - pages
+
     with no_garbage_collection():
         while True:
             try:
-                connection.recv()
+                steps = connection.recv()
             except EOFError:
                 return
-            pages = _pages()
-            connection.send((sample(), _pages() - pages))
+            connection.send([one() for _ in range(steps)])
 
 
 def _pages() -> int:

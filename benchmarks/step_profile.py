@@ -30,9 +30,10 @@ KINDS = {
                   "index_put", "aten::cat", "scaled_dot_product"),
     "GELU": ("gelu",),
     "norms": ("layer_norm", "var_mean"),
-    "optimiser": ("_fused_adamw", "Optimizer."),
+    "optimiser": ("_fused_adamw", "Optimizer.", "linalg_vector_norm"),
     "copies and sums": ("aten::copy_", "aten::add", "aten::sum", "aten::mul", "aten::fill_",
-                        "aten::mse_loss", "aten::sub", "aten::div", "aten::pow"),
+                        "aten::mse_loss", "aten::sub", "aten::div", "aten::pow",
+                        "greenmim::onednn_linear_backward"),
 }  # fmt: skip
 REST = "everything else"
 

@@ -42,7 +42,10 @@ from .step_processes import (
 from .step_variants import CPU_PROBLEMS, CUDA_PROBLEMS, DTYPES, Problem, Step, Variant, variants
 
 WARM_UP = 4  # steps: compilation, the growth of the heap
-# Seconds before a CPU's step: OpenMP's threads in another variant's process wait for work that long
+# Steps of a variant's turn on a CPU: a run has its steps one after the other too. The first finds
+# the caches full of another variant's arrays and is not counted.
+TURN = 4
+# Seconds before a turn: OpenMP's threads in another variant's process wait for work that long
 # at most before they sleep, and would take a core meanwhile.
 PAUSE = 0.1
 # A variant's process on a GPU may take so long; most of it is compilation.
@@ -137,19 +140,20 @@ def _in_turn(
 ) -> Iterator[dict]:
     """On a CPU other work comes and goes: the variants take turns, and share what it costs."""
     with contextlib.ExitStack() as stack:
-        ready: list[tuple[StepProcess, Variant, list[tuple[float, int]]]] = []
+        ready: list[tuple[StepProcess, Variant, list[tuple[float, float]]]] = []
         for variant, file in chosen:
             process = stack.enter_context(contextlib.closing(StepProcess(problem, variant, file)))
             if "reason" in process.row:
                 yield process.row
             else:
                 ready.append((process, variant, []))
-        for number in range(WARM_UP + rounds):
+        for process, _, _ in ready:
+            process(WARM_UP)
+        for _ in range(rounds):
             for process, _, samples in ready:
                 time.sleep(PAUSE)
-                sample = process()
-                if number >= WARM_UP:
-                    samples.append(sample)
+                taken, pages = zip(*process(TURN)[1:], strict=True)
+                samples.append((statistics.mean(taken), statistics.mean(pages)))
         seconds = {v.name: [taken for taken, _ in samples] for _, v, samples in ready}
         for process, variant, samples in ready:
             own, pages = seconds[variant.name], [pages for _, pages in samples]

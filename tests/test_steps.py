@@ -171,6 +171,30 @@ def test_variants_take_turns_in_processes_of_their_own():
     assert rows[1]["to_naive"] == {"median": 1, "p20": 1, "p80": 1}
 
 
+def test_the_first_step_of_a_turn_is_not_counted(monkeypatch):
+    calls: list[tuple[str, int]] = []
+
+    class Process:
+        def __init__(self, problem, variant, file):
+            self.row, self.name = {"parameters": 1, "variant": variant.name}, variant.name
+
+        def __call__(self, count=1):
+            calls.append((self.name, count))
+            return [(100.0, 1000), *[(1.0, 5), (2.0, 5), (3.0, 8)][: count - 1]]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(steps, "StepProcess", Process)
+    monkeypatch.setattr(steps, "PAUSE", 0)
+    chosen = [(v, None) for v in variants("cpu") if v.name in ("naive", "cpp")]
+    rows = list(steps._in_turn(PROBLEM, chosen, 2, RATES))
+    turn = [("naive", steps.TURN), ("cpp", steps.TURN)]
+    assert calls[2:] == 2 * turn and [name for name, _ in calls[:2]] == ["naive", "cpp"]
+    assert [row["seconds"] for row in rows] == [2, 2]  # the mean of three
+    assert rows[0]["page_faults"] == 6
+
+
 def test_ratios_are_taken_round_by_round():
     # The second round is slow for both.
     ratio = steps.spread_of_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
