@@ -2,16 +2,17 @@
 
     python -m benchmarks.step_profile [--threads 2]
 
-Time of each operator without those it calls, from PyTorch's profiler, summed by kind. The profiler
-itself takes some time, so the sums are more than `benchmarks.steps` gives. All keep the memory that
-they free (`greenmim_kernels.host_memory`), which the naive path alone would not.
+Time of each operator without those it calls, from PyTorch's profiler, summed by kind; the median of
+some steps, taken in turn. The profiler itself takes some time, so the sums are more than
+`benchmarks.steps` gives. All keep the memory that they free (`greenmim_kernels.host_memory`), which
+the naive path alone would not.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import os
+import statistics
 import sys
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
@@ -23,7 +24,7 @@ from greenmim_kernels.host_memory import keep_freed_memory
 from .environment import describe, folder_of, write_json
 from .step_variants import CPU_PROBLEMS, Step, variants
 
-STEPS = 4
+ROUNDS = 15
 KINDS = {
     "products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "convolution"),
     "attention": ("group_window_attention", "aten::bmm", "softmax", "masked_fill", "aten::index",
@@ -48,19 +49,28 @@ def kind_of(name: str) -> str:
 
 def profile(step: Step) -> dict[str, float]:
     """Milliseconds of each kind in one step."""
-    for _ in range(4):
+    sums = dict.fromkeys((*KINDS, REST), 0.0)
+    with torch.profiler.profile() as profiler:
         step()
-    sums: collections.Counter = collections.Counter({kind: 0.0 for kind in (*KINDS, REST)})
-    for _ in range(STEPS):
-        # Each by itself: what the profiler has noted lies where a step's tensors were, and the
-        # next step would need other memory.
-        with torch.profiler.profile() as profiler:
+    for event in profiler.key_averages():
+        sums[kind_of(event.key)] += event.self_cpu_time_total / 1e3
+    del profiler, event
+    # What the profiler has noted lies where a step's tensors were: take their memory anew.
+    step()
+    return sums
+
+
+def in_turn(steps: dict[str, Step], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+    """Of each step and kind the median; they take turns, as other work comes and goes."""
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
             step()
-        for event in profiler.key_averages():
-            sums[kind_of(event.key)] += event.self_cpu_time_total / 1e3 / STEPS
-        del profiler, event
-        step()
-    return dict(sums)
+            taken[name].append(profile(step))
+    return {
+        name: {kind: statistics.median(sums[kind] for sums in found) for kind in (*KINDS, REST)}
+        for name, found in taken.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,10 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     problem = CPU_PROBLEMS[0]
     result = {"environment": describe(options.threads), "problem": problem.name,
-              "batch": problem.batch, "precision": problem.precision, "steps": {}}  # fmt: skip
-    for variant in variants("cpu"):
-        if variant.keeps_memory and not variant.compiled:
-            result["steps"][variant.name] = profile(Step(problem, variant, "cpu"))
+              "batch": problem.batch, "precision": problem.precision}  # fmt: skip
+    chosen = [v for v in variants("cpu") if v.keeps_memory and not v.compiled]
+    result["steps"] = in_turn({v.name: Step(problem, v, "cpu") for v in chosen})
     for kind in (*KINDS, REST):
         row = "".join(f"{step[kind]:>10.1f}" for step in result["steps"].values())
         print(f"{kind:<20}{row} ms")

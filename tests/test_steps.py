@@ -266,10 +266,15 @@ def test_the_variants_of_a_gpu_are_all_there():
     assert [v.name for v in found.values() if v.recompute] == ["cuda-graphed, pointwise recomputed"]
 
 
-def test_a_profile_sorts_the_operators_by_kind():
+def test_a_profile_sorts_the_operators_by_kind(monkeypatch):
     found = step_profile.profile(Step(PROBLEM, eager_variants()[0], "cpu"))
     assert set(found) == {*step_profile.KINDS, step_profile.REST}
     assert found["products"] > 0 and found["attention"] > 0 and found["optimiser"] > 0
+    rounds = iter([{**dict.fromkeys(found, 1.0), "GELU": gelu} for gelu in (3.0, 9.0, 4.0)])
+    monkeypatch.setattr(step_profile, "profile", lambda step: next(rounds))
+    taken = step_profile.in_turn({"a": lambda: None}, rounds=3)
+    assert taken == {"a": {**dict.fromkeys(found, 1.0), "GELU": 4.0}}
+    assert step_profile.kind_of("greenmim::onednn_linear_backward") == "copies and sums"
     assert step_profile.kind_of("greenmim::group_window_attention_backward") == "attention"
     assert step_profile.kind_of("aten::gelu_backward") == "GELU"
     assert step_profile.kind_of("aten::empty") == step_profile.REST
