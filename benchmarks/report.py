@@ -78,9 +78,9 @@ def readme_tables(results: pathlib.Path = RESULTS) -> str:
             parts.append(
                 "Whole training steps: forward, backward and AdamW, images on the device. *To"
                 " naive* compares with the naive path planned ahead. On a CPU our step keeps freed"
-                " memory and takes oneDNN's linear layers, which plain PyTorch does not: most of"
-                " the gain there; *memory kept* is the naive path with that memory kept. Floor:"
-                " what the step's shapes take at measured rates"
+                " memory and takes oneDNN's linear layers, which plain PyTorch does not; *memory"
+                " kept* and *oneDNN* are the naive path with the same, which tells that part of"
+                " the gain. Floor: what the step's shapes take at measured rates"
                 " ([table](benchmarks/step_costs.md)).\n"
                 f"{tables.where(result['environment'])}\n{tables.steps_table(result)}"
             )
