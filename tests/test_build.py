@@ -135,3 +135,11 @@ def test_architectures_that_the_toolkit_does_not_know_are_left_out(tmp_path):
     assert names["architectures"](str(tmp_path)) == "8.0;8.6;9.0+PTX"
     nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\ncompute_100\\ncompute_120\\n'\n")
     assert names["architectures"](str(tmp_path)) == "8.0;9.0;10.0;12.0+PTX"
+
+
+def test_the_sources_build_against_the_oldest_torch():
+    """Names of torch's headers that 2.11 does not have; the target version hides only functions."""
+    newer = ("STABLE_TORCH_ERROR_CODE_CHECK",)
+    for file in sorted((ROOT / "csrc").rglob("*.*")):
+        found = [name for name in newer if name in file.read_text()]
+        assert not found, f"{file} uses {found}: take TORCH_ERROR_CODE_CHECK"

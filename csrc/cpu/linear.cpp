@@ -99,7 +99,7 @@ Tensor product(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   std::array<StableIValue, 6> stack{
       from(x), from(weight), from(bias), from(std::string("none")), from(std::vector<double>{}),
       from(std::optional<std::string>(""))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
       "mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
