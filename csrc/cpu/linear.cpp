@@ -117,6 +117,11 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor
   STD_TORCH_CHECK(weight.dim() == 2, "weight must be [O, I], got ", weight.dim(), " axes");
   check(weight, weight.size(1), "weight");
   check(x, weight.size(1), "x");
+  if (bias) {  // oneDNN reads it as dense, whatever its strides
+    STD_TORCH_CHECK(bias->dim() == 1, "bias must be [O], got ", bias->dim(), " axes");
+    check(*bias, weight.size(0), "bias");
+    bias = torch::stable::contiguous(*bias);
+  }
   return product(x, weight, bias);
 }
 

@@ -33,6 +33,7 @@ class OneDNNLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+        float32 = float32 and (self.bias is None or self.bias.dtype == torch.float32)
         if float32 and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return _Linear.apply(x, weight, self.bias)
         return super().forward(x)

@@ -116,3 +116,14 @@ def test_what_does_not_fit_is_refused(change, said):
     arguments = {"grad": grad, "x": x, "weight": weight, **change}
     with pytest.raises(RuntimeError, match=said):
         operator("onednn_linear_backward")(*arguments.values(), *ALL)
+
+
+def test_a_bias_may_have_strides_and_must_fit():
+    _, x, weight = tensors(6, 5, 7)
+    linear = operator("onednn_linear")
+    for bias in (torch.randn(14)[::2], torch.randn(1).expand(7)):
+        expected = torch.nn.functional.linear(x, weight, bias)
+        torch.testing.assert_close(linear(x, weight, bias), expected)
+    for bias in (torch.zeros(8), torch.zeros(()), torch.zeros(1, 7), torch.zeros(7).double()):
+        with pytest.raises(RuntimeError, match="bias must be"):
+            linear(x, weight, bias)
