@@ -17,6 +17,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def first_line(error: BaseException) -> str:
+    """Why a row has no figure: the error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def _git(*arguments: str) -> str | None:
     """What git says; None where there is no git or no repository."""
     try:

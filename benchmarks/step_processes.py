@@ -21,6 +21,7 @@ import torch
 
 from greenmim_kernels.host_memory import keep_freed_memory
 
+from .environment import first_line
 from .measure import Sampler, no_garbage_collection
 from .step_variants import Errors, Expected, Problem, Step, Variant, reference
 
@@ -68,11 +69,6 @@ def first_row(problem: Problem, variant: Variant) -> dict:
         "variant": variant.name,
         "checked": False,
     }
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class Ended(Exception):

@@ -27,13 +27,12 @@ from multiprocessing.connection import Connection
 import torch
 
 from .costs import Widths, floor_seconds, step_work
-from .environment import describe, folder_of, write_json
+from .environment import describe, first_line, folder_of, write_json
 from .measure import Energy, Rates, Sampler, Timing, measure_rates, no_garbage_collection
 from .step_processes import (
     Ended,
     StepProcess,
     checked_step,
-    first_line,
     first_row,
     in_child,
     load_reference,

@@ -22,7 +22,7 @@ import torch
 from greenmim_kernels._triton import launch, operators
 from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
 
-from .environment import describe, folder_of, write_json
+from .environment import describe, first_line, folder_of, write_json
 
 DEVICE = "cuda"
 CHANNELS = 128  # of Swin-B at stage 1
@@ -100,7 +100,7 @@ def tune(name: str, batch: int) -> list[dict]:
                     times = triton.testing.do_bench(run, quantiles=[0.5, 0.2, 0.8])
                     row |= dict(zip(("ms", "ms_p20", "ms_p80"), times, strict=True))
             except Exception as error:  # out of resources, or the compiler gives up
-                row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                row["refused"] = first_line(error)[:140]
             rows.append(row)
     finally:
         table[name] = shipped

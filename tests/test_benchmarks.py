@@ -311,3 +311,11 @@ def test_the_suite_runs_as_it_is_called(tmp_path):
     assert [row["peer"] for row in rows] == ["greenmim-cpp", "varlen"]
     assert rows[0]["checked"] and rows[0]["ms"] > 0 and 0 < rows[0]["fraction"] < 2
     assert "CUDA only" in rows[1]["reason"] and "ms" not in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(RuntimeError(), "RuntimeError"), (ValueError("\n no room\n here"), "ValueError: no room")],
+)
+def test_a_reason_is_one_line_also_of_an_error_without_words(error, said):
+    assert environment.first_line(error) == said

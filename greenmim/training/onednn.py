@@ -31,11 +31,10 @@ class OneDNNLinear(nn.Linear):
     """A linear layer for float32 tensors on a CPU; parameters and names are nn.Linear's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-        float32 = float32 and (self.bias is None or self.bias.dtype == torch.float32)
-        if float32 and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return _Linear.apply(x, weight, self.bias)
+        tensors = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
+        fits = all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
+        if fits and not torch.is_autocast_enabled("cpu"):
+            return _Linear.apply(x, self.weight, self.bias)
         return super().forward(x)
 
 
