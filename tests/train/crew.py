@@ -84,7 +84,9 @@ def run_crew(argv: Sequence[str], size: int, folder: Path, **options) -> str:
     folder.mkdir(exist_ok=True)
     with Crew(argv, size, folder, **options) as crew:
         codes = crew.wait()
-    assert codes == [0] * size, "\n".join(crew.text(rank)[-1500:] for rank in range(size))
+    assert codes == [0] * size, "\n".join(
+        [str(codes), *(crew.text(rank)[-1500:] for rank in range(size))]
+    )
     return crew.text()
 
 
