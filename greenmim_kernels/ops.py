@@ -174,11 +174,22 @@ def _register_attention(name: str, variant: str, num_index_tensors: int) -> None
 
 # --- linear layers on a CPU: kernels of _C alone, with oneDNN; autograd is the caller's ---------
 
-# x [..., I], weight [O, I], bias [O], grad [..., O], all float32.
+# x [..., I], weight [O, I], bias [O], grad [..., O], all float32. An MLP: a layer, GELU, a layer;
+# hidden is GELU's result, slope its derivative.
 _library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define(
     "onednn_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight,"
     " bool need_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
+)
+_library.define(
+    "onednn_mlp(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2)"
+    " -> (Tensor out, Tensor hidden, Tensor slope)"
+)
+_library.define(
+    "onednn_mlp_backward(Tensor grad, Tensor x, Tensor hidden, Tensor slope, Tensor weight1,"
+    " Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2,"
+    " bool need_bias2) -> (Tensor grad_x, Tensor grad_weight1, Tensor grad_bias1,"
+    " Tensor grad_weight2, Tensor grad_bias2)"
 )
 
 
@@ -191,8 +202,34 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (x.shape, need_x), (weight.shape, need_weight), (weight.shape[:1], need_bias)
-    return tuple(grad.new_empty(shape if need else (0,)) for shape, need in shapes)
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    return _needed(grad, shapes, (need_x, need_weight, need_bias))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::onednn_mlp")
+def _mlp_fake(x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2) -> tuple[Tensor, ...]:
+    widths = weight2.shape[0], weight1.shape[0], weight1.shape[0]
+    return tuple(x.new_empty(*x.shape[:-1], width) for width in widths)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::onednn_mlp_backward")
+def _mlp_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    slope: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    biases = weight1.shape[:1], weight2.shape[:1]
+    return _needed(grad, (x.shape, weight1.shape, biases[0], weight2.shape, biases[1]), needed)
+
+
+def _needed(grad: Tensor, shapes: tuple, needed: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    return tuple(
+        grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needed, strict=True)
+    )
 
 
 for _variant in VARIANTS:

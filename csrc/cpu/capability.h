@@ -1,4 +1,4 @@
-// One binary for every machine of an architecture: the window kernels are compiled once per
+// One binary for every machine of an architecture: these kernels are compiled once per
 // instruction set ("capability"), and the best one the processor has is taken at run time.
 #pragma once
 
@@ -28,12 +28,33 @@ struct WindowTask {
   double scale;
 };
 
+// Columns that are taken at a time: a line of the cache, so that each is read once.
+constexpr int64_t kStripColumns = 16;
+// Rows that are summed in float before the sum goes on in double, and columns with sums at hand.
+constexpr int64_t kRowsPerSum = 64;
+constexpr int64_t kColumnsPerSum = 1024;
+
+// The gradient of what a linear layer gave, and what goes with its transposition. All matrices are
+// [rows, columns] but `transposed`.
+struct TransposeTask {
+  const float* grad;
+  const float* slope;  // what grad is to be multiplied by, element by element, first; or null
+  float* grad_x;       // with a slope: the product; may be grad
+  float* transposed;   // [columns, rows] the gradient, or null
+  float* sums;         // [columns] sums of its columns
+  int64_t rows, columns;
+};
+
 struct Kernels {
   const char* name;
   // Bytes of 64-byte aligned scratch that a task of this size and head dim needs at most.
   int64_t (*scratch_bytes)(StorageType, int64_t size, int64_t head_dim);
   void (*forward)(const WindowTask&, void* scratch);
   void (*backward)(const WindowTask&, void* scratch);
+  // out = GELU(x); x becomes its derivative.
+  void (*gelu)(float* x, float* out, int64_t size);
+  // Strips of kStripColumns columns, begin to end.
+  void (*transpose_strips)(const TransposeTask&, int64_t begin, int64_t end);
 };
 
 // The kernels for this processor; GREENMIM_CPU_CAPABILITY may name a lesser one

@@ -3,8 +3,10 @@
 // The products are oneDNN's, called through PyTorch. The backward pass is one operator, as the hundred
 // linear layers of a model would else spend a few percent of a step between small operators, and as
 // oneDNN wants a factor of the weight's gradient transposed: PyTorch's own copy of a transposed matrix
-// runs on one thread, ours takes the bias's gradient along.
+// runs on one thread, ours takes the bias's gradient along. The two layers of an MLP are an operator,
+// too, whose GELU has its backward pass within that copy.
 #include "../checks.h"
+#include "capability.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -13,83 +15,51 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace greenmim::cpu {
 
 namespace {
 
-// A line of the cache: each is read once, whatever the distance between rows.
-constexpr int64_t kColumns = 16;
 constexpr int64_t kElementsPerThread = 1 << 13;
-// Rows that are summed in float before the sum goes on in double.
-constexpr int64_t kRowsPerSum = 256;
 
-using Four = float __attribute__((vector_size(16)));
-using UnalignedFour = float __attribute__((vector_size(16), aligned(4), may_alias));
-using Lanes = int __attribute__((vector_size(16)));
+struct Transposed {
+  Tensor values, sums;  // [columns, rows] and [columns]
+};
 
-Four load(const float* from) { return *reinterpret_cast<const UnalignedFour*>(from); }
-void store(float* to, Four value) { *reinterpret_cast<UnalignedFour*>(to) = value; }
-
-// Transposes 4 x 4 values and returns the sums of their columns.
-inline Four transpose_four(const float* from, int64_t columns, float* to, int64_t rows) {
-  const Four a = load(from), b = load(from + columns);
-  const Four c = load(from + 2 * columns), d = load(from + 3 * columns);
-  const Four ab_low = __builtin_shuffle(a, b, Lanes{0, 4, 1, 5});
-  const Four ab_high = __builtin_shuffle(a, b, Lanes{2, 6, 3, 7});
-  const Four cd_low = __builtin_shuffle(c, d, Lanes{0, 4, 1, 5});
-  const Four cd_high = __builtin_shuffle(c, d, Lanes{2, 6, 3, 7});
-  store(to, __builtin_shuffle(ab_low, cd_low, Lanes{0, 1, 4, 5}));
-  store(to + rows, __builtin_shuffle(ab_low, cd_low, Lanes{2, 3, 6, 7}));
-  store(to + 2 * rows, __builtin_shuffle(ab_high, cd_high, Lanes{0, 1, 4, 5}));
-  store(to + 3 * rows, __builtin_shuffle(ab_high, cd_high, Lanes{2, 3, 6, 7}));
-  return (a + b) + (c + d);
-}
-
-// One strip of at most kColumns columns; `width` of them are there.
-void transpose_strip(
-    const float* from, float* to, float* sums, int64_t rows, int64_t columns, int64_t width) {
-  const int64_t whole = width / 4 * 4;
-  double total[kColumns] = {};
-  for (int64_t first = 0; first < rows; first += kRowsPerSum) {
-    const int64_t last = std::min(rows, first + kRowsPerSum);
-    Four sum[kColumns / 4] = {};
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4)
-      for (int64_t c = 0; c < whole; c += 4)
-        sum[c / 4] +=
-            transpose_four(from + row * columns + c, columns, to + c * rows + row, rows);
-    for (int64_t c = 0; c < width; c++) {
-      total[c] += sum[c / 4][c % 4];  // zero beyond `whole`
-      for (int64_t r = c < whole ? row : first; r < last; r++) {
-        to[c * rows + r] = from[r * columns + c];
-        total[c] += from[r * columns + c];
-      }
-    }
+// Of grad [rows, columns], dense. With a slope, grad is multiplied by it first, in place.
+Transposed transposed(const Tensor& grad, bool wanted, const Tensor* slope = nullptr) {
+  const int64_t rows = grad.size(0), columns = grad.size(1);
+  Transposed found{
+      torch::stable::new_empty(grad, {wanted ? columns : 0, rows}),
+      torch::stable::new_empty(grad, {columns})};
+  TransposeTask task{};
+  task.grad = grad.const_data_ptr<float>();
+  if (slope != nullptr) {
+    task.slope = slope->const_data_ptr<float>();
+    task.grad_x = grad.mutable_data_ptr<float>();
   }
-  for (int64_t c = 0; c < width; c++) sums[c] = float(total[c]);
+  task.transposed = wanted ? found.values.mutable_data_ptr<float>() : nullptr;
+  task.sums = found.sums.mutable_data_ptr<float>();
+  task.rows = rows, task.columns = columns;
+  const int64_t strips = (columns + kStripColumns - 1) / kStripColumns;
+  const int64_t grain = kElementsPerThread / std::max<int64_t>(1, rows * kStripColumns);
+  torch::stable::parallel_for(
+      0, strips, std::max<int64_t>(1, grain),
+      [&](int64_t begin, int64_t end) { kernels().transpose_strips(task, begin, end); });
+  return found;
 }
 
-// [M, O] -> [O, M], [O]
-std::tuple<Tensor, Tensor> transpose_and_sum(const Tensor& x) {
-  const int64_t rows = x.size(0), columns = x.size(1);
-  Tensor transposed = torch::stable::new_empty(x, {columns, rows});
-  Tensor sums = torch::stable::new_empty(x, {columns});
-  const float* from = x.const_data_ptr<float>();
-  float* to = transposed.mutable_data_ptr<float>();
-  float* sum = sums.mutable_data_ptr<float>();
-  const int64_t strips = (columns + kColumns - 1) / kColumns;
-  const int64_t grain =
-      std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, rows * kColumns));
-  torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; s++) {
-      const int64_t c = s * kColumns;
-      transpose_strip(
-          from + c, to + c * rows, sum + c, rows, columns, std::min(kColumns, columns - c));
-    }
+// GELU of x, dense; x becomes its derivative.
+Tensor gelu(const Tensor& x) {
+  Tensor out = torch::stable::empty_like(x);
+  float* from = x.mutable_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, x.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
+    kernels().gelu(from + begin, to + begin, end - begin);
   });
-  return {transposed, sums};
+  return out;
 }
 
 // x [..., I], weight [O, I] of any strides -> x weight^T + bias [..., O]. What torch.compile itself
@@ -104,6 +74,29 @@ Tensor product(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// The weight's gradient from the transposed one [O, M] and the layer's input x [M, I].
+Tensor weight_gradient(const Tensor& transposed, const Tensor& x) {
+  if (x.size(0) == 0)  // oneDNN refuses a sum over nothing
+    return torch::stable::new_zeros(x, {transposed.size(0), x.size(1)});
+  return product(transposed, torch::stable::transpose(x, 0, 1), std::nullopt);
+}
+
+Tensor input_gradient(const Tensor& grad, const Tensor& weight) {
+  return product(grad, torch::stable::transpose(weight, 0, 1), std::nullopt);
+}
+
+// [..., columns] -> [M, columns], dense.
+Tensor rows_of(const Tensor& tensor) {
+  const int64_t columns = tensor.size(tensor.dim() - 1);
+  const int64_t rows = columns ? tensor.numel() / columns : 0;
+  return torch::stable::contiguous(torch::stable::reshape(tensor, {rows, columns}));
+}
+
+Tensor like(const Tensor& rows, const Tensor& x) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  return torch::stable::reshape(rows, sizes);
+}
+
 void check(const Tensor& tensor, int64_t columns, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
   STD_TORCH_CHECK(
@@ -111,47 +104,99 @@ void check(const Tensor& tensor, int64_t columns, const char* name) {
       columns, "]");
 }
 
+void check_rows(const Tensor& tensor, const Tensor& x, const char* name) {
+  const bool same = tensor.sizes().slice(0, tensor.dim() - 1).equals(x.sizes().slice(0, x.dim() - 1));
+  STD_TORCH_CHECK(same, name, " and x must have as many rows");
+}
+
+void check_weight(const Tensor& weight, const char* name) {
+  STD_TORCH_CHECK(weight.dim() == 2, name, " must be [O, I], got ", weight.dim(), " axes");
+  STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) > 0, name, " must not be empty");
+  check(weight, weight.size(1), name);
+}
+
+// oneDNN reads a bias as dense, whatever its strides.
+std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t size, const char* name) {
+  if (!bias) return std::nullopt;
+  STD_TORCH_CHECK(bias->dim() == 1, name, " must be [O], got ", bias->dim(), " axes");
+  check(*bias, size, name);
+  return torch::stable::contiguous(*bias);
+}
+
 }  // namespace
 
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must be [O, I], got ", weight.dim(), " axes");
-  check(weight, weight.size(1), "weight");
+  check_weight(weight, "weight");
   check(x, weight.size(1), "x");
-  if (bias) {  // oneDNN reads it as dense, whatever its strides
-    STD_TORCH_CHECK(bias->dim() == 1, "bias must be [O], got ", bias->dim(), " axes");
-    check(*bias, weight.size(0), "bias");
-    bias = torch::stable::contiguous(*bias);
-  }
-  return product(x, weight, bias);
+  return product(x, weight, checked_bias(bias, weight.size(0), "bias"));
 }
 
 // What is not needed comes back empty.
 std::tuple<Tensor, Tensor, Tensor> onednn_linear_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,
     bool need_bias) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must be [O, I], got ", weight.dim(), " axes");
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  check(weight, inputs, "weight");
-  check(x, inputs, "x");
-  check(grad, outputs, "grad");
-  STD_TORCH_CHECK(
-      grad.numel() * inputs == x.numel() * outputs, "grad and x must have as many rows");
+  check_weight(weight, "weight");
+  check(x, weight.size(1), "x");
+  check(grad, weight.size(0), "grad");
+  check_rows(grad, x, "grad");
   const auto none = [&] { return torch::stable::new_empty(grad, {0}); };
-  Tensor grad_x = need_x ? product(grad, torch::stable::transpose(weight, 0, 1), std::nullopt)
-                         : none();
+  Tensor grad_x = need_x ? input_gradient(grad, weight) : none();
   Tensor grad_weight = none(), grad_bias = none();
   if (need_weight || need_bias) {
-    const Tensor rows = torch::stable::contiguous(torch::stable::reshape(grad, {-1, outputs}));
-    const auto [transposed, sums] = transpose_and_sum(rows);
-    if (need_bias) grad_bias = sums;
-    if (need_weight && rows.size(0) == 0)  // oneDNN refuses a sum over nothing
-      grad_weight = torch::stable::new_zeros(grad, {outputs, inputs});
-    else if (need_weight)
-      grad_weight = product(
-          transposed, torch::stable::transpose(torch::stable::reshape(x, {-1, inputs}), 0, 1),
-          std::nullopt);
+    const Transposed of = transposed(rows_of(grad), need_weight);
+    if (need_bias) grad_bias = of.sums;
+    if (need_weight) grad_weight = weight_gradient(of.values, rows_of(x));
   }
   return {grad_x, grad_weight, grad_bias};
+}
+
+// Two layers with GELU between them. The other results are for the backward pass: GELU, and its
+// derivative, which forward costs a multiplication and backward an exponential.
+std::tuple<Tensor, Tensor, Tensor> onednn_mlp(
+    const Tensor& x, const Tensor& weight1, std::optional<Tensor> bias1, const Tensor& weight2,
+    std::optional<Tensor> bias2) {
+  check_weight(weight1, "weight1");
+  check_weight(weight2, "weight2");
+  check(weight2, weight1.size(0), "weight2");
+  check(x, weight1.size(1), "x");
+  bias1 = checked_bias(bias1, weight1.size(0), "bias1");
+  bias2 = checked_bias(bias2, weight2.size(0), "bias2");
+  const Tensor slope = torch::stable::contiguous(product(x, weight1, bias1));
+  const Tensor hidden = gelu(slope);
+  return {product(hidden, weight2, bias2), hidden, slope};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> onednn_mlp_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& hidden, const Tensor& slope,
+    const Tensor& weight1, const Tensor& weight2, bool need_x, bool need_weight1, bool need_bias1,
+    bool need_weight2, bool need_bias2) {
+  check_weight(weight1, "weight1");
+  check_weight(weight2, "weight2");
+  check(weight2, weight1.size(0), "weight2");
+  check(x, weight1.size(1), "x");
+  check(hidden, weight1.size(0), "hidden");
+  check(slope, weight1.size(0), "slope");
+  check(grad, weight2.size(0), "grad");
+  for (const auto& [tensor, name] : {std::pair{&hidden, "hidden"}, {&slope, "slope"}, {&grad, "grad"}})
+    check_rows(*tensor, x, name);
+  const auto none = [&] { return torch::stable::new_empty(grad, {0}); };
+  Tensor grad_x = none(), grad_weight1 = none(), grad_bias1 = none(), grad_weight2 = none(),
+         grad_bias2 = none();
+  const Tensor rows = rows_of(grad);
+  if (need_weight2 || need_bias2) {
+    const Transposed of = transposed(rows, need_weight2);
+    if (need_bias2) grad_bias2 = of.sums;
+    if (need_weight2) grad_weight2 = weight_gradient(of.values, rows_of(hidden));
+  }
+  if (need_x || need_weight1 || need_bias1) {
+    const Tensor of_slope = rows_of(slope);
+    const Tensor grad_hidden = torch::stable::contiguous(input_gradient(rows, weight2));
+    const Transposed of = transposed(grad_hidden, need_weight1, &of_slope);
+    if (need_bias1) grad_bias1 = of.sums;
+    if (need_weight1) grad_weight1 = weight_gradient(of.values, rows_of(x));
+    if (need_x) grad_x = like(input_gradient(grad_hidden, weight1), x);
+  }
+  return {grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2};
 }
 
 }  // namespace greenmim::cpu
@@ -159,4 +204,6 @@ std::tuple<Tensor, Tensor, Tensor> onednn_linear_backward(
 STABLE_TORCH_LIBRARY_IMPL(greenmim, CPU, m) {
   m.impl("onednn_linear", TORCH_BOX(&greenmim::cpu::onednn_linear));
   m.impl("onednn_linear_backward", TORCH_BOX(&greenmim::cpu::onednn_linear_backward));
+  m.impl("onednn_mlp", TORCH_BOX(&greenmim::cpu::onednn_mlp));
+  m.impl("onednn_mlp_backward", TORCH_BOX(&greenmim::cpu::onednn_mlp_backward));
 }

@@ -1,18 +1,10 @@
-// Attention of one window and one head, for the images that share the window. The body of every
-// capability: included once by each window_attention_<capability>.cpp, after its settings.
+// Attention of one window and one head, for the images that share the window. Included by kernels.h.
 //
 // With n tokens, head dim D, and np, dp their multiples of the vector width, the tiles are
 //   q (times scale), k, v, grad_out, result [n, dp];  k_t, v_t [dp, np];
 //   bias, scores, grad_scores, grad_bias [n, np].
 // The bias tile, with -inf in the columns beyond n, is made once for all images; the gradient of
 // the bias is summed in a tile over them and added to the table once.
-
-namespace greenmim::cpu {
-namespace {  // all internal: nothing of one instruction set may be linked into another
-
-#include "vector.h"
-
-#include "matrix_product.h"
 
 template <class A>
 struct Tiles {
@@ -248,9 +240,3 @@ int64_t scratch_bytes(StorageType storage, int64_t size, int64_t head_dim) {
   if (storage == StorageType::Float64) return Tiles<double>(nullptr, size, head_dim).bytes;
   return Tiles<float>(nullptr, size, head_dim).bytes;
 }
-
-}  // namespace
-
-const Kernels GREENMIM_KERNELS = {GREENMIM_CAPABILITY, scratch_bytes, forward_any, backward_any};
-
-}  // namespace greenmim::cpu

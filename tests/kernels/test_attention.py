@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -211,22 +208,3 @@ def test_the_same_bits_for_any_number_of_threads(threads):
                 assert torch.equal(value, expected[name]), name
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_passes(capability):
-    """The whole of test_agrees_with_the_reference again, in a process of its own."""
-    environment = {**os.environ, "GREENMIM_CPU_CAPABILITY": capability}
-    probe = "from greenmim_kernels.backends import cpu_capability; print(cpu_capability())"
-    found = subprocess.run(
-        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True
-    )
-    if "does not have" in found.stderr:
-        pytest.skip(f"this processor has no {capability}")
-    assert found.stdout.strip() == capability
-    tests = [f"{__file__}::{test.__name__}" for test in (
-        test_agrees_with_the_reference, test_a_nan_stays_in_its_window,
-        test_large_scores_do_not_overflow)]  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,13 +1,14 @@
-"""oneDNN's linear layers are nn.Linear, with its parameters, and compile."""
+"""oneDNN's layers are nn.Linear and timm's Mlp, with their parameters, and compile."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from timm.layers import Mlp
 from torch import nn
 
-from greenmim.training.onednn import OneDNNLinear, available, use_onednn
+from greenmim.training.onednn import OneDNNLinear, OneDNNMlp, available, use_onednn
 
 from .conftest import images_for, small, some_visible
 
@@ -46,6 +47,69 @@ def test_only_the_gradient_that_is_asked_for(need):
     assert (x.grad is not None) == need[0] and (layer.weight.grad is not None) == need[1]
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (0, 5)])
+def test_values_and_gradients_are_those_of_an_mlp(shape, bias):
+    torch.manual_seed(0)
+    plain = Mlp(5, 20, 7, bias=bias)
+    ours = nn.Sequential(Mlp(5, 20, 7, bias=bias))
+    ours[0].load_state_dict(plain.state_dict())
+    use_onednn(ours)
+    assert type(ours[0]) is OneDNNMlp and list(ours[0].state_dict()) == list(plain.state_dict())
+    x = torch.randn(shape)
+    results = []
+    for layer in (plain.double(), ours):
+        leaf = x.to(next(layer.parameters()).dtype).requires_grad_()
+        out = layer(leaf)
+        (out * torch.linspace(1, 2, 7, dtype=out.dtype)).sum().backward()
+        results.append([out, leaf.grad, *(p.grad for p in layer.parameters())])
+    for actual, exact in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", range(4))
+def test_only_the_gradient_of_an_mlp_that_is_asked_for(trained):
+    mlp = nn.Sequential(Mlp(5, 20, 7))
+    use_onednn(mlp)
+    names = [name for name, _ in mlp.named_parameters()]
+    mlp.requires_grad_(False).get_parameter(names[trained]).requires_grad_()
+    mlp(torch.randn(3, 5)).sum().backward()
+    assert [p.grad is not None for p in mlp.parameters()] == [n == trained for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"act_layer": nn.ReLU},
+        {"act_layer": lambda: nn.GELU(approximate="tanh")},
+        {"norm_layer": nn.LayerNorm},
+        {"use_conv": True},
+    ],
+)
+def test_an_mlp_that_is_another_stays_what_it_is(options):
+    mlp = nn.Sequential(Mlp(5, 20, 7, **options))
+    use_onednn(mlp)
+    assert type(mlp[0]) is Mlp
+
+
+def test_an_mlp_keeps_its_dropout():
+    torch.manual_seed(0)
+    mlp = nn.Sequential(Mlp(5, 20, 7, drop=0.5))
+    plain = Mlp(5, 20, 7, drop=0.5)
+    plain.load_state_dict(mlp[0].state_dict())
+    use_onednn(mlp)
+    assert type(mlp[0]) is OneDNNMlp
+    x = torch.randn(300, 5)
+    assert 0.4 < (mlp(x) == 0).float().mean() < 0.6
+    torch.testing.assert_close(mlp.eval()(x), plain.eval()(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_of_no_width_is_left_to_pytorch():
+    layers = nn.Sequential(nn.Linear(5, 0), nn.Linear(0, 3))
+    use_onednn(layers)
+    assert layers(torch.randn(2, 5)).shape == (2, 3)
+
+
 def test_what_it_is_not_made_for_is_left_to_pytorch():
     layer, plain = OneDNNLinear(5, 7), nn.Linear(5, 7)
     plain.load_state_dict(layer.state_dict())
@@ -60,8 +124,10 @@ def test_what_it_is_not_made_for_is_left_to_pytorch():
         assert OneDNNLinear(5, 7)(torch.empty(3, 5)).shape == (3, 7)
 
 
-def test_a_second_derivative_is_refused():
-    layer, x = OneDNNLinear(5, 7), torch.randn(3, 5, requires_grad=True)
+@pytest.mark.parametrize("module", [nn.Linear(5, 7), Mlp(5, 20, 7)])
+def test_a_second_derivative_is_refused(module):
+    layer, x = nn.Sequential(module), torch.randn(3, 5, requires_grad=True)
+    use_onednn(layer)
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
@@ -85,6 +151,8 @@ def test_a_model_trains_and_compiles_with_it():
     expected = model(images, plan=plan).loss
     use_onednn(model)
     assert list(model.state_dict()) == names
+    blocks = [*model.encoder.blocks(), *model.decoder_blocks]
+    assert all(type(block.mlp) is OneDNNMlp for block in blocks)
     torch.testing.assert_close(model(images, plan=plan).loss, expected, rtol=1e-5, atol=0)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -97,7 +165,7 @@ def test_a_model_trains_and_compiles_with_it():
 def test_layers_compile_with_their_gradients():
     # Inductor refuses oneDNN's own operator where the weight is trained.
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8, bias=False))
+    layers = nn.Sequential(nn.Linear(8, 12, bias=False), Mlp(12, 24, 8))
     use_onednn(layers)
     x = torch.randn(2, 3, 8, requires_grad=True)
     results = []

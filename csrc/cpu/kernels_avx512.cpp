@@ -5,5 +5,5 @@
 #define GREENMIM_KERNELS kernels_avx512
 #define GREENMIM_VECTOR_BYTES 64
 #define GREENMIM_VECTOR_REGISTERS 32
-#include "window_attention.h"
+#include "kernels.h"
 #endif

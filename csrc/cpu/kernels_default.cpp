@@ -8,4 +8,4 @@
 #else
 #define GREENMIM_VECTOR_REGISTERS 16
 #endif
-#include "window_attention.h"
+#include "kernels.h"

@@ -5,5 +5,5 @@
 #define GREENMIM_KERNELS kernels_avx2
 #define GREENMIM_VECTOR_BYTES 32
 #define GREENMIM_VECTOR_REGISTERS 16
-#include "window_attention.h"
+#include "kernels.h"
 #endif

@@ -1,0 +1,18 @@
+// The body of every capability: included once by each kernels_<capability>.cpp, after its settings.
+namespace greenmim::cpu {
+namespace {  // all internal: nothing of one instruction set may be linked into another
+
+#include "vector.h"
+
+#include "matrix_product.h"
+
+#include "window_attention.h"
+
+#include "gelu.h"
+
+}  // namespace
+
+const Kernels GREENMIM_KERNELS = {
+    GREENMIM_CAPABILITY, scratch_bytes, forward_any, backward_any, gelu, transpose_strips};
+
+}  // namespace greenmim::cpu

@@ -1,0 +1,46 @@
+"""Every instruction set that this processor has: the tests of its kernels, in a process each."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import greenmim_kernels as gk
+
+pytestmark = pytest.mark.skipif(
+    gk.available_backends()["cpp"] is not None, reason="no compiled kernels"
+)
+HERE = pathlib.Path(__file__).parent
+TESTS = {
+    "test_attention.py": (
+        "test_agrees_with_the_reference",
+        "test_a_nan_stays_in_its_window",
+        "test_large_scores_do_not_overflow",
+    ),
+    "test_linear.py": (
+        "test_gradients_are_the_exact_ones",
+        "test_the_bias_is_summed_in_blocks",
+        "test_gelu_and_its_derivative_are_within_their_budget",
+        "test_an_mlp_and_its_gradients_are_the_exact_ones",
+    ),
+}
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_passes(capability):
+    environment = {**os.environ, "GREENMIM_CPU_CAPABILITY": capability}
+    probe = "from greenmim_kernels.backends import cpu_capability; print(cpu_capability())"
+    found = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True
+    )
+    if "does not have" in found.stderr:
+        pytest.skip(f"this processor has no {capability}")
+    assert found.stdout.strip() == capability
+    tests = [f"{HERE / file}::{test}" for file, names in TESTS.items() for test in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
