@@ -29,7 +29,8 @@ KINDS = {
     "products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "convolution"),
     "attention": ("group_window_attention", "aten::bmm", "softmax", "masked_fill", "aten::index",
                   "index_put", "aten::cat", "scaled_dot_product"),
-    "GELU": ("gelu",),
+    # An MLP's operator has the transposed copy of a gradient in the pass of GELU.
+    "GELU": ("gelu", "greenmim::onednn_mlp"),
     "norms": ("layer_norm", "var_mean"),
     "optimiser": ("_fused_adamw", "Optimizer.", "linalg_vector_norm"),
     "copies and sums": ("aten::copy_", "aten::add", "aten::sum", "aten::mul", "aten::fill_",

@@ -1,23 +1,32 @@
-"""Linear layers in float32 on x86 CPUs by oneDNN; all other calls of them are nn.Linear's.
+"""Training in float32 on x86 CPUs: linear layers by oneDNN, and few steps of Python between them.
 
 PyTorch gives float32 products to MKL. With the shapes of a training step on a CPU (few rows, and a
 weight that comes from memory) oneDNN, which every x86 build of PyTorch holds too, took a seventh
 less time on an AMD EPYC. An MLP is one operator, whose GELU costs no pass of its own backwards. The
-operators are in csrc/cpu/linear.cpp.
+operators are in csrc/cpu/linear.cpp. A block is one node of autograd: between two products, which
+fill the caches with weights, Python is several times slower than in a loop of its own.
+
+Calls that are not in float32, not on a CPU or under autocast are the layers' own.
 """
 
 from __future__ import annotations
 
 import torch
-from timm.layers import Mlp
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from greenmim_kernels.backends import load_library
+from greenmim.encoders.swin import VisibleBlock
+from greenmim_kernels import GroupPartition
+from greenmim_kernels.backends import choose_backend, load_library
 from greenmim_kernels.ops import operator
 
 _linear, _linear_backward = operator("onednn_linear"), operator("onednn_linear_backward")
 _mlp, _mlp_backward = operator("onednn_mlp"), operator("onednn_mlp_backward")
+_attention = operator("group_window_attention")
+_attention_backward = operator("group_window_attention_backward")
+_norm = torch.ops.aten.native_layer_norm.default
+_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def available() -> bool:
@@ -54,24 +63,73 @@ class OneDNNMlp(Mlp):
         return self.drop1.p > 0 or self.drop2.p > 0
 
 
+class OneDNNBlock(VisibleBlock):
+    """A Swin block that is one node of autograd, of such layers."""
+
+    def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
+        if not self._takes(x, part):
+            return super()._run(x, part)  # which also says what does not fit
+        attention = self.attn
+        parameters = []
+        for layer in self._layers():
+            parameters += [layer.weight, layer.bias]
+        heads = attention.num_heads
+        return _Block.apply(
+            x,
+            *parameters,
+            attention.relative_position_bias_table,
+            *(part.token_index, part.window_id, part.coords),
+            (heads, *part.window_size, (x.shape[-1] // heads) ** -0.5),
+            (self.norm1.eps, self.norm2.eps),
+        )
+
+    def _layers(self) -> tuple[nn.Module, ...]:
+        """In the order of use."""
+        attention, mlp = self.attn, self.mlp
+        return self.norm1, attention.qkv, attention.proj, self.norm2, mlp.fc1, mlp.fc2
+
+    def _takes(self, x: Tensor, part: GroupPartition) -> bool:
+        paths = self.drop_path1, self.drop_path2
+        if self.training and (self.mlp.drops or any(type(path) is DropPath for path in paths)):
+            return False
+        batch, rows, channels = x.shape
+        fit = part.num_tokens == rows and part.token_index.shape[0] in (1, batch)
+        fit = fit and self.attn.relative_position_bias_table.dtype == torch.float32
+        if not fit or not _fit(x, *self._layers()):
+            return False
+        sizes = (channels // self.attn.num_heads, part.group_size, max(part.window_size))
+        return choose_backend("group_window_attention", x.device, x.dtype, *sizes) == "cpp"
+
+
 def use_onednn(model: nn.Module) -> None:
     """Make every nn.Linear of a float32 model on a CPU an `OneDNNLinear`, where available.
 
-    An MLP of timm's with the exact GELU becomes an `OneDNNMlp`: hooks of its layers are not called.
+    A timm Mlp with the exact GELU becomes an `OneDNNMlp`, and a block of the encoder with these an
+    `OneDNNBlock`: hooks of what is inside are not called.
     """
-    if available():
-        for module in list(model.modules()):
-            if type(module) is nn.Linear and module.weight.numel():
-                module.__class__ = OneDNNLinear
-        for module in list(model.modules()):
-            if type(module) is Mlp and _is_plain(module):
-                module.__class__ = OneDNNMlp
+    if not available():
+        return
+    for module in list(model.modules()):
+        if type(module) is nn.Linear and module.weight.numel():
+            module.__class__ = OneDNNLinear
+    for module in list(model.modules()):
+        if type(module) is Mlp and _is_plain(module):
+            module.__class__ = OneDNNMlp
+    for module in list(model.modules()):
+        if type(module) is VisibleBlock and _has_onednn(module):
+            module.__class__ = OneDNNBlock
 
 
 def _is_plain(mlp: Mlp) -> bool:
     layers = type(mlp.fc1) is type(mlp.fc2) is OneDNNLinear
     exact = type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
     return layers and exact and type(mlp.norm) is nn.Identity
+
+
+def _has_onednn(block: VisibleBlock) -> bool:
+    linear = type(block.attn.qkv) is type(block.attn.proj) is OneDNNLinear
+    norms = type(block.norm1) is type(block.norm2) is nn.LayerNorm
+    return linear and norms and type(block.mlp) is OneDNNMlp
 
 
 def _fit(x: Tensor, *layers: nn.Linear) -> bool:
@@ -110,3 +168,55 @@ class _Mlp(torch.autograd.Function):
         needed = ctx.needs_input_grad
         grads = _mlp_backward(grad, *ctx.saved_tensors, *needed)
         return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
+
+
+class _Block(torch.autograd.Function):
+    """x + attention of the norm, then x + MLP of the norm; parameters in the order of use."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *others) -> Tensor:
+        *parameters, table, token_index, window_id, coords, sizes, (eps1, eps2) = others
+        norm1, qkv, proj, norm2, fc1, fc2 = zip(parameters[::2], parameters[1::2], strict=True)
+        partition, shape = (token_index, window_id, coords), x.shape[-1:]
+        normed1, *statistics1 = _norm(x, shape, *norm1, eps1)
+        projected = _linear(normed1, *qkv)
+        attended, lse = _attention(projected, table, *partition, *sizes)
+        middle = _linear(attended, *proj).add_(x)
+        normed2, *statistics2 = _norm(middle, shape, *norm2, eps2)
+        out, hidden, slope = _mlp(normed2, *fc1, *fc2)
+        ctx.sizes = sizes
+        ctx.save_for_backward(
+            *(x, normed1, *statistics1, projected, attended, lse, *partition),
+            *(middle, normed2, *statistics2, hidden, slope),
+            *(*norm1, *norm2, qkv[0], proj[0], fc1[0], fc2[0], table),
+        )
+        return out.add_(middle)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        saved = ctx.saved_tensors
+        x, normed1, mean1, rstd1, projected, attended, lse, *partition = saved[:10]
+        middle, normed2, mean2, rstd2, hidden, slope = saved[10:16]
+        norm1, norm2 = saved[16:18], saved[18:20]
+        qkv, proj, fc1, fc2, table = saved[20:]
+        needed, shape = ctx.needs_input_grad, x.shape[-1:]
+        need_norm1, need_qkv, need_proj, need_norm2 = (needed[i : i + 2] for i in (1, 3, 5, 7))
+        need_mlp, need_table = needed[9:13], needed[13]
+
+        layers = (normed2, hidden, slope, fc1, fc2)
+        of_normed2, *of_mlp = _mlp_backward(grad, *layers, True, *need_mlp)
+        statistics2 = (mean2, rstd2, *norm2, (True, *need_norm2))
+        of_middle, *of_norm2 = _norm_backward(of_normed2, middle, shape, *statistics2)
+        of_middle = of_middle.add_(grad)
+        of_attended, *of_proj = _linear_backward(of_middle, attended, proj, True, *need_proj)
+        of_projected, of_table = _attention_backward(
+            *(of_attended, projected, table, attended, lse, *partition, *ctx.sizes),
+            *(True, need_table),
+        )
+        of_normed1, *of_qkv = _linear_backward(of_projected, normed1, qkv, True, *need_qkv)
+        statistics1 = (mean1, rstd1, *norm1, (True, *need_norm1))
+        of_x, *of_norm1 = _norm_backward(of_normed1, x, shape, *statistics1)
+        grads = (of_x.add_(of_middle), *of_norm1, *of_qkv, *of_proj, *of_norm2, *of_mlp, of_table)
+        found = (g if need else None for g, need in zip(grads, needed[:14], strict=True))
+        return *found, *(None,) * 5

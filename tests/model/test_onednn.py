@@ -8,7 +8,8 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from greenmim.training.onednn import OneDNNLinear, OneDNNMlp, available, use_onednn
+import greenmim_kernels as gk
+from greenmim.training.onednn import OneDNNBlock, OneDNNLinear, OneDNNMlp, available, use_onednn
 
 from .conftest import images_for, small, some_visible
 
@@ -124,6 +125,13 @@ def test_what_it_is_not_made_for_is_left_to_pytorch():
         assert OneDNNLinear(5, 7)(torch.empty(3, 5)).shape == (3, 7)
 
 
+def test_a_second_derivative_of_a_block_is_refused():
+    block, x, part = block_call(small().float())
+    (grad,) = torch.autograd.grad(block(x, part).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("module", [nn.Linear(5, 7), Mlp(5, 20, 7)])
 def test_a_second_derivative_is_refused(module):
     layer, x = nn.Sequential(module), torch.randn(3, 5, requires_grad=True)
@@ -142,6 +150,93 @@ def test_a_model_that_sees_everything_trains_with_it():
     loss.backward()
     assert loss.item() == 0
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def whole_gradients(model, images, plan):
+    model.zero_grad()
+    loss = model(images, plan=plan, loss_only=True).loss
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("masks", ["shared", "one per image"])
+@pytest.mark.parametrize("way", ["eager", "recomputed", "compiled"])
+def test_every_gradient_of_a_model_is_the_exact_one(masks, way):
+    exact, model = small(), small()
+    exact.load_state_dict(model.state_dict())
+    model.float()
+    use_onednn(model)
+    images = images_for(exact)
+    plan = model.plan(some_visible(exact, None if masks == "shared" else len(images)))
+    expected = whole_gradients(exact, images, plan)
+    model.set_grad_checkpointing(way == "recomputed")
+    called = model
+    if way == "compiled":
+        torch._dynamo.reset()
+        called = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = whole_gradients(called, images.float(), plan)
+    found = {name.removeprefix("_orig_mod."): grad for name, grad in found.items()}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        # The largest of all, as some of a small model's gradients are sums that nearly cancel.
+        size = max(expected[name].abs().max().item(), 1e-3)
+        error = (grad.double() - expected[name]).abs().max().item() / size
+        assert error < 2e-5, f"{name} {error:.1e}"
+
+
+def block_call(model):
+    """A call of a block of the third stage, in training."""
+    use_onednn(model)
+    block = model.encoder.layers[2].blocks[0]
+    part = model.plan(some_visible(model)).partitions[2][0]
+    channels = block.norm1.weight.shape[0]
+    x = torch.randn(2, part.num_tokens, channels, requires_grad=True)
+    return block, x, part
+
+
+def is_one_node(out):
+    return type(out.grad_fn).__name__ == "_BlockBackward"
+
+
+def test_a_block_is_one_node_where_it_may_be():
+    block, x, part = block_call(small().float())
+    assert type(block) is OneDNNBlock and is_one_node(block(x, part))
+    with gk.use_backend("reference"):
+        other = block(x, part)
+    assert not is_one_node(other)
+    torch.testing.assert_close(other, block(x, part), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_one_node(block(x, part))
+    with pytest.raises(ValueError, match="make the partition from the grid"):
+        block(x[:, 1:], part)
+
+
+def test_a_block_keeps_its_stochastic_depth():
+    model = small(drop_path=0.5).float()
+    use_onednn(model)
+    block = model.encoder.layers[3].blocks[0]
+    part = model.plan(some_visible(model)).partitions[3][0]
+    x = torch.randn(2, part.num_tokens, block.norm1.weight.shape[0], requires_grad=True)
+    assert type(block) is OneDNNBlock and not is_one_node(block(x, part))
+    assert is_one_node(block.eval()(x, part))
+
+
+NAMES = [name for name, _ in small().encoder.layers[2].blocks[0].named_parameters()]
+
+
+@pytest.mark.parametrize("trained", [*NAMES, "x"])
+def test_only_the_gradient_of_a_block_that_is_asked_for(trained):
+    block, x, part = block_call(small().float())
+    weights = torch.linspace(-1, 1, x.numel()).view_as(x)
+    (block(x, part) * weights).sum().backward()
+    inputs = {**dict(block.named_parameters()), "x": x}
+    expected = inputs[trained].grad
+    for name, tensor in inputs.items():
+        tensor.grad = None
+        tensor.requires_grad_(name == trained)
+    (block(x, part) * weights).sum().backward()
+    assert torch.equal(inputs.pop(trained).grad, expected)
+    assert all(tensor.grad is None for tensor in inputs.values())
 
 
 def test_a_model_trains_and_compiles_with_it():
