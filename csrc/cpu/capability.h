@@ -45,6 +45,15 @@ struct TransposeTask {
   int64_t rows, columns;
 };
 
+// What a linear layer gave as weight x^T, to be transposed, with what comes next.
+struct FinishTask {
+  const float* transposed;  // [columns, rows]
+  const float* bias;        // [columns] to be added, or null
+  float* out;               // [rows, columns] the result, or GELU of it
+  float* slope;             // [rows, columns] GELU's derivative, or null: no GELU
+  int64_t rows, columns;
+};
+
 struct Kernels {
   const char* name;
   // Bytes of 64-byte aligned scratch that a task of this size and head dim needs at most.
@@ -55,6 +64,7 @@ struct Kernels {
   void (*gelu)(float* x, float* out, int64_t size);
   // Strips of kStripColumns columns, begin to end.
   void (*transpose_strips)(const TransposeTask&, int64_t begin, int64_t end);
+  void (*finish_strips)(const FinishTask&, int64_t begin, int64_t end);
 };
 
 // The kernels for this processor; GREENMIM_CPU_CAPABILITY may name a lesser one

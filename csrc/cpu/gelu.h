@@ -115,3 +115,53 @@ void transpose_strips(const TransposeTask& task, int64_t begin, int64_t end) {
       transpose_columns<true>(task, c, to);
   }
 }
+
+// Rows r and columns c of what a linear layer gave transposed, a block as in transpose_part.
+template <bool with_gelu, bool whole>
+GREENMIM_INLINE void finish_part(
+    const FinishTask& task, int64_t r, int64_t c, int64_t lanes, int64_t count) {
+  constexpr int W = Vector<float>::width;
+  Vec<float> rows[W] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) {
+    if (!whole && i >= lanes) break;
+    rows[i] = load_part<whole>(task.transposed + (c + i) * task.rows + r, count);
+  }
+  transpose_block<float>(rows);
+  Vec<float> bias{};
+  if (task.bias != nullptr) bias = load_part<whole>(task.bias + c, lanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) {
+    if (!whole && i >= count) break;
+    const int64_t at = (r + i) * task.columns + c;
+    Vec<float> value = rows[i] + bias;
+    if constexpr (with_gelu) {
+      const Gelu of = gelu_of(value);
+      store_part<whole>(task.slope + at, of.slope, lanes);
+      value = of.value;
+    }
+    store_part<whole>(task.out + at, value, lanes);
+  }
+}
+
+template <bool with_gelu>
+GREENMIM_INLINE void finish_columns(const FinishTask& task, int64_t first, int64_t last) {
+  constexpr int64_t W = Vector<float>::width;
+  for (int64_t r = 0; r < task.rows; r += W)
+    for (int64_t c = first; c < last; c += W) {
+      const int64_t lanes = last - c < W ? last - c : W;
+      const int64_t count = task.rows - r < W ? task.rows - r : W;
+      if (lanes == W && count == W)
+        finish_part<with_gelu, true>(task, r, c, W, W);
+      else
+        finish_part<with_gelu, false>(task, r, c, lanes, count);
+    }
+}
+
+void finish_strips(const FinishTask& task, int64_t begin, int64_t end) {
+  const int64_t last = end * kStripColumns < task.columns ? end * kStripColumns : task.columns;
+  if (task.slope == nullptr)
+    finish_columns<false>(task, begin * kStripColumns, last);
+  else
+    finish_columns<true>(task, begin * kStripColumns, last);
+}

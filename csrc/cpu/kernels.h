@@ -13,6 +13,7 @@ namespace {  // all internal: nothing of one instruction set may be linked into 
 }  // namespace
 
 const Kernels GREENMIM_KERNELS = {
-    GREENMIM_CAPABILITY, scratch_bytes, forward_any, backward_any, gelu, transpose_strips};
+    GREENMIM_CAPABILITY, scratch_bytes, forward_any, backward_any, gelu, transpose_strips,
+    finish_strips};
 
 }  // namespace greenmim::cpu

@@ -24,6 +24,13 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 13;
 
+template <class Work>
+void for_strips(int64_t rows, int64_t columns, const Work& work) {
+  const int64_t strips = (columns + kStripColumns - 1) / kStripColumns;
+  const int64_t grain = kElementsPerThread / std::max<int64_t>(1, rows * kStripColumns);
+  torch::stable::parallel_for(0, strips, std::max<int64_t>(1, grain), work);
+}
+
 struct Transposed {
   Tensor values, sums;  // [columns, rows] and [columns]
 };
@@ -43,11 +50,9 @@ Transposed transposed(const Tensor& grad, bool wanted, const Tensor* slope = nul
   task.transposed = wanted ? found.values.mutable_data_ptr<float>() : nullptr;
   task.sums = found.sums.mutable_data_ptr<float>();
   task.rows = rows, task.columns = columns;
-  const int64_t strips = (columns + kStripColumns - 1) / kStripColumns;
-  const int64_t grain = kElementsPerThread / std::max<int64_t>(1, rows * kStripColumns);
-  torch::stable::parallel_for(
-      0, strips, std::max<int64_t>(1, grain),
-      [&](int64_t begin, int64_t end) { kernels().transpose_strips(task, begin, end); });
+  for_strips(rows, columns, [&](int64_t begin, int64_t end) {
+    kernels().transpose_strips(task, begin, end);
+  });
   return found;
 }
 
@@ -74,6 +79,49 @@ Tensor product(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// [..., columns] -> [M, columns], dense.
+Tensor rows_of(const Tensor& tensor) {
+  const int64_t columns = tensor.size(tensor.dim() - 1);
+  const int64_t rows = columns ? tensor.numel() / columns : 0;
+  return torch::stable::contiguous(torch::stable::reshape(tensor, {rows, columns}));
+}
+
+// A layer of x [..., I], and GELU of its result with a slope, which becomes GELU's derivative.
+//
+// oneDNN copies the second factor into blocks before it multiplies. With fewer rows than outputs that
+// is to be x: weight x^T took a tenth less time than x weight^T for 192 rows, a fifth less for 48, and
+// the transposition back, where the bias is added, a tenth of what that gains.
+Tensor layer(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    Tensor* slope = nullptr) {
+  const int64_t columns = weight.size(0);
+  const int64_t rows = x.numel() / weight.size(1);
+  if (rows == 0 || rows >= columns) {
+    Tensor out = product(x, weight, bias);
+    if (slope == nullptr) return out;
+    *slope = torch::stable::contiguous(out);
+    return gelu(*slope);
+  }
+  const Tensor transposed =
+      torch::stable::contiguous(product(torch::stable::contiguous(weight), rows_of(x), std::nullopt));
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns;
+  Tensor out = torch::stable::new_empty(x, sizes);
+  FinishTask task{};
+  task.transposed = transposed.const_data_ptr<float>();
+  task.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  task.out = out.mutable_data_ptr<float>();
+  if (slope != nullptr) {
+    *slope = torch::stable::new_empty(x, sizes);
+    task.slope = slope->mutable_data_ptr<float>();
+  }
+  task.rows = rows, task.columns = columns;
+  for_strips(rows, columns, [&](int64_t begin, int64_t end) {
+    kernels().finish_strips(task, begin, end);
+  });
+  return out;
+}
+
 // The weight's gradient from the transposed one [O, M] and the layer's input x [M, I].
 Tensor weight_gradient(const Tensor& transposed, const Tensor& x) {
   if (x.size(0) == 0)  // oneDNN refuses a sum over nothing
@@ -83,13 +131,6 @@ Tensor weight_gradient(const Tensor& transposed, const Tensor& x) {
 
 Tensor input_gradient(const Tensor& grad, const Tensor& weight) {
   return product(grad, torch::stable::transpose(weight, 0, 1), std::nullopt);
-}
-
-// [..., columns] -> [M, columns], dense.
-Tensor rows_of(const Tensor& tensor) {
-  const int64_t columns = tensor.size(tensor.dim() - 1);
-  const int64_t rows = columns ? tensor.numel() / columns : 0;
-  return torch::stable::contiguous(torch::stable::reshape(tensor, {rows, columns}));
 }
 
 Tensor like(const Tensor& rows, const Tensor& x) {
@@ -128,7 +169,7 @@ std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t si
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
   check_weight(weight, "weight");
   check(x, weight.size(1), "x");
-  return product(x, weight, checked_bias(bias, weight.size(0), "bias"));
+  return layer(x, weight, checked_bias(bias, weight.size(0), "bias"));
 }
 
 // What is not needed comes back empty.
@@ -161,9 +202,9 @@ std::tuple<Tensor, Tensor, Tensor> onednn_mlp(
   check(x, weight1.size(1), "x");
   bias1 = checked_bias(bias1, weight1.size(0), "bias1");
   bias2 = checked_bias(bias2, weight2.size(0), "bias2");
-  const Tensor slope = torch::stable::contiguous(product(x, weight1, bias1));
-  const Tensor hidden = gelu(slope);
-  return {product(hidden, weight2, bias2), hidden, slope};
+  Tensor slope;
+  const Tensor hidden = layer(x, weight1, bias1, &slope);
+  return {layer(hidden, weight2, bias2), hidden, slope};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> onednn_mlp_backward(

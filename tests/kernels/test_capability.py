@@ -23,6 +23,7 @@ TESTS = {
     ),
     "test_linear.py": (
         "test_gradients_are_the_exact_ones",
+        "test_a_layer_is_the_exact_one",
         "test_the_bias_is_summed_in_blocks",
         "test_gelu_and_its_derivative_are_within_their_budget",
         "test_an_mlp_and_its_gradients_are_the_exact_ones",

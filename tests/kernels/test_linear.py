@@ -59,6 +59,30 @@ def test_gradients_are_the_exact_ones(rows, inputs, outputs, strided):
         assert_within(actual, value, magnitude, terms)
 
 
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(
+    rows=st.integers(0, 70),  # on both sides of the outputs: either factor may come first
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 70),
+    bias=st.booleans(),
+    strided=st.sampled_from(["nothing", "x", "weight"]),
+)
+def test_a_layer_is_the_exact_one(rows, inputs, outputs, bias, strided):
+    _, x, weight = tensors(rows, inputs, outputs)
+    added = torch.linspace(-1, 1, outputs) if bias else None
+    if strided == "x":
+        x = x.t().contiguous().t()
+    if strided == "weight":
+        weight = weight.t().contiguous().t()
+    out = operator("onednn_linear")(x.unflatten(0, (1, rows)), weight, added)
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    size = x.double().abs() @ weight.double().abs().t()
+    if bias:
+        exact, size = exact + added.double(), size + added.double().abs()
+    assert out.shape == (1, rows, outputs) and out.is_contiguous()
+    assert_within(out[0], exact, size, inputs)
+
+
 def test_the_bias_is_summed_in_blocks():
     """Long sums in float32 alone would be off by hundreds of ulps."""
     grad = torch.full((200_000, 17), 0.1)
