@@ -35,7 +35,7 @@ KINDS = {
     "optimiser": ("_fused_adamw", "Optimizer.", "linalg_vector_norm"),
     "copies and sums": ("aten::copy_", "aten::add", "aten::sum", "aten::mul", "aten::fill_",
                         "aten::mse_loss", "aten::sub", "aten::div", "aten::pow",
-                        "greenmim::onednn_linear_backward"),
+                        "greenmim::onednn_linear"),
 }  # fmt: skip
 REST = "everything else"
 

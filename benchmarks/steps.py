@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import random
 import statistics
 import sys
 import tempfile
@@ -148,9 +149,9 @@ def _in_turn(
                 ready.append((process, variant, []))
         for process, _, _ in ready:
             process(WARM_UP)
-        for turn in range(rounds):
-            first = turn % len(ready) if ready else 0  # nobody always follows the same one
-            for process, _, samples in ready[first:] + ready[:first]:
+        order = random.Random(0)
+        for _ in range(rounds):
+            for process, _, samples in order.sample(ready, len(ready)):
                 time.sleep(PAUSE)
                 taken, pages = zip(*process(TURN)[1:], strict=True)
                 samples.append((statistics.mean(taken), statistics.mean(pages)))

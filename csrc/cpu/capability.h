@@ -39,7 +39,7 @@ constexpr int64_t kColumnsPerSum = 1024;
 struct TransposeTask {
   const float* grad;
   const float* slope;  // what grad is to be multiplied by, element by element, first; or null
-  float* grad_x;       // with a slope: the product; may be grad
+  float* scaled;       // with a slope: the product; may be grad
   float* transposed;   // [columns, rows] the gradient, or null
   float* sums;         // [columns] sums of its columns
   int64_t rows, columns;

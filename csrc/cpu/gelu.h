@@ -66,7 +66,7 @@ GREENMIM_INLINE Vec<float> transpose_part(
     rows[i] = load_part<whole>(task.grad + at, lanes);
     if constexpr (scaled) {
       rows[i] *= load_part<whole>(task.slope + at, lanes);
-      store_part<whole>(task.grad_x + at, rows[i], lanes);
+      store_part<whole>(task.scaled + at, rows[i], lanes);
     }
     sum += rows[i];
   }

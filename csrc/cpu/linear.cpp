@@ -26,9 +26,12 @@ constexpr int64_t kElementsPerThread = 1 << 13;
 
 template <class Work>
 void for_strips(int64_t rows, int64_t columns, const Work& work) {
+  const Kernels& chosen = kernels();  // throws where there are none, which no thread may
   const int64_t strips = (columns + kStripColumns - 1) / kStripColumns;
   const int64_t grain = kElementsPerThread / std::max<int64_t>(1, rows * kStripColumns);
-  torch::stable::parallel_for(0, strips, std::max<int64_t>(1, grain), work);
+  torch::stable::parallel_for(
+      0, strips, std::max<int64_t>(1, grain),
+      [&](int64_t begin, int64_t end) { work(chosen, begin, end); });
 }
 
 struct Transposed {
@@ -45,13 +48,13 @@ Transposed transposed(const Tensor& grad, bool wanted, const Tensor* slope = nul
   task.grad = grad.const_data_ptr<float>();
   if (slope != nullptr) {
     task.slope = slope->const_data_ptr<float>();
-    task.grad_x = grad.mutable_data_ptr<float>();
+    task.scaled = grad.mutable_data_ptr<float>();
   }
   task.transposed = wanted ? found.values.mutable_data_ptr<float>() : nullptr;
   task.sums = found.sums.mutable_data_ptr<float>();
   task.rows = rows, task.columns = columns;
-  for_strips(rows, columns, [&](int64_t begin, int64_t end) {
-    kernels().transpose_strips(task, begin, end);
+  for_strips(rows, columns, [&](const Kernels& kernels, int64_t begin, int64_t end) {
+    kernels.transpose_strips(task, begin, end);
   });
   return found;
 }
@@ -61,8 +64,9 @@ Tensor gelu(const Tensor& x) {
   Tensor out = torch::stable::empty_like(x);
   float* from = x.mutable_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
+  const Kernels& chosen = kernels();
   torch::stable::parallel_for(0, x.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
-    kernels().gelu(from + begin, to + begin, end - begin);
+    chosen.gelu(from + begin, to + begin, end - begin);
   });
   return out;
 }
@@ -116,8 +120,8 @@ Tensor layer(
     task.slope = slope->mutable_data_ptr<float>();
   }
   task.rows = rows, task.columns = columns;
-  for_strips(rows, columns, [&](int64_t begin, int64_t end) {
-    kernels().finish_strips(task, begin, end);
+  for_strips(rows, columns, [&](const Kernels& kernels, int64_t begin, int64_t end) {
+    kernels.finish_strips(task, begin, end);
   });
   return out;
 }

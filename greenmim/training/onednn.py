@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from greenmim.encoders.swin import VisibleBlock
-from greenmim_kernels import GroupPartition
-from greenmim_kernels.backends import choose_backend, load_library
+from greenmim_kernels import GroupPartition, available_backends
+from greenmim_kernels.backends import choose_backend
 from greenmim_kernels.ops import operator
 
 _linear, _linear_backward = operator("onednn_linear"), operator("onednn_linear_backward")
@@ -32,7 +32,7 @@ _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 def available() -> bool:
     """Whether the operators are there, and both libraries: on Arm there is no MKL to avoid."""
     return (
-        load_library("_C") is None
+        available_backends()["cpp"] is None
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkl.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -52,15 +52,16 @@ class OneDNNMlp(Mlp):
     """timm's MLP of two `OneDNNLinear` with GELU between them and nothing else that is at work."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _fit(x, self.fc1, self.fc2) and not (self.training and self.drops):
-            first, second = self.fc1, self.fc2
+        first, second = self.fc1, self.fc2
+        if self.is_plain() and _fit(x, first, second):
             return _Mlp.apply(x, first.weight, first.bias, second.weight, second.bias)
         return super().forward(x)
 
-    @property
-    def drops(self) -> bool:
-        """Whether there is dropout in training."""
-        return self.drop1.p > 0 or self.drop2.p > 0
+    def is_plain(self) -> bool:
+        """Whether it still is what the operator computes, and nothing looks into it."""
+        drops = any(drop.p > 0 and drop.training for drop in (self.drop1, self.drop2))
+        modules = self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2
+        return not drops and _is_plain(self) and not any(map(_has_hooks, modules))
 
 
 class OneDNNBlock(VisibleBlock):
@@ -89,15 +90,26 @@ class OneDNNBlock(VisibleBlock):
         return self.norm1, attention.qkv, attention.proj, self.norm2, mlp.fc1, mlp.fc2
 
     def _takes(self, x: Tensor, part: GroupPartition) -> bool:
-        paths = self.drop_path1, self.drop_path2
-        if self.training and (self.mlp.drops or any(type(path) is DropPath for path in paths)):
+        """Whether it still is what the node computes, nothing looks into it, and the input fits."""
+        attention, paths = self.attn, (self.drop_path1, self.drop_path2)
+        modules = self.norm1, attention, attention.qkv, attention.proj, self.norm2, self.mlp
+        if not _has_onednn(self) or any(map(_has_hooks, (*modules, *paths))):
             return False
-        batch, rows, channels = x.shape
-        fit = part.num_tokens == rows and part.token_index.shape[0] in (1, batch)
-        fit = fit and self.attn.relative_position_bias_table.dtype == torch.float32
+        if not self.mlp.is_plain() or not all(map(_passes_on, paths)) or x.dim() != 3:
+            return False
+        (height, width), table = part.window_size, attention.relative_position_bias_table
+        heads, partition = attention.num_heads, (part.token_index, part.window_id, part.coords)
+        fit = (
+            part.num_tokens == x.shape[1]
+            and part.token_index.shape[0] in (1, x.shape[0])
+            and all(tensor.device == x.device for tensor in partition)
+            and table.dtype == torch.float32
+            and table.is_cpu
+            and table.shape == ((2 * height - 1) * (2 * width - 1), heads)
+        )
         if not fit or not _fit(x, *self._layers()):
             return False
-        sizes = (channels // self.attn.num_heads, part.group_size, max(part.window_size))
+        sizes = (x.shape[2] // heads, part.group_size, max(height, width))
         return choose_backend("group_window_attention", x.device, x.dtype, *sizes) == "cpp"
 
 
@@ -105,7 +117,7 @@ def use_onednn(model: nn.Module) -> None:
     """Make every nn.Linear of a float32 model on a CPU an `OneDNNLinear`, where available.
 
     A timm Mlp with the exact GELU becomes an `OneDNNMlp`, and a block of the encoder with these an
-    `OneDNNBlock`: hooks of what is inside are not called.
+    `OneDNNBlock`. What is changed inside of them later, or has hooks there, runs layer by layer.
     """
     if not available():
         return
@@ -132,11 +144,22 @@ def _has_onednn(block: VisibleBlock) -> bool:
     return linear and norms and type(block.mlp) is OneDNNMlp
 
 
-def _fit(x: Tensor, *layers: nn.Linear) -> bool:
+def _passes_on(path: nn.Module) -> bool:
+    """Whether stochastic depth is not at work."""
+    return type(path) is nn.Identity or type(path) is DropPath and not path.training
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something is to be called beside the module itself."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _fit(x: Tensor, *layers: nn.Module) -> bool:
     """Whether the operators take it."""
     tensors = [x]
     for layer in layers:
-        tensors += [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+        tensors += [tensor for tensor in (layer.weight, layer.bias) if tensor is not None]
     fit = all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
     return fit and not torch.is_autocast_enabled("cpu")
 

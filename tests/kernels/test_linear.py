@@ -116,7 +116,7 @@ def gelu(x):
 def test_gelu_and_its_derivative_are_within_their_budget():
     """What an MLP of one channel and a weight of 1 gives on the way."""
     line = torch.linspace(-14, 14, 100_003)
-    x = torch.cat([line, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, 3e38])])
+    x = torch.cat([line, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e20, -1e20, 3e38, -3e38])])
     one = torch.ones(1, 1)
     _, value, slope = operator("onednn_mlp")(x[:, None], one, None, one, None)
     exact_value, exact_slope = gelu(x.double())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +145,19 @@ def test_a_second_derivative_is_refused(module):
         grad.square().sum().backward()
 
 
+def test_without_the_kernels_for_a_processor_nothing_is_changed():
+    """As attention, which then runs in the reference."""
+    program = (
+        "from torch import nn; from greenmim.training.onednn import use_onednn;"
+        "layers = nn.Sequential(nn.Linear(2, 3)); use_onednn(layers);"
+        "print(type(layers[0]).__name__)"
+    )
+    environment = {**os.environ, "GREENMIM_CPU_CAPABILITY": "none such"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "Linear", done.stderr[-1000:]
+
+
 def test_a_model_that_sees_everything_trains_with_it():
     """Its decoder predicts no unit: products of no rows."""
     model = small().float()
@@ -207,8 +224,60 @@ def test_a_block_is_one_node_where_it_may_be():
     torch.testing.assert_close(other, block(x, part), rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_one_node(block(x, part))
-    with pytest.raises(ValueError, match="make the partition from the grid"):
-        block(x[:, 1:], part)
+
+
+def test_what_does_not_fit_a_block_is_refused_in_words():
+    block, x, part = block_call(small().float())
+    other_window = small(window_size=2).float()
+    other = other_window.plan(some_visible(other_window)).partitions[2][0]
+    assert other.num_tokens == part.num_tokens
+    for call, said in (
+        ((x[:, 1:], part), "make the partition from the grid"),
+        ((x[0], part), r"must be \[B, N, C\]"),
+        ((x, other), "the bias table of windows 2 x 2"),
+        ((x, part.to("meta")), "the partition is on meta"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            block(*call)
+
+
+def changed(block, how):
+    if how == "activation":
+        block.mlp.act = nn.ReLU()
+    if how == "dropout":
+        block.mlp.drop1.p = 0.5
+    if how == "dropout alone in training":
+        block.eval().mlp.drop1 = nn.Dropout(0.5).train()
+    if how == "path":
+        block.drop_path1 = nn.Dropout(0.5)
+    if how == "hook":
+        block.attn.qkv.register_forward_hook(lambda module, inputs, out: 2 * out)
+    if how == "hook before":
+        block.mlp.fc2.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    if how == "spectral norm":
+        nn.utils.spectral_norm(block.mlp.fc1)
+    if how == "parametrization":
+        nn.utils.parametrizations.weight_norm(block.attn.proj)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["activation", "dropout", "dropout alone in training", "path", "hook", "hook before",
+     "spectral norm", "parametrization"],
+)  # fmt: skip
+def test_what_is_changed_inside_a_block_later_counts(how):
+    block, x, part = block_call(small().float())
+    expected_model = small().float()
+    expected = expected_model.encoder.layers[2].blocks[0]
+    for one in (block, expected):
+        torch.manual_seed(3)
+        changed(one, how)
+    outs = []
+    for one in (block, expected):
+        torch.manual_seed(4)
+        outs.append(one(x, part))
+    assert not is_one_node(outs[0])
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_block_keeps_its_stochastic_depth():
