@@ -194,7 +194,10 @@ class _Mlp(torch.autograd.Function):
 
 
 class _Block(torch.autograd.Function):
-    """x + attention of the norm, then x + MLP of the norm; parameters in the order of use."""
+    """x + attention of the norm, then x + MLP of the norm; parameters in the order of use.
+
+    Nothing is added in place: compiled by PyTorch 2.11, the gradients would be zeros, silently.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, *others) -> Tensor:
@@ -204,7 +207,7 @@ class _Block(torch.autograd.Function):
         normed1, *statistics1 = _norm(x, shape, *norm1, eps1)
         projected = _linear(normed1, *qkv)
         attended, lse = _attention(projected, table, *partition, *sizes)
-        middle = _linear(attended, *proj).add_(x)
+        middle = _linear(attended, *proj) + x
         normed2, *statistics2 = _norm(middle, shape, *norm2, eps2)
         out, hidden, slope = _mlp(normed2, *fc1, *fc2)
         ctx.sizes = sizes
@@ -213,7 +216,7 @@ class _Block(torch.autograd.Function):
             *(middle, normed2, *statistics2, hidden, slope),
             *(*norm1, *norm2, qkv[0], proj[0], fc1[0], fc2[0], table),
         )
-        return out.add_(middle)
+        return out + middle
 
     @staticmethod
     @once_differentiable
@@ -231,7 +234,7 @@ class _Block(torch.autograd.Function):
         of_normed2, *of_mlp = _mlp_backward(grad, *layers, True, *need_mlp)
         statistics2 = (mean2, rstd2, *norm2, (True, *need_norm2))
         of_middle, *of_norm2 = _norm_backward(of_normed2, middle, shape, *statistics2)
-        of_middle = of_middle.add_(grad)
+        of_middle = of_middle + grad
         of_attended, *of_proj = _linear_backward(of_middle, attended, proj, True, *need_proj)
         of_projected, of_table = _attention_backward(
             *(of_attended, projected, table, attended, lse, *partition, *ctx.sizes),
@@ -240,6 +243,6 @@ class _Block(torch.autograd.Function):
         of_normed1, *of_qkv = _linear_backward(of_projected, normed1, qkv, True, *need_qkv)
         statistics1 = (mean1, rstd1, *norm1, (True, *need_norm1))
         of_x, *of_norm1 = _norm_backward(of_normed1, x, shape, *statistics1)
-        grads = (of_x.add_(of_middle), *of_norm1, *of_qkv, *of_proj, *of_norm2, *of_mlp, of_table)
+        grads = (of_x + of_middle, *of_norm1, *of_qkv, *of_proj, *of_norm2, *of_mlp, of_table)
         found = (g if need else None for g, need in zip(grads, needed[:14], strict=True))
         return *found, *(None,) * 5
