@@ -164,6 +164,11 @@ def _fit(x: Tensor, *layers: nn.Module) -> bool:
     return fit and not torch.is_autocast_enabled("cpu")
 
 
+def _needed(grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """None in the place of those that were not asked for."""
+    return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,8 +179,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         needed = ctx.needs_input_grad
-        grads = _linear_backward(grad, *ctx.saved_tensors, *needed)
-        return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
+        return _needed(_linear_backward(grad, *ctx.saved_tensors, *needed), needed)
 
 
 class _Mlp(torch.autograd.Function):
@@ -189,8 +193,7 @@ class _Mlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         needed = ctx.needs_input_grad
-        grads = _mlp_backward(grad, *ctx.saved_tensors, *needed)
-        return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
+        return _needed(_mlp_backward(grad, *ctx.saved_tensors, *needed), needed)
 
 
 class _Block(torch.autograd.Function):
@@ -244,5 +247,4 @@ class _Block(torch.autograd.Function):
         statistics1 = (mean1, rstd1, *norm1, (True, *need_norm1))
         of_x, *of_norm1 = _norm_backward(of_normed1, x, shape, *statistics1)
         grads = (of_x + of_middle, *of_norm1, *of_qkv, *of_proj, *of_norm2, *of_mlp, of_table)
-        found = (g if need else None for g, need in zip(grads, needed[:14], strict=True))
-        return *found, *(None,) * 5
+        return *_needed(grads, needed[:14]), *(None,) * 5

@@ -20,6 +20,18 @@ from .conftest import images_for, small, some_visible
 pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN beside MKL")
 
 
+def assert_same_values_and_gradients(plain, ours, x):
+    """Of layers with 7 outputs; the plain one, in float64, says what is right."""
+    results = []
+    for layer in (plain.double(), ours):
+        leaf = x.to(next(layer.parameters()).dtype).requires_grad_()
+        out = layer(leaf)
+        (out * torch.linspace(1, 2, 7, dtype=out.dtype)).sum().backward()
+        results.append([out, leaf.grad, *(p.grad for p in layer.parameters())])
+    for actual, exact in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     "shape", [(5,), (2, 3, 5), (0, 5), (4, 1, 5), (2, 0, 5), (37, 64), (300, 5)]
@@ -34,14 +46,7 @@ def test_values_and_gradients_are_those_of_a_linear_layer(shape, bias, strided):
     use_onednn(ours)
     assert type(ours[0]) is OneDNNLinear
     x = torch.randn(*shape[:-1], 2 * columns)[..., ::2] if strided else torch.randn(shape)
-    results = []
-    for layer in (plain.double(), ours):
-        leaf = x.to(next(layer.parameters()).dtype).requires_grad_()
-        out = layer(leaf)
-        (out * torch.linspace(1, 2, 7, dtype=out.dtype)).sum().backward()
-        results.append([out, leaf.grad, *(p.grad for p in layer.parameters())])
-    for actual, exact in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+    assert_same_values_and_gradients(plain, ours, x)
 
 
 @pytest.mark.parametrize("need", [(True, False), (False, True)])
@@ -62,14 +67,7 @@ def test_values_and_gradients_are_those_of_an_mlp(shape, bias):
     use_onednn(ours)
     assert type(ours[0]) is OneDNNMlp and list(ours[0].state_dict()) == list(plain.state_dict())
     x = torch.randn(shape)
-    results = []
-    for layer in (plain.double(), ours):
-        leaf = x.to(next(layer.parameters()).dtype).requires_grad_()
-        out = layer(leaf)
-        (out * torch.linspace(1, 2, 7, dtype=out.dtype)).sum().backward()
-        results.append([out, leaf.grad, *(p.grad for p in layer.parameters())])
-    for actual, exact in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+    assert_same_values_and_gradients(plain, ours, x)
 
 
 @pytest.mark.parametrize("trained", range(4))
