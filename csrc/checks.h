@@ -99,4 +99,27 @@ inline AttentionShape check_attention(
   return shape;
 }
 
+inline bool on_one_device(const Tensor& x, const Tensor& y) {
+  return x.device() == y.device();
+}
+
+// What a backward pass gets back: rows of `channels` elements beside those of qkv, and the logarithm of
+// the softmax's denominator.
+inline void check_rows(
+    const Tensor& x, const Tensor& qkv, int64_t channels, const char* name) {
+  bool fits = x.dim() == qkv.dim() && x.scalar_type() == qkv.scalar_type() && on_one_device(x, qkv);
+  for (int64_t axis = 0; fits && axis < qkv.dim(); ++axis)
+    fits = x.size(axis) == (axis == qkv.dim() - 1 ? channels : qkv.size(axis));
+  STD_TORCH_CHECK(fits, name, " must be like qkv, of a third of its last axis");
+}
+
+inline void check_lse(
+    const Tensor& lse, const Tensor& qkv, ScalarType type, int64_t batch, int64_t heads,
+    int64_t rows) {
+  STD_TORCH_CHECK(
+      lse.scalar_type() == type && on_one_device(lse, qkv) && lse.dim() == 3 &&
+          lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == rows,
+      "lse must be what the forward pass returned, [B, heads, rows]");
+}
+
 }  // namespace greenmim

@@ -212,15 +212,11 @@ std::tuple<Tensor, Tensor> backward(
     const Problem& problem, const Tensor& grad_out_any, const Tensor& lse_any, bool need_qkv,
     bool need_table) {
   const Tensor& qkv = problem.qkv;
+  check_rows(grad_out_any, qkv, problem.channels, "grad_out");
+  check_lse(lse_any, qkv, arithmetic_type(qkv), problem.batch, problem.num_heads,
+            problem.rows_per_image);
   const Tensor grad_out = torch::stable::contiguous(grad_out_any);
   const Tensor lse = torch::stable::contiguous(lse_any);
-  STD_TORCH_CHECK(
-      grad_out.scalar_type() == qkv.scalar_type() && 3 * grad_out.numel() == qkv.numel(),
-      "grad_out must have the dtype of qkv and a third of its size");
-  STD_TORCH_CHECK(
-      lse.scalar_type() == arithmetic_type(qkv) &&
-          lse.numel() == problem.batch * problem.num_heads * problem.rows_per_image,
-      "lse must be what the forward pass returned");
   need_table = need_table && problem.table.has_value();
   const std::vector<int64_t> none{0};
   std::vector<int64_t> sizes(qkv.sizes().begin(), qkv.sizes().end());

@@ -21,7 +21,7 @@ struct Attention {
   const void* grad_out;     // [batch, rows, C]
   void* grad_qkv;           // like qkv, or null
   float* partial;           // [programs, heads, table_rows], or null
-  int64_t batch;
+  int batch;
   int rows;                 // of an image: N, or G * S for gathered groups
   int groups, slots, heads;
   int window_height, window_width;
@@ -31,15 +31,28 @@ struct Attention {
   // The plan of the launch.
   bool is_long;             // groups of more slots than a block holds: it goes over them in pieces
   int strips;               // of a block: its warps
-  int images;               // that a block goes over, one after another
+  int share;                // blocks of a head that the groups with tokens share, with a mask for all
 
   constexpr int table_rows() const { return (2 * window_height - 1) * (2 * window_width - 1); }
   constexpr int group_strips() const { return (slots + kStrip - 1) / kStrip; }
   constexpr int pieces() const { return (group_strips() + strips - 1) / strips; }
-  constexpr int64_t image_chunks() const { return (batch + images - 1) / images; }
-  // Blocks of a launch but for the heads: each has a row of partial sums.
-  constexpr int64_t programs() const { return int64_t(groups) * pieces() * image_chunks(); }
+  constexpr int64_t group_pieces() const { return int64_t(groups) * pieces(); }
+  // Blocks of a head: each has a row of partial sums.
+  constexpr int64_t programs() const {
+    return per_image ? group_pieces() * batch : std::max(group_pieces(), int64_t(share));
+  }
   constexpr int64_t blocks() const { return programs() * heads; }
+
+  // How many groups of an image hold tokens, with one mask for all images: no fewer than these, and
+  // most often these. The cost model's groups of 64 are as full as they can be at Swin's second stage,
+  // for 98 of 100 random masks; where a dozen and more have to be, they take one more (68 of 100 at the
+  // first stage).
+  constexpr int least_filled() const {
+    return token_index == nullptr ? groups : std::min(groups, (rows + slots - 1) / slots);
+  }
+  constexpr int expected_filled() const {
+    return std::min(groups, least_filled() + (least_filled() >= 12));
+  }
 
   // A window is no larger than this, so its slots, which are neighbours, reach this many strips
   // beyond the strip that one of them is in.

@@ -16,15 +16,18 @@ namespace greenmim::cuda {
 
 template <class T, int D>
 struct LongBackwardMemory {
+  using Row = TileRow<T, D>;
   static constexpr int kStages = 2;
-  static constexpr int kTiles = 3;
+  // Of a step over queries, and of one over keys.
+  enum QueryTile { kQuery, kGradOut, kOut, kTiles };
+  enum KeyTile { kKey, kValue };
 
-  int tile, rows;
+  int strips, rows, tile;
   int gradient_stride;
-  T* stages;        // [kStages][kTiles][rows][kStride]; at the end the warps' copies of the table
+  T* stages;        // [kStages][kTiles][rows][row]; at the end the warps' copies of the table
   float* lse;       // [kStages][rows]
-  T* staging;       // [strips][16][kStride]
-  T* kept;          // [2][strips][Products::kKept]
+  T* staging;       // [strips][16][row]
+  T* kept;          // [strips][2][Products::kKept]
   float* gradient;  // [strips][16][gradient_stride], or nothing
   Slots slots;
   Band* bands;
@@ -34,17 +37,27 @@ struct LongBackwardMemory {
       : LongBackwardMemory(Carver{start}, a) {}
 
   __device__ T* at(int stage, int which, int strip = 0) const {
-    return stages + (stage * kTiles + which) * tile + strip * kStrip * kStride<T, D>;
+    return stages + (stage * kTiles + which) * tile + strip * kStrip * Row::kStride;
+  }
+  __device__ T* staging_of(int warp) const { return staging + warp * kStrip * Row::kStride; }
+  __device__ T* kept_of(int warp) const { return kept + 2 * warp * Products<T, D>::kKept; }
+  __device__ float* bias_gradient(int warp) const {
+    return gradient + warp * kStrip * gradient_stride;
+  }
+  // [kTableCopies][rows of the table] of a warp, where the tiles were.
+  __device__ float* table_copies(int warp, const Attention& a) const {
+    return reinterpret_cast<float*>(stages) + warp * kTableCopies * a.table_rows();
   }
 
  private:
   __host__ __device__ LongBackwardMemory(Carver carver, const Attention& a)
-      : tile(a.strips * kStrip * kStride<T, D>),
+      : strips(a.strips),
         rows(a.strips * kStrip),
+        tile(rows * Row::kStride),
         gradient_stride(a.strips_of_strip() * kStrip + 8),
         stages(carver.take<T>(std::max<int64_t>(
             int64_t(kStages) * kTiles * tile,
-            (int64_t(a.strips) * a.table_rows() * 4 + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T))))),
+            int64_t(strips) * kTableCopies * a.table_rows() * 4 / int64_t(sizeof(T))))),
         lse(carver.take<float>(kStages * rows)),
         staging(carver.take<T>(tile)),
         kept(carver.take<T>(2 * a.strips * Products<T, D>::kKept)),
@@ -54,13 +67,14 @@ struct LongBackwardMemory {
         bytes(carver.bytes) {}
 };
 
-// Sums of grad_out * out for the rows of a strip, two lanes a row; then `of` gives any row's.
+// Sums of grad_out * out for the rows of a strip, two lanes a row; then `of` gives any row's. Both
+// tiles keep the pieces of a row in the same order, so it does not matter which.
 template <class T, int D>
 struct RowDelta {
   float value;
 
   __device__ __forceinline__ RowDelta(const T* grad_out, const T* out) {
-    const int offset = lane_index() / 2 * kStride<T, D> + lane_index() % 2 * (D / 2);
+    const int offset = lane_index() / 2 * TileRow<T, D>::kStride + lane_index() % 2 * (D / 2);
     value = dot<T, D / 2>(grad_out + offset, out + offset);
     value += __shfl_xor_sync(0xFFFFFFFF, value, 1);
   }
@@ -69,6 +83,8 @@ struct RowDelta {
   }
 };
 
+enum class Step { OwnQueries, Keys, OwnKeys, Queries };
+
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kMostStrips, 1)
     attention_backward_long_kernel(const Attention a) {
@@ -76,7 +92,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   using Memory = LongBackwardMemory<T, D>;
   DYNAMIC_SHARED(shared);
   const Memory memory(shared, a);
-  const Place place(a);
+  memory.slots.start_table(a);
+  const Place place = memory.slots.find_place(a, false);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
   const int channels = a.heads * D, centre = table_centre(a);
   const int first_own = place.own - place.base, strip = first_own + warp;
@@ -84,178 +101,212 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const int2* cell = memory.slots.cell;
   constexpr float kLog2E = 1.4426950408889634f;
 
-  memory.slots.read_partition(a, place);
+  allow_next_kernel();
   __syncthreads();
+  if (!place.has_images() || memory.slots.nothing_from(first_own, a.grad_qkv != nullptr)) {
+    copy_async_wait<0>();
+    return store_partial(nullptr, 0, a);
+  }
   const Band band = band_of(memory.slots, place, strip, a.reach());
   const Band whole = union_of(band, memory.bands);
-  const bool empty = cell[first_own * kStrip].x < 0;
-  if (empty && (a.token_index != nullptr || a.grad_qkv == nullptr)) {
-    if (a.partial != nullptr)
-      for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x))
-        a.partial[int64_t(blockIdx.x) * a.table_rows() + i] = 0;
-    return;
-  }
   const int pieces = (whole.last - whole.first + a.strips - 1) / a.strips;
-  const int own_keys = 1 + pieces;  // the number of the step OwnKeys
-  const int steps = a.grad_qkv == nullptr ? own_keys : 2 * own_keys;
   const int2 upper = cell[strip * kStrip + g], lower = cell[strip * kStrip + g + 8];
-  float* gradient = memory.gradient + warp * kStrip * memory.gradient_stride;
+  float* gradient = memory.bias_gradient(warp);
   if (a.partial != nullptr)
+#pragma unroll 1
     for (int i = lane; i < kStrip * memory.gradient_stride; i += 32) gradient[i] = 0;
   __syncwarp();
 
+  // The steps in their order, and the copies for one of them.
   struct Cursor {
-    int64_t image;
-    int step;
+    int image;
+    Step step;
+    int piece;
   };
   const auto advance = [&](Cursor& cursor) {
-    if (++cursor.step == steps) {
-      cursor.step = 0;
+    const bool is_own = cursor.step == Step::OwnQueries || cursor.step == Step::OwnKeys;
+    if (is_own ? pieces > 0 : cursor.piece + 1 < pieces) {
+      cursor.piece = is_own ? 0 : cursor.piece + 1;
+      if (cursor.step == Step::OwnQueries) cursor.step = Step::Keys;
+      if (cursor.step == Step::OwnKeys) cursor.step = Step::Queries;
+      return;
+    }
+    const bool as_queries = cursor.step == Step::OwnQueries || cursor.step == Step::Keys;
+    if (as_queries && a.grad_qkv != nullptr) {
+      cursor.step = Step::OwnKeys;
+    } else {
+      cursor.step = Step::OwnQueries;
       ++cursor.image;
     }
   };
   const auto start_load = [&](int stage, const Cursor& cursor) {
     if (cursor.image < place.last_image) {
-      const int64_t first_row = cursor.image * a.rows;
-      const T* qkv = static_cast<const T*>(a.qkv) + first_row * (3 * channels) + place.head * D;
-      const bool queries = cursor.step == 0 || cursor.step > own_keys;
-      const bool own = cursor.step == 0 || cursor.step == own_keys;
-      const int piece = (cursor.step < own_keys ? cursor.step : cursor.step - own_keys) - 1;
-      const int first = own ? first_own : whole.first + piece * a.strips;
+      const auto tensor = [&](const void* x, int columns) {
+        return image_of(
+            static_cast<const T*>(x) + place.head * D, cursor.image, a.rows * columns);
+      };
+      const T* qkv = tensor(a.qkv, 3 * channels);
+      const bool is_own = cursor.step == Step::OwnQueries || cursor.step == Step::OwnKeys;
+      const int first = is_own ? first_own : whole.first + cursor.piece * a.strips;
       const int* row = memory.slots.row + first * kStrip;
-      if (queries) {
-        const int64_t offset = first_row * channels + place.head * D;
-        load_tiles<T, D>(memory.at(stage, 0), qkv, 3 * channels, row);
+      if (cursor.step == Step::OwnQueries || cursor.step == Step::Queries) {
+        load_tiles<T, D>(memory.at(stage, Memory::kQuery), qkv, 3 * channels, row);
         load_tiles<T, D>(
-            memory.at(stage, 1), static_cast<const T*>(a.grad_out) + offset, channels, row);
-        load_tiles<T, D>(
-            memory.at(stage, 2), static_cast<const T*>(a.out) + offset, channels, row);
+            memory.at(stage, Memory::kGradOut), tensor(a.grad_out, channels), channels, row);
+        load_tiles<T, D>(memory.at(stage, Memory::kOut), tensor(a.out, channels), channels, row);
         load_numbers(memory.lse + stage * memory.rows,
-                     a.lse + (cursor.image * a.heads + place.head) * a.rows, row);
+                     image_of<const float>(a.lse + int64_t(place.head) * a.rows, cursor.image,
+                                           a.heads * a.rows),
+                     row);
       } else {
-        load_tiles<T, D, 2>(
-            memory.at(stage, 0), qkv + channels, 3 * channels, row, memory.tile, channels);
+        load_tiles<T, D, 2>(memory.at(stage, Memory::kKey), qkv + channels, 3 * channels, row,
+                            memory.tile, channels);
       }
     }
     copy_async_commit();
   };
-
-  const float scale = a.scale * kLog2E;
-  T* staging = memory.staging + warp * kStrip * kStride<T, D>;
-  typename P::Left first_left, second_left;  // q and grad_out, then k and v
-  Wide<D> first_grad, second_grad;           // of q; then of k and of v
-  float own_lse[2] = {0, 0}, own_delta[2] = {0, 0};
-
-  Cursor now{place.first_image, 0}, next = now;
-  start_load(0, next);
-  advance(next);
-  memory.slots.read_table(a, place);  // while the first strips are on their way
-  int stage = 0;
-  for (; now.image < place.last_image; advance(now), stage ^= 1) {
+  Cursor next{place.first_image, Step::OwnQueries, 0};
+  int stage = 1;
+  // Waits for the tiles of the next step, now in `stage`, and starts the copies of the one after it.
+  const auto take_step = [&] {
     copy_async_wait<0>();
     // Also: no warp still works on the stage that is filled next.
     __syncthreads();
-    start_load(stage ^ 1, next);
+    start_load(stage, next);
     advance(next);
+    stage ^= 1;
+  };
+
+  typename P::Left first_left, second_left;  // q and grad_out, then k and v
+  const auto load_left = [&](int first, int second) {
+    T* kept = memory.kept_of(warp);
+    first_left.load(memory.at(stage, first, warp), kept);
+    second_left.load(memory.at(stage, second, warp), kept + P::kKept);
+  };
+  const float scale = a.scale * kLog2E;
+  const auto probability = [&](float score, int2 query, int2 key, float lse) {
+    return exp2_fast(fmaf(score, scale, bias_of(query, key, table)) - lse);
+  };
+
+  start_load(0, next);
+  advance(next);
+  copy_async_wait<1>();
+  memory.slots.finish_table(a);  // while the first strips are on their way
+  for (int image = place.first_image; image < place.last_image; ++image) {
     T* grad_qkv =
-        static_cast<T*>(a.grad_qkv) + now.image * a.rows * (3 * channels) + place.head * D;
-    const auto store = [&](const Wide<D>& x, float factor, int which) {
-      store_strip<T, D>(x, factor, factor, staging, grad_qkv + which * channels, 3 * channels, a,
-                        place, strip, memory.slots.row);
+        image_of(static_cast<T*>(a.grad_qkv) + place.head * D, image, a.rows * 3 * channels);
+    const auto write = [&](const Wide<D>& x, float factor, int which) {
+      T* staging = memory.staging_of(warp);
+      __syncwarp();
+      stage_strip<T, D>(x, factor, factor, staging);
+      __syncwarp();
+      write_strips<T, D>(staging, grad_qkv + which * channels, 3 * channels,
+                         memory.slots.row + strip * kStrip);
     };
-    if (now.step == 0 || now.step == own_keys) {
-      T* kept = memory.kept + 2 * warp * P::kKept;
-      first_left.load(memory.at(stage, 0, warp), kept);
-      second_left.load(memory.at(stage, 1, warp), kept + P::kKept);
-      clear<D>(first_grad);
-      if (now.step == 0) {
-        const RowDelta<T, D> delta(memory.at(stage, 1, warp), memory.at(stage, 2, warp));
+
+    // Step::OwnQueries
+    take_step();
+    load_left(Memory::kQuery, Memory::kGradOut);
+    Wide<D> grad_query;
+    clear<D>(grad_query);
+    float own_lse[2], own_delta[2];
+    {
+      const RowDelta<T, D> delta(
+          memory.at(stage, Memory::kGradOut, warp), memory.at(stage, Memory::kOut, warp));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          own_delta[half] = delta.of(g + 8 * half);
-          own_lse[half] =
-              memory.lse[stage * memory.rows + warp * kStrip + g + 8 * half] * kLog2E;
-        }
-      } else {
-        clear<D>(second_grad);
+      for (int half = 0; half < 2; ++half) {
+        own_delta[half] = delta.of(g + 8 * half);
+        own_lse[half] = memory.lse[stage * memory.rows + warp * kStrip + g + 8 * half] * kLog2E;
       }
-      if (pieces == 0 && a.grad_qkv != nullptr) {  // padding only: zeros
-        store(first_grad, 0, now.step == 0 ? 0 : 1);
-        if (now.step != 0) store(first_grad, 0, 2);
-      }
-      continue;
     }
-    const bool as_queries = now.step < own_keys;
-    const int piece = now.step - (as_queries ? 1 : own_keys + 1);
-    const int first = whole.first + piece * a.strips;
-    for (int j = 0; j < a.strips; ++j) {
-      if (!band.holds(first + j)) continue;
-      const T* first_right = memory.at(stage, 0, j);  // k, or q
-      const T* second_right = memory.at(stage, 1, j);  // v, or grad_out
-      const int2* other = cell + (first + j) * kStrip;
-      Square p, dp;
-      clear(p);
-      P::scores(p, first_left, first_right);
-      clear(dp);
-      P::scores(dp, second_left, second_right);
-      if (as_queries) {
-        float* into = gradient + (first + j - band.first) * kStrip;
+    for (int first = whole.first; first < whole.last; first += a.strips) {  // Step::Keys
+      take_step();
+      const typename P::ScoresRight key(memory.at(stage, Memory::kKey));
+      const typename P::ScoresRight value(memory.at(stage, Memory::kValue));
+      const typename P::ApplyRight applied_key(memory.at(stage, Memory::kKey));
+      for (int j = 0; j < a.strips; ++j) {
+        if (!band.holds(first + j)) continue;
+        const int2* keys = cell + (first + j) * kStrip + 2 * q;
+        Square p, dp;
+        clear(p);
+        P::scores(p, first_left, key, j);
+        clear(dp);
+        P::scores(dp, second_left, value, j);
+        float* into = gradient + (first + j - band.first) * kStrip + 2 * q;
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; ++e) {
-              const float bias = bias_of(
-                  half == 0 ? upper : lower, other[8 * n + 2 * q + e % 2], table, centre);
-              p[n][e] = exp2_fast(fmaf(p[n][e], scale, bias) - own_lse[half]);
+              p[n][e] = probability(
+                  p[n][e], as_query(half == 0 ? upper : lower, centre), keys[8 * n + e % 2],
+                  own_lse[half]);
               dp[n][e] = p[n][e] * (dp[n][e] - own_delta[half]);
             }
             if (a.partial != nullptr) {
               float2* two = reinterpret_cast<float2*>(
-                  into + (g + 8 * half) * memory.gradient_stride + 8 * n + 2 * q);
+                  into + (g + 8 * half) * memory.gradient_stride + 8 * n);
               *two = float2{two->x + dp[n][2 * half], two->y + dp[n][2 * half + 1]};
             }
           }
-        if (a.grad_qkv != nullptr) P::apply(first_grad, dp, first_right);
-      } else {
-        const RowDelta<T, D> delta(second_right, memory.at(stage, 2, j));
+        if (a.grad_qkv != nullptr) P::apply(grad_query, dp, applied_key, j);
+      }
+    }
+    if (a.grad_qkv == nullptr) continue;
+    write(grad_query, a.scale, 0);
+
+    // Step::OwnKeys
+    take_step();
+    load_left(Memory::kKey, Memory::kValue);
+    Wide<D> grad_key, grad_value;
+    clear<D>(grad_key);
+    clear<D>(grad_value);
+    for (int first = whole.first; first < whole.last; first += a.strips) {  // Step::Queries
+      take_step();
+      const typename P::ScoresRight query(memory.at(stage, Memory::kQuery));
+      const typename P::ScoresRight grad_out(memory.at(stage, Memory::kGradOut));
+      const typename P::ApplyRight applied_query(memory.at(stage, Memory::kQuery));
+      const typename P::ApplyRight applied_grad_out(memory.at(stage, Memory::kGradOut));
+      for (int j = 0; j < a.strips; ++j) {
+        if (!band.holds(first + j)) continue;
+        Square p, dp;  // transposed: rows are the block's keys
+        clear(p);
+        P::scores(p, first_left, query, j);
+        clear(dp);
+        P::scores(dp, second_left, grad_out, j);
+        const RowDelta<T, D> delta(
+            memory.at(stage, Memory::kGradOut, j), memory.at(stage, Memory::kOut, j));
         const float* lse = memory.lse + stage * memory.rows + j * kStrip;
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int column = 0; column < 2; ++column) {
-            const int query = 8 * n + 2 * q + column;
-            const float query_delta = delta.of(query), query_lse = lse[query] * kLog2E;
-            const int2 query_cell = other[query];
+            const int slot = 8 * n + 2 * q + column;
+            const float query_delta = delta.of(slot), query_lse = lse[slot] * kLog2E;
+            const int2 query_cell = as_query(cell[(first + j) * kStrip + slot], centre);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int e = 2 * half + column;
-              const float bias = bias_of(query_cell, half == 0 ? upper : lower, table, centre);
-              p[n][e] = exp2_fast(fmaf(p[n][e], scale, bias) - query_lse);
+              p[n][e] = probability(p[n][e], query_cell, half == 0 ? upper : lower, query_lse);
               dp[n][e] = p[n][e] * (dp[n][e] - query_delta);
             }
           }
-        P::apply(second_grad, p, second_right);
-        P::apply(first_grad, dp, first_right);
+        P::apply(grad_value, p, applied_grad_out, j);
+        P::apply(grad_key, dp, applied_query, j);
       }
     }
-    if (piece == pieces - 1 && a.grad_qkv != nullptr) {
-      store(first_grad, a.scale, as_queries ? 0 : 1);
-      if (!as_queries) store(second_grad, 1, 2);
-    }
+    write(grad_key, a.scale, 1);
+    write(grad_value, 1, 2);
   }
   copy_async_wait<0>();
   if (a.partial == nullptr) return;
 
   __syncthreads();  // nobody reads tiles any more
-  float* copies = reinterpret_cast<float*>(memory.stages);
-  float* copy = copies + warp * a.table_rows();
-  for (int i = lane; i < a.table_rows(); i += 32) copy[i] = 0;
-  __syncwarp();
-  add_to_table(copy, gradient, memory.gradient_stride, memory.slots, strip, band, centre);
+  add_to_table(memory.table_copies(warp, a), gradient, memory.gradient_stride, a, memory.slots,
+               strip, band);
   __syncthreads();
-  store_partial(copies, a);
+  store_partial(memory.table_copies(0, a), memory.strips * kTableCopies, a);
 }
 
 }  // namespace greenmim::cuda

@@ -26,7 +26,7 @@ struct ForwardMemory {
 
  private:
   __host__ __device__ ForwardMemory(Carver carver, const Attention& a)
-      : tile(a.strips * kStrip * kStride<T, D>),
+      : tile(a.strips * kStrip * TileRow<T, D>::kStride),
         stages(carver.take<T>(int64_t(kStages) * kTiles * tile)),
         kept(carver.take<T>(a.strips * Products<T, D>::kKept)),
         slots(carver, a),
@@ -44,17 +44,19 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   using Memory = ForwardMemory<T, D>;
   DYNAMIC_SHARED(shared);
   const Memory memory(shared, a);
-  const Place place(a);
+  memory.slots.start_table(a);
+  const Place place = memory.slots.find_place(a, !kLong);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int channels = a.heads * D, strip = place.own - place.base + warp;
+  const int channels = a.heads * D, first_own = place.own - place.base, strip = first_own + warp;
   const int centre = table_centre(a);
   const float* table = memory.slots.table;
   const int2* cell = memory.slots.cell;
 
-  memory.slots.read_partition(a, place);
   __syncthreads();
-  // Groups of padding are left at once; where they are part of the result they are written as zeros.
-  if (a.token_index != nullptr && cell[(place.own - place.base) * kStrip].x < 0) return;
+  if (!place.has_images() || memory.slots.nothing_from(first_own, true)) {
+    copy_async_wait<0>();
+    return;
+  }
   Band band{0, 0}, keys{0, a.strips};
   if constexpr (kLong) {
     band = band_of(memory.slots, place, strip, a.reach());
@@ -64,8 +66,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   const int pieces_or_one = pieces > 1 ? pieces : 1;
 
   struct Cursor {
-    int64_t image;
-    int piece;
+    int image, piece;
   };
   const auto advance = [&](Cursor& cursor) {
     if (++cursor.piece == pieces_or_one) {
@@ -75,8 +76,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   };
   const auto start_load = [&](int stage, const Cursor& cursor) {
     if (cursor.image < place.last_image) {
-      const T* source = static_cast<const T*>(a.qkv) + cursor.image * a.rows * (3 * channels) +
-                        place.head * D;
+      const T* source = image_of(static_cast<const T*>(a.qkv) + place.head * D, cursor.image,
+                                 a.rows * 3 * channels);
       const int* row = memory.slots.row;
       const int tile = memory.tile;
       if constexpr (!kLong) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
       } else {
         if (cursor.piece == 0)
           load_tiles<T, D>(memory.at(stage, Memory::kQuery), source, 3 * channels,
-                           row + (place.own - place.base) * kStrip);
+                           row + first_own * kStrip);
         load_tiles<T, D, 2>(memory.at(stage, Memory::kKey), source + channels, 3 * channels,
                             row + (keys.first + cursor.piece * a.strips) * kStrip, tile, channels);
       }
@@ -100,25 +101,14 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   }
 
   // While the first images are on their way.
-  memory.slots.read_table(a, place);
-  if constexpr (!kLong) {
-    band = band_of(memory.slots, place, strip, a.reach());
-    __syncthreads();  // the table is there
-  }
-  const int2 upper = cell[strip * kStrip + g], lower = cell[strip * kStrip + g + 8];
+  if constexpr (!kLong) band = band_of(memory.slots, place, strip, a.reach());
+  copy_async_wait<Memory::kStages - 1>();
+  memory.slots.finish_table(a);
+  if constexpr (!kLong) __syncthreads();  // the table is there
+  [[maybe_unused]] const int2 upper = as_query(cell[strip * kStrip + g], centre);
+  [[maybe_unused]] const int2 lower = as_query(cell[strip * kStrip + g + 8], centre);
   float bias[kLong ? 1 : kMostStrips][2][4];
-  if constexpr (!kLong) {
-#pragma unroll
-    for (int j = 0; j < kMostStrips; ++j)
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          bias[j][n][e] = band.holds(j) ? bias_of(e < 2 ? upper : lower,
-                                                  cell[j * kStrip + 8 * n + 2 * q + e % 2], table,
-                                                  centre)
-                                        : -INFINITY;
-  }
+  if constexpr (!kLong) make_bias(bias, memory.slots, strip, band, centre);
 
   typename P::Left query;
   Wide<D> out;
@@ -131,7 +121,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
     __syncthreads();
     start_load(stage == 0 ? Memory::kStages - 1 : stage - 1, next);
     advance(next);
-    T* own_rows = memory.at(stage, Memory::kQuery) + warp * kStrip * kStride<T, D>;
+    T* own_rows = memory.at(stage, Memory::kQuery) + warp * kStrip * TileRow<T, D>::kStride;
     if (now.piece == 0) {
       query.load(own_rows, memory.kept + warp * P::kKept);
       clear<D>(out);
@@ -139,14 +129,15 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
       sum[0] = sum[1] = 0;
     }
     const int first = kLong ? keys.first + now.piece * a.strips : 0;
+    const typename P::ScoresRight key(memory.at(stage, Memory::kKey));
+    const typename P::ApplyRight value(memory.at(stage, Memory::kValue));
     Square score[kMostStrips];
     float new_top[2] = {top[0], top[1]};
 #pragma unroll
     for (int j = 0; j < kMostStrips; ++j) {
       if (j >= a.strips || !band.holds(first + j)) continue;
       clear(score[j]);
-      P::scores(score[j], query,
-                memory.at(stage, Memory::kKey) + j * kStrip * kStride<T, D>);
+      P::scores(score[j], query, key, j);
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -154,7 +145,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
           float added;
           if constexpr (kLong)
             added = bias_of(e < 2 ? upper : lower,
-                            cell[(first + j) * kStrip + 8 * n + 2 * q + e % 2], table, centre);
+                            cell[(first + j) * kStrip + 8 * n + 2 * q + e % 2], table);
           else
             added = bias[j][n][e];
           score[j][n][e] = fmaf(score[j][n][e], scale, added);
@@ -165,9 +156,10 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       new_top[half] = quad_max(new_top[half]);
-      // A row of padding has no key at all.
-      pivot[half] = new_top[half] == -INFINITY ? 0.0f : new_top[half];
+      pivot[half] = new_top[half];
       if constexpr (kLong) {
+        // No key of the row's window yet.
+        if (new_top[half] == -INFINITY) pivot[half] = 0;
         const float factor = exp2_fast(top[half] - pivot[half]);
         sum[half] *= factor;
 #pragma unroll
@@ -188,29 +180,32 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
           score[j][n][e] = exp2_fast(score[j][n][e] - pivot[e / 2]);
           sum[e / 2] += score[j][n][e];
         }
-      P::apply(out, score[j], memory.at(stage, Memory::kValue) + j * kStrip * kStride<T, D>);
+      P::apply(out, score[j], value, j);
     }
     if (now.piece == pieces_or_one - 1) {
       float inverse[2];
+      float* lse = image_of(a.lse + int64_t(place.head) * a.rows, now.image, a.heads * a.rows);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float total = quad_sum(sum[half]);
-        const int own_row = strip * kStrip + g + 8 * half;
-        inverse[half] = total > 0 ? 1 / total : total;  // NaN stays NaN
-        const int slot = place.base * kStrip + own_row, token = memory.slots.row[own_row];
-        int to = token;
-        if (a.token_index == nullptr)
-          to = slot < a.slots ? place.group * a.slots + slot : -1;
+        // Infinite where no score is above minus infinity: zero times it is NaN, as there is no softmax.
+        // Padding, which has no key, is not written, or as zeros.
+        inverse[half] = reciprocal_fast(total);
+        const int to = memory.slots.row[strip * kStrip + g + 8 * half];
         if (q == 0 && to >= 0)
-          a.lse[(now.image * a.heads + place.head) * a.rows + to] =
-              token < 0 || total == 0 ? 0.0f : (top[half] + log2_fast(total)) * 0.6931471805599453f;
+          lse[to] = (top[half] + log2_fast(total)) * 0.6931471805599453f;
+        else if (q == 0 && to != Slots::kNothing)
+          lse[Slots::zero_row(to)] = 0;
       }
       // The strip of queries is in registers now, so its memory serves the results; in later pieces
       // nothing was loaded there.
-      store_strip<T, D>(
-          out, inverse[0], inverse[1], own_rows,
-          static_cast<T*>(a.out) + now.image * a.rows * channels + place.head * D, channels, a,
-          place, strip, memory.slots.row);
+      __syncwarp();
+      stage_strip<T, D>(out, inverse[0], inverse[1], own_rows);
+      __syncwarp();
+      write_strips<T, D>(
+          own_rows,
+          image_of(static_cast<T*>(a.out) + place.head * D, now.image, a.rows * channels), channels,
+          memory.slots.row + strip * kStrip);
     }
     stage = stage == Memory::kStages - 1 ? 0 : stage + 1;
   }

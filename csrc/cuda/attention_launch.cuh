@@ -67,7 +67,6 @@ AttentionKernel* kernel_of(const Attention& a, Pass pass) {
 template <class T, int D>
 bool plan(Attention& a, Pass pass, const Device& device) {
   const auto room = size_t(device.shared_bytes);
-  a.images = 1;
   a.strips = std::min(a.group_strips(), kMostStrips);
   a.is_long = a.group_strips() > kMostStrips ||
               (pass == Pass::Backward && !kHasShortBackward<T, D>);
@@ -82,9 +81,14 @@ bool plan(Attention& a, Pass pass, const Device& device) {
       resident_blocks(reinterpret_cast<const void*>(kernel_of<T, D>(a, pass)), 32 * a.strips,
                       shared_bytes<T, D>(a, pass));
   if (resident == 0) return false;
-  if (!a.per_image)
-    a.images = int(images_per_block(a.batch, int64_t(a.heads) * a.groups * a.pieces(),
-                                    int64_t(resident) * device.processors));
+  // As many blocks as run at the same time, which know how many groups there are to share; more where
+  // several waves are over sooner. No more than there is work for.
+  const int64_t places = int64_t(resident) * device.processors;
+  const int64_t pieces = int64_t(a.expected_filled()) * a.pieces();
+  const int64_t images = images_per_block(a.batch, a.heads * pieces, places);
+  const int64_t share = std::max(places / a.heads, (a.batch + images - 1) / images * pieces);
+  a.share = int(std::min({share, a.group_pieces() * a.batch,
+                          int64_t(std::numeric_limits<int>::max())}));
   return true;
 }
 

@@ -18,9 +18,14 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes of an access
 
+// PyTorch is not asked for what is contiguous already: a call through the stable interface takes time.
+Tensor to_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 // Contiguous, and starting where 16 bytes can be read at once: a view may start anywhere.
 Tensor ready(const Tensor& any) {
-  const Tensor x = torch::stable::contiguous(any);
+  const Tensor x = to_contiguous(any);
   if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0) return x;
   Tensor copy = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
   torch::stable::copy_(copy, x);
@@ -37,7 +42,7 @@ int attribute(cudaDeviceAttr which, int device) {
 struct Problem {
   Tensor qkv, window_id, coords;
   std::optional<Tensor> table, token_index;
-  int64_t channels, head_dim;
+  AttentionShape shape;
   Attention a{};
 
   Problem(
@@ -46,28 +51,30 @@ struct Problem {
       const Tensor& coords_any, int64_t heads, int64_t window_height, int64_t window_width,
       double scale)
       : qkv(ready(qkv_any)),
-        window_id(torch::stable::contiguous(window_id_any)),
-        coords(torch::stable::contiguous(coords_any)) {
-    if (table_any) table = torch::stable::contiguous(*table_any);
-    if (token_index_any) token_index = torch::stable::contiguous(*token_index_any);
-    const AttentionShape shape = check_attention(
+        window_id(to_contiguous(window_id_any)),
+        coords(to_contiguous(coords_any)) {
+    if (table_any) table = to_contiguous(*table_any);
+    if (token_index_any) token_index = to_contiguous(*token_index_any);
+    shape = check_attention(
         qkv, table, ScalarType::Float, token_index, window_id, coords, heads, window_height,
         window_width);
-    channels = shape.channels;
-    head_dim = shape.head_dim;
     STD_TORCH_CHECK(
-        head_dim == 16 || head_dim == 32 || head_dim == 64,
-        "the CUDA kernels take head dims 16, 32 and 64, got ", head_dim);
+        shape.head_dim == 16 || shape.head_dim == 32 || shape.head_dim == 64,
+        "the CUDA kernels take head dims 16, 32 and 64, got ", shape.head_dim);
     constexpr int64_t kMost = std::numeric_limits<int>::max();
     STD_TORCH_CHECK(
-        shape.rows < kMost && shape.groups * shape.slots < kMost,
-        "an image must have fewer than 2^31 rows");
+        shape.batch < kMost && shape.groups * shape.slots < kMost,
+        "a batch must have fewer than 2^31 images, and a partition fewer slots");
+    // Kernels count bytes within an image in 32 bits.
+    STD_TORCH_CHECK(
+        shape.rows * 3 * shape.channels * int64_t(qkv.element_size()) < int64_t(1) << 32,
+        "q, k and v of an image must be smaller than 4 GB");
     a.qkv = qkv.const_data_ptr();
     a.table = table ? table->const_data_ptr<float>() : nullptr;
     a.token_index = token_index ? token_index->const_data_ptr<int>() : nullptr;
     a.window_id = window_id.const_data_ptr<int>();
     a.coords = coords.const_data_ptr<int>();
-    a.batch = shape.batch;
+    a.batch = int(shape.batch);
     a.rows = int(shape.rows);
     a.groups = int(shape.groups);
     a.slots = int(shape.slots);
@@ -79,8 +86,7 @@ struct Problem {
     for (const Tensor* x : {&window_id, &coords, token_index ? &*token_index : &window_id,
                             table ? &*table : &window_id})
       STD_TORCH_CHECK(
-          x->is_cuda() && x->get_device_index() == qkv.get_device_index(),
-          "qkv, the table and the partition must be on one device");
+          on_one_device(*x, qkv), "qkv, the table and the partition must be on one device");
   }
 
   bool empty() const { return a.batch == 0 || a.rows == 0 || a.groups == 0 || a.slots == 0; }
@@ -97,7 +103,7 @@ struct Problem {
     const Device facts{attribute(cudaDevAttrMultiProcessorCount, device),
                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
     STD_TORCH_CHECK(
-        plan_attention<T>(a, int(head_dim), pass, facts), "windows of ", a.window_height, " x ",
+        plan_attention<T>(a, int(shape.head_dim), pass, facts), "windows of ", a.window_height, " x ",
         a.window_width, " in groups of ", a.slots, " slots need more shared memory than this GPU's ",
         facts.shared_bytes, " bytes; use another backend");
     STD_TORCH_CHECK(
@@ -123,7 +129,7 @@ struct Problem {
   void run(Pass pass) const {
     const cudaStream_t stream = current_stream(qkv.get_device_index());
     for_type([&](auto zero) {
-      run_attention<decltype(zero)>(a, int(head_dim), pass, stream);
+      run_attention<decltype(zero)>(a, int(shape.head_dim), pass, stream);
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -133,7 +139,7 @@ using Guard = torch::stable::accelerator::DeviceGuard;
 
 std::tuple<Tensor, Tensor> forward(Problem problem) {
   const Tensor& qkv = problem.qkv;
-  Tensor out = torch::stable::new_empty(qkv, problem.sizes(problem.channels));
+  Tensor out = torch::stable::new_empty(qkv, problem.sizes(problem.shape.channels));
   Tensor lse = torch::stable::new_empty(
       qkv, {problem.a.batch, problem.a.heads, problem.a.rows}, ScalarType::Float);
   if (!problem.empty()) {
@@ -150,19 +156,14 @@ std::tuple<Tensor, Tensor> backward(
     bool need_qkv, bool need_table) {
   const Tensor& qkv = problem.qkv;
   Attention& a = problem.a;
-  const Tensor grad_out = ready(grad_out_any), out = ready(out_any);
-  const Tensor lse = torch::stable::contiguous(lse_any);
-  for (const Tensor* x : {&grad_out, &out})
-    STD_TORCH_CHECK(
-        x->scalar_type() == qkv.scalar_type() && 3 * x->numel() == qkv.numel(),
-        "grad_out and out must have the dtype of qkv and a third of its size");
-  STD_TORCH_CHECK(
-      lse.scalar_type() == ScalarType::Float && lse.numel() == a.batch * a.heads * a.rows,
-      "lse must be what the forward pass returned");
+  check_rows(grad_out_any, qkv, problem.shape.channels, "grad_out");
+  check_rows(out_any, qkv, problem.shape.channels, "out");
+  check_lse(lse_any, qkv, ScalarType::Float, a.batch, a.heads, a.rows);
+  const Tensor grad_out = ready(grad_out_any), out = ready(out_any), lse = to_contiguous(lse_any);
   need_table = need_table && problem.table.has_value();
   const std::vector<int64_t> none{0};
   Tensor grad_qkv =
-      torch::stable::new_empty(qkv, need_qkv ? problem.sizes(3 * problem.channels) : none);
+      torch::stable::new_empty(qkv, need_qkv ? problem.sizes(3 * problem.shape.channels) : none);
   if (problem.empty() || !(need_qkv || need_table)) {
     Tensor grad_table = torch::stable::new_zeros(
         lse, need_table ? std::vector<int64_t>{a.table_rows(), a.heads} : none);

@@ -20,6 +20,24 @@
 #include <tuple>
 #include <type_traits>
 
+// What a build may try, both compared on a GPU by tests/kernels/test_cuda_on_gpu.py: bytes that a copy
+// of 16 brings into the second cache (0, 64, 128 or 256), and the percentage of a processor's memory
+// that is asked for as shared memory (-1: the driver chooses).
+#ifndef GREENMIM_L2_PREFETCH
+#define GREENMIM_L2_PREFETCH 0
+#endif
+#ifndef GREENMIM_SHARED_CARVEOUT
+#define GREENMIM_SHARED_CARVEOUT -1
+#endif
+#if GREENMIM_L2_PREFETCH
+#define GREENMIM_TEXT_OF(x) #x
+#define GREENMIM_TEXT(x) GREENMIM_TEXT_OF(x)
+#define GREENMIM_COPY_16 \
+  "cp.async.cg.shared.global.L2::" GREENMIM_TEXT(GREENMIM_L2_PREFETCH) "B [%0], [%1], 16, %2;"
+#else
+#define GREENMIM_COPY_16 "cp.async.cg.shared.global [%0], [%1], 16, %2;"
+#endif
+
 // A name for all of the block's dynamic shared memory, as bytes.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
 // A variable in static shared memory; the type has to be one word (an alias for arrays).
@@ -73,12 +91,17 @@ __device__ __forceinline__ void mma(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Of a byte in shared memory, to reckon with.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* at) {
+  return SharedAddress(__cvta_generic_to_shared(at));
+}
+
 // Four 8 x 8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8
 // of matrix l / 8. Lane l receives elements 2 (l % 4) and the next of row l / 4, or, transposed, of
 // column l / 4.
 template <bool kTransposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
-  const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress address) {
   if constexpr (kTransposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -94,15 +117,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 // 16 bytes from global to shared memory without a register between; zeros where not valid, and then
 // nothing is read. Complete after the commit and the wait that follow.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   uint32_t(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(valid ? 16 : 0)
+  asm volatile(GREENMIM_COPY_16 ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
-                   uint32_t(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(valid ? 4 : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 4 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() {
@@ -121,42 +141,87 @@ __device__ __forceinline__ int computed_here(int x) {
   return x;
 }
 
+// The kernel that follows on the stream with launch_early may start from now on: its blocks take places
+// as they become free, and wait. The other one waits for all that the kernel before it has written.
+// Both from sm_90 on; before, the launch itself waits.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Within 2 ulp, and exact at minus infinity.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
+// Within 2 ulp but near one, where it is within 2^-22; minus infinity at zero.
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Within 1 ulp; infinity at zero.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+inline void check_prepared(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(
+        std::string("cannot prepare the kernel: ") + cudaGetErrorString(error));
+}
 
 // Blocks of a kernel that a processor of the current device holds at the same time; 0 where it cannot
 // hold one. Asked once for each kernel, device and size: the answers are kept. Before the first one
 // the kernel is given leave to use all shared memory of the device, always the same amount, so that
 // host threads that launch it at the same time cannot take it from each other.
 inline int resident_blocks(const void* kernel, unsigned threads, size_t shared_bytes) {
-  const auto check = [](cudaError_t error) {
-    if (error != cudaSuccess)
-      throw std::runtime_error(
-          std::string("cannot prepare the kernel: ") + cudaGetErrorString(error));
-  };
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, unsigned, size_t>, int> known;
   int device = 0;
-  check(cudaGetDevice(&device));
+  check_prepared(cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
   const auto [found, is_new] = known.try_emplace({kernel, device, threads, shared_bytes}, 0);
   if (!is_new) return found->second;
   try {
     int most_bytes = 0;
-    check(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+    check_prepared(
+        cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check_prepared(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
+    if (GREENMIM_SHARED_CARVEOUT >= 0)
+      check_prepared(cudaFuncSetAttribute(
+          kernel, cudaFuncAttributePreferredSharedMemoryCarveout, GREENMIM_SHARED_CARVEOUT));
+    check_prepared(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
         &found->second, kernel, int(threads), shared_bytes));
   } catch (...) {
     known.erase(found);
     throw;
   }
   return found->second;
+}
+
+// Whether the current device's code of a kernel has wait_for_last_kernel in it.
+inline bool waits_itself(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int>, bool> known;
+  int device = 0;
+  check_prepared(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) return found->second;
+  cudaFuncAttributes attributes{};
+  check_prepared(cudaFuncGetAttributes(&attributes, kernel));
+  return known[{kernel, device}] = attributes.ptxVersion >= 90;
 }
 
 // Blocks of `threads` threads on a line. The launch is checked by the caller; a kernel that takes more
@@ -166,6 +231,26 @@ void launch(
     Kernel* kernel, unsigned grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
     Arguments... arguments) {
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+}
+
+// The same for a kernel that waits for the one before it itself, with wait_for_last_kernel, before it
+// reads or writes memory: it starts while that one ends.
+template <class... Parameters>
+void launch_early(
+    void (*kernel)(Parameters...), unsigned grid, unsigned threads, cudaStream_t stream,
+    std::type_identity_t<Parameters>... arguments) {
+  if (!waits_itself(reinterpret_cast<const void*>(kernel)))
+    return launch(kernel, grid, threads, 0, stream, arguments...);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace greenmim::cuda

@@ -30,10 +30,26 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
 }
 
-// Elements from one row to the next in shared memory: 16 bytes more than a row, so that the eight
-// rows of a matrix lie in different banks.
+// Tiles in shared memory: rows of D elements, in pieces of 16 bytes, from an address that is a multiple
+// of 128. Those of 16-bit types follow each other without a gap, and the pieces of a row trade places
+// such that the same piece of eight rows, which ldmatrix reads at once, lies in different banks; so do
+// the pieces of eight lanes that copy whole rows. Rows of float32, of which one is read at a time, lie 16
+// bytes apart.
 template <class T, int D>
-constexpr int kStride = D + 16 / int(sizeof(T));
+struct TileRow {
+  static constexpr bool kSwizzled = sizeof(T) == 2;
+  static constexpr int kPiece = 16 / int(sizeof(T));  // elements
+  static constexpr int kPieces = D / kPiece;          // of a row
+  static constexpr int kStride = kSwizzled ? D : D + kPiece;
+  static constexpr int kStripBytes = 16 * kStride * int(sizeof(T));
+
+  static __device__ __forceinline__ unsigned offset(unsigned row, unsigned piece) {
+    if constexpr (!kSwizzled) return row * kStride + piece * kPiece;
+    // Which place a piece has, its row adds by exclusive or, so that from the place of one piece in a
+    // tile the others are one such operation away.
+    return (row * kStride + row * kPieces / 8 % kPieces * kPiece) ^ (piece * kPiece);
+  }
+};
 
 // Square [16, 16] and wide [16, D] results.
 using Square = float[2][4];
@@ -43,56 +59,75 @@ using Wide = float[D / 8][4];
 // bfloat16 and float16: tensor cores.
 template <class T, int D>
 struct Products {
+  using Row = TileRow<T, D>;
   static constexpr int kKept = 0;  // elements of shared memory that a left operand takes
+
+  // A tile as the right operand of each product: where this lane reads the first pieces of its rows. The
+  // others' places differ in the bits of the piece alone.
+  struct ScoresRight {
+    SharedAddress first;
+
+    __device__ __forceinline__ explicit ScoresRight(const T* tile) {
+      const unsigned lane = unsigned(lane_index());
+      first = shared_address(tile) +
+              Row::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) * unsigned(sizeof(T));
+    }
+  };
+  struct ApplyRight {
+    SharedAddress first;
+
+    __device__ __forceinline__ explicit ApplyRight(const T* tile) {
+      const unsigned lane = unsigned(lane_index());
+      first = shared_address(tile) + Row::offset(lane % 16, lane / 16) * unsigned(sizeof(T));
+    }
+  };
 
   struct Left {
     uint32_t a[D / 16][4];
 
     __device__ __forceinline__ void load(const T* rows, T*) {
-      const int lane = lane_index();
-      const T* row = rows + lane % 16 * kStride<T, D> + lane / 16 * 8;
+      const SharedAddress first = ApplyRight(rows).first;  // the same rows and pieces
 #pragma unroll
-      for (int k = 0; k < D / 16; ++k) load_matrices<false>(a[k], row + 16 * k);
+      for (int k = 0; k < D / 16; ++k) load_matrices<false>(a[k], first ^ (32 * k));
     }
   };
 
-  static __device__ __forceinline__ void scores(Square& s, const Left& left, const T* right) {
-    const int lane = lane_index();
-    const T* row = right + (lane % 8 + lane / 16 * 8) * kStride<T, D> + lane / 8 % 2 * 8;
+  static __device__ __forceinline__ void scores(
+      Square& s, const Left& left, ScoresRight right, int strip) {
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
       uint32_t b[4];
-      load_matrices<false>(b, row + 16 * k);
+      load_matrices<false>(b, (right.first ^ (32 * k)) + strip * Row::kStripBytes);
       mma<T>(s[0], left.a[k], b[0], b[1]);
       mma<T>(s[1], left.a[k], b[2], b[3]);
     }
   }
 
-  static __device__ __forceinline__ void apply(Wide<D>& out, const Square& p, const T* right) {
+  static __device__ __forceinline__ void apply(
+      Wide<D>& out, const Square& p, ApplyRight right, int strip) {
     const uint32_t a[4] = {
         pack<T>(p[0][0], p[0][1]), pack<T>(p[0][2], p[0][3]), pack<T>(p[1][0], p[1][1]),
         pack<T>(p[1][2], p[1][3])};
-    multiply(out, a, right);
+    multiply(out, a, right, strip);
   }
 
   // The same with the transpose of a square that lies in shared memory, rows `stride` apart.
   static __device__ __forceinline__ void apply_transposed(
-      Wide<D>& out, const T* p, int stride, const T* right) {
+      Wide<D>& out, const T* p, int stride, ApplyRight right, int strip) {
     const int lane = lane_index();
     uint32_t a[4];
-    load_matrices<true>(a, p + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
-    multiply(out, a, right);
+    load_matrices<true>(
+        a, shared_address(p + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8));
+    multiply(out, a, right, strip);
   }
 
  private:
   static __device__ __forceinline__ void multiply(
-      Wide<D>& out, const uint32_t (&a)[4], const T* right) {
-    const int lane = lane_index();
-    const T* row = right + lane % 16 * kStride<T, D> + lane / 16 * 8;
+      Wide<D>& out, const uint32_t (&a)[4], ApplyRight right, int strip) {
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
       uint32_t b[4];
-      load_matrices<true>(b, row + 8 * n);
+      load_matrices<true>(b, (right.first ^ (16 * n)) + strip * Row::kStripBytes);
       mma<T>(out[n], a, b[0], b[1]);
       mma<T>(out[n + 1], a, b[2], b[3]);
     }
@@ -106,7 +141,14 @@ __device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
 // float32: each lane of a quad multiplies a quarter of the columns.
 template <int D>
 struct Products<float, D> {
-  static constexpr int kKept = kStrip * kStride<float, D>;
+  static constexpr int kStride = TileRow<float, D>::kStride;
+  static constexpr int kKept = kStrip * kStride;
+
+  struct ScoresRight {
+    const float* tile;
+    __device__ __forceinline__ explicit ScoresRight(const float* tile) : tile(tile) {}
+  };
+  using ApplyRight = ScoresRight;
 
   struct Left {
     const float* rows;
@@ -121,9 +163,11 @@ struct Products<float, D> {
     }
   };
 
-  static __device__ __forceinline__ void scores(Square& s, const Left& left, const float* right) {
+  static __device__ __forceinline__ void scores(
+      Square& s, const Left& left, ScoresRight from, int strip) {
     const int q = lane_index() % 4;
-    const float* left_row = left.rows + lane_index() / 4 * kStride<float, D> + 4 * q;
+    const float* right = from.tile + strip * kKept;
+    const float* left_row = left.rows + lane_index() / 4 * kStride + 4 * q;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       float sum[2][8] = {};  // over this lane's columns, for eight rows of `right`
@@ -131,11 +175,11 @@ struct Products<float, D> {
       for (int k = 0; k < D / 16; ++k) {
         const float4 upper = *reinterpret_cast<const float4*>(left_row + 16 * k);
         const float4 lower =
-            *reinterpret_cast<const float4*>(left_row + 8 * kStride<float, D> + 16 * k);
+            *reinterpret_cast<const float4*>(left_row + 8 * kStride + 16 * k);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           const float4 b = *reinterpret_cast<const float4*>(
-              right + (8 * n + j) * kStride<float, D> + 16 * k + 4 * q);
+              right + (8 * n + j) * kStride + 16 * k + 4 * q);
           sum[0][j] = dot4(upper, b, sum[0][j]);
           sum[1][j] = dot4(lower, b, sum[1][j]);
         }
@@ -160,8 +204,9 @@ struct Products<float, D> {
   }
 
   static __device__ __forceinline__ void apply(
-      Wide<D>& out, const Square& p, const float* right) {
+      Wide<D>& out, const Square& p, ApplyRight from, int strip) {
     const int lane = lane_index(), q = lane % 4;
+    const float* right = from.tile + strip * kKept;
 #pragma unroll 1  // one turn for each lane of the quad; all of them would be a very long program
     for (int holder = 0; holder < 4; ++holder)
 #pragma unroll
@@ -170,7 +215,7 @@ struct Products<float, D> {
         for (int e = 0; e < 2; ++e) {
           const float upper = __shfl_sync(0xFFFFFFFF, p[half][e], lane - q + holder);
           const float lower = __shfl_sync(0xFFFFFFFF, p[half][2 + e], lane - q + holder);
-          const float* row = right + (8 * half + 2 * holder + e) * kStride<float, D> + 2 * q;
+          const float* row = right + (8 * half + 2 * holder + e) * kStride + 2 * q;
 #pragma unroll
           for (int n = 0; n < D / 8; ++n) {
             const float2 b = *reinterpret_cast<const float2*>(row + 8 * n);

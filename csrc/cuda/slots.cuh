@@ -13,39 +13,50 @@ struct Carver {
   template <class T>
   __host__ __device__ T* take(int64_t count) {
     T* found = reinterpret_cast<T*>(start + bytes);
-    bytes += (size_t(count) * sizeof(T) + 15) / 16 * 16;
+    bytes += (size_t(count) * sizeof(T) + 127) / 128 * 128;  // a tile may be next
     return found;
   }
 };
 
 // Which head, group, strips and images a block works on. Heads are innermost: blocks that run at the
 // same time then read neighbouring bytes.
+//
+// With one mask for all images the blocks of a head share the groups that hold tokens, and a run of
+// images each; those left over have none.
 struct Place {
   int head, group;
   int own;    // the block's first strip in its group
   int base;   // the first strip in reach; strips are counted from here below
   int count;  // strips in reach
-  int64_t first_image, last_image;
+  int first_image, last_image;
 
-  __device__ explicit Place(const Attention& a) {
-    int rest = int(blockIdx.x);
-    head = rest % a.heads;
-    rest /= a.heads;
-    own = rest % a.pieces() * a.strips;
-    rest /= a.pieces();
-    group = rest % a.groups;
-    first_image = int64_t(rest / a.groups) * a.images;
-    last_image = first_image + a.images < a.batch ? first_image + a.images : a.batch;
+  // Where the first `filled` groups hold tokens. A block of a kernel for short groups has whole ones.
+  __device__ Place(const Attention& a, bool has_whole_group, int filled) {
+    const unsigned block = blockIdx.x / unsigned(a.heads);
+    head = int(blockIdx.x % unsigned(a.heads));
+    const unsigned own_pieces = has_whole_group ? 1 : unsigned(a.pieces());
+    const unsigned pieces = unsigned(filled) * own_pieces;
+    const unsigned piece = block % pieces, run = block / pieces;
+    own = int(piece % own_pieces) * a.strips;
+    group = int(piece / own_pieces);
+    const unsigned share = unsigned(a.share), batch = unsigned(a.batch);
+    const unsigned runs = share > pieces ? share / pieces : 1;
+    const unsigned images = a.per_image ? 1 : (batch + runs - 1) / runs;
+    // A run that begins beyond the batch is empty; the product of the first of them may be too large.
+    first_image = int(run < runs || a.per_image ? run * images : batch);
+    last_image = a.batch - first_image > int(images) ? first_image + int(images) : a.batch;
     base = own > a.reach() ? own - a.reach() : 0;
     const int end = own + a.strips + a.reach();
     count = (end < a.group_strips() ? end : a.group_strips()) - base;
   }
+
+  __device__ bool has_images() const { return first_image < last_image; }
 };
 
 // The slots in reach, and the head's column of the bias table in base 2.
 struct Slots {
   int2* cell;    // window and position; -1 as window of padding
-  int* row;      // row of the token in its image, -1 in padding
+  int* row;      // in the image: the token's that is read and written; or what `padding_row` says
   float* table;  // zeros where there is none
 
   __host__ __device__ Slots(Carver& carver, const Attention& a) {
@@ -56,33 +67,90 @@ struct Slots {
     table = carver.take<float>(a.table_rows());
   }
 
+  // What stands for padding: kNothing, or a row of the result that is written as zeros, which padding
+  // of gathered groups has.
+  static constexpr int kNothing = -1;
+  static __device__ __forceinline__ int zero_row(int to) { return kNothing - 1 - to; }  // its inverse
+
   __device__ void read_partition(const Attention& a, const Place& place) const {
     const int64_t partition = a.per_image ? place.first_image : 0;
     const int64_t first = (partition * a.groups + place.group) * a.slots;
     const int width = 2 * a.window_width - 1;
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < (place.count + a.strips) * kStrip; i += int(blockDim.x)) {
-      const int slot = place.base * kStrip + i;
-      int window = -1, position = 0, token = -1;
+      const int slot = place.base * kStrip + i, own_row = place.group * a.slots + slot;
+      int window = -1, position = 0, entry = kNothing;
       if (i < place.count * kStrip && slot < a.slots) {
         // All at once: a read that asks another one first would wait for it.
         const int down = a.coords[2 * (first + slot)], right = a.coords[2 * (first + slot) + 1];
         window = a.window_id[first + slot];
-        token = a.token_index == nullptr ? place.group * a.slots + slot
-                                         : a.token_index[first + slot];
-        if (window >= 0)
-          position = down * width + right;
-        else
-          token = -1;
+        entry = a.token_index == nullptr ? own_row : a.token_index[first + slot];
+        position = down * width + right;
+        if (window < 0) entry = a.token_index == nullptr ? zero_row(own_row) : kNothing;
       }
       cell[i] = int2{window, position};
-      row[i] = token;
+      row[i] = entry;
     }
   }
 
-  __device__ void read_table(const Attention& a, const Place& place) const {
+  // Where the block works, and its slots. How many groups hold tokens stands in the partition alone,
+  // since one with capacity has as many groups for every mask, and those without tokens come last. Not
+  // to wait for it, the slots are read at the same time as if it were the expected number, and again
+  // where it is another one.
+  __device__ Place find_place(const Attention& a, bool has_whole_group) const {
+    const bool is_known = a.per_image || a.least_filled() == a.groups;
+    const int lane = lane_index();
+    const int window =
+        !is_known && lane < a.groups ? a.window_id[int64_t(lane) * a.slots] : -1;
+    int filled = is_known ? a.groups : a.expected_filled();
+#pragma unroll 1
+    while (true) {
+      const Place place(a, has_whole_group, filled);
+      read_partition(a, place);
+      if (is_known) return place;
+      const int found = filled_groups(a, window);
+      if (found == filled) return place;
+      filled = found;
+    }
+  }
+
+  // Whether a block whose first strip this is has nothing to do: padding is left at once, unless it is
+  // part of the result that is written, as zeros.
+  __device__ bool nothing_from(int strip, bool writes) const {
+    const int entry = row[strip * kStrip];
+    return entry == kNothing || (entry < 0 && !writes);
+  }
+
+  // One more than the last group that holds tokens, at least one; `window` is that of the first slot of
+  // the group that is the lane's number.
+  static __device__ int filled_groups(const Attention& a, int window) {
+    int filled = 1;
+#pragma unroll 1
+    for (int first = 0; first < a.groups; first += 32) {
+      const int i = first + lane_index();
+      if (first > 0) window = i < a.groups ? a.window_id[int64_t(i) * a.slots] : -1;
+      const unsigned found = __ballot_sync(0xFFFFFFFF, window >= 0);
+      if (found != 0) filled = first + 32 - __clz(int(found));
+    }
+    return filled;
+  }
+
+  // Starts to copy the table; complete after the wait for this group of copies, finish_table, and a
+  // barrier.
+  __device__ void start_table(const Attention& a) const {
+    const int head = int(blockIdx.x % unsigned(a.heads));
+    if (a.table != nullptr)
+#pragma unroll 1
+      for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x))
+        copy_async_4(table + i, a.table + int64_t(i) * a.heads + head, true);
+    copy_async_commit();
+  }
+  // By the threads that copied: each waits for its own copies alone.
+  __device__ void finish_table(const Attention& a) const {
     constexpr float kLog2E = 1.4426950408889634f;
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x))
-      table[i] = a.table == nullptr ? 0.0f : a.table[int64_t(i) * a.heads + place.head] * kLog2E;
+      table[i] = a.table == nullptr ? 0.0f : table[i] * kLog2E;
   }
 };
 
@@ -95,9 +163,15 @@ __device__ __forceinline__ bool share_window(int2 query, int2 key) {
   return query.x == key.x && query.x >= 0;
 }
 
-// What is added to the score, in base 2; minus infinity between windows.
-__device__ __forceinline__ float bias_of(int2 query, int2 key, const float* table, int centre) {
-  return share_window(query, key) ? table[query.y - key.y + centre] : -INFINITY;
+// What is added to the score, in base 2; minus infinity between windows. A padding slot's window, as
+// query, is not the one it has as key.
+__device__ __forceinline__ int2 as_query(int2 cell, int centre) {
+  return int2{cell.x < 0 ? -2 : cell.x, cell.y + centre};
+}
+__device__ __forceinline__ float bias_of(int2 query, int2 key, const float* table) {
+  const bool shared = query.x == key.x;
+  const float bias = table[shared ? query.y - key.y : 0];  // without a branch around
+  return shared ? bias : -INFINITY;
 }
 
 // A run of strips, counted from the first one in reach.
@@ -114,31 +188,46 @@ struct Band {
 __device__ inline Band band_of(
     const Slots& slots, const Place& place, int strip, int reach) {
   if (strip >= place.count) return {0, 0};
-  const int first_window = slots.cell[strip * kStrip].x;
+  const int lane = lane_index(), own = slots.cell[strip * kStrip + lane % kStrip].x;
+  const int first_window = __shfl_sync(0xFFFFFFFF, own, 0);
   if (first_window < 0) return {0, 0};  // padding comes last
-  int last_window = first_window;
-  for (int i = 1; i < kStrip; ++i) {
-    const int window = slots.cell[strip * kStrip + i].x;
-    if (window >= 0) last_window = window;
-  }
+  const unsigned tokens = __ballot_sync(0xFFFFFFFF, own >= 0);
+  const int last_window = __shfl_sync(0xFFFFFFFF, own, 31 - __clz(int(tokens)));
   int first = strip, last = strip;
-  for (int i = lane_index(); i < place.count * kStrip; i += 32) {
-    const int window = slots.cell[i].x;
-    if (window != first_window && window != last_window) continue;
-    first = i / kStrip < first ? i / kStrip : first;
-    last = i / kStrip > last ? i / kStrip : last;
-  }
-#pragma unroll
-  for (int mask = 1; mask < 32; mask *= 2) {
-    const int other_first = __shfl_xor_sync(0xFFFFFFFF, first, mask);
-    const int other_last = __shfl_xor_sync(0xFFFFFFFF, last, mask);
-    first = other_first < first ? other_first : first;
-    last = other_last > last ? other_last : last;
+#pragma unroll 1
+  for (int start = 0; start < place.count * kStrip; start += 32) {
+    const int window = start + lane < place.count * kStrip ? slots.cell[start + lane].x : -1;
+    const unsigned same =
+        __ballot_sync(0xFFFFFFFF, window == first_window || window == last_window);
+    if (same == 0) continue;
+    const int lowest = (start + __ffs(int(same)) - 1) / kStrip;
+    const int highest = (start + 31 - __clz(int(same))) / kStrip;
+    first = lowest < first ? lowest : first;
+    last = highest > last ? highest : last;
   }
   // Slots that are not sorted by window must not lead out of the memory set aside for the band.
   first = first > strip - reach ? first : strip - reach;
   last = last < strip + reach ? last : strip + reach;
   return {first, last + 1};
+}
+
+// The bias of a warp's strip and those of its band, as the lanes hold scores; zeros beyond the band.
+__device__ __forceinline__ void make_bias(
+    float (&bias)[kMostStrips][2][4], const Slots& slots, int strip, Band band, int centre) {
+  const int g = lane_index() / 4, q = lane_index() % 4;
+  const int2 upper = as_query(slots.cell[strip * kStrip + g], centre);
+  const int2 lower = as_query(slots.cell[strip * kStrip + g + 8], centre);
+#pragma unroll
+  for (int j = 0; j < kMostStrips; ++j) {
+    clear(bias[j]);
+    if (!band.holds(j)) continue;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        bias[j][n][e] = bias_of(
+            e < 2 ? upper : lower, slots.cell[j * kStrip + 8 * n + 2 * q + e % 2], slots.table);
+  }
 }
 
 // The bands of all warps, one after the other: what the block has to read.
@@ -157,6 +246,14 @@ __device__ inline Band union_of(Band own, Band* all) {
   return whole;
 }
 
+// An image of a tensor, `elements` from one to the next: fewer than 4 GB.
+template <class T>
+__device__ __forceinline__ T* image_of(T* tensor, int image, unsigned elements) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(
+      reinterpret_cast<Byte*>(tensor) + uint64_t(unsigned(image)) * (elements * unsigned(sizeof(T))));
+}
+
 // Starts the copy of a block's strips of rows into shared memory, from one tensor or from
 // kTensors columns of it that lie `source_step` apart, into tiles that lie `tile_step` apart. Rows of
 // padding become zeros, since a product takes all rows and zero times NaN is NaN. A block has two
@@ -164,18 +261,20 @@ __device__ inline Band union_of(Band own, Band* all) {
 template <class T, int D, int kTensors = 1>
 __device__ __forceinline__ void load_tiles(
     T* tile, const T* source, int stride, const int* row, int tile_step = 0, int source_step = 0) {
-  constexpr int kPiece = 16 / int(sizeof(T)), kPieces = D / kPiece;
+  using Row = TileRow<T, D>;
+  const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
+  const unsigned slot = thread / Row::kPieces, piece = thread % Row::kPieces;
+  const unsigned step = blockDim.x / Row::kPieces;
+  int from[Row::kPieces / 2];  // all read before the first copy, behind which they would wait
 #pragma unroll
-  for (int i = 0; i < kPieces / 2; ++i) {
-    const int piece = computed_here(int(threadIdx.x)) + i * int(blockDim.x);
-    const int slot = piece / kPieces, column = piece % kPieces * kPiece;
-    const int from = row[slot];
-    T* to = tile + slot * kStride<T, D> + column;
-    const T* at = source + int64_t(from < 0 ? 0 : from) * stride + column;
+  for (int i = 0; i < Row::kPieces / 2; ++i) from[i] = row[slot + i * step];
+  source += piece * Row::kPiece;
 #pragma unroll
-    for (int t = 0; t < kTensors; ++t)
-      copy_async_16(to + t * tile_step, at + t * source_step, from >= 0);
-  }
+  for (int t = 0; t < kTensors; ++t, source += source_step)
+#pragma unroll
+    for (int i = 0; i < Row::kPieces / 2; ++i)
+      copy_async_16(tile + t * tile_step + Row::offset(slot + i * step, piece),
+                    image_of(source, from[i] < 0 ? 0 : from[i], stride), from[i] >= 0);
 }
 
 // The same for one number per row. Ends with a warp whose lanes go on together: with one strip, half of
@@ -189,59 +288,89 @@ __device__ __forceinline__ void load_numbers(float* to, const float* source, con
   __syncwarp();
 }
 
-// Writes a warp's strip of results, times `factor` for each of the lane's two rows, in accesses of
-// 16 bytes: through `staging`, memory for 16 rows that no other warp uses now.
+// Brings a warp's strip of results, times `factor` for each of the lane's two rows, into shared
+// memory for 16 rows that no other warp uses now, from where write_strips takes it after a
+// __syncwarp.
 template <class T, int D>
-__device__ __forceinline__ void store_strip(
-    const Wide<D>& x, float upper_factor, float lower_factor, T* staging, T* out, int stride,
-    const Attention& a, const Place& place, int strip, const int* row) {
-  const int lane = computed_here(lane_index()), g = lane / 4, q = lane % 4;
-  __syncwarp();
+__device__ __forceinline__ void stage_strip(
+    const Wide<D>& x, float upper_factor, float lower_factor, T* staging) {
+  using Row = TileRow<T, D>;
+  const unsigned lane = unsigned(computed_here(lane_index())), g = lane / 4, q = lane % 4;
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) {
-    T* to = staging + g * kStride<T, D> + 8 * n + 2 * q;
+    const unsigned column = 8 * n + 2 * q;
+    T* to = staging + (Row::offset(g, column / Row::kPiece) + column % Row::kPiece);
     store_pair(to, x[n][0] * upper_factor, x[n][1] * upper_factor);
-    store_pair(to + 8 * kStride<T, D>, x[n][2] * lower_factor, x[n][3] * lower_factor);
-  }
-  __syncwarp();
-  constexpr int kPiece = 16 / int(sizeof(T)), kPieces = D / kPiece;
-#pragma unroll
-  for (int i = 0; i < kPieces / 2; ++i) {
-    const int slot = (lane + 32 * i) / kPieces, column = (lane + 32 * i) % kPieces * kPiece;
-    const int token = row[strip * kStrip + slot];
-    int to = token;
-    uint4 results = *reinterpret_cast<const uint4*>(staging + slot * kStride<T, D> + column);
-    if (a.token_index == nullptr) {
-      // Padding of gathered groups is part of the result, as zeros; what was computed for it is NaN
-      // beside a token that is not finite.
-      const int in_group = (place.base + strip) * kStrip + slot;
-      to = in_group < a.slots ? place.group * a.slots + in_group : -1;
-      if (token < 0) results = uint4{0, 0, 0, 0};
-    }
-    if (to >= 0) *reinterpret_cast<uint4*>(out + int64_t(to) * stride + column) = results;
+    store_pair(to + 8 * Row::kStride, x[n][2] * lower_factor, x[n][3] * lower_factor);
   }
 }
 
-// Adds a warp's strip of bias gradients to a copy of the table. Keys of one row have different
-// places in the table, so one row at a time needs no atomics and has one order.
+// Writes staged strips, in accesses of 16 bytes, to kTensors columns of `out` that lie `out_step`
+// apart, from strips that lie `staging_step` apart. `row` is that of the strip's first slot.
+template <class T, int D, int kTensors = 1>
+__device__ __forceinline__ void write_strips(
+    const T* staging, T* out, int stride, const int* row, int staging_step = 0, int out_step = 0) {
+  using Row = TileRow<T, D>;
+  const unsigned lane = unsigned(computed_here(lane_index()));
+  const unsigned slot = lane / Row::kPieces, piece = lane % Row::kPieces;
+  out += piece * Row::kPiece;
+#pragma unroll
+  for (int i = 0; i < Row::kPieces / 2; ++i) {
+    const int to = row[slot + i * (32 / Row::kPieces)];
+    const T* from = staging + Row::offset(slot + i * (32 / Row::kPieces), piece);
+    if (to >= 0) {
+      T* row_to = image_of(out, to, stride);
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t)
+        *reinterpret_cast<uint4*>(row_to + t * out_step) =
+            *reinterpret_cast<const uint4*>(from + t * staging_step);
+    } else if (to != Slots::kNothing) {
+      // Beside a token that is not finite, what was computed for padding is NaN.
+      for (int t = 0; t < kTensors; ++t)
+        *reinterpret_cast<uint4*>(image_of(out, Slots::zero_row(to), stride) + t * out_step) =
+            uint4{0, 0, 0, 0};
+    }
+  }
+}
+
+// Copies of the table that a warp adds its strip of bias gradients to: two rows at a time, one to
+// each, so that their additions do not wait for one another.
+constexpr int kTableCopies = 2;
+
+// Adds a warp's strip of bias gradients to its copies of the table, which it clears first. Keys of one
+// row have different places in the table, so one row of a copy at a time needs no atomics and has one
+// order.
 __device__ inline void add_to_table(
-    float* copy, const float* gradient, int stride, const Slots& slots, int strip, Band keys,
-    int centre) {
-  for (int i = 0; i < kStrip; ++i) {
-    const int2 query = slots.cell[strip * kStrip + i];
+    float* copies, const float* gradient, int stride, const Attention& a, const Slots& slots,
+    int strip, Band keys) {
+  const int rows = a.table_rows(), centre = table_centre(a);
+#pragma unroll 1
+  for (int i = lane_index(); i < kTableCopies * rows; i += 32) copies[i] = 0;
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; i < kStrip; i += kTableCopies) {
+    int2 query[kTableCopies];
+#pragma unroll
+    for (int c = 0; c < kTableCopies; ++c) query[c] = slots.cell[strip * kStrip + i + c];
+#pragma unroll 1
     for (int j = lane_index(); j < (keys.last - keys.first) * kStrip; j += 32) {
       const int2 key = slots.cell[keys.first * kStrip + j];
-      if (share_window(query, key)) copy[query.y - key.y + centre] += gradient[i * stride + j];
+#pragma unroll
+      for (int c = 0; c < kTableCopies; ++c)
+        if (share_window(query[c], key))
+          copies[c * rows + query[c].y - key.y + centre] += gradient[(i + c) * stride + j];
     }
     __syncwarp();
   }
 }
 
-// The sum of the warps' copies, in the order of warps, as this block's row of partial sums.
-__device__ inline void store_partial(const float* copies, const Attention& a) {
+// The sum of the block's copies, in their order, as its row of partial sums; zeros if it has none.
+__device__ inline void store_partial(const float* copies, int count, const Attention& a) {
+  if (a.partial == nullptr) return;
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x)) {
     float sum = 0;
-    for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) sum += copies[warp * a.table_rows() + i];
+    for (int copy = 0; copy < count; ++copy) sum += copies[copy * a.table_rows() + i];
     a.partial[int64_t(blockIdx.x) * a.table_rows() + i] = sum;
   }
 }

@@ -1,4 +1,5 @@
-// The gradient of the bias table from the blocks' partial sums, added in a fixed order.
+// The gradient of the bias table from the blocks' partial sums, added in a fixed order. Launched while
+// the kernel before ends, which leaves the sums.
 #pragma once
 
 #include "primitives.cuh"
@@ -28,6 +29,8 @@ __global__ void __launch_bounds__(kEntries* kSlices) table_gradient_kernel(
   const int64_t run = blockIdx.x % runs;
   const int64_t entry = blockIdx.x / runs * kEntries + column;
   const int64_t first = count * run / runs, last = count * (run + 1) / runs;
+  allow_next_kernel();
+  wait_for_last_kernel();
   double sum = 0;
   if (entry < entries)
     for (int64_t i = first + slice; i < last; i += kSlices)
@@ -48,14 +51,14 @@ inline void run_table_gradient(
   const auto blocks = unsigned((int64_t(heads) * rows + kEntries - 1) / kEntries);
   const int threads = kEntries * kSlices;
   if (runs == 1) {
-    launch(table_gradient_kernel<float, float>, blocks, threads, 0, stream, partial, gradient,
-           programs, 1, heads, rows);
+    launch_early(table_gradient_kernel<float, float>, blocks, threads, stream, partial, gradient,
+                 programs, 1, heads, rows);
     return;
   }
-  launch(table_gradient_kernel<float, double>, blocks * runs, threads, 0, stream, partial, sums,
-         programs, runs, heads, rows);
-  launch(table_gradient_kernel<double, float>, blocks, threads, 0, stream,
-         static_cast<const double*>(sums), gradient, int64_t(runs), 1, heads, rows);
+  launch_early(table_gradient_kernel<float, double>, blocks * runs, threads, stream, partial, sums,
+               programs, runs, heads, rows);
+  launch_early(table_gradient_kernel<double, float>, blocks, threads, stream, sums, gradient, runs, 1,
+               heads, rows);
 }
 
 }  // namespace greenmim::cuda

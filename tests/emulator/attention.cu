@@ -6,6 +6,9 @@
 #include "../../csrc/cuda/table_gradient.cuh"
 #include "memory.h"
 
+#include <algorithm>
+#include <vector>
+
 using namespace greenmim::cuda;
 
 // Only these, where a test compiles many variants of the program.
@@ -41,10 +44,32 @@ struct Inputs {
   }
 };
 
+#ifndef GREENMIM_EMULATE
+// The median of many calls, in microseconds.
+template <class Call>
+double time_of(const Call& call) {
+  constexpr int kCalls = 50;
+  std::vector<float> times(kCalls);
+  cudaEvent_t start, end;
+  cudaEventCreate(&start);
+  cudaEventCreate(&end);
+  for (int i = -5; i < kCalls; ++i) {
+    cudaEventRecord(start);
+    call();
+    cudaEventRecord(end);
+    cudaEventSynchronize(end);
+    if (i >= 0) cudaEventElapsedTime(&times[i], start, end);
+  }
+  std::sort(times.begin(), times.end());
+  return 1000 * times[kCalls / 2];
+}
+#endif
+
+// Writes all results; or, timed, on a GPU, two lines of what a forward and a backward pass take.
 template <class T, int D>
-void attend(const Header& h) {
+void attend(const Header& h, [[maybe_unused]] bool timed) {
   Attention a{};
-  a.batch = h.batch;
+  a.batch = int(h.batch);
   a.rows = int(h.rows);
   a.groups = int(h.groups);
   a.slots = int(h.slots);
@@ -66,9 +91,8 @@ void attend(const Header& h) {
   a.lse = lse.as<float>();
   const Device device{int(h.processors), int(h.shared_bytes)};
   if (!plan<T, D>(a, Pass::Forward, device)) throw std::runtime_error("no room for forward");
-  launch_attention<T, D>(a, Pass::Forward, nullptr);
-  out.write();
-  lse.write();
+  const auto forward = [&, a] { launch_attention<T, D>(a, Pass::Forward, nullptr); };
+  forward();
 
   const Buffer grad_qkv(h.need_qkv ? 3 * elements * sizeof(T) : 0);
   const Buffer grad_table(h.need_table ? table_bytes : 0);
@@ -78,24 +102,35 @@ void attend(const Header& h) {
   if (!plan<T, D>(a, Pass::Backward, device)) throw std::runtime_error("no room for backward");
   const Buffer partial(h.need_table ? a.programs() * table_bytes : 0);
   if (h.need_table) a.partial = partial.as<float>();
-  launch_attention<T, D>(a, Pass::Backward, nullptr);
-  if (h.need_table) {
-    const Buffer sums(table_runs(a.programs()) * int64_t(a.table_rows()) * h.heads * 8);
-    run_table_gradient(a.partial, sums.as<double>(), grad_table.as<float>(), a.programs(), a.heads,
-                       a.table_rows(), nullptr);
+  const Buffer sums(
+      h.need_table ? table_runs(a.programs()) * int64_t(a.table_rows()) * h.heads * 8 : 0);
+  const auto backward = [&] {
+    launch_attention<T, D>(a, Pass::Backward, nullptr);
+    if (h.need_table)
+      run_table_gradient(a.partial, sums.as<double>(), grad_table.as<float>(), a.programs(), a.heads,
+                         a.table_rows(), nullptr);
+  };
+  backward();
+#ifndef GREENMIM_EMULATE
+  if (timed) {
+    std::printf("%.2f\n%.2f\n", time_of(forward), time_of(backward));
+    return;
   }
+#endif
+  out.write();
+  lse.write();
   grad_qkv.write();
   grad_table.write();
 }
 
 template <class T>
-void attend(const Header& h) {
+void attend(const Header& h, bool timed) {
   if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 16)
-    if (h.head_dim == 16) return attend<T, 16>(h);
+    if (h.head_dim == 16) return attend<T, 16>(h, timed);
   if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 32)
-    if (h.head_dim == 32) return attend<T, 32>(h);
+    if (h.head_dim == 32) return attend<T, 32>(h, timed);
   if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 64)
-    if (h.head_dim == 64) return attend<T, 64>(h);
+    if (h.head_dim == 64) return attend<T, 64>(h, timed);
   throw std::runtime_error("this head dimension was not compiled");
 }
 
@@ -103,17 +138,20 @@ void attend(const Header& h) {
 template <class T, int D>
 void print_plan(const Header& h) {
   Attention a{};
-  a.batch = h.batch;
+  a.batch = int(h.batch);
   a.groups = int(h.groups);
   a.slots = int(h.slots);
   a.heads = int(h.heads);
   a.window_height = int(h.window_height);
   a.window_width = int(h.window_width);
+  a.rows = int(h.rows);
+  int unread = 0;
+  a.token_index = &unread;
   float unused;
   for (Pass pass : {Pass::Forward, Pass::Backward}) {
     a.partial = pass == Pass::Backward ? &unused : nullptr;
     const bool fits = plan<T, D>(a, pass, {int(h.processors), int(h.shared_bytes)});
-    std::printf("%d %d %d %d %zu\n", fits, a.is_long, a.strips, a.images,
+    std::printf("%d %d %d %d %zu\n", fits, a.is_long, a.strips, a.share,
                 shared_bytes<T, D>(a, pass));
   }
 }
@@ -162,16 +200,17 @@ int main(int count, char** arguments) try {
     std::printf("%lld", (long long)images_per_block(h.batch, h.groups, h.processors));
     return 0;
   }
-  if (what != "attention") {
+  const bool timed = what == "time";
+  if (what != "attention" && !timed) {
     copy(h, what == "gather");
     return 0;
   }
   if constexpr (ONLY_ELEMENT == -1 || ONLY_ELEMENT == 0)
-    if (h.element == 0) attend<float>(h);
+    if (h.element == 0) attend<float>(h, timed);
   if constexpr (ONLY_ELEMENT == -1 || ONLY_ELEMENT == 1)
-    if (h.element == 1) attend<bfloat16>(h);
+    if (h.element == 1) attend<bfloat16>(h, timed);
   if constexpr (ONLY_ELEMENT == -1 || ONLY_ELEMENT == 2)
-    if (h.element == 2) attend<float16>(h);
+    if (h.element == 2) attend<float16>(h, timed);
   return 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "attention: %s\n", error.what());

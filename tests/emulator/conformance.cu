@@ -1,6 +1,6 @@
 // Each primitive on fixed inputs, its results on standard output. Compiled by nvcc it runs on a GPU,
-// by a C++ compiler on the emulator, and the two must write the same bytes; only the fast exponential
-// and logarithm, which come last, may differ in their last bits.
+// by a C++ compiler on the emulator, and the two must write the same bytes; only the fast exponential,
+// logarithm and reciprocal, which come last, may differ in their last bits.
 #include "../../csrc/cuda/primitives.cuh"
 #include "memory.h"
 
@@ -15,7 +15,8 @@ struct Results {
   float unpacked[32][4];
   float shuffled[32][2];
   float copied_16[32][4], copied_4[32];
-  float exp2[32], log2[32];
+  uint32_t voted[32];
+  float exp2[32], log2[32], reciprocal[32];
 };
 
 // Integers small enough that every product and sum is exact.
@@ -37,8 +38,10 @@ __global__ void conformance_kernel(const float* numbers, Results* results) {
   for (int i = lane; i < 16 * 24; i += 32) matrix[i] = uint16_t(i * 37);
   __syncwarp();
   // Rows of 16 elements, 24 apart: the addresses of the left operand.
-  load_matrices<false>(results->plain[lane], matrix + lane % 16 * 24 + lane / 16 * 8);
-  load_matrices<true>(results->transposed[lane], matrix + lane % 16 * 24 + lane / 16 * 8);
+  load_matrices<false>(
+      results->plain[lane], shared_address(matrix + lane % 16 * 24 + lane / 16 * 8));
+  load_matrices<true>(
+      results->transposed[lane], shared_address(matrix + lane % 16 * 24 + lane / 16 * 8));
   multiply<bfloat16>(results->product_bfloat16[lane], lane);
   multiply<float16>(results->product_float16[lane], lane);
   const float x = numbers[2 * lane], y = numbers[2 * lane + 1];
@@ -59,8 +62,10 @@ __global__ void conformance_kernel(const float* numbers, Results* results) {
   for (int i = 0; i < 4; ++i) results->copied_16[lane][i] = copies[4 * lane + i];
   copy_async_wait<0>();
   results->copied_4[lane] = copies[128 + lane];
+  results->voted[lane] = __ballot_sync(0xFFFFFFFF, lane * 7 % 5 < 2);
   results->exp2[lane] = lane == 0 ? exp2_fast(-INFINITY) : exp2_fast(x);
-  results->log2[lane] = log2_fast(fabsf(y) + 0.5f);
+  results->log2[lane] = lane == 0 ? log2_fast(0) : log2_fast(fabsf(y) + 0.5f);
+  results->reciprocal[lane] = lane == 0 ? reciprocal_fast(0) : reciprocal_fast(y);
 }
 
 }  // namespace

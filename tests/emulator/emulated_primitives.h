@@ -92,22 +92,31 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   });
 }
 
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* at) { return reinterpret_cast<uintptr_t>(at); }
+
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 template <bool kTransposed>
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
+inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   struct Lane {
     uint16_t row[8];
+    SharedAddress address;
     uint32_t* r;
   } self;
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+  self.address = row;
+  if (row % 16 != 0)
     emulator::stop("ldmatrix from an address that is no multiple of 16");
   // Read by the lane itself, so that the sanitizers see the access in its thread.
-  const uint16_t* elements = static_cast<const uint16_t*>(row);
+  const uint16_t* elements = reinterpret_cast<const uint16_t*>(row);
   for (int i = 0; i < 8; ++i) self.row[i] = elements[i];
   self.r = r;
   emulator::collective(
       kTransposed ? "ldmatrix.trans" : "ldmatrix", &self, [](void** lanes) EMULATOR_UNWATCHED {
-        for (int matrix = 0; matrix < 4; ++matrix)
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          unsigned banks = 0;  // groups of four, as a row takes
+          for (int i = 0; i < 8; ++i)
+            banks |= 1u << static_cast<Lane*>(lanes[8 * matrix + i])->address / 16 % 8;
+          if (banks != 0xFF) emulator::stop("rows of one matrix of an ldmatrix in the same banks");
           for (int lane = 0; lane < 32; ++lane) {
             const int g = lane / 4, q = lane % 4;
             uint32_t pair = 0;
@@ -117,6 +126,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
             }
             static_cast<Lane*>(lanes[lane])->r[matrix] = pair;
           }
+        }
       });
 }
 
@@ -160,8 +170,13 @@ inline void copy_async_wait() {
 
 inline int computed_here(int x) { return x; }
 
+// One kernel ends before the next one starts.
+inline void allow_next_kernel() {}
+inline void wait_for_last_kernel() {}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 
 // What the registers of the heaviest kernels leave room for on every architecture.
 inline int resident_blocks(const void*, unsigned, size_t) { return 2; }
@@ -171,6 +186,13 @@ inline void launch(
     Kernel* kernel, unsigned grid, unsigned threads, size_t shared_bytes, cudaStream_t,
     Arguments... arguments) {
   emulator::launch(grid, threads, shared_bytes, [=] { kernel(arguments...); });
+}
+
+template <class... Parameters>
+inline void launch_early(
+    void (*kernel)(Parameters...), unsigned grid, unsigned threads, cudaStream_t stream,
+    std::type_identity_t<Parameters>... arguments) {
+  launch(kernel, grid, threads, 0, stream, arguments...);
 }
 
 }  // namespace greenmim::cuda

@@ -6,6 +6,7 @@
 //
 // - shared memory, static and dynamic, is filled with NaN before every block;
 // - cp.async leaves NaN at its destination until the wait that completes it (primitives.h);
+// - the rows of a matrix that ldmatrix reads must lie in different banks;
 // - lanes of a warp that meet in different collectives, or not at all, stop the program;
 // - under -fsanitize=thread every fiber is a thread to the race detector, and only __syncthreads,
 //   __syncwarp and atomics order them; under -fsanitize=address every fiber has a stack of its own.
@@ -353,6 +354,19 @@ inline T shuffle(const char* place, T value, int source) {
   return lane.result;
 }
 
+inline unsigned ballot(const char* place, bool value) {
+  struct Lane {
+    unsigned value;  // and the result
+  } lane{value};
+  const int lanes = block->warps[block->current->thread / kWarp].lanes;
+  collective(place, &lane, [lanes](void** all) EMULATOR_UNWATCHED {
+    unsigned votes = 0;
+    for (int i = 0; i < lanes; ++i) votes |= static_cast<Lane*>(all[i])->value << i;
+    for (int i = 0; i < lanes; ++i) static_cast<Lane*>(all[i])->value = votes;
+  });
+  return lane.value;
+}
+
 inline int lane() { return block->current->thread % kWarp; }
 
 // --- shared memory ------------------------------------------------------------------------------
@@ -497,4 +511,7 @@ inline T atomic_add(T* address, T value) {
 #define __shfl_xor_sync(members, value, mask) \
   emulator::shuffle(EMULATOR_PLACE, value, emulator::lane() ^ (mask))
 #define __shfl_sync(members, value, source) emulator::shuffle(EMULATOR_PLACE, value, source)
+#define __ballot_sync(members, value) emulator::ballot(EMULATOR_PLACE, value)
+#define __clz(x) __builtin_clz(unsigned(x))
+#define __ffs(x) __builtin_ffs(x)
 #define atomicAdd(address, value) emulator::atomic_add(address, value)

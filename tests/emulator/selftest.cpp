@@ -96,7 +96,15 @@ int main(int, char** arguments) {
         +[] {
           DYNAMIC_SHARED(shared);
           uint32_t fragment[4];
-          load_matrices<false>(fragment, shared + 8);
+          load_matrices<false>(fragment, shared_address(shared + 8));
+        },
+        1, 32, 1024, nullptr);
+  if (name == "same-banks")
+    launch(
+        +[] {
+          DYNAMIC_SHARED(shared);
+          uint32_t fragment[4];
+          load_matrices<false>(fragment, shared_address(shared + threadIdx.x % 8 * 64));
         },
         1, 32, 1024, nullptr);
   if (name == "barrier-for-some")

@@ -12,7 +12,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-from collections import Counter
 
 import torch
 from emulated import LARGE, SMALL, plan, toolkit
@@ -23,7 +22,10 @@ COUNTED = {
     "spills": re.compile(r"\b(LDL|STL)\b"),
     "reads_16_bytes": re.compile(r"\b(LDGSTS|LDG)\.[A-Z0-9.]*128\b"),
     "writes_16_bytes": re.compile(r"\bSTG\.[A-Z0-9.]*128\b"),
+    "lets_next_start": re.compile(r"\bPREEXIT\b"),
+    "waits_for_last": re.compile(r"\bACQBULK\b"),
 }
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 
 
 def module() -> pathlib.Path | None:
@@ -65,8 +67,31 @@ def short_name(symbol: str) -> str | None:
     return "-".join(parts)
 
 
+def loop_length(code: list[tuple[int, str]]) -> int:
+    """Instructions of the innermost loop around all tensor core products, which goes over images.
+
+    Every strip of a band of four is in it once, so it is what a warp with such a band executes.
+    """
+    products = [address for address, text in code if COUNTED["tensor_core"].search(text)]
+    loops = [
+        (address - int(found[1], 16)) // 16 + 1
+        for address, text in code
+        if (found := re.search(r"\bBRA\s.*0x([0-9a-f]+)", text))
+        and products
+        and int(found[1], 16) < products[0]
+        and address > products[-1]
+    ]
+    return min(loops, default=0)
+
+
+def first_access(code: list[tuple[int, str]]) -> str:
+    """The first instruction that touches the device's memory, or waits for the last kernel."""
+    pattern = re.compile(r"\b(LDG|LDGSTS|STG|ACQBULK)\b")
+    return next((found[1] for _, text in code if (found := pattern.search(text))), "")
+
+
 def figures(binary: pathlib.Path, tool: str) -> dict[str, dict[str, dict[str, int]]]:
-    """{kernel: {architecture: {"registers", "stack_bytes", and the counts of COUNTED}}}."""
+    """{kernel: {architecture: {"registers", "stack_bytes", the counts of COUNTED, ...}}}."""
     result: dict[str, dict[str, dict[str, int]]] = {}
     usage = subprocess.run(
         [tool, "-res-usage", str(binary)], capture_output=True, text=True, check=True
@@ -85,22 +110,29 @@ def figures(binary: pathlib.Path, tool: str) -> dict[str, dict[str, dict[str, in
     with subprocess.Popen(
         [tool, "-sass", str(binary)], stdout=subprocess.PIPE, text=True
     ) as process:
-        counts: Counter = Counter()
+        code: list[tuple[int, str]] = []
         for line in process.stdout:
             if found := re.match(r"arch = sm_(\w+)", line):
                 architecture = found[1]
             elif found := re.search(r"Function : (\S+)", line):
                 name = short_name(found[1])
-                counts = Counter(dict.fromkeys(COUNTED, 0))
+                code = []
                 if name:
-                    result[name][architecture]["counts"] = counts
-            else:
-                for key, pattern in COUNTED.items():
-                    if pattern.search(line):
-                        counts[key] += 1
+                    result[name][architecture]["code"] = code
+            elif found := INSTRUCTION.match(line):
+                code.append((int(found[1], 16), found[2]))
     for by_architecture in result.values():
         for row in by_architecture.values():
-            row.update(row.pop("counts"))
+            code = row.pop("code")
+            row.update(
+                {
+                    key: sum(bool(pattern.search(text)) for _, text in code)
+                    for key, pattern in COUNTED.items()
+                },
+                instructions=len(code),
+                loop=loop_length(code),
+                first_access=first_access(code),
+            )
     return result
 
 

@@ -65,7 +65,8 @@ def toolkit(program: str) -> str | None:
 @functools.cache
 def build_for_gpu(program: str, *defines: str) -> pathlib.Path:
     """Compile a program of tests/emulator with nvcc for the GPU of this machine."""
-    binary = pathlib.Path(_folder().name) / f"{program}-gpu"
+    name = "-".join([program, "gpu", *(define.replace("=", "") for define in defines)])
+    binary = pathlib.Path(_folder().name) / name
     nvcc = toolkit("nvcc")
     if nvcc is None:
         raise RuntimeError("no nvcc was found, so put it on PATH or set CUDA_HOME")
@@ -161,7 +162,7 @@ def plan(
         128 // head_dim, window, window, *[0] * 4, 132, shared_bytes, 1.0,
     )  # fmt: skip
     done = run_binary([build("attention.cu"), "plan"], header)
-    names = ("fits", "is_long", "strips", "images", "shared_bytes")
+    names = ("fits", "is_long", "strips", "share", "shared_bytes")
     lines = done.stdout.decode().splitlines()
     return [dict(zip(names, map(int, line.split()), strict=True)) for line in lines]
 

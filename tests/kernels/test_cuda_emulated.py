@@ -133,6 +133,67 @@ def test_how_a_batch_is_cut_changes_no_bit_of_an_image(case, dtype):
     agree(apart, inputs)
 
 
+def with_empty_groups(part, after):
+    """The same groups and, after so many, 40 without a token: more than a warp has lanes."""
+
+    def extended(x, padding):
+        more = torch.full_like(x[:, :1], padding).expand(-1, 40, *x.shape[2:])
+        return torch.cat([x[:, :after], more, x[:, after:]], 1)
+
+    return dataclasses.replace(
+        part,
+        token_index=extended(part.token_index, -1),
+        window_id=extended(part.window_id, -1),
+        coords=extended(part.coords, 0),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[9]], ids=str)
+def test_groups_without_a_token(case, dtype):
+    """As in every partition with capacity; and wherever they are, should somebody make one."""
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    exact = emulate(inputs, Launch(processors=5))
+    for after in (inputs.part.num_groups, 1):
+        padded = dataclasses.replace(inputs, part=with_empty_groups(inputs.part, after))
+        for order in ORDERS:
+            actual = emulate(padded, Launch(processors=5, thread_order=order))
+            for key in ("out", "lse", "grad_qkv"):
+                assert torch.equal(actual[key], exact[key]), key
+        agree(actual, inputs, case)
+    if not case.per_image:  # groups at the end are none of the shares
+        padded = dataclasses.replace(
+            inputs, part=with_empty_groups(inputs.part, inputs.part.num_groups)
+        )
+        again = emulate(padded, Launch(processors=5))
+        assert relative_error(again["grad_table"], exact["grad_table"]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
+def test_a_row_without_a_score_above_minus_infinity_is_nan(case, dtype):
+    """It has no softmax, in the reference either; padding, which has none, stays out of it."""
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    token = int(inputs.part.token_index[0, 0, 0])
+    inputs.qkv[0, token, 0] = -torch.inf
+    inputs.qkv[0, :, case.channels] = 1
+    with gk.use_backend("reference"):
+        expected = run(inputs)
+    actual = emulate(inputs)
+    assert actual["out"][0, token, : case.head_dim].isnan().all()
+    assert torch.equal(actual["out"].isnan(), expected["out"].isnan())
+    # Gradients of its window show it, and none beyond its group.
+    gradient, part = actual["grad_qkv"].isnan(), inputs.part
+    window = part.token_index[part.window_id == part.window_id[0, 0, 0]].long()
+    assert gradient[0, window, case.channels : case.channels + case.head_dim].all()
+    assert not gradient[0, part.token_index[0, 1:][part.token_index[0, 1:] >= 0].long()].any()
+    assert not gradient[1:].any()
+    assert torch.equal(actual["grad_table"].isnan().any(0), expected["grad_table"].isnan().any(0))
+    grouped = emulate(inputs, Launch(gathered=True))
+    padding = (inputs.part.window_id[0] < 0).flatten()
+    assert (grouped["out"][0, padding] == 0).all()
+
+
 @pytest.mark.parametrize("per_image", [False, True])
 def test_many_partial_sums_of_the_table(per_image):
     """128 programs and more: they are added in runs, and then these."""

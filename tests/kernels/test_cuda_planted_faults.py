@@ -18,6 +18,8 @@ from greenmim_kernels.testing import Case, assert_within_budget, make_inputs, ru
 CASE = Case(image_size=(96, 64), batch=3, num_heads=1, shifted=True, dtype=torch.bfloat16)
 LONG_CASE = Case(image_size=(64, 96), stage=1, window_size=14, batch=2, num_heads=1,
                  mask_ratio=0.5, dtype=torch.bfloat16)  # fmt: skip
+GROUPS_CASE = Case(image_size=(96, 64), window_size=5, shifted=True, num_heads=1, mask_ratio=0.4,
+                   group_size=29, dtype=torch.bfloat16)  # fmt: skip
 MANY_CASE = Case(stage=3, batch=64, num_heads=1, per_image=True, dtype=torch.bfloat16)
 ONLY = ("ONLY_HEAD_DIM=32", "ONLY_ELEMENT=1")
 
@@ -38,6 +40,7 @@ def selftest(name: str, kind: str = "plain", order: int = 0):
         ("copies-never-waited-for", 0, "before it waited for its cp.async"),
         ("misaligned-copy", 0, "no multiples"),
         ("misaligned-ldmatrix", 0, "no multiple of 16"),
+        ("same-banks", 0, "in the same banks"),
     ],
 )
 def test_a_broken_rule_stops_the_program(name, order, message):
@@ -125,7 +128,7 @@ FAULTS = {
     "long backward: no barrier after the wait": (LONG, TOP, "", "thread", LONG_CASE),
     "forward: bias made before the table is there": (
         FORWARD,
-        "    __syncthreads();  // the table is there\n",
+        "  if constexpr (!kLong) __syncthreads();  // the table is there\n",
         "",
         "thread",
         CASE,
@@ -146,22 +149,22 @@ FAULTS = {
     ),
     "backward: no barrier before the table": (
         BACKWARD,
-        "  __syncthreads();  // nobody reads tiles or bias any more\n",
+        "  __syncthreads();  // nobody reads tiles or probabilities any more\n",
         "",
         "thread",
         CASE,
     ),
     "results read by other lanes without a barrier": (
-        "slots.cuh",
-        "  __syncwarp();\n  constexpr int kPiece",
-        "  constexpr int kPiece",
+        FORWARD,
+        "own_rows);\n      __syncwarp();\n",
+        "own_rows);\n",
         "thread",
         CASE,
     ),
     "rows of the table added without a barrier": (
         "slots.cuh",
-        "    __syncwarp();\n  }\n}\n\n// The sum of the warps' copies",
-        "  }\n}\n\n// The sum of the warps' copies",
+        "    __syncwarp();\n  }\n}\n\n// The sum of the block's copies",
+        "  }\n}\n\n// The sum of the block's copies",
         "thread",
         CASE,
     ),
@@ -181,36 +184,36 @@ FAULTS = {
     ),
     "the table read one beyond its end": (
         "slots.cuh",
-        "i < a.table_rows(); i += int(blockDim.x))\n      table[i]",
-        "i <= a.table_rows(); i += int(blockDim.x))\n      table[i]",
+        "i < a.table_rows(); i += int(blockDim.x))\n        copy_async_4",
+        "i <= a.table_rows(); i += int(blockDim.x))\n        copy_async_4",
         "address",
         CASE,
     ),
     "lse written one beyond its row": (
         FORWARD,
-        "* a.rows + to] =",
-        "* a.rows + to + 1] =",
+        "lse[to] =",
+        "lse[to + 1] =",
         "address",
         CASE,
     ),
     "the staging strip of the next warp": (
         LONG,
-        "memory.staging + warp * kStrip",
-        "memory.staging + (warp + 1) * kStrip",
+        "return staging + warp * kStrip",
+        "return staging + (warp + 1) * kStrip",
         "plain",
         LONG_CASE,
     ),
     "a fragment of the right operand from the wrong half": (
         "products.cuh",
-        "(lane % 8 + lane / 16 * 8) * kStride<T, D> + lane / 8 % 2 * 8",
-        "(lane % 8 + lane / 8 % 2 * 8) * kStride<T, D> + lane / 16 * 8",
+        "Row::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)",
+        "Row::offset(lane % 8 + lane / 8 % 2 * 8, lane / 16)",
         "plain",
         CASE,
     ),
     "a transposed fragment that is not": (
         "products.cuh",
-        "load_matrices<true>(a, p",
-        "load_matrices<false>(a, p",
+        "load_matrices<true>(\n        a, shared_address(p",
+        "load_matrices<false>(\n        a, shared_address(p",
         "plain",
         CASE,
     ),
@@ -235,10 +238,38 @@ FAULTS = {
         "plain",
         MANY_CASE,
     ),
+    "pieces of a row copied to the places of another": (
+        "slots.cuh",
+        "copy_async_16(tile + t * tile_step + Row::offset(slot + i * step, piece)",
+        "copy_async_16(tile + t * tile_step + Row::offset(slot + i * step + 2, piece)",
+        "plain",
+        CASE,
+    ),
+    "the last group with tokens not counted": (
+        "slots.cuh",
+        "filled = first + 32 - __clz",
+        "filled = first + 31 - __clz",
+        "plain",
+        GROUPS_CASE,
+    ),
+    "a run of images one too short": (
+        "slots.cuh",
+        "(batch + runs - 1) / runs",
+        "batch / runs",
+        "plain",
+        CASE,
+    ),
+    "the table scaled before it is there": (
+        BACKWARD,
+        "  copy_async_wait<1>();\n  memory.slots.finish_table(a);\n",
+        "  memory.slots.finish_table(a);\n",
+        "plain",
+        CASE,
+    ),
     "keys of the next window attended": (
         "slots.cuh",
-        "return query.x == key.x && query.x >= 0;",
-        "return query.x >= 0 && key.x >= 0;",
+        "const bool shared = query.x == key.x;",
+        "const bool shared = query.x >= 0 && key.x >= 0;",
         "plain",
         CASE,
     ),

@@ -561,6 +561,21 @@ def test_a_device_that_is_not_the_current_one(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("argument", [0, 3, 4])
+def test_what_lies_on_another_device_is_refused(argument):
+    """The CUDA kernel would take its address for one of the GPU's, which ends the context."""
+    inputs = make_inputs(Case(), device="cuda")
+    part = inputs.part
+    sizes = (inputs.num_heads, *part.window_size, 0.2)
+    indices = (part.token_index, part.window_id, part.coords)
+    saved = operator("group_window_attention")(inputs.qkv, inputs.table, *indices, *sizes)
+    arguments = [inputs.grad_out, inputs.qkv, inputs.table, *saved, *indices, *sizes, True, True]
+    arguments[argument] = arguments[argument].cpu()
+    with pytest.raises(RuntimeError, match="must be"):
+        operator("group_window_attention_backward")(*arguments)
+
+
+@pytest.mark.gpu
 def test_the_backends_mix():
     """Forward by one, backward by the other: they save the same things."""
     inputs = make_inputs(Case(window_size=14, dtype=torch.bfloat16), device="cuda")

@@ -245,3 +245,23 @@ def test_the_kernel_refuses_a_partition_that_would_leave_its_memory(field, value
     if field == "token_index":
         with gk.use_backend("cpp"), pytest.raises(RuntimeError, match=message):
             gk.group_gather(inputs.qkv, part)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        (0, lambda grad_out: grad_out[:, :-1], "grad_out must be like qkv"),
+        (0, lambda grad_out: grad_out.double(), "grad_out must be like qkv"),
+        (0, lambda grad_out: grad_out.flatten(0, 1)[None], "grad_out must be like qkv"),
+        (4, lambda lse: lse.transpose(1, 2), "lse must be what the forward pass returned"),
+        (4, lambda lse: lse.half(), "lse must be what the forward pass returned"),
+    ],
+)
+def test_the_backward_kernel_refuses_what_does_not_fit(argument, change, message, grouped):
+    """It would read beyond their memory."""
+    name = "block_diagonal_attention" if grouped else "group_window_attention"
+    arguments = list(operator_arguments(f"{name}_backward", make_inputs(Case(stage=3, batch=2))))
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises(RuntimeError, match=message):
+        operator(f"{name}_backward")(*arguments)
