@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import naive_model, step_profile, steps
-from benchmarks.environment import write_json
+from benchmarks.environment import earlier, write_json
 from benchmarks.measure import Rates
 from benchmarks.step_processes import (
     Ended,
@@ -253,12 +253,12 @@ def test_rows_stay_until_they_are_measured_again(tmp_path):
     environment = {"commit": "a", "device": "x"}
     rows = [{"model": "m", "variant": v, "run": 1} for v in ("one", "two")]
     write_json(file, {"environment": environment, "rows": rows})
-    kept = steps.rows_to_keep(file, environment)
+    kept = earlier(file, environment)["rows"]
     steps.put(kept, {"model": "m", "variant": "one", "run": 2})
     steps.put(kept, {"model": "m", "variant": "three", "run": 2})
     assert [(row["variant"], row["run"]) for row in kept] == [("one", 2), ("two", 1), ("three", 2)]
-    assert steps.rows_to_keep(file, {**environment, "commit": "b"}) == []
-    assert steps.rows_to_keep(tmp_path / "none.json", environment) == []
+    assert earlier(file, {**environment, "commit": "b"}) == {}
+    assert earlier(tmp_path / "none.json", environment) == {}
 
 
 def test_the_variants_of_a_gpu_are_all_there():
