@@ -132,18 +132,20 @@ FIRST = (
 )  # fmt: skip
 SECOND = (
     *BUILDS,
-    Part("warm", ("-m", "benchmarks.warm", "tune"), 50, ("partition",), nice=True),
-    Part("sanitizer-cuda", (*PYTEST, PROGRAMS, "-k", "sanitizer and not triton"), 50,
+    Part("warm", ("-m", "benchmarks.warm", "tune"), 65, ("partition",), nice=True),
+    Part("sanitizer-cuda", (*PYTEST, PROGRAMS, "-k", "sanitizer and not triton"), 65,
          ("partition",), nice=True),
-    Part("sanitizer-triton", (*PYTEST, PROGRAMS, "-k", "sanitizer and triton"), 50,
+    Part("sanitizer-triton", (*PYTEST, PROGRAMS, "-k", "sanitizer and triton"), 65,
          ("partition",), nice=True),
     # Triton's alone, so it need not wait for the build.
-    Part("tune", ("-m", "benchmarks.tune", "--only=-32-16bit"), 60,
+    Part("tune", ("-m", "benchmarks.tune", "--only=-32-16bit"), 50,
          ("warm", "sanitizer-cuda", "sanitizer-triton")),
     Part("model", (*PYTEST, *WORKERS, "-m", "gpu", "tests/model"), 40, (*BUILT, "tune")),
-    Part("choose", ("-m", "benchmarks.choose"), 30, ("model",)),
+    # Of the launches that were chosen.
+    stress("triton", 40, (*BUILT, "tune")),
+    Part("choose", ("-m", "benchmarks.choose"), 30, ("model", "stress-triton")),
     # The one that is compiled comes last.
-    Part("steps", (*STEPS, "base-224", "--variant", "naive", "simmim", "cuda-graphed"), 80,
+    Part("steps", (*STEPS, "base-224", "--variant", "naive", "simmim", "cuda-graphed"), 75,
          ("choose",)),
     Part("counters", ("-m", "benchmarks.counters"), 20, ("steps",)),
     Part("steps-512", (*STEPS, "base-512", "--variant", UNCOMPILED, "naive"), 30, ("counters",)),

@@ -1,7 +1,8 @@
 """Fill the compilers' caches on all cores, before what is compiled is timed one after the other.
 
     python -m benchmarks.warm table    # what `--selection table` of the operators compiles
-    python -m benchmarks.warm tune     # the candidates of benchmarks.tune for Swin's classes
+    python -m benchmarks.warm tune     # the candidates of benchmarks.tune for Swin's classes, and
+                                       # the other classes as they are, which benchmarks.choose runs
 
 Each entry runs once, as it will be run: the caches' keys (source, constants, what the launcher
 finds in the arguments, options, versions) are then those that are asked for later.
@@ -50,14 +51,13 @@ def run_of_table(number: int, name: str) -> None:
 
 
 def jobs_of_tune() -> list[tuple]:
-    """A class and the candidates of its that are one after the other compiled anew."""
-    names = (name for name in launch.launch_table() if name.endswith("-32-16bit"))
+    """A class and the number of a candidate, of those that are compiled to the same the first."""
     found = []
-    for name in tune.ordered(names):
-        for number, candidate in enumerate(candidates := tune.candidates(name)):
-            compiled = (candidate.warps, candidate.stages, candidate.block)
-            if compiled not in {(c.warps, c.stages, c.block) for c in candidates[:number]}:
-                found.append((name, number))
+    for name in tune.ordered(launch.launch_table()):
+        candidates = tune.candidates(name)
+        compiled = [(c.warps, c.stages, c.block) for c in candidates]
+        anew = [number for number, one in enumerate(compiled) if compiled.index(one) == number]
+        found += [(name, number) for number in (anew if name.endswith("-32-16bit") else [0])]
     return found
 
 

@@ -36,7 +36,7 @@ if triton_interprets():
 REPEATS = 100
 HEADS = {32: 4, 64: 2, 16: 8}  # of 128 channels, by head dim
 CLASSES = [
-    Case(window_size=window, head_dim=head_dim, num_heads=heads, batch=64, shifted=True,
+    Case(window_size=window, head_dim=head_dim, num_heads=heads, batch=32, shifted=True,
          per_image=per_image, capacity=True, dtype=torch.bfloat16)
     for per_image in (False, True)
     for head_dim, heads in HEADS.items()
