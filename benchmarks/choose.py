@@ -12,8 +12,10 @@ differ, is left as it was.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -65,11 +67,11 @@ def milliseconds(call: Callable[[], object]) -> float:
     return measure_graph(call).median * 1e3
 
 
-def measure(name: str, batch: int, time: Callable[[Callable], float]) -> dict:
+def measure(name: str, batch: int, clock: Callable[[Callable], float]) -> dict:
     """Median milliseconds of each backend, taken in turn, and the faster one.
 
     Args:
-        time: milliseconds of one call of a function.
+        clock: milliseconds of one call of a function.
 
     Raises:
         RuntimeError: the two disagree.
@@ -81,7 +83,7 @@ def measure(name: str, batch: int, time: Callable[[Callable], float]) -> dict:
         for backend in BACKENDS:
             with gk.use_backend(backend):
                 results[backend] = work()
-                times[backend].append(time(work))
+                times[backend].append(clock(work))
     for key, value in results["cuda"].items():
         if (error := relative_error(value, results["triton"][key])) > 2e-2:
             raise RuntimeError(f"{name}: cuda and triton differ in {key} by {error:.1e}")
@@ -93,8 +95,12 @@ def measure(name: str, batch: int, time: Callable[[Callable], float]) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no class after these"
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure nothing")
     options = parser.parse_args(argv)
+    until = time.monotonic() + 60 * options.minutes
     names = sorted(automatic.choices(), key=lambda name: not name.endswith(FIRST))
     if options.dry_run:
         print("\n".join(names))
@@ -111,6 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = dict(table["classes"]) if table["device"] == device else {}
     failed = False
     for name in names:
+        if time.monotonic() > until:
+            print(f"{name:<28}not reached", flush=True)
+            continue
         try:
             rows[name] = chosen[name] = measure(name, options.batch, milliseconds)
         except Exception as error:  # a kernel's, a compiler's, or the two differ

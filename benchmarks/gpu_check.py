@@ -138,12 +138,13 @@ SECOND = (
     Part("sanitizer-triton", (*PYTEST, PROGRAMS, "-k", "sanitizer and triton"), 65,
          ("partition",), nice=True),
     # Triton's alone, so it need not wait for the build.
-    Part("tune", ("-m", "benchmarks.tune", "--only=-32-16bit"), 50,
+    Part("tune", ("-m", "benchmarks.tune", "--only=-32-16bit", "--minutes", "{minutes}"), 50,
          ("warm", "sanitizer-cuda", "sanitizer-triton")),
     Part("model", (*PYTEST, *WORKERS, "-m", "gpu", "tests/model"), 40, (*BUILT, "tune")),
     # Of the launches that were chosen.
     stress("triton", 40, (*BUILT, "tune")),
-    Part("choose", ("-m", "benchmarks.choose"), 30, ("model", "stress-triton")),
+    Part("choose", ("-m", "benchmarks.choose", "--minutes", "{minutes}"), 30,
+         ("model", "stress-triton")),
     # The one that is compiled comes last.
     Part("steps", (*STEPS, "base-224", "--variant", "naive", "simmim", "cuda-graphed"), 75,
          ("choose",)),
@@ -197,12 +198,13 @@ def _hear(process: subprocess.Popen, seconds: float) -> tuple[str, bool]:
     try:
         return process.communicate(timeout=seconds)[0], False
     except subprocess.TimeoutExpired:
-        _signal(process, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=GRACE)
-    # What it started may not have heard, and would share the GPU with others.
-    _signal(process, signal.SIGKILL)
-    return process.communicate()[0], True
+        said = ""
+    # What it started may not hear the first, and would share the GPU with others.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        _signal(process, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = process.communicate(timeout=GRACE)[0]
+    return said, True
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import sys
+import time
 from collections.abc import Iterable
 
 import torch
@@ -118,8 +120,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of a class's name")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no class after these"
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure nothing")
     options = parser.parse_args(argv)
+    until = time.monotonic() + 60 * options.minutes
     names = ordered(name for name in launch.launch_table() if options.only in name)
     if options.dry_run:
         for name in names:
@@ -136,6 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     best = launch.launch_table()
     failed = False
     for name in names:
+        if time.monotonic() > until:
+            print(f"{name:<28}not reached", flush=True)
+            continue
         try:
             results[name] = rows = tune(name, options.batch)
         except Exception as error:  # the shipped launch itself fails

@@ -51,13 +51,16 @@ def run_of_table(number: int, name: str) -> None:
 
 
 def jobs_of_tune() -> list[tuple]:
-    """A class and the number of a candidate, of those that are compiled to the same the first."""
+    """A class and the numbers of candidates that share what is compiled: no two processes compile
+    the same."""
     found = []
     for name in tune.ordered(launch.launch_table()):
-        candidates = tune.candidates(name)
-        compiled = [(c.warps, c.stages, c.block) for c in candidates]
-        anew = [number for number, one in enumerate(compiled) if compiled.index(one) == number]
-        found += [(name, number) for number in (anew if name.endswith("-32-16bit") else [0])]
+        groups: dict[tuple, tuple] = {}
+        for number, one in enumerate(tune.candidates(name)):
+            key = (one.warps, one.stages, one.block)
+            groups[key] = (*groups.get(key, ()), number)
+        searched = name.endswith("-32-16bit")
+        found += [(name, *numbers) for numbers in (groups.values() if searched else [(0,)])]
     return found
 
 
@@ -66,12 +69,14 @@ def _problem(name: str):
     return tune.problem_of(name, 128)
 
 
-def run_of_tune(name: str, number: int) -> None:
+def run_of_tune(name: str, *numbers: int) -> None:
     table = launch.launch_table()
-    shipped = table[name]
+    shipped, candidates = table[name], tune.candidates(name)
+    run = tune.runner(name, _problem(name))
     try:
-        table[name] = tune.candidates(name)[number]
-        tune.runner(name, _problem(name))()
+        for number in numbers:
+            table[name] = candidates[number]
+            run()
     finally:
         table[name] = shipped
 

@@ -95,5 +95,7 @@ def test_compute_sanitizer_finds_nothing_in_triton_s_kernels(monkeypatch):
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     command = [sys.executable, "-c", TRITON]
     subprocess.run(command, check=True)  # compiled once, before all tools ask for it
+    # PyTorch asks the driver for what it may not have, which is no error of a kernel.
+    quiet = ["--report-api-errors", "no", *command]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda tool: sanitized(tool, command), TOOLS[:2]))
+        list(pool.map(lambda tool: sanitized(tool, quiet), TOOLS[:2]))

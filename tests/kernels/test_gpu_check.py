@@ -54,6 +54,13 @@ def test_a_part_that_has_nothing_to_do_says_why():
     assert states(checked(SKIPPING)) == {"skipping": "skipped: no tool"}
 
 
+def test_a_part_waits_for_those_before_it(tmp_path):
+    file = str(tmp_path / "made")
+    slow = Part("slow", ("-c", f"import time; time.sleep(2); open({file!r}, 'w')"), 30)
+    reader = Part("reader", ("-c", f"open({file!r})"), 30)
+    assert states(checked(slow, after(reader, slow)))["reader"] == "passed"
+
+
 def test_parts_that_do_not_wait_for_each_other_run_at_the_same_time():
     sleep = ("-c", "import time; time.sleep(3)")
     parts = [Part(name, sleep, 30) for name in ("a", "b", "c")]
@@ -160,13 +167,14 @@ def test_all_parts_fit_into_their_call(call):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_what_measures_runs_alone(call):
-    times = gpu_check.plan(gpu_check.parts_of(call, {"warm": {"state": "failed"}}))
-    builds = {part.name for part in gpu_check.BUILDS}  # no time of a GPU's
-    for name in {"operators", "steps", "tune", "choose", "counters", "steps-512"} & set(times):
-        begin, finish = times[name]
-        for other, (start, end) in times.items():
-            if other != name and other not in builds:
-                assert end <= begin or finish <= start, (name, other)
+    parts = gpu_check.parts_of(call, {"warm": {"state": "failed"}})
+    before: dict[str, set[str]] = {}  # a part: all that it waits for, also through others
+    for part in parts:
+        before[part.name] = set(part.after).union(*(before[name] for name in part.after))
+    others = set(before) - {part.name for part in gpu_check.BUILDS}  # those need no GPU
+    for name in {"operators", "steps", "tune", "choose", "counters", "steps-512"} & others:
+        for other in others - {name}:
+            assert other in before[name] or name in before[other], (name, other)
 
 
 def test_the_second_call_repeats_what_failed_in_the_first():
@@ -330,6 +338,12 @@ def killed_half_way(tmp_path: pathlib.Path, arguments: tuple[str, ...], file: st
 
 def on_a_gpu(tmp_path: pathlib.Path, code: str) -> tuple[str, str]:
     return "-c", AS_ON_A_GPU.format(folder=str(tmp_path)) + code
+
+
+def test_no_class_is_begun_when_the_time_is_over(tmp_path):
+    arguments = on_a_gpu(tmp_path, CHOOSE.replace("main([])", "main(['--minutes', '0'])"))
+    row = gpu_check.run_part(Part("choose", arguments, 60), 60)
+    assert row["state"] == "passed" and row["said"][0].endswith("not reached")
 
 
 def test_choose_keeps_the_classes_done(tmp_path):
