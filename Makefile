@@ -6,7 +6,8 @@
 #
 # and, on a machine with an NVIDIA GPU,
 #
-#   make gpu-check    run there what only a GPU can tell; results in benchmarks/results
+#   make gpu-check         five minutes: build, are the kernels right, a first table of their times
+#   make gpu-check-more    six more: what failed, tuning, steps, counters, sanitizers
 #
 # Both set up a virtual environment first. Variables:
 #
@@ -16,7 +17,7 @@
 #   TORCH="torch torchvision"   what to install as torch (default: the versions this is tested with)
 #   PIP_ARGS=           more arguments for pip when it installs torch, such as an index of CPU builds
 #   OUT=runs/demo       where the demo writes
-#   ARGS=               more arguments for pytest, the demo or the benchmark
+#   ARGS=               more arguments for pytest, the demo, the benchmark or gpu-check (--dry-run)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,7 +37,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test bench gpu-check lint clean
+.PHONY: help demo test bench gpu-check gpu-check-more lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -67,7 +68,10 @@ bench: $(READY)
 	$(RUN) -m benchmarks.report
 
 gpu-check: $(READY)
-	$(RUN) -m benchmarks.gpu_check
+	$(RUN) -m benchmarks.gpu_check first $(ARGS)
+
+gpu-check-more: $(READY)
+	$(RUN) -m benchmarks.gpu_check second $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m pip install --quiet ruff

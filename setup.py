@@ -1,6 +1,7 @@
 """Build of the compiled modules; everything else about the package is in pyproject.toml.
 
-Switches (environment): USE_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, DEBUG=0|1.
+Switches (environment): USE_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, DEBUG=0|1,
+MODULES (the names of those to build, such as "_partition"; all if empty).
 
 - greenmim_kernels._partition: the planner, over NumPy (pybind11).
 - greenmim_kernels._C: CPU operators, on libtorch's stable ABI.
@@ -196,6 +197,8 @@ def main() -> None:
                 depends=headers(),
             )
         )
+    if wanted := os.environ.get("MODULES", "").split():
+        modules = [module for module in modules if module.name.split(".")[-1] in wanted]
     setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
 
 

@@ -1,7 +1,8 @@
 """Which problems are measured: studies of Swin's attention layers, in selections of three lengths.
 
 A study varies one thing. "short" is what `make bench` runs, "default" what a GPU runs in minutes,
-"full" the whole product, "tiny" everything at sizes that only try the code.
+"full" the whole product, "tiny" everything at sizes that only try the code, "table" the layers of
+Swin-B with the few peers that a first look at a GPU needs.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import torch
 
 from greenmim_kernels.testing import Case
 
-from .peers import COPIES, OPERATORS, PEERS, Peer
+from .peers import COPIES, FLEX, OPERATORS, PEERS, Peer
 from .traffic import PASSES
 
 # Channels at stage 1 over head dim 32; doubled at every stage.
 HEADS = {"swin-t": 3, "swin-b": 4, "swin-l": 6}
-SELECTIONS = ("short", "default", "full", "tiny")
+SELECTIONS = ("short", "default", "full", "tiny", "table")
 # One pass over stage 1 of Swin-B takes milliseconds on a GPU at the one, on a CPU at the other.
 BATCH = {"cuda": 128, "cpu": 8}
 FUSED = "group_window_attention"
+STAGES = (1, 2, 3, 4)
 OURS = ("greenmim-cpp", "greenmim-cuda", "greenmim-triton")
 
 
@@ -42,7 +44,11 @@ class Problem:
 
 def peers_of(operator: str, device: str, names: tuple[str, ...] = ()) -> tuple[Peer, ...]:
     """The peers of an operator that are meant for a device, ours first; those named if any are."""
-    elsewhere = ("greenmim-cpp",) if device == "cuda" else ("greenmim-cuda", "greenmim-triton")
+    elsewhere = {
+        "cuda": ("greenmim-cpp",),
+        # Of FlexAttention's blocks a CPU takes one: it compiles for minutes.
+        "cpu": ("greenmim-cuda", "greenmim-triton", *FLEX[:-1]),
+    }[device]
     return tuple(
         peer
         for peer in PEERS
@@ -76,6 +82,8 @@ def select(selection: str, device: str, batch: int | None = None) -> list[Proble
     dtype = torch.float32 if selection == "short" and device == "cpu" else torch.bfloat16
     if selection == "full":
         return _full(device, batch)
+    if selection == "table":
+        return _table(device, batch, dtype)
     problems = [
         *_stages(device, batch, dtype),
         *_operators(device, batch, dtype),
@@ -104,9 +112,27 @@ def _problem(study: str, device: str, case: Case, model: str = "swin-b", **rest)
 
 def _stages(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
     """The layers of Swin-B at 224 px with everybody beside them."""
-    cases = [swin("swin-b", stage, batch, dtype=dtype) for stage in (1, 2, 3, 4)]
+    cases = [swin("swin-b", stage, batch, dtype=dtype) for stage in STAGES]
     cases.insert(1, dataclasses.replace(cases[0], shifted=True))
-    return [_problem("stages", device, case) for case in cases]
+    problems = [_problem("stages", device, case) for case in cases]
+    return problems + _as_trained(device, batch, dtype)
+
+
+def _as_trained(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
+    """The same on partitions with capacity; the others of the peers do not see empty groups."""
+    return [
+        _problem("stages", device, swin("swin-b", stage, batch, dtype=dtype, capacity=True),
+                 names=(*OURS, "naive"))
+        for stage in STAGES
+    ]  # fmt: skip
+
+
+def _table(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
+    """What is known in two minutes: ours and naive first, then FlexAttention, which compiles."""
+    exact = [swin("swin-b", stage, batch, dtype=dtype) for stage in STAGES]
+    ours = [_problem("stages", device, case, names=(*OURS, "naive")) for case in exact]
+    flex = [_problem("stages", device, case, names=FLEX) for case in exact]
+    return ours + _as_trained(device, batch, dtype) + flex
 
 
 def _operators(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:

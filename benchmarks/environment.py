@@ -70,15 +70,18 @@ def describe(threads: int, device: str = "cpu") -> dict:
         threads: of the CPU.
         device: what is measured, "cpu" or a CUDA device.
     """
-    from greenmim_kernels.backends import cpu_capability
+    capability = None
+    with contextlib.suppress(ImportError, RuntimeError):  # not built yet
+        from greenmim_kernels.backends import cpu_capability
 
+        capability = cpu_capability()
     is_cuda = torch.device(device).type == "cuda"
     # Result files themselves do not make the code another one.
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "device": torch.cuda.get_device_name(device) if is_cuda else processor(),
         "driver": driver() if is_cuda else None,
-        "cpu_capability": cpu_capability(),
+        "cpu_capability": capability,
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -116,6 +119,14 @@ def changed_since(commit: str | None, paths: tuple[str, ...] = MEASURED_CODE) ->
 def folder_of(device: str) -> pathlib.Path:
     """benchmarks/results/<device>, in letters every file system takes."""
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def earlier(file: pathlib.Path, environment: dict) -> dict:
+    """What a result file holds of the same code in the same place; nothing else counts."""
+    if not file.exists():
+        return {}
+    content = json.loads(file.read_text())
+    return content if content["environment"] == environment else {}
 
 
 def write_json(file: pathlib.Path, content: dict) -> None:

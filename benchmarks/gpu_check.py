@@ -1,34 +1,56 @@
-"""Everything that only a GPU can tell, in one command: make gpu-check.
+"""Everything that only a GPU can tell, in two commands of five and six minutes.
 
-Parts run in order of worth, each in a process of its own: first whether the kernels are right,
-then what they cost. What a part wrote is kept, and the table of parts is written anew after each,
-so that a run cut short leaves what it had. Where the compiled modules do not work with this GPU and
-interpreter they are built for it first. It needs no network and nothing but torch, triton, timm,
-pytest-benchmark and the CUDA toolkit. Without a GPU the parts are listed and those that need none
-run.
+    make gpu-check         # build; are the kernels right; a first table of what they cost
+    make gpu-check-more    # what failed then; tune, choose; steps, counters, sanitizers
 
-    GPU_CHECK_PARTS=conformance,tests make gpu-check    # only these
-    GPU_CHECK_MINUTES=20 make gpu-check                 # nine if not given; what does not fit is
-                                                        # left out, and said
-    OUT=somewhere make gpu-check                        # also copy the results there
+A part is a process, started when those that it waits for have ended, however they ended. Those that
+measure nothing run beside each other and beside the build; those that measure run alone. A part may
+run until the moment at which it would end if all took their time; then it gets SIGTERM, and SIGKILL
+ten seconds later. What it had written stays, and the table of parts is written anew after each. It
+needs no network and nothing but torch, triton, timm, pytest-benchmark, hypothesis and the CUDA
+toolkit; pytest-xdist is used where it is there.
+
+    make gpu-check ARGS=--dry-run              # what would run, and for how long
+    GPU_CHECK_PARTS=stress-triton make gpu-check   # only these
+    GPU_CHECK_MINUTES=20 make gpu-check        # more time for each part; what does not fit into
+                                               # less than five and six is left out, and said
+    OUT=somewhere make gpu-check               # the results there as well, in two files
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import importlib.util
+import json
 import os
 import pathlib
-import shutil
+import re
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from .environment import ROOT, describe, folder_of, write_json
+from . import tables
+from .environment import RESULTS, ROOT, describe, folder_of, write_json
 
-PYTEST = ("-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider")
+GRACE = 10.0  # seconds from SIGTERM to SIGKILL
+START = 10.0  # seconds until the first part starts, and for the last lines
+# Exit code of a part that had nothing to do, for the reason in its last line.
+SKIPPED_CODE = 77
+PASSED, FAILED, SKIPPED, NOT_REACHED = "passed", "failed", "skipped", "not reached"
+# Files that parts change beside their results.
+WRITTEN = (
+    "greenmim_kernels/automatic_table.json",
+    "greenmim_kernels/_triton/launch_table.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,154 +58,346 @@ class Part:
     """A command of the interpreter.
 
     Attributes:
-        seconds: the most it may take.
+        arguments: "{seconds}" and "{minutes}" in them are what it may take but for imports.
+        seconds: the most it may take, where those before it took theirs.
+        after: those that it waits for.
         needs_gpu: it does nothing without one.
-        reserved: seconds that those before it leave to it.
+        variables: of its environment.
+        nice: it leaves the processor to others, the build, where both want it.
     """
 
     name: str
     arguments: tuple[str, ...]
     seconds: int
+    after: tuple[str, ...] = ()
     needs_gpu: bool = True
-    reserved: int = 0
+    variables: tuple[tuple[str, str], ...] = ()
+    nice: bool = False
 
 
+IMPORTS = 15  # seconds of a part that are for imports and its end
+PYTEST = ("-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider")
+WORKERS = ("-n", "6") if importlib.util.find_spec("xdist") else ()
 REPORT = "from greenmim.tools.doctor import report; print(report())"
-ON_GPU = "tests/kernels/test_cuda_on_gpu.py"
-PARTS = (
-    Part("environment", ("-c", REPORT), 60, needs_gpu=False),
-    Part("conformance", (*PYTEST, ON_GPU, "-k", "primitive or emulation"), 120),
-    Part("tests", (*PYTEST, "-m", "gpu", "tests/kernels/test_gpu_kernels.py"), 240),
-    # The first problem alone is the one of the aims; energy is counted there.
-    Part(
-        "steps",
-        ("-m", "benchmarks.steps", "--problem", "base-224", "--minutes", "3"),
-        300,
-        reserved=240,
-    ),
-    Part("operators", (*PYTEST, "benchmarks", "--selection", "default", "--minutes", "2"), 180),
-    Part("model", (*PYTEST, "-m", "gpu", "tests/model"), 180),
-    Part("sanitizer", (*PYTEST, ON_GPU, "-k", "sanitizer"), 120),
-    Part("choose", ("-m", "benchmarks.choose"), 120),
-    Part("tune", ("-m", "benchmarks.tune"), 300),
-    Part("more-steps", ("-m", "benchmarks.steps", "--others", "--minutes", "8"), 600),
-    Part("emulator", (*PYTEST, "tests/kernels/test_cuda_emulated.py", "-x"), 180, needs_gpu=False),
+KERNELS = "tests/kernels/test_gpu_kernels.py"
+PROGRAMS = "tests/kernels/test_cuda_on_gpu.py"
+STEPS = ("-m", "benchmarks.steps", "--minutes", "{minutes}", "--problem")
+UNCOMPILED = "cuda-graphed, not compiled"
+
+
+def build(name: str, module: str, seconds: int) -> Part:
+    """A compiled module, in a folder of its own so that all are built at the same time."""
+    return Part(
+        name,
+        ("setup.py", "build_ext", "--inplace", "--build-temp", f"build/{module}"),
+        seconds,
+        variables=(("MODULES", module), ("USE_CUDA", "auto" if module == "_C_cuda" else "0")),
+    )
+
+
+def stress(backend: str, seconds: int, after: tuple[str, ...]) -> Part:
+    arguments = ("-m", "tests.kernels.stress", "--backend", backend, "--seconds", "{seconds}")
+    return Part(f"stress-{backend}", arguments, seconds, after, nice=True)
+
+
+BUILDS = (
+    # Nothing of ours can be imported without it.
+    build("partition", "_partition", 30),
+    build("build-cuda", "_C_cuda", 120),
+    build("build-cpu", "_C", 110),
 )
-BUILD = Part("build", ("setup.py", "build_ext", "--inplace"), 300, needs_gpu=False)
-USABLE = """
-from greenmim_kernels import available_backends
-found = available_backends()
-raise SystemExit(found["cuda"] or found["cpp"] or 0)
-"""
-TRY = Part("try", ("-c", USABLE), 60, needs_gpu=False)
-PASSED, FAILED, NOT_REACHED = "passed", "failed", "not reached"
+BUILT = ("partition", "build-cuda", "build-cpu")
+FIRST = (
+    *BUILDS,
+    # Triton needs no build: its checks run meanwhile, and compile what comes later.
+    stress("triton", 60, ("partition",)),
+    Part("conformance", (*PYTEST, PROGRAMS, "-k", "primitive or emulation"), 90, ("partition",),
+         nice=True),
+    Part("tests-triton", (*PYTEST, *WORKERS, "-m", "gpu", KERNELS, "-k", "triton"), 90,
+         ("partition",), nice=True),
+    Part("warm", ("-m", "benchmarks.warm", "table"), 90, ("partition",), nice=True),
+    Part("environment", ("-c", REPORT), 30, BUILT, needs_gpu=False),
+    stress("cuda", 45, BUILT),
+    Part("tests-cuda", (*PYTEST, *WORKERS, "-m", "gpu", KERNELS, "-k", "not triton"), 45,
+         (*BUILT, "tests-triton")),
+    Part(
+        "operators",
+        (*PYTEST, "benchmarks", "--selection", "table", "--minutes", "{minutes}"),
+        70,
+        (*BUILT, "stress-triton", "conformance", "tests-triton", "warm", "environment",
+         "stress-cuda", "tests-cuda"),
+    ),
+    Part("steps", (*STEPS, "base-224", "--variant", "naive", "cuda", UNCOMPILED), 45,
+         ("operators",)),
+)  # fmt: skip
+SECOND = (
+    *BUILDS,
+    Part("warm", ("-m", "benchmarks.warm", "tune"), 65, ("partition",), nice=True),
+    Part("sanitizer-cuda", (*PYTEST, PROGRAMS, "-k", "sanitizer and not triton"), 65,
+         ("partition",), nice=True),
+    Part("sanitizer-triton", (*PYTEST, PROGRAMS, "-k", "sanitizer and triton"), 65,
+         ("partition",), nice=True),
+    # Triton's alone, so it need not wait for the build.
+    Part("tune", ("-m", "benchmarks.tune", "--only=-32-16bit", "--minutes", "{minutes}"), 50,
+         ("warm", "sanitizer-cuda", "sanitizer-triton")),
+    Part("model", (*PYTEST, *WORKERS, "-m", "gpu", "tests/model"), 40, (*BUILT, "tune")),
+    # Of the launches that were chosen.
+    stress("triton", 40, (*BUILT, "tune")),
+    Part("choose", ("-m", "benchmarks.choose", "--minutes", "{minutes}"), 30,
+         ("model", "stress-triton")),
+    # The one that is compiled comes last.
+    Part("steps", (*STEPS, "base-224", "--variant", "naive", "simmim", "cuda-graphed"), 75,
+         ("choose",)),
+    Part("counters", ("-m", "benchmarks.counters"), 20, ("steps",)),
+    Part("steps-512", (*STEPS, "base-512", "--variant", UNCOMPILED, "naive"), 30, ("counters",)),
+)  # fmt: skip
+CALLS = {"first": (FIRST, 5.0), "second": (SECOND, 6.0)}
+
+
+_running: set[subprocess.Popen] = set()
 
 
 def run_part(part: Part, seconds: float, **variables: str) -> dict:
     """Run one part for so long at most; how it ended and the end of what it said."""
     start = time.monotonic()
+    inner = max(1.0, seconds - IMPORTS)
+    arguments = [text.replace("{seconds}", f"{inner:.0f}").replace("{minutes}", f"{inner / 60:.2f}")
+                 for text in part.arguments]  # fmt: skip
+    # In a group that can be ended whole; not in a session of its own, which would outlive a caller.
+    group = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
     process = subprocess.Popen(
-        [sys.executable, *part.arguments],
+        [*(("nice",) if part.nice else ()), sys.executable, *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, **variables},
-        start_new_session=True,
+        env={**variables, **os.environ, **dict(part.variables)},
+        **group,
     )
+    _running.add(process)
     try:
-        said, _ = process.communicate(timeout=max(1.0, min(seconds, part.seconds)))
-        state = PASSED if process.returncode == 0 else FAILED
+        said, late = _hear(process, seconds)
+    finally:
+        _running.discard(process)
+    lines = said.splitlines()
+    state = {0: PASSED, SKIPPED_CODE: f"{SKIPPED}: {lines[-1] if lines else ''}"}
+    row = {
+        "state": f"{FAILED}: ran out of time" if late else state.get(process.returncode, FAILED),
+        "seconds": round(time.monotonic() - start, 1),
+        "said": lines[-40:],
+    }
+    found = re.findall(r"(?:FAILED|ERROR) +(\S+::\S+)|(\S+::\S+) +(?:FAILED|ERROR)", said)
+    if failed := sorted({one or other for one, other in found}):
+        row["failed"] = failed
+    return row
+
+
+def _hear(process: subprocess.Popen, seconds: float) -> tuple[str, bool]:
+    """What it says until its end, and whether it had to be ended, with all that it started."""
+    try:
+        return process.communicate(timeout=seconds)[0], False
     except subprocess.TimeoutExpired:
-        # With what it started, which would share the GPU with the next part.
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        state = f"{FAILED}: ran out of time"
-    taken = round(time.monotonic() - start, 1)
-    return {"state": state, "seconds": taken, "said": said.splitlines()[-40:]}
+        said = ""
+    # What it started may not hear the first, and would share the GPU with others.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        _signal(process, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = process.communicate(timeout=GRACE)[0]
+    return said, True
 
 
-def is_built() -> bool:
-    """Whether the compiled modules work here, tried in a process that can be started anew."""
-    return run_part(TRY, TRY.seconds)["state"] == PASSED
+def _signal(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
-def architecture() -> str:
-    """Of the GPU, as TORCH_CUDA_ARCH_LIST has it."""
-    return ".".join(map(str, torch.cuda.get_device_capability()))
+def check(
+    parts: tuple[Part, ...],
+    minutes: float,
+    has_gpu: bool,
+    save: Callable[[dict], None],
+    stretch: float = 1.0,
+    **variables: str,
+) -> dict[str, dict]:
+    """Run the parts, each after those it waits for, while there is time.
 
-
-def check(parts: tuple[Part, ...], minutes: float, has_gpu: bool, save) -> dict[str, dict]:
-    """Run the parts that fit into the minutes; `save` is called with the table after each."""
-    end = time.monotonic() + 60 * minutes
+    Args:
+        save: called with the table after each.
+        stretch: how many times their seconds the parts may take.
+        variables: of the environment, where it does not have them.
+    """
+    begin = time.monotonic()
+    end = begin + 60 * minutes - GRACE
+    times = plan(parts)
     table = {part.name: {"state": NOT_REACHED} for part in parts}
-    for number, part in enumerate(parts):
-        kept_back = sum(later.reserved for later in parts[number + 1 :])
+    ended = {part.name: threading.Event() for part in parts}
+    lock = threading.Lock()
+
+    def run(part: Part) -> None:
+        for name in part.after:
+            if name in ended:
+                ended[name].wait()
+        left = min(end, begin + stretch * times[part.name][1]) - time.monotonic()
         if part.needs_gpu and not has_gpu:
-            table[part.name] = {"state": f"{NOT_REACHED}: needs a GPU"}
-        elif (left := end - time.monotonic() - kept_back) < 5:
-            table[part.name] = {"state": f"{NOT_REACHED}: no time left"}
+            row = {"state": f"{NOT_REACHED}: needs a GPU"}
+        elif left < min(IMPORTS, part.seconds / 2):
+            row = {"state": f"{NOT_REACHED}: no time left"}
         else:
-            print(f"{part.name} ...", flush=True)
-            table[part.name] = run_part(part, left)
-            if table[part.name]["state"] != PASSED:
-                print("\n".join(table[part.name]["said"]), flush=True)
-        save(table)
+            row = run_part(part, left, **variables)
+        with lock:
+            table[part.name] = row
+            print(f"{part.name:<18}{row['state']}  {row.get('seconds', '')}", flush=True)
+            if row["state"].startswith(FAILED):
+                print("\n".join(row["said"]), flush=True)
+            save(table)
+
+    def run_and_tell(part: Part) -> None:
+        try:
+            run(part)
+        finally:
+            ended[part.name].set()
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        try:
+            list(pool.map(run_and_tell, parts))
+        except BaseException:  # interrupted: it ends what it started, and starts nothing more
+            end = begin
+            for process in list(_running):
+                _signal(process, signal.SIGKILL)
+            raise
     return table
 
 
-def chosen_parts(names: str) -> tuple[Part, ...]:
-    """The parts named, with commas between; all if empty.
+def again(earlier: dict[str, dict]) -> tuple[Part, ...]:
+    """What failed in a first call: of tests those that did, of others the whole part."""
+    found = []
+    for part in FIRST:
+        row = earlier.get(part.name, {})
+        if part in BUILDS or not row.get("state", "").startswith(FAILED):
+            continue
+        arguments = part.arguments
+        if failed := row.get("failed"):
+            arguments = (*PYTEST, *failed)
+        found.append(Part(f"{part.name}-again", arguments, 40, (*BUILT, "tune")))
+    return tuple(found)
+
+
+def parts_of(call: str, earlier: dict[str, dict]) -> tuple[Part, ...]:
+    """The parts of a call; the second has what failed in the first, before anything but tuning."""
+    parts, _ = CALLS[call]
+    if call == "first" or not (repeated := again(earlier)):
+        return parts
+    names = tuple(part.name for part in repeated)
+    at = next(number for number, part in enumerate(parts) if part.name == "choose")
+    after = dataclasses.replace(parts[at], after=(*parts[at].after, *names))
+    return (*parts[:at], *repeated, after, *parts[at + 1 :])
+
+
+def plan(parts: tuple[Part, ...]) -> dict[str, tuple[float, float]]:
+    """From when to when each runs if all take as long as they may."""
+    times: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        start = max((times[name][1] for name in part.after if name in times), default=0.0)
+        times[part.name] = start, start + part.seconds
+    return times
+
+
+def chosen(parts: tuple[Part, ...], names: str) -> tuple[Part, ...]:
+    """The parts named, with commas between, and the modules they wait for; all if empty.
 
     Raises:
         ValueError: a name that is not a part.
     """
     wanted = [name for name in names.split(",") if name]
-    known = {part.name: part for part in PARTS}
+    known = {part.name: part for part in parts}
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(
             f"GPU_CHECK_PARTS names {', '.join(unknown)}; the parts are {', '.join(known)}"
         )
-    return tuple(known[name] for name in wanted) if wanted else PARTS
+    waited_for = {name for part in parts if part.name in wanted for name in part.after}
+    builds = [part for part in BUILDS if part.name in waited_for]
+    return tuple(p for p in parts if p.name in wanted or not wanted or p in builds)
 
 
-def main() -> int:
+def calls_so_far(folder: pathlib.Path) -> dict[str, dict]:
+    """The tables of earlier calls on this device, else on any: a fault is one elsewhere too."""
+    for file in (folder / "gpu_check.json", *sorted(RESULTS.glob("*/gpu_check.json"))):
+        if file.exists():
+            return json.loads(file.read_text())["calls"]
+    return {}
+
+
+def pack(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """The results in one archive, to unpack in the repository's root; the table beside it."""
+    out.mkdir(parents=True, exist_ok=True)
+    beside = out / "results.tmp"
+    found = [*folder.glob("*.json"), *(ROOT / name for name in WRITTEN)]
+    with tarfile.open(beside, "w:gz") as archive:
+        for file in found:
+            archive.add(file, file.relative_to(ROOT))
+    beside.replace(out / "results.tar.gz")
+    write_json(out / "gpu_check.json", json.loads((folder / "gpu_check.json").read_text()))
+
+
+def figures(folder: pathlib.Path) -> str:
+    """The tables of what was measured, short enough for the end of a log."""
+    parts = []
+    if (file := folder / "operators.json").exists():
+        result = json.loads(file.read_text())
+        for which in ("forward", "backward", "both"):
+            parts.append(f"{which}\n{tables.stages_table(result, which)}")
+        parts.append(tables.reasons_table(result))
+    if (file := folder / "steps.json").exists():
+        result = json.loads(file.read_text())
+        parts += [tables.steps_table(result), tables.reasons_table(result)]
+    return "\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("call", choices=CALLS)
+    parser.add_argument("--dry-run", action="store_true", help="say what would run")
+    options = parser.parse_args(argv)
+    has_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if has_gpu else "no GPU"
+    folder, usual = folder_of(device), CALLS[options.call][1]
+    calls = calls_so_far(folder)
     try:
-        parts = chosen_parts(os.environ.get("GPU_CHECK_PARTS", ""))
-        minutes = float(os.environ.get("GPU_CHECK_MINUTES", "9"))
+        parts = parts_of(options.call, calls.get("first", {}).get("parts", {}))
+        parts = chosen(parts, os.environ.get("GPU_CHECK_PARTS", ""))
+        minutes = float(os.environ.get("GPU_CHECK_MINUTES", usual))
     except ValueError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return 2
-    start = time.monotonic()
-    has_gpu = torch.cuda.is_available()
-    if has_gpu and not is_built():
-        print("build ...", flush=True)
-        # For this GPU alone, which takes a fifth of the time of all architectures.
-        variables = {"TORCH_CUDA_ARCH_LIST": architecture(), **os.environ}
-        built = run_part(BUILD, 60 * minutes, **variables)
-        if built["state"] != PASSED:  # the other backends may work all the same
-            print("\n".join(built["said"]), flush=True)
-    minutes -= (time.monotonic() - start) / 60
-    device = torch.cuda.get_device_name() if has_gpu else "no GPU"
-    environment = {**describe(torch.get_num_threads()), "device": device}
-    folder = folder_of(device)
+    if options.dry_run:
+        for name, (begin, finish) in plan(parts).items():
+            part = next(part for part in parts if part.name == name)
+            command = " ".join(part.arguments)
+            print(f"{name:<20}{begin:4.0f} to {finish:3.0f} s  python {command}")
+        return 0
     out = os.environ.get("OUT")
 
     def save(table: dict) -> None:
         if not has_gpu:
             return  # nothing that is worth a file
-        write_json(folder / "gpu_check.json", {"environment": environment, "parts": table})
+        environment = describe(torch.get_num_threads(), "cuda")
+        calls[options.call] = {"environment": environment, "parts": table}
+        write_json(folder / "gpu_check.json", {"environment": environment, "calls": calls})
         if out:
-            shutil.copytree(folder, pathlib.Path(out), dirs_exist_ok=True)
-            for written in ("greenmim_kernels/automatic_table.json",
-                            "greenmim_kernels/_triton/launch_table.json"):  # fmt: skip
-                shutil.copy(ROOT / written, out)
+            pack(folder, pathlib.Path(out))
 
-    table = check(parts, minutes, has_gpu, save)
-    print(f"\n{device}, torch {torch.__version__}, commit {environment['commit']}")
+    variables = {}
+    if has_gpu:  # for this GPU alone, which takes a fifth of the time of all architectures
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        variables = {"TORCH_CUDA_ARCH_LIST": capability}
+    # Ended, it ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    stretch = max(1.0, minutes / usual)
+    table = check(parts, minutes - START / 60, has_gpu, save, stretch, **variables)
+    print(f"\n{device}, torch {torch.__version__}\n{figures(folder) if has_gpu else ''}")
     for name, row in table.items():
-        print(f"  {name:<12} {row['state']:<28} {row.get('seconds', ''):>8}")
+        print(f"  {name:<20} {row['state']:<28} {row.get('seconds', ''):>8}")
     return int(any(row["state"].startswith(FAILED) for row in table.values()))
 
 

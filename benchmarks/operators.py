@@ -128,6 +128,10 @@ class Bench:
             self._functions[peer.name] = made if peer.backend is None else function
         return self._functions[peer.name]
 
+    def run_once(self, peer: Peer) -> None:
+        """Forward and backward, unchecked: what compiles for them is compiled then."""
+        self._run(self.function_of(peer))
+
     def check(self, peer: Peer, with_gradients: bool) -> None:
         """Hold a peer to the error budget, once for its output and once for its gradients.
 
@@ -221,6 +225,7 @@ class Bench:
             "ratio": case.mask_ratio,
             "dtype": str(case.dtype).removeprefix("torch."),
             "per_image": case.per_image,
+            "capacity": case.capacity,
             "tokens": part.num_tokens,
             "groups": part.num_groups,
             "group_size": part.group_size,

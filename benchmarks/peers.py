@@ -7,6 +7,7 @@ absent tokens, block masks) is prepared there and left out of the timing, for ev
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -26,6 +27,8 @@ Function = Callable[[Tensor, "Tensor | None"], Tensor]
 ATTENTION = ("group_window_attention", "block_diagonal_attention")
 COPIES = ("group_gather", "group_scatter")
 OPERATORS = (*ATTENTION, *COPIES)
+FLEX_BLOCKS = (16, 32, 64, 128)
+FLEX = tuple(f"flex-{block}" for block in FLEX_BLOCKS)
 
 
 class Unable(Exception):
@@ -219,11 +222,49 @@ def grouped_sdpa(operator: str, inputs: Inputs) -> Function:
     return attention
 
 
-def flex(operator: str, inputs: Inputs) -> Function:
+_flex_block = 128  # of the call that is being compiled, its backward pass too
+
+
+def _tiles_that_fit(choices: type) -> None:
+    """Make Inductor's tiles of a backward pass no larger than the mask's blocks.
+
+    PyTorch 2.11 leaves out every configuration whose own tiles do not divide the blocks, even where
+    kernel_options give others, and on an H100 none has tiles below 64.
+    """
+    real = choices.get_flex_attention_bwd_configs
+    if hasattr(real, "fits"):
+        return
+
+    def fitted(*arguments, **named):
+        found = real(*arguments, **named)
+        for one in (found := [copy.copy(one) for one in found]):
+            for name in ("block_m1", "block_n1", "block_m2", "block_n2"):
+                setattr(one, name, min(getattr(one, name), _flex_block))
+        return found
+
+    fitted.fits = True
+    choices.get_flex_attention_bwd_configs = fitted
+
+
+def flex_options(block: int) -> dict | None:
+    """Kernel options with which FlexAttention takes blocks smaller than its own tiles."""
+    if block >= FLEX_BLOCKS[-1]:
+        return None  # its defaults
+    tiles = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2",
+             "bwd_BLOCK_N2")  # fmt: skip
+    # A warp for 16 rows, which is what a tensor core's product has.
+    return {**dict.fromkeys(tiles, block), "num_warps": block // 16, "BACKEND": "TRITON"}
+
+
+def flex(operator: str, inputs: Inputs, block: int) -> Function:
     """FlexAttention: the table in score_mod, windows in the block mask, tokens sorted by window."""
+    from torch._inductor.choices import InductorChoices
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     part, num_heads = inputs.part, inputs.num_heads
+    if inputs.qkv.is_cuda and block > FLEX_BLOCKS[0] and block >= 2 * part.num_tokens:
+        raise Unable(f"{part.num_tokens} tokens are one block of {block // 2} already")
+    _tiles_that_fit(InductorChoices)
     height, width = part.window_size
     tokens = WindowOrder.of(part)
     window, last = tokens.window, (2 * height - 1) * (2 * width - 1) - 1
@@ -236,11 +277,15 @@ def flex(operator: str, inputs: Inputs) -> Function:
 
     count, size = (len(window) if per_image else None), part.num_tokens
     device = str(inputs.qkv.device)
-    mask = create_block_mask(same_window, count, None, size, size, device=device)
+    mask = create_block_mask(same_window, count, None, size, size, device=device, BLOCK_SIZE=block)
+    options = flex_options(block)
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attention(x: Tensor, table: Tensor) -> Tensor:
+        global _flex_block
+        _flex_block = block
+
         def add_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             image = b if per_image else 0
             offset = (row[image, q] - row[image, k] + height - 1) * (2 * width - 1)
@@ -249,7 +294,7 @@ def flex(operator: str, inputs: Inputs) -> Function:
             return score + table[offset.clamp(0, last), h]
 
         q, k, v = heads_of(take(x, tokens.order, 1), num_heads)
-        out = compiled(q, k, v, score_mod=add_bias, block_mask=mask)
+        out = compiled(q, k, v, score_mod=add_bias, block_mask=mask, kernel_options=options)
         return take(out.transpose(1, 2).flatten(2), tokens.inverse, 1)
 
     return attention
@@ -342,8 +387,9 @@ PEERS = (
          compiles=True),
     Peer("padded-sdpa", "each window padded to M x M, SDPA with a dense bias",
          WINDOW, padded_windows),
-    Peer("flex", "FlexAttention with the bias table and a block mask, compiled",
-         WINDOW, flex, compiles=True),
+    *(Peer(name, f"FlexAttention with the bias table and a mask of blocks of {block}, compiled",
+           WINDOW, functools.partial(flex, block=block), compiles=True)
+      for name, block in zip(FLEX, FLEX_BLOCKS, strict=True)),
     Peer("varlen", "torch's varlen_attn (FlashAttention) without bias: a lower bound",
          WINDOW, varlen, with_bias=False),
     Peer("xformers", "xFormers or MSLK, block-diagonal mask, without bias: a lower bound",

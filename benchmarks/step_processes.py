@@ -124,6 +124,13 @@ def in_child(work: Callable, *arguments: object, seconds: float | None = None) -
         return child.hear(seconds)
 
 
+def when_told(connection: Connection, work: Callable, *arguments: object) -> None:
+    """Work of a child: what `work` does, once anything is said to it."""
+    with contextlib.suppress(EOFError):
+        connection.recv()
+        work(connection, *arguments)
+
+
 def save_reference(
     connection: Connection, problem: Problem, dense: bool, device: str, file: pathlib.Path
 ) -> None:

@@ -155,6 +155,7 @@ def variants(device: str) -> list[Variant]:
         Variant("simmim", "dense"),
         Variant(less, "ours", first, compiled=True, graphed=True, recompute=True),
         Variant(first, "ours", first),
+        Variant(f"{first}-graphed, not compiled", "ours", first, graphed=True),
         Variant(f"{first}-compiled", "ours", first, compiled=True),
     ]
     for other in backends[1:]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import random
@@ -28,16 +27,17 @@ from multiprocessing.connection import Connection
 import torch
 
 from .costs import Widths, floor_seconds, step_work
-from .environment import describe, first_line, folder_of, write_json
+from .environment import describe, earlier, first_line, folder_of, write_json
 from .measure import Energy, Rates, Sampler, Timing, measure_rates, no_garbage_collection
 from .step_processes import (
+    Child,
     Ended,
     StepProcess,
     checked_step,
     first_row,
-    in_child,
     load_reference,
     save_reference,
+    when_told,
 )
 from .step_variants import CPU_PROBLEMS, CUDA_PROBLEMS, DTYPES, Problem, Step, Variant, variants
 
@@ -65,14 +65,26 @@ def measured_rows(
 
     On a GPU no variant is started after `until` on the monotonic clock.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        files = {}
-        for dense in sorted({variant.kind == "dense" for variant in chosen}):
-            files[dense] = pathlib.Path(folder) / f"expected-{dense}.pt"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        kinds = sorted({variant.kind == "dense" for variant in chosen})
+        files = {dense: pathlib.Path(folder) / f"expected-{dense}.pt" for dense in kinds}
+
+        def begun(work: Callable, *arguments: object) -> Child:
+            return stack.enter_context(contextlib.closing(Child(work, *arguments)))
+
+        # On a GPU all import what they need at once, and go on one after the other.
+        waiting = {
+            v: begun(when_told, _on_gpu, problem, v, files[v.kind == "dense"], rounds, rates)
+            for v in chosen
+            if device != "cpu"
+        }
+        references = {d: begun(save_reference, problem, d, device, files[d]) for d in kinds}
+        for dense, child in references.items():
             try:
-                reason = in_child(save_reference, problem, dense, device, files[dense])
+                reason = child.hear()
             except Ended as error:
                 reason = str(error)
+            child.close()
             if reason:
                 files[dense] = None
                 reason = f"no reference: {reason}"
@@ -84,14 +96,15 @@ def measured_rows(
             for row in _in_turn(problem, left, rounds, rates):
                 save(row)
             return
-        for variant, file in left:
+        for variant, _ in left:
             if time.monotonic() > until:
                 break
-            arguments = problem, variant, file, rounds, rates
             try:
-                row = in_child(_on_gpu, *arguments, seconds=GPU_SECONDS)
+                waiting[variant].say("go")
+                row = waiting[variant].hear(GPU_SECONDS)
             except Ended as error:
                 row = {**first_row(problem, variant), "reason": str(error)}
+            waiting[variant].close()  # its memory is free before the next begins
             save(row)
 
 
@@ -191,40 +204,40 @@ def _figures(timing: Timing, problem: Problem, variant: Variant, rates: Rates, r
     return figures
 
 
-def rows_to_keep(file: pathlib.Path, environment: dict) -> list[dict]:
-    """Rows that the same code gave in the same place."""
-    if not file.exists():
-        return []
-    earlier = json.loads(file.read_text())
-    return earlier["rows"] if earlier["environment"] == environment else []
-
-
 def put(rows: list[dict], row: dict) -> None:
     """Add a row, in the place of the earlier one of its model and variant if there is one."""
-    for number, earlier in enumerate(rows):
-        if (earlier["model"], earlier["variant"]) == (row["model"], row["variant"]):
+    for number, other in enumerate(rows):
+        if (other["model"], other["variant"]) == (row["model"], row["variant"]):
             rows[number] = row
             return
     rows.append(row)
 
 
 def main(argv: list[str] | None = None) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    argv = sys.argv[1:] if argv is None else argv
+    # Nobody asks what a CPU would do: it is here.
+    device = "cuda" if torch.cuda.is_available() or "--dry-run" in argv else "cpu"
     problems = CUDA_PROBLEMS if device == "cuda" else CPU_PROBLEMS
+    known = {variant.name: variant for variant in variants(device)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problem", nargs="+", choices=[p.name for p in problems])
-    parser.add_argument("--variant", nargs="+", choices=[v.name for v in variants(device)])
+    parser.add_argument("--variant", nargs="+", choices=known, help="in this order")
     parser.add_argument("--others", action="store_true", help="all problems but the first")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after these")
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--dry-run", action="store_true", help="say what a GPU would run")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     until = time.monotonic() + 60 * options.minutes
-    chosen = [v for v in variants(device) if not options.variant or v.name in options.variant]
+    chosen = [known[name] for name in options.variant or known]
     problems = problems[1:] if options.others else problems
     problems = [p for p in problems if not options.problem or p.name in options.problem]
+    if options.dry_run:
+        for problem in problems:
+            print(problem.name, *(variant.name for variant in chosen), sep="; ")
+        return 0
     rates = measure_rates(device, sorted({DTYPES[p.precision] for p in problems}, key=str))
     result = {
         "environment": describe(options.threads, device),
@@ -232,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": [],
     }
     file = folder_of(result["environment"]["device"]) / "steps.json"
-    result["rows"] = rows_to_keep(file, result["environment"])
+    result["rows"] = earlier(file, result["environment"]).get("rows", [])
 
     def save(row: dict) -> None:
         put(result["rows"], row)

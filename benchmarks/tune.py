@@ -5,9 +5,8 @@
     python -m benchmarks.tune --dry-run         # say what would be measured, on any machine
 
 Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with what the
-shipped launch computes before it is timed; one that differs, does not compile or does not fit is
-left out.
-The table is written whole, at the end and after an interruption.
+shipped launch computes before it is timed, in CUDA graphs; one that differs, does not compile or
+does not fit is left out. The table is written whole after every class, those of Swin first.
 """
 
 from __future__ import annotations
@@ -15,14 +14,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import sys
+import time
+from collections.abc import Iterable
 
 import torch
 
 from greenmim_kernels._triton import launch, operators
 from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
 
-from .environment import describe, first_line, folder_of, write_json
+from .environment import describe, earlier, first_line, folder_of, write_json
+from .measure import measure_graph
 
 DEVICE = "cuda"
 CHANNELS = 128  # of Swin-B at stage 1
@@ -59,6 +62,7 @@ def problem_of(name: str, batch: int) -> Inputs:
         head_dim=int(head_dim),
         num_heads=CHANNELS // int(head_dim),
         dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        capacity=True,  # as in training
         **PROBLEMS[tile],
     )
     return make_inputs(case, device=DEVICE)
@@ -81,8 +85,6 @@ def runner(name: str, inputs: Inputs):
 
 def tune(name: str, batch: int) -> list[dict]:
     """Measure the candidates of a class; rows sorted by time, the fastest first."""
-    import triton.testing
-
     table = launch.launch_table()
     shipped = table[name]
     run = runner(name, problem_of(name, batch))
@@ -97,8 +99,9 @@ def tune(name: str, batch: int) -> list[dict]:
                 if max(errors) > 1e-2:
                     row["refused"] = f"differs by {max(errors):.1e}"
                 else:
-                    times = triton.testing.do_bench(run, quantiles=[0.5, 0.2, 0.8])
-                    row |= dict(zip(("ms", "ms_p20", "ms_p80"), times, strict=True))
+                    found = measure_graph(run, rounds=10)
+                    times = {"ms": found.median, "ms_p20": found.p20, "ms_p80": found.p80}
+                    row |= {key: 1e3 * value for key, value in times.items()}
             except Exception as error:  # out of resources, or the compiler gives up
                 row["refused"] = first_line(error)[:140]
             rows.append(row)
@@ -107,38 +110,54 @@ def tune(name: str, batch: int) -> list[dict]:
     return sorted(rows, key=lambda row: row.get("ms", float("inf")))
 
 
+def ordered(names: Iterable[str]) -> list[str]:
+    """Swin's classes first, of them the tile that its stages 1 to 3 take: what a run cut short
+    should have."""
+    return sorted(names, key=lambda name: (not name.endswith("-32-16bit"), "-64-" not in name))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of a class's name")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no class after these"
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure nothing")
     options = parser.parse_args(argv)
-    names = [name for name in launch.launch_table() if options.only in name]
+    until = time.monotonic() + 60 * options.minutes
+    names = ordered(name for name in launch.launch_table() if options.only in name)
     if options.dry_run:
         for name in names:
             print(f"{name:<28}{len(candidates(name)):>4} candidates")
         return 0
-    if not torch.cuda.is_available():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
         print(
             "benchmarks.tune needs a CUDA device; --dry-run says what it would do.", file=sys.stderr
         )
         return 2
-    device = torch.cuda.get_device_name()
-    results, best = {}, dict(launch.launch_table())
-    try:
-        for name in names:
+    environment = describe(torch.get_num_threads(), DEVICE)
+    file = folder_of(environment["device"]) / "tune.json"
+    results = earlier(file, environment).get("classes", {})
+    best = launch.launch_table()
+    failed = False
+    for name in names:
+        if time.monotonic() > until:
+            print(f"{name:<28}not reached", flush=True)
+            continue
+        try:
             results[name] = rows = tune(name, options.batch)
-            if "ms" in rows[0]:
-                best[name] = launch.Launch(
-                    **{k: rows[0][k] for k in dataclasses.asdict(best[name])}
-                )
-            print(f"{name:<28}{rows[0].get('ms', float('nan')):>9.4f} ms  {best[name]}", flush=True)
-    finally:
-        folder = folder_of(device)
-        environment = {**describe(torch.get_num_threads()), "device": device}
-        write_json(folder / "tune.json", {"environment": environment, "classes": results})
-        write_json(launch.TABLE, {name: dataclasses.asdict(value) for name, value in best.items()})
-    return 0
+        except Exception as error:  # the shipped launch itself fails
+            results[name] = rows = [{"refused": first_line(error)[:140]}]
+        if "ms" in rows[0]:
+            best[name] = launch.Launch(**{k: rows[0][k] for k in dataclasses.asdict(best[name])})
+            print(f"{name:<28}{rows[0]['ms']:>9.4f} ms  {best[name]}", flush=True)
+        else:
+            failed = True
+            print(f"{name:<28}not tuned: {rows[0]['refused']}", flush=True)
+        write_json(file, {"environment": environment, "classes": results})
+        write_json(launch.TABLE, {key: dataclasses.asdict(value) for key, value in best.items()})
+    return int(failed)
 
 
 if __name__ == "__main__":

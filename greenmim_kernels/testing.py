@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backends import use_backend
 from .functional import group_window_attention
-from .partition import GroupPartition, group_partition
+from .partition import GroupPartition, group_partition, partition_capacity
 from .reference import accumulation_dtype
 
 UNIT_PIXELS = 32
@@ -33,6 +33,8 @@ class Case:
         window_size: M of the model; the grid itself where that is no larger.
         per_image: one mask per image instead of one for the batch.
         group_size: slots of a group; the cost model chooses if None.
+        capacity: the partition of a training step: as many groups as any mask may need, their size
+            the same for all masks, tokens numbered in the encoder's order.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -45,6 +47,7 @@ class Case:
     mask_ratio: float = 0.75
     per_image: bool = False
     group_size: int | None = None
+    capacity: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
@@ -78,7 +81,8 @@ class Case:
             f"r{self.mask_ratio:g}",
             str(self.dtype).removeprefix("torch."),
         ]
-        return "-".join(parts + ["per_image"] * self.per_image)
+        parts += ["per_image"] * self.per_image + ["capacity"] * self.capacity
+        return "-".join(parts)
 
 
 def visible_tokens(case: Case, seed: int = 0) -> np.ndarray:
@@ -95,7 +99,27 @@ def visible_tokens(case: Case, seed: int = 0) -> np.ndarray:
 
 def make_partition(case: Case, seed: int = 0) -> GroupPartition:
     window, shift = case.window_and_shift()
-    return group_partition(visible_tokens(case, seed), window, shift, case.group_size)
+    visible = visible_tokens(case, seed)
+    if not case.capacity:
+        return group_partition(visible, window, shift, case.group_size)
+    grids = visible.reshape(-1, *case.grid)
+    numbers = np.stack([encoder_numbers(grid, case.scale) for grid in grids])
+    size = (numbers.shape[1], case.group_size)
+    capacity = partition_capacity(case.grid, window, shift, *size)
+    part = group_partition(visible, window, shift, case.group_size, capacity)
+    index = part.token_index.numpy()
+    index = np.where(index < 0, -1, numbers[np.arange(len(numbers))[:, None, None], index])
+    return dataclasses.replace(part, token_index=torch.from_numpy(index.astype(np.int32)))
+
+
+def encoder_numbers(grid: np.ndarray, scale: int) -> np.ndarray:
+    """Where the visible tokens of a grid, row-major, stand in the encoder: unit by unit, and within
+    a unit the four children of a token of the next stage together, column by column."""
+    row, column = grid.nonzero()
+    order = row // scale * grid.shape[1] + column // scale
+    for half in (1 << bit for bit in reversed(range(scale.bit_length() - 1))):
+        order = 4 * order + 2 * (column // half % 2) + row // half % 2
+    return order.argsort().argsort()
 
 
 @dataclasses.dataclass

@@ -20,7 +20,9 @@ from benchmarks.measure import Rates, Sampler, Timing, measure
 from benchmarks.operators import Bench, extra_bytes, timed_row
 from benchmarks.peers import PEERS, Unable
 from benchmarks.traffic import work_of
-from greenmim_kernels.testing import Case
+from greenmim import ModelConfig
+from greenmim.planning import Planner
+from greenmim_kernels.testing import Case, make_partition, visible_tokens
 
 RATES = Rates(1e10, {"float32": 1e11})
 
@@ -162,7 +164,7 @@ def test_every_peer_of_a_cpu_is_right_or_says_why_not(operator):
         try:
             bench.check(peer, with_gradients=True)
         except Unable as reason:
-            assert peer.name in ("varlen", "xformers", "flex"), (peer.name, reason)
+            assert peer.name in ("varlen", "xformers"), (peer.name, reason)
 
 
 def test_extra_memory_is_what_is_held_beyond_the_results():
@@ -194,6 +196,56 @@ def test_selections_are_what_they_say():
     wanted = Case(stage=4, num_heads=48, batch=128, window_size=14, image_size=(512, 512),
                   mask_ratio=0.9, dtype=torch.float16, per_image=True)  # fmt: skip
     assert str(wanted) in full
+    for selection in ("short", "default", "table"):
+        stages = [p.case for p in select(selection, "cuda") if p.study == "stages"]
+        for capacity in (False, True):
+            assert {1, 2, 3, 4} == {case.stage for case in stages if case.capacity == capacity}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_case_with_capacity_has_the_partition_of_a_step(stage, per_image, shifted):
+    case = Case(stage=stage, shifted=shifted, per_image=per_image, capacity=True, batch=3)
+    part = make_partition(case)
+    grids = visible_tokens(case).reshape(-1, *case.grid)
+    units = grids[:, :: case.scale, :: case.scale].reshape(len(grids), -1)
+    plan = Planner(ModelConfig())(units)
+    planned = plan.partitions[stage - 1][shifted]
+    assert part.num_groups == planned.num_groups
+    for name in ("token_index", "window_id", "coords"):
+        assert torch.equal(getattr(part, name), getattr(planned, name)), name
+
+
+def test_the_best_of_flex_attention_s_blocks_counts():
+    found = result()
+    row = {**found["rows"][0], "floor_ms": 0.5}
+    found["rows"] = [{**row, "peer": f"flex-{block}", "ms": ms} for block, ms in
+                     ((128, 9.0), (32, 3.0), (16, 4.0))]  # fmt: skip
+    table = tables.stages_table(found)
+    for line in ("flex-128 | 9.00 ms", "flex-16 | 4.00 ms", "flex | 3.00 ms", "*limit* | 0.500 ms"):
+        assert f"| {line} |" in table
+
+
+@pytest.mark.parametrize("block", peers.FLEX_BLOCKS)
+def test_flex_attention_s_tiles_fit_its_blocks(block, monkeypatch):
+    """With the defaults of an H100 no backward pass can be made for blocks of 16 and 32."""
+    choices = pytest.importorskip("torch._inductor.choices").InductorChoices
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(
+        choices, "get_flex_attention_bwd_configs", choices.get_flex_attention_bwd_configs
+    )
+    monkeypatch.setattr(peers, "_flex_block", block)
+    peers._tiles_that_fit(choices)
+    peers._tiles_that_fit(choices)  # once only
+    (found,) = choices().get_flex_attention_bwd_configs(32, torch.bfloat16, "cuda")
+    for size in (found.block_m1, found.block_n1, found.block_m2, found.block_n2):
+        assert 16 <= size and block % size == 0
+    options = peers.flex_options(block)
+    if block == 128:
+        assert options is None
+    else:
+        assert {value for name, value in options.items() if "BLOCK" in name} == {block}
 
 
 def result(**changes) -> dict:

@@ -170,6 +170,9 @@ def test_an_upward_import_is_seen():
                 "benchmarks.gpu_check",
                 "benchmarks.tune",
                 "benchmarks.choose",
+                "benchmarks.warm",
+                "benchmarks.counters",
+                "tests.kernels.stress",
             )
         ),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import naive_model, step_profile, steps
-from benchmarks.environment import write_json
+from benchmarks.environment import earlier, write_json
 from benchmarks.measure import Rates
 from benchmarks.step_processes import (
     Ended,
@@ -239,6 +239,39 @@ def test_a_gpu_that_fails_leaves_a_reason_for_each_variant(tmp_path):
     assert row["variant"] == "naive" and row["reason"].startswith("RuntimeError")
 
 
+def test_on_a_gpu_one_goes_after_the_other(monkeypatch):
+    """All processes begin at once and wait; one that ends or dies makes room for the next."""
+    log: list[tuple[str, str]] = []
+
+    class Child:
+        def __init__(self, work, *arguments):
+            variant = arguments[2] if work is steps.when_told else None
+            self.name = variant.name if variant else "reference"
+            log.append(("begins", self.name))
+
+        def say(self, what):
+            log.append((what, self.name))
+
+        def hear(self, seconds=None):
+            if self.name == "cuda":
+                raise Ended("its process ended")
+            return None if self.name == "reference" else {"variant": self.name}
+
+        def close(self):
+            if ("ends", self.name) not in log:
+                log.append(("ends", self.name))
+
+    monkeypatch.setattr(steps, "Child", Child)
+    names = ["naive", "cuda", "cuda-graphed"]
+    known = {v.name: v for v in variants("cuda")}
+    rows: list[dict] = []
+    steps.measured_rows(PROBLEM, [known[n] for n in names], "cuda", 1, RATES, rows.append)
+    assert log[:4] == [("begins", name) for name in (*names, "reference")]
+    assert log[4:] == [("ends", "reference")] + [(w, n) for n in names for w in ("go", "ends")]
+    assert [row["variant"] for row in rows] == names
+    assert rows[1]["reason"] == "its process ended"
+
+
 def test_knapsacks_hold_all_windows_and_fill_up():
     counts = [30, 20, 29, 19, 49, 1, 10, 39]
     groups = naive_model.knapsacks(counts, 49)
@@ -253,12 +286,12 @@ def test_rows_stay_until_they_are_measured_again(tmp_path):
     environment = {"commit": "a", "device": "x"}
     rows = [{"model": "m", "variant": v, "run": 1} for v in ("one", "two")]
     write_json(file, {"environment": environment, "rows": rows})
-    kept = steps.rows_to_keep(file, environment)
+    kept = earlier(file, environment)["rows"]
     steps.put(kept, {"model": "m", "variant": "one", "run": 2})
     steps.put(kept, {"model": "m", "variant": "three", "run": 2})
     assert [(row["variant"], row["run"]) for row in kept] == [("one", 2), ("two", 1), ("three", 2)]
-    assert steps.rows_to_keep(file, {**environment, "commit": "b"}) == []
-    assert steps.rows_to_keep(tmp_path / "none.json", environment) == []
+    assert earlier(file, {**environment, "commit": "b"}) == {}
+    assert earlier(tmp_path / "none.json", environment) == {}
 
 
 def test_the_variants_of_a_gpu_are_all_there():

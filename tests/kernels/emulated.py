@@ -65,8 +65,8 @@ def toolkit(program: str) -> str | None:
 @functools.cache
 def build_for_gpu(program: str, *defines: str) -> pathlib.Path:
     """Compile a program of tests/emulator with nvcc for the GPU of this machine."""
-    name = "-".join([program, "gpu", *(define.replace("=", "") for define in defines)])
-    binary = pathlib.Path(_folder().name) / name
+    defined = (define.replace("=", "") for define in defines)
+    binary = pathlib.Path(_folder().name) / "-".join([program, "gpu", *defined])
     nvcc = toolkit("nvcc")
     if nvcc is None:
         raise RuntimeError("no nvcc was found, so put it on PATH or set CUDA_HOME")
