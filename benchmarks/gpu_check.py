@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -133,23 +134,25 @@ FIRST = (
 SECOND = (
     *BUILDS,
     Part("warm", ("-m", "benchmarks.warm", "tune"), 65, ("partition",), nice=True),
-    Part("sanitizer-cuda", (*PYTEST, PROGRAMS, "-k", "sanitizer and not triton"), 65,
+    Part("sanitizer-cuda", (*PYTEST, PROGRAMS, "-k", "sanitizer and not triton or bit"), 65,
          ("partition",), nice=True),
     Part("sanitizer-triton", (*PYTEST, PROGRAMS, "-k", "sanitizer and triton"), 65,
          ("partition",), nice=True),
     # Triton's alone, so it need not wait for the build.
     Part("tune", ("-m", "benchmarks.tune", "--only=-32-16bit", "--minutes", "{minutes}"), 50,
          ("warm", "sanitizer-cuda", "sanitizer-triton")),
-    Part("model", (*PYTEST, *WORKERS, "-m", "gpu", "tests/model"), 40, (*BUILT, "tune")),
+    Part("model", (*PYTEST, *WORKERS, "-m", "gpu", "tests/model"), 35, (*BUILT, "tune")),
     # Of the launches that were chosen.
-    stress("triton", 40, (*BUILT, "tune")),
-    Part("choose", ("-m", "benchmarks.choose", "--minutes", "{minutes}"), 30,
+    stress("triton", 35, (*BUILT, "tune")),
+    Part("choose", ("-m", "benchmarks.choose", "--minutes", "{minutes}"), 25,
          ("model", "stress-triton")),
     # The one that is compiled comes last.
-    Part("steps", (*STEPS, "base-224", "--variant", "naive", "simmim", "cuda-graphed"), 75,
+    Part("steps", (*STEPS, "base-224", "--variant", "naive", "simmim", "cuda-graphed"), 70,
          ("choose",)),
     Part("counters", ("-m", "benchmarks.counters"), 20, ("steps",)),
     Part("steps-512", (*STEPS, "base-512", "--variant", UNCOMPILED, "naive"), 30, ("counters",)),
+    # Of programs that were compiled with those of the sanitizer.
+    Part("switches", (*PYTEST, PROGRAMS, "-k", "switches_cost"), 15, ("steps-512",)),
 )  # fmt: skip
 CALLS = {"first": (FIRST, 5.0), "second": (SECOND, 6.0)}
 
@@ -279,7 +282,7 @@ def again(earlier: dict[str, dict]) -> tuple[Part, ...]:
         arguments = part.arguments
         if failed := row.get("failed"):
             arguments = (*PYTEST, *failed)
-        found.append(Part(f"{part.name}-again", arguments, 40, (*BUILT, "tune")))
+        found.append(Part(f"{part.name}-again", arguments, 35, (*BUILT, "tune")))
     return tuple(found)
 
 
@@ -391,6 +394,8 @@ def main(argv: list[str] | None = None) -> int:
     if has_gpu:  # for this GPU alone, which takes a fifth of the time of all architectures
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         variables = {"TORCH_CUDA_ARCH_LIST": capability}
+    programs = tempfile.TemporaryDirectory(prefix="greenmim_programs_")
+    variables["GREENMIM_PROGRAMS"] = programs.name
     # Ended, it ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stretch = max(1.0, minutes / usual)

@@ -20,14 +20,10 @@
 #include <tuple>
 #include <type_traits>
 
-// What a build may try, both compared on a GPU by tests/kernels/test_cuda_on_gpu.py: bytes that a copy
-// of 16 brings into the second cache (0, 64, 128 or 256), and the percentage of a processor's memory
-// that is asked for as shared memory (-1: the driver chooses).
+// What tests/kernels/test_cuda_on_gpu.py compares on a GPU. Bytes that a copy of 16 brings into the
+// second cache: 0, 64, 128 or 256.
 #ifndef GREENMIM_L2_PREFETCH
 #define GREENMIM_L2_PREFETCH 0
-#endif
-#ifndef GREENMIM_SHARED_CARVEOUT
-#define GREENMIM_SHARED_CARVEOUT -1
 #endif
 #if GREENMIM_L2_PREFETCH
 #define GREENMIM_TEXT_OF(x) #x
@@ -174,6 +170,10 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// The percentage of a processor's memory that kernels ask for as shared memory; the driver chooses if it
+// is below zero. Compared as well.
+inline int shared_carveout = -1;
+
 inline void check_prepared(cudaError_t error) {
   if (error != cudaSuccess)
     throw std::runtime_error(
@@ -198,9 +198,9 @@ inline int resident_blocks(const void* kernel, unsigned threads, size_t shared_b
         cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     check_prepared(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
-    if (GREENMIM_SHARED_CARVEOUT >= 0)
+    if (shared_carveout >= 0)
       check_prepared(cudaFuncSetAttribute(
-          kernel, cudaFuncAttributePreferredSharedMemoryCarveout, GREENMIM_SHARED_CARVEOUT));
+          kernel, cudaFuncAttributePreferredSharedMemoryCarveout, shared_carveout));
     check_prepared(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
         &found->second, kernel, int(threads), shared_bytes));
   } catch (...) {

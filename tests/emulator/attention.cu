@@ -200,7 +200,10 @@ int main(int count, char** arguments) try {
     std::printf("%lld", (long long)images_per_block(h.batch, h.groups, h.processors));
     return 0;
   }
-  const bool timed = what == "time";
+  const bool timed = what == "time";  // and then the percentage of shared memory
+#ifndef GREENMIM_EMULATE
+  if (count > 2) shared_carveout = std::atoi(arguments[2]);
+#endif
   if (what != "attention" && !timed) {
     copy(h, what == "gather");
     return 0;

@@ -64,16 +64,23 @@ def toolkit(program: str) -> str | None:
 
 @functools.cache
 def build_for_gpu(program: str, *defines: str) -> pathlib.Path:
-    """Compile a program of tests/emulator with nvcc for the GPU of this machine."""
+    """Compile a program of tests/emulator with nvcc for the GPU of this machine.
+
+    GREENMIM_PROGRAMS names a folder that processes share, for as long as the sources stay.
+    """
+    folder = pathlib.Path(os.environ.get("GREENMIM_PROGRAMS") or _folder().name)
     defined = (define.replace("=", "") for define in defines)
-    binary = pathlib.Path(_folder().name) / "-".join([program, "gpu", *defined])
+    binary = folder / "-".join([program, "gpu", *defined])
+    if binary.exists():
+        return binary
     nvcc = toolkit("nvcc")
     if nvcc is None:
         raise RuntimeError("no nvcc was found, so put it on PATH or set CUDA_HOME")
     command = [nvcc, "-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-arch=native"]
     command += [f"-D{define}" for define in defines]
-    command += [str(ROOT / "tests" / "emulator" / program), "-o", str(binary)]
+    command += [str(ROOT / "tests" / "emulator" / program), "-o", f"{binary}.{os.getpid()}"]
     subprocess.run(command, check=True, timeout=600)
+    pathlib.Path(command[-1]).replace(binary)
     return binary
 
 

@@ -61,45 +61,43 @@ def test_the_kernels_agree_with_their_emulation(case):
         assert relative_error(device[name], value) < 0.01, name
 
 
-# What a build may try (csrc/cuda/primitives.cuh).
+# What csrc/cuda/primitives.cuh leaves to try: a macro, and the percentage of shared memory.
+PREFETCH = ("GREENMIM_L2_PREFETCH=128",)
 SWITCHES = {
-    "as shipped": (),
-    "128 bytes into the second cache": ("GREENMIM_L2_PREFETCH=128",),
-    "all memory shared": ("GREENMIM_SHARED_CARVEOUT=100",),
-    "both": ("GREENMIM_L2_PREFETCH=128", "GREENMIM_SHARED_CARVEOUT=100"),
+    "as shipped": ((), "-1"),
+    "128 bytes into the second cache": (PREFETCH, "-1"),
+    "all memory shared": ((), "100"),
+    "both": (PREFETCH, "100"),
 }
 
 
-def test_what_the_switches_of_a_build_cost():
-    """They change no bit; their times are written, for a person to choose by."""
-    with ThreadPoolExecutor() as pool:
-        built = dict(
-            zip(
-                SWITCHES,
-                pool.map(lambda d: build_for_gpu("attention.cu", *ONLY, *d), SWITCHES.values()),
-                strict=True,
-            )
-        )
-    small, launch = make_inputs(SMALL_CASES[0]), Launch.of_gpu()
-    shipped = run(small, launch, built["as shipped"])
-    for name, binary in built.items():
-        for key, value in run(small, launch, binary).items():
-            assert torch.equal(value, shipped[key]), f"{name}: {key}"
+def test_the_switches_change_no_bit():
+    inputs, launch = make_inputs(SMALL_CASES[0]), Launch.of_gpu()
+    shipped, other = (
+        run(inputs, launch, build_for_gpu("attention.cu", *ONLY, *more)) for more in ((), PREFETCH)
+    )
+    for name, value in other.items():
+        assert torch.equal(value, shipped[name]), name
+
+
+def test_what_the_switches_cost():
+    """Their times are written, for a person to choose by."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in SWITCHES}
     for stage, heads in ((1, 4), (2, 8)):
         case = Case(stage=stage, num_heads=heads, batch=128, capacity=True, dtype=torch.bfloat16)
-        data = encode(make_inputs(case), launch)
-        for _ in range(3):  # in turns, so that a slow period is nobody's alone
-            for name, binary in built.items():
-                done = run_binary([binary, "time"], data)
+        data = encode(make_inputs(case), Launch.of_gpu())
+        for _ in range(2):  # in turns, so that a slow period is nobody's alone
+            for name, (more, percent) in SWITCHES.items():
+                command = [build_for_gpu("attention.cu", *ONLY, *more), "time", percent]
+                done = run_binary(command, data)
                 assert done.returncode == 0, done.stderr.decode()
                 for which, line in zip(("forward", "backward"), done.stdout.split(), strict=True):
-                    rows = times[name].setdefault(f"stage {stage} {which} us", [])
+                    rows = times[name].setdefault(f"stage {stage} {which}", [])
                     rows.append(float(line))
-    device = torch.cuda.get_device_name()
+    environment = describe(torch.get_num_threads(), "cuda")
     write_json(
-        folder_of(device) / "cuda_switches.json",
-        {"environment": describe(torch.get_num_threads(), "cuda"), "microseconds": times},
+        folder_of(environment["device"]) / "cuda_switches.json",
+        {"environment": environment, "microseconds": times},
     )
 
 
