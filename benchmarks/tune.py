@@ -6,7 +6,8 @@
 
 Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with what the
 shipped launch computes before it is timed; one that differs, does not compile or does not fit is
-left out.
+left out. How many programs a multiprocessor holds is not searched for but read from the compiled
+kernel.
 The table is written whole, at the end and after an interruption.
 """
 
@@ -19,7 +20,7 @@ import sys
 
 import torch
 
-from greenmim_kernels._triton import launch, operators
+from greenmim_kernels._triton import ahead_of_time, launch, operators
 from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
 
 from .environment import describe, first_line, folder_of, write_json
@@ -35,20 +36,35 @@ PROBLEMS = {
 }
 WARPS = {"16": (1, 2), "32": (1, 2, 4), "64": (2, 4, 8), "long": (2, 4, 8)}
 STAGES = (1, 2, 3)
-IMAGES = (4, 8, 16, 32)
 LONG_BLOCKS = (32, 64)
+
+
+def architecture() -> int:
+    """Of this GPU, or what a dry run is for."""
+    return launch.architecture_of(torch.device(DEVICE if torch.cuda.is_available() else "cpu"))
+
+
+def table() -> dict[str, launch.Launch]:
+    """The launches that this GPU takes."""
+    return launch.launch_table(architecture())
 
 
 def candidates(name: str) -> list[launch.Launch]:
     """What is tried for a class, the shipped launch first."""
     tile = name.split("-")[1]
     blocks = LONG_BLOCKS if tile == "long" else (int(tile),)
-    tried = [launch.launch_table()[name]]
-    for warps, stages, images, block in itertools.product(WARPS[tile], STAGES, IMAGES, blocks):
-        found = launch.Launch(warps, stages, images, block)
+    tried = [table()[name]]
+    for warps, stages, block in itertools.product(WARPS[tile], STAGES, blocks):
+        found = dataclasses.replace(tried[0], warps=warps, stages=stages, block=block)
         if found not in tried:
             tried.append(found)
     return tried
+
+
+def resident(name: str) -> int:
+    """Programs that a multiprocessor holds of the launch that stands in the table."""
+    found = ahead_of_time.inspect(ahead_of_time.compile_launch(name, architecture()))
+    return ahead_of_time.resident(found, table()[name].warps, architecture())
 
 
 def problem_of(name: str, batch: int) -> Inputs:
@@ -83,16 +99,18 @@ def tune(name: str, batch: int) -> list[dict]:
     """Measure the candidates of a class; rows sorted by time, the fastest first."""
     import triton.testing
 
-    table = launch.launch_table()
-    shipped = table[name]
+    launches = table()
+    shipped = launches[name]
     run = runner(name, problem_of(name, batch))
     expected = [tensor.clone() for tensor in run()]
     rows = []
     try:
         for candidate in candidates(name):
-            table[name] = candidate
+            launches[name] = candidate
             row = dataclasses.asdict(candidate)
             try:
+                row["resident"] = resident(name)
+                launches[name] = launch.Launch(**row)
                 errors = [relative_error(a, b) for a, b in zip(run(), expected, strict=True)]
                 if max(errors) > 1e-2:
                     row["refused"] = f"differs by {max(errors):.1e}"
@@ -103,7 +121,7 @@ def tune(name: str, batch: int) -> list[dict]:
                 row["refused"] = first_line(error)[:140]
             rows.append(row)
     finally:
-        table[name] = shipped
+        launches[name] = shipped
     return sorted(rows, key=lambda row: row.get("ms", float("inf")))
 
 
@@ -113,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dry-run", action="store_true", help="measure nothing")
     options = parser.parse_args(argv)
-    names = [name for name in launch.launch_table() if options.only in name]
+    names = [name for name in table() if options.only in name]
     if options.dry_run:
         for name in names:
             print(f"{name:<28}{len(candidates(name)):>4} candidates")
@@ -124,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     device = torch.cuda.get_device_name()
-    results, best = {}, dict(launch.launch_table())
+    results, best = {}, dict(table())
     try:
         for name in names:
             results[name] = rows = tune(name, options.batch)
@@ -137,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = folder_of(device)
         environment = {**describe(torch.get_num_threads()), "device": device}
         write_json(folder / "tune.json", {"environment": environment, "classes": results})
-        write_json(launch.TABLE, {name: dataclasses.asdict(value) for name, value in best.items()})
+        launch.save(best, architecture())
     return 0
 
 
