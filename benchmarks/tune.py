@@ -6,7 +6,8 @@
 
 Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with what the
 shipped launch computes before it is timed, in CUDA graphs; one that differs, does not compile or
-does not fit is left out. The table is written whole after every class, those of Swin first.
+does not fit is left out. How many programs a multiprocessor holds is not searched for but read from
+the compiled kernel. The table is written whole after every class, those of Swin first.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from greenmim_kernels._triton import launch, operators
+from greenmim_kernels._triton import ahead_of_time, launch, operators
 from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
 
 from .environment import describe, earlier, first_line, folder_of, write_json
@@ -38,20 +39,47 @@ PROBLEMS = {
 }
 WARPS = {"16": (1, 2), "32": (1, 2, 4), "64": (2, 4, 8), "long": (2, 4, 8)}
 STAGES = (1, 2, 3)
-IMAGES = (4, 8, 16, 32)
 LONG_BLOCKS = (32, 64)
+
+
+def architecture() -> int:
+    """Of this GPU, or what a dry run is for."""
+    return launch.architecture_of(torch.device(DEVICE if torch.cuda.is_available() else "cpu"))
+
+
+def table() -> dict[str, launch.Launch]:
+    """The launches that this GPU takes."""
+    return launch.launch_table(architecture())
 
 
 def candidates(name: str) -> list[launch.Launch]:
     """What is tried for a class, the shipped launch first."""
     tile = name.split("-")[1]
     blocks = LONG_BLOCKS if tile == "long" else (int(tile),)
-    tried = [launch.launch_table()[name]]
-    for warps, stages, images, block in itertools.product(WARPS[tile], STAGES, IMAGES, blocks):
-        found = launch.Launch(warps, stages, images, block)
+    tried = [table()[name]]
+    for warps, stages, block in itertools.product(WARPS[tile], STAGES, blocks):
+        found = dataclasses.replace(tried[0], warps=warps, stages=stages, block=block)
         if found not in tried:
             tried.append(found)
     return tried
+
+
+def resident(name: str, run: Callable[[], object]) -> int:
+    """Programs of a class that a multiprocessor holds, by the kernel that `run` launches."""
+    kernel = ahead_of_time.kernel_of(name)
+    original, launched = kernel.run, []
+
+    def launch_and_keep(*arguments, **more):
+        launched.append(original(*arguments, **more))
+
+    kernel.run = launch_and_keep
+    try:
+        run()
+    finally:
+        del kernel.run  # that of the class is there again
+    (compiled,) = launched
+    found = {"registers": compiled.n_regs, "shared_bytes": compiled.metadata.shared}
+    return ahead_of_time.resident(found, compiled.metadata.num_warps, architecture())
 
 
 def problem_of(name: str, batch: int) -> Inputs:
@@ -85,16 +113,18 @@ def runner(name: str, inputs: Inputs):
 
 def tune(name: str, batch: int) -> list[dict]:
     """Measure the candidates of a class; rows sorted by time, the fastest first."""
-    table = launch.launch_table()
-    shipped = table[name]
+    launches = table()
+    shipped = launches[name]
     run = runner(name, problem_of(name, batch))
     expected = [tensor.clone() for tensor in run()]
     rows = []
     try:
         for candidate in candidates(name):
-            table[name] = candidate
+            launches[name] = candidate
             row = dataclasses.asdict(candidate)
             try:
+                row["resident"] = resident(name, run)
+                launches[name] = launch.Launch(**row)
                 errors = [relative_error(a, b) for a, b in zip(run(), expected, strict=True)]
                 if max(errors) > 1e-2:
                     row["refused"] = f"differs by {max(errors):.1e}"
@@ -106,7 +136,7 @@ def tune(name: str, batch: int) -> list[dict]:
                 row["refused"] = first_line(error)[:140]
             rows.append(row)
     finally:
-        table[name] = shipped
+        launches[name] = shipped
     return sorted(rows, key=lambda row: row.get("ms", float("inf")))
 
 
@@ -126,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="measure nothing")
     options = parser.parse_args(argv)
     until = time.monotonic() + 60 * options.minutes
-    names = ordered(name for name in launch.launch_table() if options.only in name)
+    names = ordered(name for name in table() if options.only in name)
     if options.dry_run:
         for name in names:
             print(f"{name:<28}{len(candidates(name)):>4} candidates")
@@ -139,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     environment = describe(torch.get_num_threads(), DEVICE)
     file = folder_of(environment["device"]) / "tune.json"
     results = earlier(file, environment).get("classes", {})
-    best = launch.launch_table()
+    best = dict(table())
     failed = False
     for name in names:
         if time.monotonic() > until:
@@ -155,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             failed = True
             print(f"{name:<28}not tuned: {rows[0]['refused']}", flush=True)
+        launch.save(best, architecture())
         write_json(file, {"environment": environment, "classes": results})
-        write_json(launch.TABLE, {key: dataclasses.asdict(value) for key, value in best.items()})
     return int(failed)
 
 

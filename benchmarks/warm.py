@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from greenmim_kernels._triton import launch
-
 from . import tune
 from .cases import select
 from .environment import first_line
@@ -54,7 +52,7 @@ def jobs_of_tune() -> list[tuple]:
     """A class and the numbers of candidates that share what is compiled: no two processes compile
     the same."""
     found = []
-    for name in tune.ordered(launch.launch_table()):
+    for name in tune.ordered(tune.table()):
         groups: dict[tuple, tuple] = {}
         for number, one in enumerate(tune.candidates(name)):
             key = (one.warps, one.stages, one.block)
@@ -70,7 +68,7 @@ def _problem(name: str):
 
 
 def run_of_tune(name: str, *numbers: int) -> None:
-    table = launch.launch_table()
+    table = tune.table()
     shipped, candidates = table[name], tune.candidates(name)
     run = tune.runner(name, _problem(name))
     try:

@@ -23,7 +23,12 @@ FLOORS = [
     ],
     ["greenmim_kernels.backends"],
     ["greenmim_kernels._triton"],
-    ["greenmim_kernels._triton.primitives", "greenmim_kernels._triton.launch"],
+    [
+        "greenmim_kernels._triton.primitives",
+        "greenmim_kernels._triton.launch",
+        "greenmim_kernels._triton.machine_code",
+        "greenmim_kernels._triton.table_gradient",
+    ],
     [
         "greenmim_kernels._triton.group_window_attention",
         "greenmim_kernels._triton.long_groups",

@@ -3,7 +3,7 @@
     python -m greenmim_kernels._triton.ahead_of_time      # rewrite static_figures.json beside it
 
 Triton compiles for any architecture on any machine; registers, spills and memory accesses are read
-from the cubin with the tools in Triton's own wheel.
+from the cubin with the tools in Triton's own wheel. Compilers differ: figures stand by version.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from triton.compiler import ASTSource
 from . import long_groups as long
 from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
-from .launch import launch_table
+from .launch import launch_table, write_json
+from .machine_code import overwritten_operands, proxy_fence
+from .primitives import Partition
+from .table_gradient import BLOCK_PROGRAMS, BLOCK_ROWS, add_rows_kernel
 
 FIGURES = pathlib.Path(__file__).parent / "static_figures.json"
 ARCHITECTURES = (80, 90, 100)
@@ -37,31 +40,34 @@ KERNELS = {
     "bwd_key-long": long.long_attention_bwd_key_kernel,
     "bwd_table-long": long.long_attention_bwd_table_kernel,
 }
+# Of a processor: registers, warps, programs, and bytes of shared memory.
+REGISTERS, WARPS, PROGRAMS, SHARED = 65_536, 64, 32, {80: 167_936, 90: 233_472}
 # Windows of 7 in one tile, of 14 in a loop; heads as in Swin-B at stage 1.
 NUM_HEADS = 4
-_INTEGER_POINTERS = ("p_rows", "p_window", "p_coords", "p_index")
-_FLOAT_POINTERS = ("p_table", "p_lse", "p_scale")
+_TYPES = {
+    "part": Partition("*i32", "*i32", "*i32"),
+    "p_index": "*i32",
+    "p_table": "*fp32",
+    "p_lse": "*fp32",
+    "p_partial": "*i64",
+    "p_power": "*fp32",
+    "scale": "fp32",
+    "scale_log2": "fp32",
+}
 
 
-def _type(name: str, element: str) -> str:
-    if name in _INTEGER_POINTERS:
-        return "*i32"
-    if name in _FLOAT_POINTERS:
-        return "*fp32"
-    if name == "p_partial":
-        return "*i64"
-    if name.startswith("p_"):
-        return f"*{element}"
-    return "fp32" if name.startswith("scale") else "i32"
+def kernel_of(name: str):
+    """The kernel of a class of the launch table."""
+    kernel_name, tile, *_ = name.split("-")
+    return KERNELS[f"{kernel_name}-long" if tile == "long" else kernel_name]
 
 
 def compile_launch(name: str, architecture: int, **flags):
     """The compiled kernel of one class of the launch table, or a variant by its constants."""
-    kernel_name, tile, head_dim, precision = name.split("-")
-    long_tile = tile == "long"
-    function = KERNELS[f"{kernel_name}-long" if long_tile else kernel_name]
-    side = 14 if long_tile else 7
-    launch = launch_table()[name]
+    _, tile, head_dim, precision = name.split("-")
+    function = kernel_of(name)
+    side = 14 if tile == "long" else 7
+    launch = launch_table(architecture)[name]
     values = {
         "NUM_HEADS": NUM_HEADS,
         "HEAD_DIM": int(head_dim),
@@ -77,6 +83,11 @@ def compile_launch(name: str, architecture: int, **flags):
         "PRECISION": "ieee",
         **flags,
     }
+    # The operators pass None for what a variant has no use for.
+    if not values["HAS_TABLE"]:
+        values["p_table"] = None
+    if not values["NEED_TABLE"]:
+        values |= {"p_partial": None, "p_power": None}
     element = "fp32" if precision == "fp32" else "bf16"
     return _compile(function, values, element, architecture, launch.warps, launch.stages)
 
@@ -87,18 +98,49 @@ def compile_copy(architecture: int, **flags):
     return _compile(copy_rows_kernel, {**values, **flags}, "bf16", architecture, 4, 2)
 
 
-def _compile(function, values: dict, element: str, architecture: int, warps: int, stages: int):
+def compile_add_rows(architecture: int, first: bool, last: bool):
+    """The compiled kernel that adds the programs' rows: one of two passes, or the only one."""
+    values = {
+        "NUM_HEADS": NUM_HEADS,
+        "TABLE_ROWS": 169,
+        "BLOCK_PROGRAMS": BLOCK_PROGRAMS,
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "HAS_POWERS": first,
+        "LAST": last,
+    }
+    types = {"p_from": "*i64" if first else "*fp64", "p_to": "*fp32" if last else "*fp64"}
+    return _compile(add_rows_kernel, values, "fp32", architecture, 4, 3, types)
+
+
+def _compile(
+    function,
+    values: dict,
+    element: str,
+    architecture: int,
+    warps: int,
+    stages: int,
+    types: dict[str, str] | None = None,
+):
+    types = {**_TYPES, **(types or {})}
     constants = {n: values[n] for n in function.arg_names if n in values}
-    signature = {
-        n: "constexpr" if n in constants else _type(n, element) for n in function.arg_names
-    }
-    # What the launcher finds out at run time: tensors are aligned to 16 bytes.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(function.arg_names)
-        if n.startswith("p_")
-    }
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    signature, attributes = {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = type_ = types.get(name, f"*{element}" if name[:2] == "p_" else "i32")
+        # What the launcher finds out at run time: tensors are aligned to 16 bytes, and the channels
+        # of a copy, the only integer it looks at, are a multiple of 16.
+        elements = dict(enumerate(type_)) if isinstance(type_, tuple) else {None: type_}
+        for j, element_type in elements.items():
+            if element_type[0] == "*" or name == "channels":
+                attributes[(i,) if j is None else (i, j)] = [["tt.divisibility", 16]]
+    if values.get("GATHERED"):
+        signature["part"] = signature["part"]._replace(rows="constexpr")
+        at = (function.arg_names.index("part"), 0)
+        constants[at] = None
+        del attributes[at]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
@@ -106,8 +148,19 @@ def _compile(function, values: dict, element: str, architecture: int, warps: int
     )
 
 
-def inspect(compiled) -> dict[str, int]:
-    """Registers, spills, shared memory, and counts of wide loads and tensor core products."""
+def resident(found: dict, warps: int, architecture: int) -> int:
+    """Programs that a processor holds at once."""
+    per_warp = 32 * 8 * -(-found["registers"] // 8)  # registers are given out eight a thread
+    return min(
+        REGISTERS // per_warp // 4 * 4 // warps,  # and to four schedulers alike
+        WARPS // warps,
+        PROGRAMS,
+        SHARED[80 if architecture < 90 else 90] // (found["shared_bytes"] + 1024),
+    )
+
+
+def inspect(compiled) -> dict:
+    """Registers, spills, shared memory, wide loads, tensor core products, and their two faults."""
     tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -131,25 +184,30 @@ def inspect(compiled) -> dict[str, int]:
         "registers": int(usage[1]),
         "shared_bytes": compiled.metadata.shared,
         **{name: len(re.findall(pattern, code)) for name, pattern in count.items()},
+        "overwritten_operands": len(overwritten_operands(code)),
+        "proxy_fence": proxy_fence(compiled.asm["ptx"]),
     }
 
 
-def _figures_of(name: str) -> tuple[str, dict[str, dict[str, int]]]:
+def _figures_of(name: str) -> tuple[str, dict[str, dict]]:
     return name, {str(arch): inspect(compile_launch(name, arch)) for arch in ARCHITECTURES}
 
 
-def compile_all() -> dict[str, dict[str, dict[str, int]]]:
+def compile_all() -> dict[str, dict[str, dict]]:
     """{class: {architecture: figures}} of the whole launch table, on all cores."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(len(os.sched_getaffinity(0)), 8)) as pool:
-        return dict(sorted(pool.imap_unordered(_figures_of, launch_table())))
+        return dict(sorted(pool.imap_unordered(_figures_of, launch_table(90))))
+
+
+def committed_figures() -> dict[str, dict[str, dict[str, dict]]]:
+    """{version of Triton: {class: {architecture: figures}}}, of the versions that are gated."""
+    return json.loads(FIGURES.read_text())
 
 
 def main() -> None:
-    content = {"triton": triton.__version__, "launches": compile_all()}
-    beside = FIGURES.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(FIGURES)
+    figures = {**committed_figures(), triton.__version__: compile_all()}
+    write_json(FIGURES, dict(sorted(figures.items())))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_tokens"])
 def copy_rows_kernel(
     p_from,
     p_to,

@@ -2,7 +2,8 @@
 
 The table is `launch_table.json`, which `python -m benchmarks.tune` writes; nothing is tuned while a
 step runs. A class is "<kernel>-<tile>-<head dim>-<precision>", where the tile is the power of two
-that holds a group, or "long", and the precision "16bit" or "fp32".
+that holds a group, or "long", and the precision "16bit" or "fp32"; "@80" after it is for devices
+before sm_90, whose tensor cores take smaller tiles.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import re
 
 import torch
 
@@ -21,27 +24,54 @@ LARGEST_BACKWARD_TILE = {
     "16bit": {16: 64, 32: 64, 64: 32},
     "fp32": {16: 32, 32: 64, 64: 32},
 }
-# Programs per multiprocessor below which the images of a batch are spread over more programs.
-PROGRAMS_PER_PROCESSOR = 4
+# What setup and table gradient cost a program, in images.
+SETUP_IMAGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Warps and stages of a program, the most images it loops over, and the slots of its tile.
+    """Warps and stages of a program, how many of it a multiprocessor holds, and its slots.
 
-    The tile is that of the class; "long" classes choose the block they loop by.
+    These are the tile of the class; "long" classes choose the block they loop by.
     """
 
     warps: int
     stages: int
-    images: int
+    resident: int
     block: int
 
 
 @functools.cache
-def launch_table() -> dict[str, Launch]:
-    """The shipped table, read once."""
-    return {name: Launch(**values) for name, values in json.loads(TABLE.read_text()).items()}
+def launch_table(architecture: int) -> dict[str, Launch]:
+    """The shipped launches for an architecture, read once."""
+    stored = {name: Launch(**values) for name, values in json.loads(TABLE.read_text()).items()}
+    table = {name: value for name, value in stored.items() if "@" not in name}
+    return {name: stored.get(_stored_name(name, architecture), table[name]) for name in table}
+
+
+def _stored_name(name: str, architecture: int) -> str:
+    return name if architecture >= 90 else f"{name}@80"
+
+
+def save(table: dict[str, Launch], architecture: int) -> None:
+    """Ship other launches; those for older devices stand apart only where they differ."""
+    stored = json.loads(TABLE.read_text())
+    for name, value in table.items():
+        if value != launch_table(architecture)[name]:
+            stored[_stored_name(name, architecture)] = dataclasses.asdict(value)
+    write_json(TABLE, dict(sorted(stored.items(), key=lambda item: item[0].partition("@"))))
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Whole or not at all; objects that hold no others take a line each."""
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text)
+    beside = path.with_suffix(".tmp")
+    with beside.open("w") as out:
+        out.write(text + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    beside.replace(path)
 
 
 def tile_of(group_size: int, largest: int = 64) -> int | None:
@@ -63,6 +93,15 @@ def class_name(kernel: str, tile: int | None, head_dim: int, dtype: torch.dtype)
 
 
 @functools.cache
+def architecture_of(device: torch.device) -> int:
+    """80, 90 and so on; 90 for the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for the interpreter."""
     if device.type != "cuda":
@@ -70,9 +109,15 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def images_per_program(
-    launch: Launch, programs_per_image: int, batch: int, device: torch.device
-) -> int:
-    """As many as the table says, but so few that the programs fill the chip."""
-    wanted = PROGRAMS_PER_PROCESSOR * num_processors(device)
-    return max(1, min(launch.images, batch, programs_per_image * batch // wanted))
+@functools.cache
+def images_per_program(batch: int, programs: int, places: int) -> int:
+    """Images of a program, where so many programs are needed for each run of images.
+
+    The chip holds `places` of them at once; waves x (setup + images) is made least.
+    """
+
+    def cost(images: int) -> int:
+        waves = -(-programs * -(-batch // images) // places)
+        return waves * (SETUP_IMAGES + images)
+
+    return min(range(batch, 0, -1), key=cost)

@@ -6,68 +6,89 @@ queries, one for keys and values, and one for the bias table, each with sums of 
 on grad_qkv.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .primitives import add_to_table, bias_tile, load_rows, load_slots, product, store_rows
+from .primitives import (
+    SIZES,
+    bias_tile,
+    load_block,
+    load_rows,
+    locate,
+    nothing,
+    pair_entries,
+    product,
+    store_rows,
+    write_forward,
+)
+from .table_gradient import add_to_table, clear_row
+
+
+class Queries(NamedTuple):
+    """What the backward pass reads of a block of queries."""
+
+    q: tl.tensor  # [BLOCK, HEAD_DIM]
+    grad_out: tl.tensor
+    lse: tl.tensor  # of the softmax's denominator, log2
+    delta: tl.tensor  # sum_d out grad_out
 
 
 @triton.jit
-def load_block(
-    p_rows, p_window, p_coords, i_group, group, first, num_slots, COORD_WIDTH, GATHERED, BLOCK
+def may_share(queries, keys):
+    """Whether two blocks may share a window; slots are sorted by it, so mostly they do then."""
+    return (keys.low <= queries.high) & (queries.low <= keys.high)
+
+
+@triton.jit
+def load_keys(
+    p_qkv, image, place, slots, num_rows, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """`load_slots`, with rows counted from the start of the image, and which rows are written."""
-    b_row, b_window, b_position, m_slot, m_token = load_slots(
-        p_rows, p_window, p_coords, group, first, num_slots, COORD_WIDTH, GATHERED, BLOCK
-    )
-    if GATHERED:
-        b_row += i_group * num_slots
-        m_write = m_slot
-    else:
-        m_write = m_token
-    return b_row, b_window, b_position, m_token, m_write
-
-
-@triton.jit
-def recompute(b_q, b_k, b_v, b_do, b_bias, b_lse, b_delta, scale_log2, PRECISION: tl.constexpr):
-    """P and dS of one pair of blocks. [BQ, BK]"""
-    b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
-    b_p = tl.exp2(b_score - b_lse[:, None])
-    b_dp = product(b_do, tl.trans(b_v), PRECISION)
-    return b_p, b_p * (b_dp - b_delta[:, None])
-
-
-@triton.jit
-def load_query_side(
-    p_qkv, p_out, p_grad_out, p_lse, image, i_head, num_rows, b_row, m_token, NUM_HEADS, HEAD_DIM
-):
-    """q, grad_out, log2 of the softmax's denominator, and delta = sum_d out grad_out."""
+    """Keys and values. [BLOCK, HEAD_DIM]"""
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
-    b_q = load_rows(
-        p_qkv + image * num_rows * (3 * C) + i_head * HEAD_DIM, b_row, m_token, 3 * C, HEAD_DIM
-    )
-    start = image * num_rows * C + i_head * HEAD_DIM
-    b_do = load_rows(p_grad_out + start, b_row, m_token, C, HEAD_DIM)
-    b_o = load_rows(p_out + start, b_row, m_token, C, HEAD_DIM)
-    p_l = p_lse + (image * NUM_HEADS + i_head) * num_rows
-    b_lse = tl.load(p_l + b_row, mask=m_token, other=0.0) * 1.4426950408889634
-    return b_q, b_do, b_lse, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    p_k = p_qkv + image * num_rows * (3 * C) + C + place.head * HEAD_DIM
+    b_k = load_rows(p_k, slots.row, slots.m_token, 3 * C, HEAD_DIM)
+    return b_k, load_rows(p_k + C, slots.row, slots.m_token, 3 * C, HEAD_DIM)
 
 
 @triton.jit
+def load_queries(
+    p_grad_out, p_qkv, p_out, p_lse, image, place, slots, num_rows,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = NUM_HEADS * HEAD_DIM
+    start = image * num_rows * C + place.head * HEAD_DIM
+    p_q = p_qkv + image * num_rows * (3 * C) + place.head * HEAD_DIM
+    b_q = load_rows(p_q, slots.row, slots.m_token, 3 * C, HEAD_DIM)
+    b_do = load_rows(p_grad_out + start, slots.row, slots.m_token, C, HEAD_DIM)
+    b_o = load_rows(p_out + start, slots.row, slots.m_token, C, HEAD_DIM)
+    p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows
+    b_lse = tl.load(p_l + slots.row, mask=slots.m_token, other=0.0) * 1.4426950408889634
+    return Queries(b_q, b_do, b_lse, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1))
+
+
+@triton.jit
+def recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION: tl.constexpr):
+    """P and dS of one pair of blocks. [BQ, BK]"""
+    b_score = product(queries.q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
+    b_p = tl.exp2(b_score - queries.lse[:, None])
+    b_dp = product(queries.grad_out, tl.trans(b_v), PRECISION)
+    return b_p, b_p * (b_dp - queries.delta[:, None])
+
+
+@triton.jit(do_not_specialize=SIZES)
 def long_attention_fwd_kernel(
+    part,  # Partition
     p_qkv,
     p_table,
-    p_rows,
-    p_window,
-    p_coords,
     p_out,
     p_lse,
     batch,
-    num_rows,
+    num_rows,  # of an image: N, or G * S for gathered groups
     num_groups,
     num_slots,
-    images_per_program,
+    images,  # that a program goes over
     scale_log2,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -80,60 +101,45 @@ def long_attention_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
-    i_head = tl.program_id(0) % NUM_HEADS
-    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
-    i_group = i_run % num_groups
-    first = (i_run // num_groups).to(tl.int64) * images_per_program
-    group = i_group + (first * num_groups if PER_IMAGE else 0)
-    b_row, b_window, b_position, m_token, m_write = load_block(
-        p_rows, p_window, p_coords, i_group, group, tl.program_id(1) * BLOCK, num_slots,
-        COORD_WIDTH, GATHERED, BLOCK,
-    )  # fmt: skip
-    if tl.max(m_write.to(tl.int32), 0) > 0:
-        for image in range(first, tl.minimum(first + images_per_program, batch)):
-            p_q = p_qkv + image * num_rows * (3 * C) + i_head * HEAD_DIM
-            b_q = load_rows(p_q, b_row, m_token, 3 * C, HEAD_DIM)
+    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
+    first = tl.program_id(1) * BLOCK
+    slots = load_block(part, place, first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+    if GATHERED or slots.high >= 0:
+        for image in range(place.first, place.end):
+            p_q = p_qkv + image * num_rows * (3 * C) + place.head * HEAD_DIM
+            b_q = load_rows(p_q, slots.row, slots.m_token, 3 * C, HEAD_DIM)
             b_max = tl.full([BLOCK], float("-inf"), tl.float32)
             b_sum = tl.zeros([BLOCK], tl.float32)
             b_acc = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             for k_first in range(0, num_slots, BLOCK):
-                b_row_k, b_window_k, b_position_k, m_key, _ = load_block(
-                    p_rows, p_window, p_coords, i_group, group, k_first, num_slots,
-                    COORD_WIDTH, GATHERED, BLOCK,
-                )  # fmt: skip
-                b_bias, b_entry, m_pair = bias_tile(
-                    p_table, i_head, b_window, b_window_k, b_position, b_position_k,
-                    OFFSET, NUM_HEADS, HAS_TABLE,
-                )  # fmt: skip
-                if tl.max(tl.max(m_pair.to(tl.int32), 1), 0) > 0:
-                    b_k = load_rows(p_q + C, b_row_k, m_key, 3 * C, HEAD_DIM)
-                    b_v = load_rows(p_q + 2 * C, b_row_k, m_key, 3 * C, HEAD_DIM)
+                keys = load_block(part, place, k_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+                if may_share(slots, keys):
+                    b_bias = bias_tile(
+                        p_table, place.head, slots, keys, OFFSET, NUM_HEADS, HAS_TABLE
+                    )
+                    b_k, b_v = load_keys(p_qkv, image, place, keys, num_rows, NUM_HEADS, HEAD_DIM)
                     b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
                     b_new = tl.maximum(b_max, tl.max(b_score, 1))
                     # Rows that have met no key yet: a finite pivot, so that nothing is inf - inf.
                     b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-                    b_p = tl.exp2(b_score - b_pivot[:, None])
+                    b_p = tl.exp2(b_score - b_pivot[:, None])  # [BLOCK, BLOCK]
                     b_fade = tl.exp2(b_max - b_pivot)
                     b_sum = b_sum * b_fade + tl.sum(b_p, 1)
                     b_acc = b_acc * b_fade[:, None]
                     b_acc += product(b_p.to(b_v.dtype), b_v, PRECISION)
                     b_max = b_new
-            b_max = tl.where(m_token, b_max, 0.0)
-            b_sum = tl.where(m_token, b_sum, 1.0)
-            p_o = p_out + image * num_rows * C + i_head * HEAD_DIM
-            store_rows(p_o, b_acc / b_sum[:, None], b_row, m_write, m_token, C, HEAD_DIM, GATHERED)
-            b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
-            tl.store(p_lse + (image * NUM_HEADS + i_head) * num_rows + b_row, b_lse, mask=m_write)
+            write_forward(
+                p_out, p_lse, image, place, slots, num_rows, b_acc, b_max, b_sum,
+                NUM_HEADS, HEAD_DIM, GATHERED,
+            )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def long_attention_bwd_query_kernel(
+    part,
     p_grad_out,
     p_qkv,
     p_table,
-    p_rows,
-    p_window,
-    p_coords,
     p_out,
     p_lse,
     p_grad_qkv,
@@ -141,7 +147,7 @@ def long_attention_bwd_query_kernel(
     num_rows,
     num_groups,
     num_slots,
-    images_per_program,
+    images,
     scale,
     scale_log2,
     NUM_HEADS: tl.constexpr,
@@ -155,52 +161,34 @@ def long_attention_bwd_query_kernel(
     PRECISION: tl.constexpr,
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
-    i_head = tl.program_id(0) % NUM_HEADS
-    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
-    i_group = i_run % num_groups
-    first = (i_run // num_groups).to(tl.int64) * images_per_program
-    group = i_group + (first * num_groups if PER_IMAGE else 0)
-    b_row, b_window, b_position, m_token, m_write = load_block(
-        p_rows, p_window, p_coords, i_group, group, tl.program_id(1) * BLOCK, num_slots,
-        COORD_WIDTH, GATHERED, BLOCK,
-    )  # fmt: skip
-    if tl.max(m_write.to(tl.int32), 0) > 0:
-        for image in range(first, tl.minimum(first + images_per_program, batch)):
-            start = image * num_rows * (3 * C) + i_head * HEAD_DIM
-            b_q, b_do, b_lse, b_delta = load_query_side(
-                p_qkv, p_out, p_grad_out, p_lse, image, i_head, num_rows, b_row, m_token,
-                NUM_HEADS, HEAD_DIM,
-            )  # fmt: skip
+    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
+    first = tl.program_id(1) * BLOCK
+    slots = load_block(part, place, first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+    if GATHERED or slots.high >= 0:
+        for image in range(place.first, place.end):
+            queries = load_queries(
+                p_grad_out, p_qkv, p_out, p_lse, image, place, slots, num_rows, NUM_HEADS, HEAD_DIM
+            )
             b_dq = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             for k_first in range(0, num_slots, BLOCK):
-                b_row_k, b_window_k, b_position_k, m_key, _ = load_block(
-                    p_rows, p_window, p_coords, i_group, group, k_first, num_slots,
-                    COORD_WIDTH, GATHERED, BLOCK,
-                )  # fmt: skip
-                b_bias, b_entry, m_pair = bias_tile(
-                    p_table, i_head, b_window, b_window_k, b_position, b_position_k,
-                    OFFSET, NUM_HEADS, HAS_TABLE,
-                )  # fmt: skip
-                if tl.max(tl.max(m_pair.to(tl.int32), 1), 0) > 0:
-                    b_k = load_rows(p_qkv + start + C, b_row_k, m_key, 3 * C, HEAD_DIM)
-                    b_v = load_rows(p_qkv + start + 2 * C, b_row_k, m_key, 3 * C, HEAD_DIM)
-                    b_p, b_ds = recompute(
-                        b_q, b_k, b_v, b_do, b_bias, b_lse, b_delta, scale_log2, PRECISION
+                keys = load_block(part, place, k_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+                if may_share(slots, keys):
+                    b_bias = bias_tile(
+                        p_table, place.head, slots, keys, OFFSET, NUM_HEADS, HAS_TABLE
                     )
+                    b_k, b_v = load_keys(p_qkv, image, place, keys, num_rows, NUM_HEADS, HEAD_DIM)
+                    b_p, b_ds = recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION)
                     b_dq += product(b_ds.to(b_k.dtype), b_k, PRECISION)
-            store_rows(
-                p_grad_qkv + start, b_dq * scale, b_row, m_write, m_token, 3 * C, HEAD_DIM, GATHERED
-            )
+            p_dq = p_grad_qkv + image * num_rows * (3 * C) + place.head * HEAD_DIM
+            store_rows(p_dq, b_dq * scale, slots, 3 * C, HEAD_DIM, GATHERED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def long_attention_bwd_key_kernel(
+    part,
     p_grad_out,
     p_qkv,
     p_table,
-    p_rows,
-    p_window,
-    p_coords,
     p_out,
     p_lse,
     p_grad_qkv,
@@ -208,7 +196,7 @@ def long_attention_bwd_key_kernel(
     num_rows,
     num_groups,
     num_slots,
-    images_per_program,
+    images,
     scale,
     scale_log2,
     NUM_HEADS: tl.constexpr,
@@ -222,63 +210,48 @@ def long_attention_bwd_key_kernel(
     PRECISION: tl.constexpr,
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
-    i_head = tl.program_id(0) % NUM_HEADS
-    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
-    i_group = i_run % num_groups
-    first = (i_run // num_groups).to(tl.int64) * images_per_program
-    group = i_group + (first * num_groups if PER_IMAGE else 0)
-    b_row_k, b_window_k, b_position_k, m_key, m_write = load_block(
-        p_rows, p_window, p_coords, i_group, group, tl.program_id(1) * BLOCK, num_slots,
-        COORD_WIDTH, GATHERED, BLOCK,
-    )  # fmt: skip
-    if tl.max(m_write.to(tl.int32), 0) > 0:
-        for image in range(first, tl.minimum(first + images_per_program, batch)):
-            start = image * num_rows * (3 * C) + i_head * HEAD_DIM
-            b_k = load_rows(p_qkv + start + C, b_row_k, m_key, 3 * C, HEAD_DIM)
-            b_v = load_rows(p_qkv + start + 2 * C, b_row_k, m_key, 3 * C, HEAD_DIM)
+    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
+    first = tl.program_id(1) * BLOCK
+    keys = load_block(part, place, first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+    if GATHERED or keys.high >= 0:
+        for image in range(place.first, place.end):
+            b_k, b_v = load_keys(p_qkv, image, place, keys, num_rows, NUM_HEADS, HEAD_DIM)
             b_dk = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             b_dv = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             for q_first in range(0, num_slots, BLOCK):
-                b_row, b_window, b_position, m_token, _ = load_block(
-                    p_rows, p_window, p_coords, i_group, group, q_first, num_slots,
-                    COORD_WIDTH, GATHERED, BLOCK,
-                )  # fmt: skip
-                b_bias, b_entry, m_pair = bias_tile(
-                    p_table, i_head, b_window, b_window_k, b_position, b_position_k,
-                    OFFSET, NUM_HEADS, HAS_TABLE,
-                )  # fmt: skip
-                if tl.max(tl.max(m_pair.to(tl.int32), 1), 0) > 0:
-                    b_q, b_do, b_lse, b_delta = load_query_side(
-                        p_qkv, p_out, p_grad_out, p_lse, image, i_head, num_rows, b_row, m_token,
+                slots = load_block(part, place, q_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+                if may_share(slots, keys):
+                    b_bias = bias_tile(
+                        p_table, place.head, slots, keys, OFFSET, NUM_HEADS, HAS_TABLE
+                    )
+                    queries = load_queries(
+                        p_grad_out, p_qkv, p_out, p_lse, image, place, slots, num_rows,
                         NUM_HEADS, HEAD_DIM,
                     )  # fmt: skip
-                    b_p, b_ds = recompute(
-                        b_q, b_k, b_v, b_do, b_bias, b_lse, b_delta, scale_log2, PRECISION
-                    )
+                    b_p, b_ds = recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION)
+                    b_do = queries.grad_out
                     b_dv += product(tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
-                    b_dk += product(tl.trans(b_ds.to(b_q.dtype)), b_q, PRECISION)
-            p_dk = p_grad_qkv + start + C
-            store_rows(p_dk, b_dk * scale, b_row_k, m_write, m_key, 3 * C, HEAD_DIM, GATHERED)
-            store_rows(p_dk + C, b_dv, b_row_k, m_write, m_key, 3 * C, HEAD_DIM, GATHERED)
+                    b_dk += product(tl.trans(b_ds.to(b_do.dtype)), queries.q, PRECISION)
+            p_dk = p_grad_qkv + image * num_rows * (3 * C) + C + place.head * HEAD_DIM
+            store_rows(p_dk, b_dk * scale, keys, 3 * C, HEAD_DIM, GATHERED)
+            store_rows(p_dk + C, b_dv, keys, 3 * C, HEAD_DIM, GATHERED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def long_attention_bwd_table_kernel(
+    part,
     p_grad_out,
     p_qkv,
     p_table,
-    p_rows,
-    p_window,
-    p_coords,
     p_out,
     p_lse,
     p_partial,
-    p_scale,
+    p_power,
     batch,
     num_rows,
     num_groups,
     num_slots,
-    images_per_program,
+    images,
     scale_log2,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -290,45 +263,28 @@ def long_attention_bwd_table_kernel(
     PER_IMAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    C: tl.constexpr = NUM_HEADS * HEAD_DIM
-    i_head = tl.program_id(0) % NUM_HEADS
-    i_run = tl.program_id(0) // NUM_HEADS  # a run of images of a group
-    i_group = i_run % num_groups
+    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     blocks = tl.cdiv(num_slots, BLOCK)
-    i_query, i_key = tl.program_id(1) // blocks, tl.program_id(1) % blocks
-    first = (i_run // num_groups).to(tl.int64) * images_per_program
-    group = i_group + (first * num_groups if PER_IMAGE else 0)
-    b_row, b_window, b_position, m_token, _ = load_block(
-        p_rows, p_window, p_coords, i_group, group, i_query * BLOCK, num_slots,
-        COORD_WIDTH, GATHERED, BLOCK,
-    )  # fmt: skip
-    b_row_k, b_window_k, b_position_k, m_key, _ = load_block(
-        p_rows, p_window, p_coords, i_group, group, i_key * BLOCK, num_slots,
-        COORD_WIDTH, GATHERED, BLOCK,
-    )  # fmt: skip
-    b_bias, b_entry, m_pair = bias_tile(
-        p_table, i_head, b_window, b_window_k, b_position, b_position_k, OFFSET, NUM_HEADS, True
-    )
-    if tl.max(tl.max(m_pair.to(tl.int32), 1), 0) > 0:
+    q_first, k_first = tl.program_id(1) // blocks * BLOCK, tl.program_id(1) % blocks * BLOCK
+    slots = load_block(part, place, q_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+    keys = load_block(part, place, k_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+    per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1)
+    program = place.head * per_head + place.run * tl.num_programs(1) + tl.program_id(1)
+    if may_share(slots, keys):
+        clear_row(p_partial, program, TABLE_ROWS)
+        b_bias = bias_tile(p_table, place.head, slots, keys, OFFSET, NUM_HEADS, True)
         b_grad_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for image in range(first, tl.minimum(first + images_per_program, batch)):
-            b_q, b_do, b_lse, b_delta = load_query_side(
-                p_qkv, p_out, p_grad_out, p_lse, image, i_head, num_rows, b_row, m_token,
-                NUM_HEADS, HEAD_DIM,
-            )  # fmt: skip
-            p_k = p_qkv + image * num_rows * (3 * C) + C + i_head * HEAD_DIM
-            b_k = load_rows(p_k, b_row_k, m_key, 3 * C, HEAD_DIM)
-            b_v = load_rows(p_k + C, b_row_k, m_key, 3 * C, HEAD_DIM)
-            b_p, b_ds = recompute(
-                b_q, b_k, b_v, b_do, b_bias, b_lse, b_delta, scale_log2, PRECISION
+        for image in range(place.first, place.end):
+            queries = load_queries(
+                p_grad_out, p_qkv, p_out, p_lse, image, place, slots, num_rows, NUM_HEADS, HEAD_DIM
             )
+            b_k, b_v = load_keys(p_qkv, image, place, keys, num_rows, NUM_HEADS, HEAD_DIM)
+            _, b_ds = recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION)
             b_grad_bias += b_ds
-        per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1)
-        program = i_head * per_head + i_run * tl.num_programs(1) + tl.program_id(1)
-        add_to_table(
-            p_partial + program.to(tl.int64) * TABLE_ROWS,
-            p_scale + program,
-            b_grad_bias,
-            b_entry,
-            m_pair,
-        )
+        again = nothing(place)
+        slots = load_block(part, place, q_first + again, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+        keys = load_block(part, place, k_first + again, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+        b_entry, m_pair = pair_entries(slots, keys, OFFSET)
+        add_to_table(p_partial, p_power, program, b_grad_bias, b_entry, m_pair, TABLE_ROWS)
+    else:
+        tl.store(p_power + program, 0.0)

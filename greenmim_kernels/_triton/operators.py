@@ -19,12 +19,16 @@ from .group_window_attention import group_attention_bwd_kernel, group_attention_
 from .launch import (
     HEAD_DIMS,
     LARGEST_BACKWARD_TILE,
+    architecture_of,
     class_name,
     images_per_program,
     launch_table,
+    num_processors,
     precision_of,
     tile_of,
 )
+from .primitives import Partition
+from .table_gradient import add_rows
 
 LOG2_E = math.log2(math.e)
 
@@ -77,6 +81,7 @@ class _Problem:
         if self.head_dim not in HEAD_DIMS:
             raise ValueError(f"the triton backend takes head dims {HEAD_DIMS}, got {self.head_dim}")
         self.batch = len(self.qkv)
+        self.part = Partition(self.token_index, self.window_id, self.coords)
         self.num_rows = (
             self.num_groups * self.num_slots if self.token_index is None else self.qkv.shape[1]
         )
@@ -87,28 +92,41 @@ class _Problem:
         self.tile = tile_of(self.num_slots, largest)
         self.empty = self.batch * self.num_groups * self.num_slots * self.num_rows == 0
 
-    def launch(self, kernel: str, pairs: bool = False, **more):
-        """A function that launches a kernel of this problem, its grid, and its images per program.
+    def launch(self, kernel: str, pairs: bool = False, **more) -> tuple[tuple, tuple, dict]:
+        """Grid, sizes and constants of a kernel, by its name in the launch table.
 
-        `kernel` names it in the launch table; `pairs` asks for a program per pair of blocks.
+        `pairs` asks for a program per pair of blocks.
         """
-        launch = launch_table()[class_name(kernel, self.tile, self.head_dim, self.qkv.dtype)]
-        blocks = triton.cdiv(self.num_slots, launch.block)
-        blocks = blocks * blocks if pairs else blocks
-        heads_groups = self.num_heads * self.num_groups
+        device = self.qkv.device
+        name = class_name(kernel, self.tile, self.head_dim, self.qkv.dtype)
+        launch = launch_table(architecture_of(device))[name]
+        blocks = working = triton.cdiv(self.num_slots, launch.block)
+        if pairs:
+            # Slots are sorted by window: few blocks but neighbours share one.
+            blocks, working = blocks**2, 3 * blocks - 2
         images = 1
         if self.partitions == 1:
-            images = images_per_program(launch, heads_groups * blocks, self.batch, self.qkv.device)
+            # Groups that a capacity leaves over are empty, and their programs end at once. How many
+            # hold tokens stands on the device: most often N / S, and one more of a dozen and more
+            # (csrc/cuda/attention.h).
+            filled = self.num_groups
+            if self.token_index is not None:
+                least = triton.cdiv(self.num_rows, self.num_slots)
+                filled = min(filled, least + (least >= 12))
+            images = images_per_program(
+                self.batch,
+                self.num_heads * filled * working,
+                launch.resident * num_processors(device),
+            )
         chunks = triton.cdiv(self.batch, images)
         # Runs of images are part of the first axis: the others end at 65535.
-        grid = (heads_groups * chunks, blocks)
+        grid = (self.num_heads * self.num_groups * chunks, blocks)
+        width = 2 * self.window_width - 1
         constants = {
             "NUM_HEADS": self.num_heads,
             "HEAD_DIM": self.head_dim,
-            "COORD_WIDTH": 2 * self.window_width - 1,
-            "OFFSET": (self.window_height - 1) * (2 * self.window_width - 1)
-            + self.window_width
-            - 1,
+            "COORD_WIDTH": width,
+            "OFFSET": (self.window_height - 1) * width + self.window_width - 1,
             "BLOCK": launch.block,
             "GATHERED": self.token_index is None,
             "PER_IMAGE": self.partitions > 1,
@@ -116,21 +134,8 @@ class _Problem:
             "num_warps": launch.warps,
             "num_stages": launch.stages,
         }
-        return grid, images, {**constants, **more}
-
-    def inputs(self) -> tuple:
-        """Pointers that every attention kernel starts with; what is absent is never read."""
-        absent = self.window_id
-        return (
-            self.qkv,
-            absent if self.table is None else self.table,
-            absent if self.token_index is None else self.token_index,
-            self.window_id,
-            self.coords,
-        )
-
-    def sizes(self, images: int) -> tuple[int, ...]:
-        return self.batch, self.num_rows, self.num_groups, self.num_slots, images
+        sizes = (self.batch, self.num_rows, self.num_groups, self.num_slots, images)
+        return grid, sizes, {**constants, **more}
 
 
 def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
@@ -139,10 +144,10 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     lse = qkv.new_empty(problem.batch, problem.num_heads, problem.num_rows, dtype=torch.float32)
     if problem.empty:
         return out, lse
-    grid, images, constants = problem.launch("fwd", HAS_TABLE=problem.table is not None)
+    grid, sizes, constants = problem.launch("fwd", HAS_TABLE=problem.table is not None)
     kernel = group_attention_fwd_kernel if problem.tile else long.long_attention_fwd_kernel
     kernel[grid](
-        *problem.inputs(), out, lse, *problem.sizes(images), problem.scale * LOG2_E, **constants
+        problem.part, qkv, problem.table, out, lse, *sizes, problem.scale * LOG2_E, **constants
     )
     return out, lse
 
@@ -155,61 +160,50 @@ def _backward(
     need_qkv: bool,
     need_table: bool,
 ) -> tuple[Tensor, Tensor]:
-    qkv = problem.qkv
+    qkv, table, part = problem.qkv, problem.table, problem.part
     grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
-    has_table = problem.table is not None
+    has_table = table is not None
     need_table = need_table and has_table
     grad_qkv = torch.empty_like(qkv) if need_qkv else qkv.new_empty(0)
     if problem.empty or not (need_qkv or need_table):
         shape = (problem.table_rows, problem.num_heads) if need_table else (0,)
         return grad_qkv, lse.new_zeros(shape)
+    partial, powers = None, None
     scales = (problem.scale, problem.scale * LOG2_E)
     if problem.tile:
-        grid, images, constants = problem.launch("bwd", HAS_TABLE=has_table)
-        partial, powers = _table_sums(problem, grid, need_table)
+        grid, sizes, constants = problem.launch("bwd", HAS_TABLE=has_table)
+        if need_table:
+            partial, powers = _table_sums(problem, grid)
         group_attention_bwd_kernel[grid](
-            grad_out, *problem.inputs(), lse, grad_qkv, partial, powers, *problem.sizes(images),
-            *scales, TABLE_ROWS=problem.table_rows, NEED_QKV=need_qkv, NEED_TABLE=need_table,
-            **constants,
+            part, grad_out, qkv, table, lse, grad_qkv, partial, powers, *sizes, *scales,
+            TABLE_ROWS=problem.table_rows, NEED_QKV=need_qkv, NEED_TABLE=need_table, **constants,
         )  # fmt: skip
-        return grad_qkv, _reduce(partial, powers)
-    if need_qkv:
+    elif need_qkv:
         for name, kernel in (
             ("bwd_query", long.long_attention_bwd_query_kernel),
             ("bwd_key", long.long_attention_bwd_key_kernel),
         ):
-            grid, images, constants = problem.launch(name, HAS_TABLE=has_table)
+            grid, sizes, constants = problem.launch(name, HAS_TABLE=has_table)
             kernel[grid](
-                grad_out, *problem.inputs(), out, lse, grad_qkv, *problem.sizes(images), *scales,
-                **constants,
-            )  # fmt: skip
-    grid, images, constants = problem.launch("bwd_table", pairs=True)
-    partial, powers = _table_sums(problem, grid, need_table)
-    if need_table:
+                part, grad_out, qkv, table, out, lse, grad_qkv, *sizes, *scales, **constants
+            )
+    if need_table and not problem.tile:
+        grid, sizes, constants = problem.launch("bwd_table", pairs=True)
+        partial, powers = _table_sums(problem, grid)
         long.long_attention_bwd_table_kernel[grid](
-            grad_out, *problem.inputs(), out, lse, partial, powers, *problem.sizes(images),
-            scales[1], TABLE_ROWS=problem.table_rows, **constants,
+            part, grad_out, qkv, table, out, lse, partial, powers, *sizes, scales[1],
+            TABLE_ROWS=problem.table_rows, **constants,
         )  # fmt: skip
-    return grad_qkv, _reduce(partial, powers)
+    return grad_qkv, add_rows(partial, powers) if need_table else lse.new_empty(0)
 
 
-def _table_sums(problem: _Problem, grid: tuple, need_table: bool) -> tuple[Tensor, Tensor]:
-    """Integer sums of every program, and the powers of two they are in. Zeros: some stop early."""
-    programs = math.prod(grid) // problem.num_heads if need_table else 0
-    rows, heads = problem.table_rows, problem.num_heads
-    device = problem.qkv.device
+def _table_sums(problem: _Problem, grid: tuple) -> tuple[Tensor, Tensor]:
+    """Room for the integer sums of every program, and for the powers of two they are in."""
+    shape = (problem.num_heads, math.prod(grid) // problem.num_heads)
     return (
-        torch.zeros(heads, programs, rows, dtype=torch.int64, device=device),
-        torch.zeros(heads, programs, dtype=torch.float32, device=device),
+        problem.qkv.new_empty(*shape, problem.table_rows, dtype=torch.int64),
+        problem.qkv.new_empty(shape, dtype=torch.float32),
     )
-
-
-def _reduce(partial: Tensor, powers: Tensor) -> Tensor:
-    """Sum over programs in a fixed order -> [rows, heads], or empty where nothing was asked."""
-    if partial.shape[1] == 0:
-        return powers.new_empty(0)
-    sums = (partial.double() * powers.double()[..., None]).sum(1)  # [heads, rows]
-    return sums.t().float().contiguous()
 
 
 def group_window_attention(

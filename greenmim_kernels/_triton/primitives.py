@@ -1,42 +1,103 @@
-"""Device functions shared by the forward and backward kernels.
+"""Device functions and tuples shared by the attention kernels.
 
 Names say what a value is: ``p_`` pointer, ``o_`` offsets, ``m_`` boolean mask, ``b_`` tile in
 registers, ``i_`` program or loop index. Offsets of images are int64, those within an image int32.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+# Integers of a call, never constants of a compiled kernel: a short last batch compiles nothing.
+# They cannot be a tuple, whose elements Triton specializes all the same.
+SIZES = ("batch", "num_rows", "num_groups", "num_slots", "images")
+
+
+class Partition(NamedTuple):
+    """Pointers to a partition: token_index (not read for gathered groups), window_id, coords."""
+
+    rows: tl.tensor
+    window: tl.tensor
+    coords: tl.tensor
+
+
+class Place(NamedTuple):
+    """Where a program works: a head, a group, images from `first` up to `end`."""
+
+    head: tl.tensor
+    run: tl.tensor  # number of the program among those of its head
+    group: tl.tensor  # of an image
+    part_group: tl.tensor  # among all P * G of the partition
+    first: tl.tensor
+    end: tl.tensor
+
+
+class Slots(NamedTuple):
+    """BLOCK slots of a group; padding and slots beyond the group have window -1."""
+
+    row: tl.tensor  # of the token in its image
+    window: tl.tensor
+    position: tl.tensor  # in the bias table
+    m_token: tl.tensor
+    m_write: tl.tensor  # padding of gathered groups is written, as zeros
+    low: tl.tensor  # least and greatest window of its tokens
+    high: tl.tensor
+
 
 @triton.jit
-def load_slots(
-    p_rows,
-    p_window,
-    p_coords,
-    group,  # index of the group among all P * G
+def locate(batch, num_groups, images, NUM_HEADS: tl.constexpr, PER_IMAGE: tl.constexpr):
+    """The place of this program on the first axis of the grid: head, then group, then images."""
+    i_run = tl.program_id(0) // NUM_HEADS
+    i_group = i_run % num_groups
+    first = (i_run // num_groups).to(tl.int64) * images
+    return Place(
+        tl.program_id(0) % NUM_HEADS,
+        i_run,
+        i_group,
+        i_group + (first * num_groups if PER_IMAGE else 0),
+        first,
+        tl.minimum(first + images, batch),
+    )
+
+
+@triton.jit
+def nothing(place):
+    """A zero that the compiler does not know.
+
+    A block that is loaded again at an offset of it is loaded again, and not kept in registers
+    through the loop over images: 32 of a thread's, for the entries of a tile.
+    """
+    return tl.minimum(place.end - place.first, 0).to(tl.int32)
+
+
+@triton.jit
+def load_block(
+    part,
+    place,
     first,  # first slot
     num_slots,
-    COORD_WIDTH: tl.constexpr,
-    GATHERED: tl.constexpr,
+    COORD_WIDTH: tl.constexpr,  # 2 Mw - 1
+    GATHERED: tl.constexpr,  # the tensors hold groups, and the row is the slot itself
     BLOCK: tl.constexpr,
 ):
-    """BLOCK slots of a group: row of the token in its image, window, position in the bias table.
-
-    GATHERED: the tensors hold groups, and the row is the slot itself (`group_row` is added later).
-    Slots beyond the group count as padding: window -1.
-    """
+    """BLOCK slots of this program's group."""
     o_slot = first + tl.arange(0, BLOCK)
     m_slot = o_slot < num_slots
-    at = group * num_slots + o_slot
-    b_window = tl.load(p_window + at, mask=m_slot, other=-1)
+    at = place.part_group * num_slots + o_slot
+    b_window = tl.load(part.window + at, mask=m_slot, other=-1)
     m_token = b_window >= 0
     if GATHERED:
-        b_row = o_slot
+        b_row = place.group * num_slots + o_slot
+        m_write = m_slot
     else:
-        b_row = tl.load(p_rows + at, mask=m_token, other=0)
-    b_h = tl.load(p_coords + 2 * at, mask=m_token, other=0)
-    b_w = tl.load(p_coords + 2 * at + 1, mask=m_token, other=0)
-    return b_row, b_window, b_h * COORD_WIDTH + b_w, m_slot, m_token
+        b_row = tl.load(part.rows + at, mask=m_token, other=0)
+        m_write = m_token
+    b_h = tl.load(part.coords + 2 * at, mask=m_token, other=0)
+    b_w = tl.load(part.coords + 2 * at + 1, mask=m_token, other=0)
+    low = tl.min(tl.where(m_token, b_window, 2147483647), 0)
+    high = tl.max(b_window, 0)
+    return Slots(b_row, b_window, b_h * COORD_WIDTH + b_w, m_token, m_write, low, high)
 
 
 @triton.jit
@@ -50,9 +111,7 @@ def load_rows(p_x, b_row, m_row, ROW: tl.constexpr, HEAD_DIM: tl.constexpr):
 def store_rows(
     p_x,
     b_value,
-    b_row,
-    m_row,
-    m_token,
+    slots,
     ROW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -61,35 +120,36 @@ def store_rows(
     o_d = tl.arange(0, HEAD_DIM)
     if GATHERED:
         # Beside a token that is not finite, what was computed for padding is NaN.
-        b_value = tl.where(m_token[:, None], b_value, 0.0)
-    p_tile = p_x + b_row[:, None] * ROW + o_d[None, :]
-    tl.store(p_tile, b_value.to(p_x.dtype.element_ty), mask=m_row[:, None])
+        b_value = tl.where(slots.m_token[:, None], b_value, 0.0)
+    p_tile = p_x + slots.row[:, None] * ROW + o_d[None, :]
+    tl.store(p_tile, b_value.to(p_x.dtype.element_ty), mask=slots.m_write[:, None])
+
+
+@triton.jit
+def pair_entries(queries, keys, OFFSET: tl.constexpr):
+    """The table's row of each pair of slots, and which pairs share a window. [BQ, BK]"""
+    m_pair = (queries.window[:, None] == keys.window[None, :]) & queries.m_token[:, None]
+    return queries.position[:, None] - keys.position[None, :] + OFFSET, m_pair
 
 
 @triton.jit
 def bias_tile(
     p_table,
     i_head,
-    b_window_q,
-    b_window_k,
-    b_position_q,
-    b_position_k,
+    queries,
+    keys,
     OFFSET: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
 ):
-    """Bias times log2(e) where query and key share a window, -inf elsewhere. [BQ, BK]
-
-    Also the table's row of each pair, and which pairs share a window.
-    """
-    m_pair = (b_window_q[:, None] == b_window_k[None, :]) & (b_window_q >= 0)[:, None]
-    b_entry = b_position_q[:, None] - b_position_k[None, :] + OFFSET
+    """Bias times log2(e) where query and key share a window, -inf elsewhere. [BQ, BK]"""
+    b_entry, m_pair = pair_entries(queries, keys, OFFSET)
     if HAS_TABLE:
         b_bias = tl.load(p_table + b_entry * NUM_HEADS + i_head, mask=m_pair, other=0.0)
         b_bias = tl.where(m_pair, b_bias * 1.4426950408889634, float("-inf"))
     else:
         b_bias = tl.where(m_pair, 0.0, float("-inf"))
-    return b_bias, b_entry, m_pair
+    return b_bias
 
 
 @triton.jit
@@ -99,22 +159,24 @@ def product(b_left, b_right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_to_table(p_partial, p_scale, b_grad, b_entry, m_pair):
-    """Add a tile of the bias' gradient to this program's own row of sums, the same bits every time.
-
-    Pairs at the same offset meet in one entry in no given order, and float sums would depend on it.
-    So the tile is scaled by a power of two to 41 bits and added as integers, which do not;
-    `p_scale` takes the power back (NaN, where the tile is not finite).
-    """
-    b_grad = tl.where(m_pair, b_grad, 0.0)
-    largest = tl.max(tl.max(tl.abs(b_grad), 1), 0)
-    # A NaN may lose a maximum; a sum never forgets it.
-    total = tl.sum(tl.sum(b_grad * 0.0, 1), 0)
-    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    exponent = tl.maximum(exponent, -80)
-    up = ((40 - exponent + 127) << 23).to(tl.float32, bitcast=True)
-    down = ((exponent - 40 + 127) << 23).to(tl.float32, bitcast=True)
-    finite = total == 0.0
-    fixed = tl.where(finite, b_grad * up, 0.0).to(tl.int64)
-    tl.atomic_add(p_partial + b_entry, fixed, mask=m_pair, sem="relaxed")
-    tl.store(p_scale, tl.where(finite, down, float("nan")))
+def write_forward(
+    p_out,
+    p_lse,
+    image,
+    place,
+    slots,
+    num_rows,
+    b_acc,  # sum of exp2(score - max) v
+    b_max,
+    b_sum,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GATHERED: tl.constexpr,
+):
+    """Output, and the logarithm of the softmax's denominator."""
+    C: tl.constexpr = NUM_HEADS * HEAD_DIM
+    p_o = p_out + image * num_rows * C + place.head * HEAD_DIM
+    store_rows(p_o, b_acc * (1.0 / b_sum)[:, None], slots, C, HEAD_DIM, GATHERED)
+    b_lse = tl.where(slots.m_token, (b_max + tl.log2(b_sum)) * 0.6931471805599453, 0.0)
+    p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows
+    tl.store(p_l + slots.row, b_lse, mask=slots.m_write)

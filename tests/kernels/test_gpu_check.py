@@ -270,7 +270,7 @@ def test_the_tests_of_the_parts_are_found(part):
 # What a part does on a GPU, on small problems of a CPU: backends by the names of others, a clock
 # that takes a second.
 AS_ON_A_GPU = """
-import sys, time, pathlib
+import dataclasses, pathlib, shutil, sys, time
 import torch
 from benchmarks import choose, environment, measure, steps, tune
 from greenmim_kernels import automatic, testing
@@ -288,7 +288,8 @@ for module in (choose, tune, steps):
 for module in (choose, tune):
     module.measure_graph, module.DEVICE = clock, "cpu"
     module.problem_of = lambda *_: small
-launch.launch_table(), automatic.table()  # those that are shipped
+automatic.table()  # what is shipped
+shutil.copy(launch.TABLE, folder)
 automatic.TABLE, launch.TABLE = folder / "automatic_table.json", folder / "launch_table.json"
 """
 CHOOSE = """
@@ -302,7 +303,8 @@ raise SystemExit(choose.main([]))
 """
 TUNE = """
 tune.runner = lambda name, inputs: lambda: [inputs.qkv]
-tune.candidates = lambda name: [launch.launch_table()[name]]
+tune.candidates = lambda name: [dataclasses.replace(tune.table()[name], stages=7)]
+tune.resident = lambda *_: 5
 raise SystemExit(tune.main(["--only=-32-16bit"]))
 """
 STEPS = """
@@ -363,9 +365,11 @@ def test_tune_keeps_the_classes_done_and_a_whole_table(tmp_path):
 
     arguments = on_a_gpu(tmp_path, TUNE)
     found = killed_half_way(tmp_path, arguments, "tune.json", lambda c: len(c["classes"]) == 3)
-    assert list(found["classes"])[:2] == ["fwd-64-32-16bit", "bwd-64-32-16bit"]
+    assert list(found["classes"])[:2] == ["bwd-64-32-16bit", "fwd-64-32-16bit"]
     table = json.loads((tmp_path / "launch_table.json").read_text())
-    assert set(table) == set(launch.launch_table())
+    assert set(table) == set(json.loads(launch.TABLE.read_text()))
+    tuned = {name for name, row in table.items() if row["stages"] == 7 and row["resident"] == 5}
+    assert set(found["classes"]) <= tuned
 
 
 def test_steps_keep_the_variants_done(tmp_path):

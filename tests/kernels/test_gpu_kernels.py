@@ -281,6 +281,45 @@ def test_a_gradient_that_is_not_finite_shows(backend):
 
 
 @kernel_test
+@pytest.mark.parametrize("window", [7, 14])
+def test_a_row_without_a_finite_score_is_nan(window, backend):
+    """As in the reference; padding, which has no score at all, is zero."""
+    case = Case(stage=2, window_size=window, num_heads=1, batch=1, shifted=True,
+                group_size=49 if window == 7 else 200)  # fmt: skip
+    inputs = make_inputs(case, device=DEVICE)
+    inputs.qkv[0, 5, : case.channels] = -math.inf  # the queries of one token; all keys are positive
+    inputs.qkv[..., case.channels : 2 * case.channels].abs_()
+    with gk.use_backend("reference"):
+        expected = run(inputs)
+    with gk.use_backend(backend):
+        actual = run(inputs)
+        x = gk.group_gather(inputs.qkv, inputs.part)
+        groups = gk.block_diagonal_attention(x, inputs.table, inputs.part, 1)
+    assert expected["out"][0, 5].isnan().all() and expected["out"].isnan().sum() == case.channels
+    assert torch.equal(actual["out"].isnan(), expected["out"].isnan())
+    # In the reference it reaches the values of all windows of the group: zero times NaN.
+    token = inputs.part.token_index
+    alike = inputs.part.window_id == inputs.part.window_id[token == 5]
+    expected["grad_qkv"], actual["grad_qkv"] = (
+        results["grad_qkv"][0, token[alike]] for results in (expected, actual)
+    )
+    for name, value in expected.items():
+        assert value.isnan().any() and actual[name][value.isnan()].isnan().all(), name
+    assert (groups[token < 0] == 0).all()
+
+
+@kernel_test
+@pytest.mark.parametrize("window", [7, 14])
+def test_a_table_that_excludes(window, backend):
+    """Scores of -inf that come before others of the row are no reason for NaN."""
+    case = Case(stage=2, window_size=window, num_heads=1, batch=1, mask_ratio=0.5)
+    inputs = make_inputs(case, device=DEVICE)
+    height, width = inputs.part.window_size
+    inputs.table.view(2 * height - 1, 2 * width - 1)[height:] = -math.inf  # keys of rows above
+    assert_agrees(inputs, backend)
+
+
+@kernel_test
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_gradients_of_any_size_reach_the_table(scale, backend):
     """The sums are integers on the way; their power of two follows the gradient."""
@@ -290,6 +329,26 @@ def test_gradients_of_any_size_reach_the_table(scale, backend):
         inputs.grad_out *= scale
         scaled = run(inputs)["grad_table"]
     assert relative_error(scaled.double() / scale, expected) < 1e-5
+
+
+@kernel_test
+@pytest.mark.parametrize("programs", [1, 64, 65, 512, 513, 1100])
+def test_rows_of_sums_are_added(programs):
+    """In one pass or two. Rows whose power is zero hold whatever the memory held."""
+    from greenmim_kernels._triton.table_gradient import add_rows
+
+    generator = torch.Generator().manual_seed(programs)
+    partial = torch.randint(-(2**40), 2**40, (2, programs, 25), generator=generator)
+    powers = 2.0 ** torch.randint(-90, -30, (2, programs), generator=generator)
+    expected = partial.double() * powers.double()[..., None]
+    empty = torch.rand(2, programs, generator=generator) < 0.3
+    expected = expected.masked_fill(empty[..., None], 0).sum(1).t()
+    partial = partial.masked_fill(empty[..., None], torch.iinfo(torch.int64).max).to(DEVICE)
+    powers = powers.masked_fill(empty, 0).to(DEVICE)
+    assert torch.equal(add_rows(partial, powers).cpu(), expected.float())
+    powers[1, programs // 2] = math.nan
+    sums = add_rows(partial, powers)
+    assert sums[:, 0].isfinite().all() and sums[:, 1].isnan().all()
 
 
 @kernel_test
@@ -383,15 +442,16 @@ def test_the_search_leaves_out_what_is_wrong_and_sorts_the_rest(name, monkeypatc
     from benchmarks.measure import Timing
     from greenmim_kernels._triton import launch
 
-    shipped = launch.launch_table()[name]
-    slow = dataclasses.replace(shipped, images=shipped.images + 1)
-    broken = dataclasses.replace(shipped, images=shipped.images + 2)
+    shipped = launch.launch_table(90)[name]
+    slow = dataclasses.replace(shipped, stages=shipped.stages + 1)
+    broken = dataclasses.replace(shipped, stages=shipped.stages + 2)
     times = iter([2e-3, 1e-3])
     monkeypatch.setattr(tune, "DEVICE", DEVICE)
     monkeypatch.setattr(tune, "CHANNELS", 16)
     small = {"window_size": 4, "group_size": 16, "image_size": (64, 64)}
     monkeypatch.setitem(tune.PROBLEMS, "16", small)
     monkeypatch.setattr(tune, "candidates", lambda _: [shipped, slow, broken])
+    monkeypatch.setattr(tune, "resident", lambda *_: 7)
     monkeypatch.setattr(tune, "measure_graph", lambda *_, **__: Timing.of([next(times)]))
     original = tune.runner
 
@@ -400,15 +460,16 @@ def test_the_search_leaves_out_what_is_wrong_and_sorts_the_rest(name, monkeypatc
 
         def wrong_where_broken():
             out = run()
-            return [t + (launch.launch_table()[name] == broken) for t in out]
+            return [t + (launch.launch_table(90)[name].stages == broken.stages) for t in out]
 
         return wrong_where_broken
 
     monkeypatch.setattr(tune, "runner", runner)
     rows = tune.tune(name, batch=1)
     assert [row.get("ms") for row in rows] == [1.0, 2.0, None]
-    assert rows[0]["images"] == slow.images and "differs" in rows[2]["refused"]
-    assert launch.launch_table()[name] == shipped
+    assert rows[0]["stages"] == slow.stages and rows[0]["resident"] == 7
+    assert "differs" in rows[2]["refused"]
+    assert launch.launch_table(90)[name] == shipped
 
 
 @pytest.mark.gpu

@@ -1,14 +1,15 @@
 """Every shipped launch compiled ahead of time for three architectures, without a GPU.
 
-The figures stand in a committed file, so that a change in registers shows in a diff:
-`python -m greenmim_kernels._triton.ahead_of_time` rewrites it.
+The figures stand in a committed file, by version of Triton, so that a change in registers shows in
+a diff: `python -m greenmim_kernels._triton.ahead_of_time` rewrites those of the version at hand.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -17,23 +18,33 @@ from greenmim_kernels.backends import triton_interprets
 if triton_interprets():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from greenmim_kernels._triton import ahead_of_time
-from greenmim_kernels._triton.launch import HEAD_DIMS, LARGEST_BACKWARD_TILE, launch_table
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
-COMMITTED = json.loads(ahead_of_time.FIGURES.read_text())
+import greenmim_kernels as gk
+from greenmim_kernels._triton import ahead_of_time, operators, table_gradient
+from greenmim_kernels._triton.launch import (
+    HEAD_DIMS,
+    LARGEST_BACKWARD_TILE,
+    SETUP_IMAGES,
+    images_per_program,
+    launch_table,
+)
+from greenmim_kernels._triton.machine_code import overwritten_operands, proxy_fence
+from greenmim_kernels.testing import Case, make_inputs, visible_tokens
 
-
-@pytest.fixture(scope="module")
-def figures() -> dict[str, dict[str, dict[str, int]]]:
-    version = ahead_of_time.triton.__version__
-    if version != COMMITTED["triton"]:
-        # Another compiler allocates other registers; what is gated is the one we measured.
-        pytest.skip(f"the figures are of triton {COMMITTED['triton']}, this is {version}")
-    return ahead_of_time.compile_all()
+COMMITTED = ahead_of_time.committed_figures()
+LAUNCHES = [
+    pytest.param(version, name, by_architecture, id=f"{version}-{name}")
+    for version, launches in COMMITTED.items()
+    for name, by_architecture in launches.items()
+]
 
 
 def test_the_table_has_every_class_and_is_not_long():
-    table = launch_table()
+    table = launch_table(90)
     assert len(table) <= 60
     for precision in ("16bit", "fp32"):
         for head_dim in HEAD_DIMS:
@@ -47,31 +58,79 @@ def test_the_table_has_every_class_and_is_not_long():
             assert set(names) <= set(table)
 
 
-def test_no_spills_wide_loads_and_room_in_shared_memory(figures):
-    for name, by_architecture in figures.items():
-        _, _, head_dim, precision = name.split("-")
-        for architecture, found in by_architecture.items():
-            where = f"{name} on sm_{architecture}: {found}"
-            assert found["shared_bytes"] <= ahead_of_time.SHARED_LIMIT[int(architecture)], where
-            assert found["loads_16_bytes"] > 0, where
-            if precision == "16bit":
-                assert found["tensor_core"] > 0, where
-            if precision == "16bit" or head_dim != "64":
-                assert found["spill_loads"] == found["spill_stores"] == 0, where
+def test_figures_of_both_versions_are_committed():
+    assert set(COMMITTED) == {"3.6.0", "3.8.0"}
+    for launches in COMMITTED.values():
+        assert set(launches) == set(launch_table(90))
 
 
-def test_the_committed_figures_are_these(figures):
-    assert COMMITTED["launches"] == figures, f"rewrite {ahead_of_time.FIGURES}"
+@pytest.mark.parametrize(("version", "name", "by_architecture"), LAUNCHES)
+def test_no_spills_wide_loads_room_and_no_overwritten_operand(version, name, by_architecture):
+    _, tile, head_dim, precision = name.split("-")
+    assert set(by_architecture) == {str(a) for a in ahead_of_time.ARCHITECTURES}
+    for architecture, found in by_architecture.items():
+        where = f"sm_{architecture}: {found}"
+        assert found["shared_bytes"] <= ahead_of_time.SHARED_LIMIT[int(architecture)], where
+        assert found["loads_16_bytes"] > 0, where
+        assert found["overwritten_operands"] == 0, where
+        if precision == "16bit":
+            assert found["tensor_core"] > 0, where
+        if precision == "16bit" or head_dim != "64":
+            assert found["spill_loads"] == found["spill_stores"] == 0, where
+        # Triton 3.6 puts no fence between an asynchronous copy and wgmma.
+        assert found["proxy_fence"] is not False or version == "3.6.0", where
+
+
+@pytest.mark.parametrize("name", launch_table(90))
+def test_resident_is_what_the_figures_of_every_version_allow(name):
+    for architecture in (80, 90):
+        launch = launch_table(architecture)[name]
+        if architecture == 90 or launch != launch_table(90)[name]:
+            allowed = [
+                ahead_of_time.resident(
+                    launches[name][str(architecture)], launch.warps, architecture
+                )
+                for launches in COMMITTED.values()
+            ]
+            assert launch.resident == min(allowed), architecture
+
+
+def test_products_that_feed_each_other_have_one_warpgroup():
+    """With eight warps the second would repeat what the first does on a tile of 64 rows."""
+    for name, launch in launch_table(90).items():
+        if name.endswith("16bit") and launch.block == 64 and not name.startswith("bwd_table"):
+            assert launch.warps == 4, name
+
+
+def test_the_committed_figures_are_these():
+    version = triton.__version__
+    if version not in COMMITTED:
+        pytest.skip(f"no figures of triton {version}")
+    assert COMMITTED[version] == ahead_of_time.compile_all(), f"rewrite {ahead_of_time.FIGURES}"
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [(128, 40_960, 4, 4), (129, 1024, 4, 3), (255, 57_856, 4, 2), (32, 0, 1, 32), (32, 0, 8, 8),
+     (168, 0, 1, 12), (32, 115_712, 4, 2), (32, 115_713, 4, 1)],
+)  # fmt: skip
+def test_programs_that_a_processor_holds(registers, shared, warps, expected):
+    """As in the occupancy calculator of CUDA, compute capability 9.0."""
+    found = {"registers": registers, "shared_bytes": shared}
+    assert ahead_of_time.resident(found, warps, 90) == expected
 
 
 @pytest.mark.parametrize("flag", ["GATHERED", "PER_IMAGE", "HAS_TABLE", "NEED_QKV", "NEED_TABLE"])
 def test_the_variants_that_are_not_in_the_figures_compile(flag):
     """The interpreter does not check types; the compiler does."""
-    names = [name for name in launch_table() if name.endswith("-32-16bit")]
+    names = [name for name in launch_table(90) if name.endswith("-32-16bit")]
     kernels = {name.split("-")[0] + str("long" in name): name for name in names}
     for name in kernels.values():
-        flipped = flag in ("GATHERED", "PER_IMAGE")
-        assert ahead_of_time.compile_launch(name, 90, **{flag: flipped}).asm["cubin"]
+        flags = {flag: flag in ("GATHERED", "PER_IMAGE")}
+        if flag == "HAS_TABLE":
+            flags["NEED_TABLE"] = False
+        if not name.startswith("bwd_table") or flag in ("GATHERED", "PER_IMAGE"):
+            assert ahead_of_time.compile_launch(name, 90, **flags).asm["cubin"]
 
 
 @pytest.mark.parametrize("scatter", [False, True])
@@ -81,3 +140,141 @@ def test_gather_and_scatter_compile(scatter, per_image):
         ahead_of_time.compile_copy(90, SCATTER=scatter, PER_IMAGE=per_image)
     )
     assert found["spill_loads"] == 0 and found["shared_bytes"] <= ahead_of_time.SHARED_LIMIT[90]
+    assert found["loads_16_bytes"] > 0
+
+
+@pytest.mark.parametrize(("first", "last"), [(True, True), (True, False), (False, True)])
+def test_the_sum_over_programs_compiles(first, last):
+    found = ahead_of_time.inspect(ahead_of_time.compile_add_rows(90, first, last))
+    assert found["spill_loads"] == 0 and found["registers"] <= 128
+
+
+# --- what a call launches ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple]:
+    """(kernel, grid, arguments, what Triton keys its compiled kernels by), instead of launching."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    found = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        arguments, specialization, options = bind(*args, **kwargs)
+        found.append((self.fn.__name__, grid, arguments, f"{specialization} {options}"))
+
+    monkeypatch.setattr(triton.JITFunction, "run", record)
+    return found
+
+
+def call(case: Case, part: gk.GroupPartition | None = None) -> None:
+    inputs = make_inputs(case)
+    part = part or inputs.part
+    indices, sizes = (part.window_id, part.coords), (case.num_heads, *part.window_size, 0.3)
+    saved = operators.group_window_attention(
+        inputs.qkv, inputs.table, part.token_index, *indices, *sizes
+    )
+    operators.group_window_attention_backward(
+        inputs.grad_out, inputs.qkv, inputs.table, *saved, part.token_index, *indices, *sizes,
+        True, True,
+    )  # fmt: skip
+    x = operators.group_gather(inputs.qkv, part.token_index)
+    operators.group_scatter(x, part.token_index, part.num_tokens)
+    saved = operators.block_diagonal_attention(x, inputs.table, *indices, *sizes)
+    operators.block_diagonal_attention_backward(
+        x[..., : case.channels], x, inputs.table, *saved, *indices, *sizes, True, True
+    )
+
+
+@pytest.mark.parametrize("window", [7, 14])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_another_batch_or_mask_compiles_nothing(window, per_image, launches, monkeypatch):
+    """Integers that are 1 or multiples of 16 in one call and not in another."""
+    monkeypatch.setattr(table_gradient, "RUN", 10_000)  # one pass, however many programs
+    case = Case(stage=2, window_size=window, per_image=per_image)
+    keys = []
+    for batch, ratio, group_size in ((16, 0.75, 64), (5, 0.6, 63), (1, 0.95, 62), (8, 0.5, 49)):
+        launches.clear()
+        size = group_size * (window // 7) ** 2
+        batch = max(batch, 1 + per_image)
+        call(dataclasses.replace(case, batch=batch, mask_ratio=ratio, group_size=size))
+        keys.append({(name, key) for name, _, _, key in launches})
+    assert len(keys[0]) == (7 if window == 7 else 11)
+    assert all(other == keys[0] for other in keys)
+
+
+def test_empty_groups_of_a_capacity_are_no_reason_for_longer_programs(launches, monkeypatch):
+    """Swin-B at stage 1: 12 or 13 of 23 groups hold tokens."""
+    monkeypatch.setattr(operators, "num_processors", lambda _: 132)
+    case = Case(shifted=True, batch=128, num_heads=4, dtype=torch.bfloat16)
+    window, shift = case.window_and_shift()
+    grid = visible_tokens(case)
+    capacity = gk.partition_capacity(case.grid, window, shift, int(grid.sum()))
+    part = gk.group_partition(grid, window, shift, capacity=capacity)
+    assert (part.num_groups, part.group_size) == (23, 64)
+    assert 12 <= (part.window_id >= 0).any(-1).sum() <= 13
+    call(case, part)
+    images = [arguments["images"] for _, _, arguments, _ in launches[:2]]
+    resident = [launch_table(90)[f"{kernel}-64-32-16bit"].resident for kernel in ("fwd", "bwd")]
+    assert images == [images_per_program(128, 4 * 13, 132 * places) for places in resident]
+
+
+@pytest.mark.parametrize(
+    ("batch", "programs", "places", "expected"),
+    [(128, 52, 264, 26), (128, 52, 528, 13), (256, 32, 264, 32), (128, 16, 528, 4),
+     (1, 52, 264, 1), (128, 148, 264, 26)],
+)  # fmt: skip
+def test_images_fill_whole_waves(batch, programs, places, expected):
+    images = images_per_program(batch, programs, places)
+    assert images == expected
+
+    def cost(images):
+        waves = -(-programs * -(-batch // images) // places)
+        return waves * (SETUP_IMAGES + images)
+
+    assert cost(images) == min(map(cost, range(1, batch + 1)))
+
+
+# --- the scans of machine code ------------------------------------------------------------------
+
+PRODUCT = "        /*0{at}*/         HGMMA.64x32x16.F32.BF16 R88, R24, gdesc[UR8], R88 ;\n"
+WAIT = "        /*0500*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "overwrites"),
+    [
+        ("FADD R27, R2, R3 ;", True),  # the last of its four registers
+        ("FADD R28, R24, R25 ;", False),
+        ("@!P0 MOV R24, R9 ;", True),
+        ("LDS.128 R21, [R2] ;", True),  # writes R21 to R24
+        ("LDS.64 R21, [R2] ;", False),
+        ("IMAD.WIDE R23, R2, 0x4, R8 ;", True),
+        ("ISETP.GE.AND P0, PT, R24, R3, PT ;", False),
+        ("LOP3.LUT P1, R25, R2, R3, RZ, 0xc0, !PT ;", True),
+        ("STG.E.128 [R24.64], R4 ;", False),
+        ("LDSM.16.MT88.4 R20, [R2] ;", False),
+        ("LDSM.16.MT88.4 R22, [R2] ;", True),
+    ],
+)
+def test_an_operand_that_is_overwritten_is_found(instruction, overwrites):
+    line = f"        /*0400*/                   {instruction}\n"
+    assert bool(overwritten_operands(PRODUCT.format(at=300) + line + WAIT)) == overwrites
+    assert overwritten_operands(PRODUCT.format(at=300) + WAIT + line) == []
+    assert overwritten_operands(line + PRODUCT.format(at=450) + WAIT) == []
+    from_memory = "        /*0300*/    HGMMA.64x32x16.F32.BF16 R88, gdesc[UR4], RZ, !UPT ;\n"
+    assert overwritten_operands(from_memory + line + WAIT) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (("cp.async.wait_group 1;", "fence.proxy.async.shared::cta;", "wgmma.mma_async"), True),
+        (("cp.async.wait_group 1;", "wgmma.mma_async", "fence.proxy.async.shared::cta;"), False),
+        (("fence.proxy.async.shared::cta;", "cp.async.wait_group 1;", "wgmma.mma_async"), False),
+        (("fence.proxy.async.shared::cta;", "wgmma.mma_async"), None),
+        (("cp.async.wait_group 1;", "mma.sync"), None),
+    ],
+)
+def test_a_missing_proxy_fence_is_found(lines, expected):
+    assert proxy_fence("\n".join(lines)) is expected

@@ -1,0 +1,64 @@
+"""Two things that a compiled kernel can get wrong around Hopper's asynchronous products (wgmma).
+
+Both were faults of Triton, and neither shows in the results of every run: where its scheduling goes
+wrong, a product reads something newer or older than it was given.
+"""
+
+from __future__ import annotations
+
+import re
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *([^;]*);")
+# These write memory, or nothing.
+_NO_RESULT = (
+    "ST",
+    "RED",
+    "BAR",
+    "BRA",
+    "EXIT",
+    "LDGSTS",
+    "LDGDEP",
+    "DEPBAR",
+    "MEMBAR",
+    "FENCE",
+    "WARP",
+)
+
+
+def overwritten_operands(sass: str) -> list[str]:
+    """Instructions that write a register while a product may still read it (triton PR 11781).
+
+    A product that takes its left operand from four registers reads them until the next wait.
+    """
+    being_read: set[int] = set()
+    found = []
+    for address, operation, operands in _INSTRUCTION.findall(sass):
+        if operation.startswith("HGMMA"):
+            left = re.match(r"R\d+, *R(\d+)", operands)
+            if left:
+                being_read |= set(range(int(left[1]), int(left[1]) + 4))
+        elif operation.startswith("WARPGROUP.DEPBAR"):
+            being_read.clear()
+        elif not operation.startswith(_NO_RESULT):
+            to = re.match(r"(?:U?P\w+, *)?R(\d+)\b", operands)
+            if to and being_read & set(range(int(to[1]), int(to[1]) + _width(operation))):
+                found.append(f"{address}: {operation} {operands.strip()}")
+    return found
+
+
+def _width(operation: str) -> int:
+    """Registers that an instruction writes."""
+    if ".128" in operation or operation.endswith(("M88.4", "MT88.4")):
+        return 4
+    return 2 if ".64" in operation or ".WIDE" in operation or operation.startswith("CS2R") else 1
+
+
+def proxy_fence(ptx: str) -> bool | None:
+    """Whether a fence stands between the wait for an asynchronous copy and the next product.
+
+    The product reads shared memory through another proxy than the copy wrote it (triton PR 9610;
+    3.6 leaves the fence out). None where nothing is copied so, or no wgmma follows.
+    """
+    _, copied, after = ptx.partition("cp.async.wait_group")
+    before, product, _ = after.partition("wgmma.mma_async")
+    return "fence.proxy.async" in before if copied and product else None
