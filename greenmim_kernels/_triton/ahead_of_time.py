@@ -24,7 +24,7 @@ from . import long_groups as long
 from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
 from .launch import launch_table, write_json
-from .machine_code import overwritten_operands, proxy_fence
+from .machine_code import loop_length, overwritten_operands, proxy_fence
 from .primitives import Partition
 from .table_gradient import BLOCK_PROGRAMS, BLOCK_ROWS, add_rows_kernel
 
@@ -160,7 +160,7 @@ def resident(found: dict, warps: int, architecture: int) -> int:
 
 
 def inspect(compiled) -> dict:
-    """Registers, spills, shared memory, wide loads, tensor core products, and their two faults."""
+    """Registers, spills, shared memory, what stands in the code, and two faults of it."""
     tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -184,6 +184,7 @@ def inspect(compiled) -> dict:
         "registers": int(usage[1]),
         "shared_bytes": compiled.metadata.shared,
         **{name: len(re.findall(pattern, code)) for name, pattern in count.items()},
+        "loop": loop_length(code),
         "overwritten_operands": len(overwritten_operands(code)),
         "proxy_fence": proxy_fence(compiled.asm["ptx"]),
     }

@@ -1,7 +1,8 @@
-"""Two things that a compiled kernel can get wrong around Hopper's asynchronous products (wgmma).
+"""What the machine code of a compiled kernel says.
 
-Both were faults of Triton, and neither shows in the results of every run: where its scheduling goes
-wrong, a product reads something newer or older than it was given.
+Two things can be wrong around Hopper's asynchronous products (wgmma). Both were faults of Triton,
+and neither shows in the results of every run: where its scheduling goes wrong, a product reads
+something newer or older than it was given.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *([^;]*);")
+_PRODUCT = re.compile(r"HMMA|HGMMA|UTCHMMA")
 # These write memory, or nothing.
 _NO_RESULT = (
     "ST",
@@ -62,3 +64,26 @@ def proxy_fence(ptx: str) -> bool | None:
     _, copied, after = ptx.partition("cp.async.wait_group")
     before, product, _ = after.partition("wgmma.mma_async")
     return "fence.proxy.async" in before if copied and product else None
+
+
+def loop_length(sass: str) -> int:
+    """Instructions of the innermost loop around all tensor core products, as it stands in the code;
+    0 where there is none.
+
+    In an attention kernel for short groups it goes over images, once through each.
+    """
+    code = [
+        (int(address, 16), operation, operands)
+        for address, operation, operands in _INSTRUCTION.findall(sass)
+    ]
+    products = [address for address, operation, _ in code if _PRODUCT.match(operation)]
+    loops = [
+        (address - int(found[1], 16)) // 16 + 1
+        for address, operation, operands in code
+        if operation == "BRA"
+        and products
+        and (found := re.search(r"0x([0-9a-f]+)", operands))
+        and int(found[1], 16) < products[0]
+        and address > products[-1]
+    ]
+    return min(loops, default=0)

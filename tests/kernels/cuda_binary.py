@@ -16,6 +16,8 @@ import subprocess
 import torch
 from emulated import LARGE, SMALL, plan, toolkit
 
+from greenmim_kernels._triton.machine_code import loop_length
+
 FIGURES = pathlib.Path(__file__).parent / "cuda_figures.json"
 COUNTED = {
     "tensor_core": re.compile(r"\bHMMA\."),
@@ -25,7 +27,7 @@ COUNTED = {
     "lets_next_start": re.compile(r"\bPREEXIT\b"),
     "waits_for_last": re.compile(r"\bACQBULK\b"),
 }
-INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+.*;")
 
 
 def module() -> pathlib.Path | None:
@@ -67,27 +69,10 @@ def short_name(symbol: str) -> str | None:
     return "-".join(parts)
 
 
-def loop_length(code: list[tuple[int, str]]) -> int:
-    """Instructions of the innermost loop around all tensor core products, which goes over images.
-
-    Every strip of a band of four is in it once, so it is what a warp with such a band executes.
-    """
-    products = [address for address, text in code if COUNTED["tensor_core"].search(text)]
-    loops = [
-        (address - int(found[1], 16)) // 16 + 1
-        for address, text in code
-        if (found := re.search(r"\bBRA\s.*0x([0-9a-f]+)", text))
-        and products
-        and int(found[1], 16) < products[0]
-        and address > products[-1]
-    ]
-    return min(loops, default=0)
-
-
-def first_access(code: list[tuple[int, str]]) -> str:
+def first_access(code: list[str]) -> str:
     """The first instruction that touches the device's memory, or waits for the last kernel."""
     pattern = re.compile(r"\b(LDG|LDGSTS|STG|ACQBULK)\b")
-    return next((found[1] for _, text in code if (found := pattern.search(text))), "")
+    return next((found[1] for line in code if (found := pattern.search(line))), "")
 
 
 def figures(binary: pathlib.Path, tool: str) -> dict[str, dict[str, dict[str, int]]]:
@@ -110,7 +95,7 @@ def figures(binary: pathlib.Path, tool: str) -> dict[str, dict[str, dict[str, in
     with subprocess.Popen(
         [tool, "-sass", str(binary)], stdout=subprocess.PIPE, text=True
     ) as process:
-        code: list[tuple[int, str]] = []
+        code: list[str] = []
         for line in process.stdout:
             if found := re.match(r"arch = sm_(\w+)", line):
                 architecture = found[1]
@@ -119,18 +104,18 @@ def figures(binary: pathlib.Path, tool: str) -> dict[str, dict[str, dict[str, in
                 code = []
                 if name:
                     result[name][architecture]["code"] = code
-            elif found := INSTRUCTION.match(line):
-                code.append((int(found[1], 16), found[2]))
+            elif INSTRUCTION.match(line):
+                code.append(line)
     for by_architecture in result.values():
         for row in by_architecture.values():
             code = row.pop("code")
             row.update(
                 {
-                    key: sum(bool(pattern.search(text)) for _, text in code)
+                    key: sum(bool(pattern.search(line)) for line in code)
                     for key, pattern in COUNTED.items()
                 },
                 instructions=len(code),
-                loop=loop_length(code),
+                loop=loop_length("\n".join(code)),
                 first_access=first_access(code),
             )
     return result
