@@ -39,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from . import tables
+from . import predicted, tables
 from .environment import RESULTS, ROOT, describe, folder_of, write_json
 
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL
@@ -350,7 +350,7 @@ def figures(folder: pathlib.Path) -> str:
         result = json.loads(file.read_text())
         for which in ("forward", "backward", "both"):
             parts.append(f"{which}\n{tables.stages_table(result, which)}")
-        parts.append(tables.reasons_table(result))
+        parts += [predicted.beside_table(result), tables.reasons_table(result)]
     if (file := folder / "steps.json").exists():
         result = json.loads(file.read_text())
         parts += [tables.steps_table(result), tables.reasons_table(result)]

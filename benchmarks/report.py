@@ -12,7 +12,7 @@ import json
 import pathlib
 import sys
 
-from . import tables
+from . import predicted, tables
 from .environment import MEASURED_CODE, RESULTS, ROOT, changed_since
 
 README = ROOT / "README.md"
@@ -116,6 +116,11 @@ def page(folder: pathlib.Path) -> str:
             + "\n".join(tables.stages_table(result, p) for p in ("both", "forward", "backward"))
             + "\n![speed](speedup.png)\n![memory](memory.png)\n![roofline](roofline.png)\n"
         )
+        if table := predicted.beside_table(result):
+            parts.append(
+                "### Measured beside predicted\n\nPredicted from shapes and static figures alone"
+                f" ([how](../../predicted.md)).\n\n{table}"
+            )
         for study, title in (("operators", "Other operators"), ("shapes", "Other shapes")):
             parts.append(f"### {title}\n\n{tables.problems_table(result, study)}")
         parts.append(f"### Growth\n\n{tables.growth_table(result)}\n![growth](growth.png)\n")

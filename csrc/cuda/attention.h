@@ -32,6 +32,7 @@ struct Attention {
   bool is_long;             // groups of more slots than a block holds: it goes over them in pieces
   int strips;               // of a block: its warps
   int share;                // blocks of a head that the groups with tokens share, with a mask for all
+  int images;               // that a block then goes over, where as many groups as expected hold tokens
 
   constexpr int table_rows() const { return (2 * window_height - 1) * (2 * window_width - 1); }
   constexpr int group_strips() const { return (slots + kStrip - 1) / kStrip; }

@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   using Memory = BackwardMemory<T, D>;
   DYNAMIC_SHARED(shared);
   const Memory memory(shared, a);
-  memory.slots.start_table(a);
   const Place place = memory.slots.find_place(a, true);
   const int strip = int(threadIdx.x) / 32, lane = lane_index();
   const int channels = a.heads * D;
@@ -72,10 +71,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 
   allow_next_kernel();
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(0, a.grad_qkv != nullptr)) {
-    copy_async_wait<0>();
+  if (!place.has_images() || memory.slots.nothing_from(0, a.grad_qkv != nullptr))
     return store_partial(nullptr, 0, a);
-  }
   const auto start_load = [&](int stage, int image) {
     if (image < place.last_image) {
       const int* row = memory.slots.row;
@@ -96,9 +93,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 
   start_load(0, place.first_image);
   // While the first image is on its way.
+  memory.slots.read_table(a, place);
   const Band band = band_of(memory.slots, place, strip, a.reach());
-  copy_async_wait<1>();
-  memory.slots.finish_table(a);
   __syncthreads();  // the table is there
   float bias[kMostStrips][2][4];
   make_bias(bias, memory.slots, strip, band, table_centre(a));

@@ -92,7 +92,6 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   using Memory = LongBackwardMemory<T, D>;
   DYNAMIC_SHARED(shared);
   const Memory memory(shared, a);
-  memory.slots.start_table(a);
   const Place place = memory.slots.find_place(a, false);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
   const int channels = a.heads * D, centre = table_centre(a);
@@ -103,10 +102,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 
   allow_next_kernel();
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(first_own, a.grad_qkv != nullptr)) {
-    copy_async_wait<0>();
+  if (!place.has_images() || memory.slots.nothing_from(first_own, a.grad_qkv != nullptr))
     return store_partial(nullptr, 0, a);
-  }
   const Band band = band_of(memory.slots, place, strip, a.reach());
   const Band whole = union_of(band, memory.bands);
   const int pieces = (whole.last - whole.first + a.strips - 1) / a.strips;
@@ -190,8 +187,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 
   start_load(0, next);
   advance(next);
-  copy_async_wait<1>();
-  memory.slots.finish_table(a);  // while the first strips are on their way
+  memory.slots.read_table(a, place);  // while the first strips are on their way
   for (int image = place.first_image; image < place.last_image; ++image) {
     T* grad_qkv =
         image_of(static_cast<T*>(a.grad_qkv) + place.head * D, image, a.rows * 3 * channels);

@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   using Memory = ForwardMemory<T, D>;
   DYNAMIC_SHARED(shared);
   const Memory memory(shared, a);
-  memory.slots.start_table(a);
   const Place place = memory.slots.find_place(a, !kLong);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
   const int channels = a.heads * D, first_own = place.own - place.base, strip = first_own + warp;
@@ -53,10 +52,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   const int2* cell = memory.slots.cell;
 
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(first_own, true)) {
-    copy_async_wait<0>();
-    return;
-  }
+  if (!place.has_images() || memory.slots.nothing_from(first_own, true)) return;
   Band band{0, 0}, keys{0, a.strips};
   if constexpr (kLong) {
     band = band_of(memory.slots, place, strip, a.reach());
@@ -101,10 +97,11 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   }
 
   // While the first images are on their way.
-  if constexpr (!kLong) band = band_of(memory.slots, place, strip, a.reach());
-  copy_async_wait<Memory::kStages - 1>();
-  memory.slots.finish_table(a);
-  if constexpr (!kLong) __syncthreads();  // the table is there
+  memory.slots.read_table(a, place);
+  if constexpr (!kLong) {
+    band = band_of(memory.slots, place, strip, a.reach());
+    __syncthreads();  // the table is there
+  }
   [[maybe_unused]] const int2 upper = as_query(cell[strip * kStrip + g], centre);
   [[maybe_unused]] const int2 lower = as_query(cell[strip * kStrip + g + 8], centre);
   float bias[kLong ? 1 : kMostStrips][2][4];

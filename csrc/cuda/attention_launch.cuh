@@ -89,6 +89,8 @@ bool plan(Attention& a, Pass pass, const Device& device) {
   const int64_t share = std::max(places / a.heads, (a.batch + images - 1) / images * pieces);
   a.share = int(std::min({share, a.group_pieces() * a.batch,
                           int64_t(std::numeric_limits<int>::max())}));
+  const int runs = std::max(1, int(a.share / pieces));
+  a.images = a.per_image ? 1 : (a.batch + runs - 1) / runs;
   return true;
 }
 

@@ -39,11 +39,15 @@ struct Place {
     const unsigned piece = block % pieces, run = block / pieces;
     own = int(piece % own_pieces) * a.strips;
     group = int(piece / own_pieces);
-    const unsigned share = unsigned(a.share), batch = unsigned(a.batch);
-    const unsigned runs = share > pieces ? share / pieces : 1;
-    const unsigned images = a.per_image ? 1 : (batch + runs - 1) / runs;
-    // A run that begins beyond the batch is empty; the product of the first of them may be too large.
-    first_image = int(run < runs || a.per_image ? run * images : batch);
+    // The host has divided already where it is as expected; a block's first copies wait for this.
+    unsigned images = unsigned(a.images);
+    if (!a.per_image && filled != a.expected_filled()) {
+      const unsigned runs = unsigned(a.share) > pieces ? unsigned(a.share) / pieces : 1;
+      images = (unsigned(a.batch) + runs - 1) / runs;
+    }
+    // A run may begin beyond the batch: then it is empty.
+    const uint64_t first = uint64_t(run) * images;
+    first_image = first < unsigned(a.batch) ? int(first) : a.batch;
     last_image = a.batch - first_image > int(images) ? first_image + int(images) : a.batch;
     base = own > a.reach() ? own - a.reach() : 0;
     const int end = own + a.strips + a.reach();
@@ -135,22 +139,11 @@ struct Slots {
     return filled;
   }
 
-  // Starts to copy the table; complete after the wait for this group of copies, finish_table, and a
-  // barrier.
-  __device__ void start_table(const Attention& a) const {
-    const int head = int(blockIdx.x % unsigned(a.heads));
-    if (a.table != nullptr)
-#pragma unroll 1
-      for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x))
-        copy_async_4(table + i, a.table + int64_t(i) * a.heads + head, true);
-    copy_async_commit();
-  }
-  // By the threads that copied: each waits for its own copies alone.
-  __device__ void finish_table(const Attention& a) const {
+  __device__ void read_table(const Attention& a, const Place& place) const {
     constexpr float kLog2E = 1.4426950408889634f;
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x))
-      table[i] = a.table == nullptr ? 0.0f : table[i] * kLog2E;
+      table[i] = a.table == nullptr ? 0.0f : a.table[int64_t(i) * a.heads + place.head] * kLog2E;
   }
 };
 

@@ -1,0 +1,355 @@
+"""What the attention kernels should take on an H100, from shapes and static figures alone.
+
+    python -m benchmarks.predicted            # rewrite benchmarks/predicted.md
+
+A launch takes
+
+    start + setup + (images of a block) x (time of an image) + end + what follows,
+
+where an image costs a processor, for all blocks that it holds, the longest of: their bytes at its
+share of the rate of a device copy; their instructions at one for each of its four schedulers and
+cycle; and the way of one block from load to store, which nothing shortens. The setup is what
+passes until the first tile is there; what a block computes meanwhile is hidden. How many blocks a
+processor holds follows from registers and shared memory, how many images a block has from the plan
+of the launch. The figures of a kernel are those that the tests hold (`cuda_figures.json`,
+`static_figures.json`), of sm_90, bfloat16 and head dim 32; the rest are the constants below, which
+a run on a GPU has to confirm. What is measured stands beside it in the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+
+import torch
+
+from greenmim.config import model_config
+from greenmim_kernels.testing import Case, make_partition
+
+from . import costs
+from .environment import ROOT
+from .tables import stage_name
+
+PAGE = pathlib.Path(__file__).parent / "predicted.md"
+MODEL = "greenmim_swin_base_patch4_window7_224"
+HEADS = (4, 8, 16, 32)  # of Swin-B's stages
+HEAD_DIM, TABLE_ROWS = 32, 13 * 13
+BATCHES = (128, 256)
+PASSES = ("forward", "backward")
+BACKENDS = ("cuda", "triton")
+TRITON = "3.6.0"  # the version of torch 2.11
+
+# An H100.
+PROCESSORS, SCHEDULERS, CYCLES = 132, 4, 1.755e9
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a processor
+SHARED, RESERVED = 233472, 1024  # bytes of a processor; that it keeps for itself in each block
+COPY = costs.COPY_BYTES_PER_SECOND
+# Microseconds.
+START = 1.0  # from the end of the kernel before, in a CUDA graph
+READ = 0.7  # until what is asked for of memory is there
+END = 0.4  # the last results on their way
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel.
+
+    Attributes:
+        registers: of a thread.
+        shared: bytes of a block.
+        loop: instructions of a warp for an image.
+        before: and before its copies of the first image start.
+        end: and after the last image.
+        way: cycles of a block for an image that is alone on its processor.
+        waits: one after the other, for memory, before the first image is there.
+        after: microseconds of what follows the kernel.
+    """
+
+    threads: int
+    registers: int
+    shared: int
+    loop: int
+    before: int
+    end: int
+    way: float
+    waits: int
+    after: float = 0
+
+    @property
+    def resident(self) -> int:
+        """Blocks of it that a processor holds."""
+        warps = self.threads // 32
+        by_registers = REGISTERS // (math.ceil(self.registers / 8) * 8 * 32) // warps
+        by_shared = SHARED // (self.shared + RESERVED)
+        return min(by_registers, by_shared, THREADS // self.threads, BLOCKS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One layer of Swin-B in a training step."""
+
+    stage: int
+    batch: int
+    capacity: bool
+
+    @functools.cached_property
+    def _part(self):
+        return make_partition(Case(stage=self.stage, batch=self.batch, capacity=self.capacity))
+
+    @property
+    def heads(self) -> int:
+        return HEADS[self.stage - 1]
+
+    @property
+    def slots(self) -> int:
+        return self._part.group_size
+
+    @property
+    def groups(self) -> int:
+        return self._part.num_groups
+
+    @property
+    def tokens(self) -> int:
+        return self._part.num_tokens
+
+    @property
+    def filled(self) -> int:
+        """Groups that hold tokens."""
+        return int((self._part.window_id[0, :, 0] >= 0).sum())
+
+    def bytes(self, which: str) -> int:
+        """Moved by a pass: q, k, v and out; or these, two gradients and no output. And lse."""
+        columns = {"forward": 4, "backward": 7}[which]
+        return self.batch * self.tokens * self.heads * (columns * HEAD_DIM * 2 + 4)
+
+    def copy(self, which: str) -> float:
+        """Microseconds of a device copy of as many bytes."""
+        return 1e6 * self.bytes(which) / COPY
+
+
+def images_per_block(batch: int, blocks: int, places: int) -> int:
+    """As csrc/cuda/attention_launch.cuh: waves x (3 + images) is made least."""
+    chunks = range(1, batch + 1)
+    images = [math.ceil(batch / n) for n in chunks]
+    return min(images, key=lambda n: math.ceil(blocks * math.ceil(batch / n) / places) * (3 + n))
+
+
+def expected_filled(groups: int, tokens: int, slots: int) -> int:
+    """How many groups are expected to hold tokens, as csrc/cuda/attention.h."""
+    least = min(groups, math.ceil(tokens / slots))
+    return min(groups, least + (least >= 12))
+
+
+def cuda_share(batch: int, heads: int, groups: int, tokens: int, slots: int, places: int) -> int:
+    """Blocks of a head that share the groups with tokens, as `plan` in attention_launch.cuh."""
+    expected = expected_filled(groups, tokens, slots)
+    runs = math.ceil(batch / images_per_block(batch, heads * expected, places))
+    return min(max(places // heads, runs * expected), groups * batch)
+
+
+def cuda_plan(problem: Problem, kernel: Kernel) -> tuple[int, int]:
+    """Blocks that have images, and images of one, as `Place` has it."""
+    share = cuda_share(
+        problem.batch, problem.heads, problem.groups, problem.tokens, problem.slots,
+        kernel.resident * PROCESSORS,
+    )  # fmt: skip
+    images = math.ceil(problem.batch / max(1, share // problem.filled))
+    return problem.heads * problem.filled * math.ceil(problem.batch / images), images
+
+
+def cuda_kernel(problem: Problem, which: str) -> Kernel:
+    """From what the tests hold of the compiled module."""
+    content = json.loads((ROOT / "tests" / "kernels" / "cuda_figures.json").read_text())
+    forward = which == "forward"
+    name = f"attention_{which}-bfloat16-32" + "-short" * forward
+    found = content["kernels"][name]["90"]
+    shared = content["shared_memory"][f"16bit-32-{problem.slots}slots-window7-of232448"]
+    return Kernel(
+        threads=32 * (problem.slots // 16),
+        registers=found["registers"],
+        shared=shared[which],
+        loop=found["loop"],
+        # Counted by hand in the code for sm_90: place and slots; the sums of the table.
+        before=330,
+        end=0 if forward else 560,
+        # What is counted in the code as one chain: two products, a softmax and a row's way through
+        # shared memory; backward twice as many and two barriers.
+        way=1200 if forward else 2200,
+        waits=2,  # for the slots, then for the first tile
+        after=0 if forward else 1.8,  # the table's sum, which starts while the kernel ends
+    )
+
+
+def triton_plan(problem: Problem, kernel: Kernel) -> tuple[int, int]:
+    """The same of Triton's launches, whose host guesses how many groups hold tokens."""
+    expected = expected_filled(problem.groups, problem.tokens, problem.slots)
+    images = images_per_block(problem.batch, problem.heads * expected, kernel.resident * PROCESSORS)
+    return problem.heads * problem.filled * math.ceil(problem.batch / images), images
+
+
+def triton_kernel(problem: Problem, which: str, version: str = TRITON) -> Kernel:
+    """From the committed figures of a version of Triton and the launch table."""
+    folder = ROOT / "greenmim_kernels" / "_triton"
+    tile = 64 if problem.slots > 32 else 32 if problem.slots > 16 else 16
+    name = f"{'fwd' if which == 'forward' else 'bwd'}-{tile}-32-16bit"
+    found = json.loads((folder / "static_figures.json").read_text())[version][name]["90"]
+    launch = json.loads((folder / "launch_table.json").read_text())[name]
+    forward = which == "forward"
+    return Kernel(
+        threads=32 * launch["warps"],
+        registers=found["registers"],
+        shared=found["shared_bytes"],
+        loop=found["loop"],
+        # A tile's bias is looked up element by element before the first copies.
+        before=700,
+        end=0 if forward else 700,
+        way=1500 if forward else 2800,
+        waits=3,  # for the slots, for the bias and for the first tile
+        after=0 if forward else 2.0 + START + 1.5,  # integer additions; the kernel that sums rows
+    )
+
+
+def plan_of(backend: str, problem: Problem, which: str) -> tuple[Kernel, int, int]:
+    """Kernel, blocks with images, images of a block."""
+    kernel_of, plan = {
+        "cuda": (cuda_kernel, cuda_plan),
+        "triton": (triton_kernel, triton_plan),
+    }[backend]
+    kernel = kernel_of(problem, which)
+    return kernel, *plan(problem, kernel)
+
+
+def microseconds(backend: str, problem: Problem, which: str) -> float:
+    """What a pass should take."""
+    kernel, blocks, images = plan_of(backend, problem, which)
+    together = min(kernel.resident, math.ceil(blocks / PROCESSORS))
+    waves = math.ceil(blocks / (together * PROCESSORS))
+    issue = together * (kernel.threads // 32) / SCHEDULERS / CYCLES
+    piece = problem.bytes(which) / (problem.heads * problem.filled * problem.batch)
+    image = max(together * piece * PROCESSORS / COPY, issue * kernel.loop, kernel.way / CYCLES)
+    setup = kernel.waits * READ + 1e6 * issue * kernel.before
+    end = END + 1e6 * issue * kernel.end
+    return START + waves * (setup + 1e6 * images * image) + end + kernel.after
+
+
+def rows() -> Iterator[dict]:
+    """One for every batch, stage, kind of partition and pass: microseconds."""
+    for batch, stage, capacity, which in itertools.product(
+        BATCHES, (1, 2, 3, 4), (False, True), PASSES
+    ):
+        problem = Problem(stage, batch, capacity)
+        yield {
+            "batch": batch,
+            "stage": stage,
+            "capacity": capacity,
+            "pass": which,
+            "copy": problem.copy(which),
+            **{backend: microseconds(backend, problem, which) for backend in BACKENDS},
+        }
+
+
+def step_milliseconds(backend: str, batch: int) -> tuple[float, float]:
+    """Attention of the encoder in a training step, and the step: the least of all other kernels,
+    what PyTorch adds to it, and the start of each."""
+    from greenmim import create_model
+
+    config = model_config(MODEL)
+    attention = sum(
+        depth * microseconds(backend, Problem(stage, batch, capacity=True), which)
+        for stage, depth in enumerate(config.depths, 1)
+        for which in PASSES
+    )
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in create_model(MODEL).parameters())
+    others = [
+        item
+        for item in costs.step_work(config, batch, 0.75, parameters, costs.Widths())
+        if not item.part.endswith(", attention")
+    ]
+    least = sum(item.seconds(COPY, costs.PRODUCT_FLOPS_PER_SECOND) for item in others)
+    return attention / 1e3, attention / 1e3 + 1e3 * least + START / 1e3 * len(others)
+
+
+def page() -> str:
+    """The page's text."""
+    lines = [
+        "# What the attention kernels should take\n",
+        "Written by `python -m benchmarks.predicted` from shapes and static figures; its first"
+        " lines say how. Nothing here is measured.\n",
+        f"Swin-B, window 7, three quarters hidden, bfloat16, an H100 ({COPY / 1e12:.1f} TB/s);"
+        f" Triton {TRITON}. Microseconds, and in brackets the share of a device copy of the same"
+        " bytes. *Capacity*: the partitions of a training step.\n",
+        "| batch | stage | partition | pass | copy | cuda | triton |",
+        "|---:|---:|---|---|---:|---:|---:|",
+    ]
+    for row in rows():
+        cells = [f"{row[name]:.1f} ({row['copy'] / row[name]:.0%})" for name in BACKENDS]
+        kind = "capacity" if row["capacity"] else "exact"
+        lines.append(
+            f"| {row['batch']} | {row['stage']} | {kind} | {row['pass']} | {row['copy']:.1f} |"
+            f" {' | '.join(cells)} |"
+        )
+    lines += [
+        "\nA whole training step in a CUDA graph, all else at its least ([step_costs.md]"
+        "(step_costs.md)), with what PyTorch adds and the start of every kernel:\n",
+        "| batch | backend | attention of the encoder | step | images/s |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    for batch, backend in itertools.product(BATCHES, BACKENDS):
+        attention, step = step_milliseconds(backend, batch)
+        lines.append(
+            f"| {batch} | {backend} | {attention:.2f} ms | {step:.1f} ms |"
+            f" {1e3 * batch / step:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def beside(result: dict) -> list[dict]:
+    """Rows of an operators.json of a GPU that are predicted: stage, milliseconds of both."""
+    found = []
+    for row in result["rows"]:
+        backend = row.get("peer", "").removeprefix("greenmim-")
+        is_predicted = (
+            "ms" in row
+            and backend in BACKENDS
+            and row["operator"] == "group_window_attention"
+            and row["study"] == "stages"
+            and row["dtype"] == "bfloat16"
+            and row["pass"] in PASSES
+            and not row["per_image"]
+        )
+        if is_predicted:
+            problem = Problem(row["stage"], row["batch"], bool(row.get("capacity")))
+            predicted = microseconds(backend, problem, row["pass"]) / 1e3
+            found.append({**row, "backend": backend, "predicted_ms": predicted})
+    return found
+
+
+def beside_table(result: dict) -> str:
+    """Measured beside predicted; nothing where nothing is."""
+    found = beside(result)
+    if not found:
+        return ""
+    lines = ["| backend | batch | stage | pass | predicted | measured | to predicted |",
+             "|---|---:|---|---|---:|---:|---:|"]  # fmt: skip
+    lines += [
+        f"| {row['backend']} | {row['batch']} | {stage_name(row)} | {row['pass']} |"
+        f" {1e3 * row['predicted_ms']:.1f} us | {1e3 * row['ms']:.1f} us |"
+        f" {row['ms'] / row['predicted_ms']:.2f} |"
+        for row in found
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    PAGE.write_text(page())
+    print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What a GPU should take: the page is the script's, plans are the kernels', aims are met."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("timm")
+
+from benchmarks import predicted
+from benchmarks.predicted import Problem
+
+
+def test_the_page_is_what_the_figures_say():
+    assert predicted.PAGE.read_text() == predicted.page(), "run python -m benchmarks.predicted"
+
+
+@pytest.mark.parametrize("slots", [16, 32, 48, 64])
+def test_blocks_are_shared_as_the_kernels_do(slots, monkeypatch):
+    import pathlib
+
+    import torch
+
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "kernels")
+    from emulated import plan
+
+    groups = -(-768 // slots)
+    # The emulator holds two blocks on each of 132 processors.
+    share = predicted.cuda_share(256, 4, groups, 768, slots, 2 * 132)
+    assert [row["share"] for row in plan(torch.bfloat16, 32, slots, 7)] == [share, share]
+
+
+def test_no_block_has_more_than_its_share_of_the_images():
+    for row in predicted.rows():
+        problem = Problem(row["stage"], row["batch"], row["capacity"])
+        for backend in predicted.BACKENDS:
+            kernel, blocks, images = predicted.plan_of(backend, problem, row["pass"])
+            tiles = problem.heads * problem.filled * problem.batch
+            assert tiles <= blocks * images < tiles + blocks, (row, backend)
+            if backend == "cuda":  # one wave
+                assert blocks <= kernel.resident * predicted.PROCESSORS
+            # Nothing is faster than a copy.
+            assert row[backend] > row["copy"]
+
+
+def test_the_aims_are_predicted_where_training_spends_its_time():
+    for row in predicted.rows():
+        if row["capacity"] and row["stage"] <= 2:
+            for backend, share in (("cuda", 0.8), ("triton", 0.7)):
+                assert row["copy"] / row[backend] >= share, (row, backend)
+
+
+def test_measured_stands_beside_predicted():
+    row = {
+        "peer": "greenmim-cuda", "operator": "group_window_attention", "study": "stages",
+        "dtype": "bfloat16", "pass": "forward", "per_image": False, "stage": 1, "batch": 128,
+        "capacity": True, "shifted": True, "ms": 0.08, "case": "",
+    }  # fmt: skip
+    others = [{**row, "peer": "naive"}, {**row, "dtype": "float32"}, {**row, "pass": "both"}]
+    result = {"rows": [row, *others, {"peer": "greenmim-triton", "reason": "none"}]}
+    (found,) = predicted.beside(result)
+    expected = predicted.microseconds("cuda", Problem(1, 128, True), "forward")
+    assert found["predicted_ms"] == pytest.approx(expected / 1e3)
+    assert f"{80 / expected:.2f} |" in predicted.beside_table(result)
+    assert predicted.beside_table({"rows": others}) == ""
