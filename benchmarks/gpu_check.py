@@ -23,10 +23,12 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,8 +41,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from . import predicted, tables
-from .environment import RESULTS, ROOT, describe, folder_of, write_json
+from . import tables
+from .environment import RESULTS, ROOT, describe, first_line, folder_of, write_json
 
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 START = 10.0  # seconds until the first part starts, and for the last lines
@@ -92,7 +94,7 @@ def build(name: str, module: str, seconds: int) -> Part:
         name,
         ("setup.py", "build_ext", "--inplace", "--build-temp", f"build/{module}"),
         seconds,
-        variables=(("MODULES", module), ("USE_CUDA", "auto" if module == "_C_cuda" else "0")),
+        variables=(("MODULES", module), ("USE_CUDA", str(int(module == "_C_cuda")))),
     )
 
 
@@ -114,8 +116,9 @@ FIRST = (
     stress("triton", 60, ("partition",)),
     Part("conformance", (*PYTEST, PROGRAMS, "-k", "primitive or emulation"), 90, ("partition",),
          nice=True),
-    Part("tests-triton", (*PYTEST, *WORKERS, "-m", "gpu", KERNELS, "-k", "triton"), 90,
-         ("partition",), nice=True),
+    # Drawn shapes are 54 kernels to compile, one after the other.
+    Part("tests-triton", (*PYTEST, *WORKERS, "-m", "gpu", KERNELS, "-k", "triton and not drawn"),
+         90, ("partition",), nice=True),
     Part("warm", ("-m", "benchmarks.warm", "table"), 90, ("partition",), nice=True),
     Part("environment", ("-c", REPORT), 30, BUILT, needs_gpu=False),
     stress("cuda", 45, BUILT),
@@ -175,7 +178,7 @@ def run_part(part: Part, seconds: float, **variables: str) -> dict:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**variables, **os.environ, **dict(part.variables)},
+        env={**os.environ, **variables, **dict(part.variables)},
         **group,
     )
     _running.add(process)
@@ -193,6 +196,9 @@ def run_part(part: Part, seconds: float, **variables: str) -> dict:
     found = re.findall(r"(?:FAILED|ERROR) +(\S+::\S+)|(\S+::\S+) +(?:FAILED|ERROR)", said)
     if failed := sorted({one or other for one, other in found}):
         row["failed"] = failed
+    found = re.findall(r"PASSED +(\S+::\S+)|(\S+::\S+) +PASSED", said)
+    if passed := sorted({one or other for one, other in found}):
+        row["passed"] = passed
     return row
 
 
@@ -228,7 +234,7 @@ def check(
     Args:
         save: called with the table after each.
         stretch: how many times their seconds the parts may take.
-        variables: of the environment, where it does not have them.
+        variables: of the environment.
     """
     begin = time.monotonic()
     end = begin + 60 * minutes - GRACE
@@ -253,7 +259,10 @@ def check(
             print(f"{part.name:<18}{row['state']}  {row.get('seconds', '')}", flush=True)
             if row["state"].startswith(FAILED):
                 print("\n".join(row["said"]), flush=True)
-            save(table)
+            try:
+                save(table)
+            except Exception as error:  # the next part may still be told
+                print(f"the table was not saved: {first_line(error)}", flush=True)
 
     def run_and_tell(part: Part) -> None:
         try:
@@ -273,16 +282,23 @@ def check(
 
 
 def again(earlier: dict[str, dict]) -> tuple[Part, ...]:
-    """What failed in a first call: of tests those that did, of others the whole part."""
+    """What failed in a first call and does not measure: stress, tests that did not pass."""
     found = []
     for part in FIRST:
         row = earlier.get(part.name, {})
-        if part in BUILDS or not row.get("state", "").startswith(FAILED):
+        repeated = part.name.partition("-")[0] in ("stress", "tests", "conformance")
+        if not repeated or not row.get("state", "").startswith(FAILED):
             continue
         arguments = part.arguments
         if failed := row.get("failed"):
             arguments = (*PYTEST, *failed)
-        found.append(Part(f"{part.name}-again", arguments, 35, (*BUILT, "tune")))
+        elif row.get("passed"):  # ended before the others
+            left_out = (f"--deselect={name}" for name in row["passed"])
+            arguments = (*arguments, *left_out)
+        # Beside the build where it does not need it, else after the search, which measures.
+        early = part.after == ("partition",)
+        after = part.after if early else (*BUILT, "tune")
+        found.append(Part(f"{part.name}-again", arguments, 65 if early else 35, after, nice=True))
     return tuple(found)
 
 
@@ -291,10 +307,14 @@ def parts_of(call: str, earlier: dict[str, dict]) -> tuple[Part, ...]:
     parts, _ = CALLS[call]
     if call == "first" or not (repeated := again(earlier)):
         return parts
-    names = tuple(part.name for part in repeated)
-    at = next(number for number, part in enumerate(parts) if part.name == "choose")
-    after = dataclasses.replace(parts[at], after=(*parts[at].after, *names))
-    return (*parts[:at], *repeated, after, *parts[at + 1 :])
+    early = tuple(part for part in repeated if "tune" not in part.after)
+    late = tuple(part for part in repeated if "tune" in part.after)
+    found: list[Part] = []
+    for part in parts:
+        before = {"tune": early, "choose": late}.get(part.name, ())
+        names = tuple(one.name for one in before)
+        found += [*before, dataclasses.replace(part, after=(*part.after, *names))]
+    return tuple(found)
 
 
 def plan(parts: tuple[Part, ...]) -> dict[str, tuple[float, float]]:
@@ -338,13 +358,18 @@ def pack(folder: pathlib.Path, out: pathlib.Path) -> None:
     found = [*folder.glob("*.json"), *(ROOT / name for name in WRITTEN)]
     with tarfile.open(beside, "w:gz") as archive:
         for file in found:
-            archive.add(file, file.relative_to(ROOT))
+            content = file.read_bytes()  # whole, whoever replaces the file meanwhile
+            entry = tarfile.TarInfo(str(file.relative_to(ROOT)))
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
     beside.replace(out / "results.tar.gz")
     write_json(out / "gpu_check.json", json.loads((folder / "gpu_check.json").read_text()))
 
 
 def figures(folder: pathlib.Path) -> str:
     """The tables of what was measured, short enough for the end of a log."""
+    from . import predicted  # which needs a module that is not there when the first call starts
+
     parts = []
     if (file := folder / "operators.json").exists():
         result = json.loads(file.read_text())
@@ -394,13 +419,21 @@ def main(argv: list[str] | None = None) -> int:
     if has_gpu:  # for this GPU alone, which takes a fifth of the time of all architectures
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         variables = {"TORCH_CUDA_ARCH_LIST": capability}
+        if not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None:
+            from torch.utils.cpp_extension import CUDA_HOME  # where toolkits usually are
+
+            variables["CUDA_HOME"] = CUDA_HOME or ""
     programs = tempfile.TemporaryDirectory(prefix="greenmim_programs_")
     variables["GREENMIM_PROGRAMS"] = programs.name
     # Ended, it ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stretch = max(1.0, minutes / usual)
     table = check(parts, minutes - START / 60, has_gpu, save, stretch, **variables)
-    print(f"\n{device}, torch {torch.__version__}\n{figures(folder) if has_gpu else ''}")
+    print(f"\n{device}, torch {torch.__version__}")
+    try:
+        print(figures(folder) if has_gpu else "")
+    except Exception as error:  # the table of parts is worth more
+        print(f"no figures: {first_line(error)}")
     for name, row in table.items():
         print(f"  {name:<20} {row['state']:<28} {row.get('seconds', ''):>8}")
     return int(any(row["state"].startswith(FAILED) for row in table.values()))

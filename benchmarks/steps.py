@@ -98,7 +98,8 @@ def measured_rows(
             return
         for variant, _ in left:
             if time.monotonic() > until:
-                break
+                save({**first_row(problem, variant), "reason": "no time was left"})
+                continue
             try:
                 waiting[variant].say("go")
                 row = waiting[variant].hear(GPU_SECONDS)

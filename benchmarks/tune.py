@@ -4,9 +4,9 @@
     python -m benchmarks.tune --only fwd-64     # classes whose name holds this
     python -m benchmarks.tune --dry-run         # say what would be measured, on any machine
 
-Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with what the
-shipped launch computes before it is timed, in CUDA graphs; one that differs, does not compile or
-does not fit is left out. How many programs a multiprocessor holds is not searched for but read from
+Every candidate runs the same problem (Swin-B widths, batch 128) and is compared with the reference,
+and with itself, before it is timed, in CUDA graphs; one that differs, does not compile or does not
+fit is left out. How many programs a multiprocessor holds is not searched for but read from
 the compiled kernel. The table is written whole after every class, those of Swin first.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+import greenmim_kernels as gk
 from greenmim_kernels._triton import ahead_of_time, launch, operators
 from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
 
@@ -37,6 +38,8 @@ PROBLEMS = {
     "64": {"window_size": 7, "group_size": 64},
     "long": {"window_size": 14, "group_size": 208},
 }
+SCALE = 0.2
+LEAST_GAIN = 0.02  # of the shipped launch's time, for another to take its place
 WARPS = {"16": (1, 2), "32": (1, 2, 4), "64": (2, 4, 8), "long": (2, 4, 8)}
 STAGES = (1, 2, 3)
 LONG_BLOCKS = (32, 64)
@@ -99,7 +102,7 @@ def problem_of(name: str, batch: int) -> Inputs:
 def runner(name: str, inputs: Inputs):
     """A function that runs the kernels of a class once and returns what they wrote."""
     part = inputs.part
-    sizes = (inputs.num_heads, *part.window_size, 0.2)
+    sizes = (inputs.num_heads, *part.window_size, SCALE)
     arguments = (inputs.table, part.token_index, part.window_id, part.coords)
     saved = operators.group_window_attention(inputs.qkv, *arguments, *sizes)
     kernel = name.split("-")[0]
@@ -111,12 +114,23 @@ def runner(name: str, inputs: Inputs):
     )
 
 
+def reference_of(name: str, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """What a class has to compute: the output, or both gradients."""
+    leaves = [x.detach().requires_grad_() for x in (inputs.qkv, inputs.table)]
+    with gk.use_backend("reference"):
+        out = gk.group_window_attention(*leaves, inputs.part, inputs.num_heads, SCALE)
+    if name.startswith("fwd"):
+        return (out.detach(),)
+    return torch.autograd.grad(out, leaves, inputs.grad_out)
+
+
 def tune(name: str, batch: int) -> list[dict]:
     """Measure the candidates of a class; rows sorted by time, the fastest first."""
     launches = table()
     shipped = launches[name]
-    run = runner(name, problem_of(name, batch))
-    expected = [tensor.clone() for tensor in run()]
+    inputs = problem_of(name, batch)
+    run = runner(name, inputs)
+    expected = reference_of(name, inputs)
     rows = []
     try:
         for candidate in candidates(name):
@@ -125,9 +139,15 @@ def tune(name: str, batch: int) -> list[dict]:
             try:
                 row["resident"] = resident(name, run)
                 launches[name] = launch.Launch(**row)
-                errors = [relative_error(a, b) for a, b in zip(run(), expected, strict=True)]
+                first = [tensor.clone() for tensor in run()]
+                errors = [relative_error(a, b) for a, b in zip(first, expected, strict=False)]
+                steady = all(
+                    torch.equal(a, b) for _ in range(3) for a, b in zip(run(), first, strict=True)
+                )
                 if max(errors) > 1e-2:
-                    row["refused"] = f"differs by {max(errors):.1e}"
+                    row["refused"] = f"differs from the reference by {max(errors):.1e}"
+                elif not steady:
+                    row["refused"] = "differs between runs"
                 else:
                     found = measure_graph(run, rounds=10)
                     times = {"ms": found.median, "ms_p20": found.p20, "ms_p80": found.p80}
@@ -179,7 +199,11 @@ def main(argv: list[str] | None = None) -> int:
             results[name] = rows = tune(name, options.batch)
         except Exception as error:  # the shipped launch itself fails
             results[name] = rows = [{"refused": first_line(error)[:140]}]
-        if "ms" in rows[0]:
+        shipped = dataclasses.asdict(best[name])
+        same = [row for row in rows if shipped.items() <= row.items() and "ms" in row]
+        if same and rows[0]["ms"] > (1 - LEAST_GAIN) * same[0]["ms"]:
+            print(f"{name:<28}{same[0]['ms']:>9.4f} ms  as shipped", flush=True)
+        elif "ms" in rows[0]:
             best[name] = launch.Launch(**{k: rows[0][k] for k in dataclasses.asdict(best[name])})
             print(f"{name:<28}{rows[0]['ms']:>9.4f} ms  {best[name]}", flush=True)
         else:

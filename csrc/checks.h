@@ -87,7 +87,9 @@ inline AttentionShape check_attention(
       "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
   shape.channels = width / 3;
   shape.head_dim = shape.channels / heads;
-  STD_TORCH_CHECK(window_height > 0 && window_width > 0, "the window must not be empty");
+  STD_TORCH_CHECK(
+      window_height > 0 && window_width > 0 && window_height <= 4096 && window_width <= 4096,
+      "the window must have 1 to 4096 rows and columns, got ", window_height, " x ", window_width);
   shape.table_rows = (2 * window_height - 1) * (2 * window_width - 1);
   if (table) {
     STD_TORCH_CHECK(

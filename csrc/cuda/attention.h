@@ -31,8 +31,10 @@ struct Attention {
   // The plan of the launch.
   bool is_long;             // groups of more slots than a block holds: it goes over them in pieces
   int strips;               // of a block: its warps
-  int share;                // blocks of a head that the groups with tokens share, with a mask for all
-  int images;               // that a block then goes over, where as many groups as expected hold tokens
+  int filled;               // groups of an image that are expected to hold tokens
+  bool is_counted;          // blocks have to look how many really do
+  int share;                // blocks of a head that these groups share, with a mask for all images
+  int images;               // that a block then goes over, where as many as expected hold tokens
 
   constexpr int table_rows() const { return (2 * window_height - 1) * (2 * window_width - 1); }
   constexpr int group_strips() const { return (slots + kStrip - 1) / kStrip; }
@@ -43,17 +45,6 @@ struct Attention {
     return per_image ? group_pieces() * batch : std::max(group_pieces(), int64_t(share));
   }
   constexpr int64_t blocks() const { return programs() * heads; }
-
-  // How many groups of an image hold tokens, with one mask for all images: no fewer than these, and
-  // most often these. The cost model's groups of 64 are as full as they can be at Swin's second stage,
-  // for 98 of 100 random masks; where a dozen and more have to be, they take one more (68 of 100 at the
-  // first stage).
-  constexpr int least_filled() const {
-    return token_index == nullptr ? groups : std::min(groups, (rows + slots - 1) / slots);
-  }
-  constexpr int expected_filled() const {
-    return std::min(groups, least_filled() + (least_filled() >= 12));
-  }
 
   // A window is no larger than this, so its slots, which are neighbours, reach this many strips
   // beyond the strip that one of them is in.

@@ -78,15 +78,15 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       const int* row = memory.slots.row;
       load_tiles<T, D, 3>(
           memory.at(stage, Memory::kQuery),
-          image_of(static_cast<const T*>(a.qkv) + place.head * D, image, a.rows * 3 * channels),
+          nth(static_cast<const T*>(a.qkv) + place.head * D, image, a.rows * 3 * channels),
           3 * channels, row, memory.tile, channels);
       load_tiles<T, D>(
           memory.at(stage, Memory::kGradOut),
-          image_of(static_cast<const T*>(a.grad_out) + place.head * D, image, a.rows * channels),
+          nth(static_cast<const T*>(a.grad_out) + place.head * D, image, a.rows * channels),
           channels, row);
       load_numbers(
           memory.lse + stage * memory.rows,
-          image_of<const float>(a.lse + int64_t(place.head) * a.rows, image, a.heads * a.rows), row);
+          nth<const float>(a.lse + int64_t(place.head) * a.rows, image, a.heads * a.rows), row);
     }
     copy_async_commit();
   };
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
     // Their strips serve the results: that of k first for the gradient of q, which frees registers.
     T* staging = memory.at(stage, Memory::kKey, strip);
     T* grad_qkv =
-        image_of(static_cast<T*>(a.grad_qkv) + place.head * D, image, a.rows * 3 * channels);
+        nth(static_cast<T*>(a.grad_qkv) + place.head * D, image, a.rows * 3 * channels);
     const int* row = memory.slots.row + strip * kStrip;
     stage_strip<T, D>(grad_query, a.scale, a.scale, staging);
     const typename P::ApplyRight query(memory.at(stage, Memory::kQuery));

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const auto start_load = [&](int stage, const Cursor& cursor) {
     if (cursor.image < place.last_image) {
       const auto tensor = [&](const void* x, int columns) {
-        return image_of(
+        return nth(
             static_cast<const T*>(x) + place.head * D, cursor.image, a.rows * columns);
       };
       const T* qkv = tensor(a.qkv, 3 * channels);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
             memory.at(stage, Memory::kGradOut), tensor(a.grad_out, channels), channels, row);
         load_tiles<T, D>(memory.at(stage, Memory::kOut), tensor(a.out, channels), channels, row);
         load_numbers(memory.lse + stage * memory.rows,
-                     image_of<const float>(a.lse + int64_t(place.head) * a.rows, cursor.image,
+                     nth<const float>(a.lse + int64_t(place.head) * a.rows, cursor.image,
                                            a.heads * a.rows),
                      row);
       } else {
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   memory.slots.read_table(a, place);  // while the first strips are on their way
   for (int image = place.first_image; image < place.last_image; ++image) {
     T* grad_qkv =
-        image_of(static_cast<T*>(a.grad_qkv) + place.head * D, image, a.rows * 3 * channels);
+        nth(static_cast<T*>(a.grad_qkv) + place.head * D, image, a.rows * 3 * channels);
     const auto write = [&](const Wide<D>& x, float factor, int which) {
       T* staging = memory.staging_of(warp);
       __syncwarp();

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   };
   const auto start_load = [&](int stage, const Cursor& cursor) {
     if (cursor.image < place.last_image) {
-      const T* source = image_of(static_cast<const T*>(a.qkv) + place.head * D, cursor.image,
+      const T* source = nth(static_cast<const T*>(a.qkv) + place.head * D, cursor.image,
                                  a.rows * 3 * channels);
       const int* row = memory.slots.row;
       const int tile = memory.tile;
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
     }
     if (now.piece == pieces_or_one - 1) {
       float inverse[2];
-      float* lse = image_of(a.lse + int64_t(place.head) * a.rows, now.image, a.heads * a.rows);
+      float* lse = nth(a.lse + int64_t(place.head) * a.rows, now.image, a.heads * a.rows);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float total = quad_sum(sum[half]);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
       __syncwarp();
       write_strips<T, D>(
           own_rows,
-          image_of(static_cast<T*>(a.out) + place.head * D, now.image, a.rows * channels), channels,
+          nth(static_cast<T*>(a.out) + place.head * D, now.image, a.rows * channels), channels,
           memory.slots.row + strip * kStrip);
     }
     stage = stage == Memory::kStages - 1 ? 0 : stage + 1;

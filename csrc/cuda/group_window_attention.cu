@@ -104,8 +104,8 @@ struct Problem {
                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
     STD_TORCH_CHECK(
         plan_attention<T>(a, int(shape.head_dim), pass, facts), "windows of ", a.window_height, " x ",
-        a.window_width, " in groups of ", a.slots, " slots need more shared memory than this GPU's ",
-        facts.shared_bytes, " bytes; use another backend");
+        a.window_width, " in groups of ", a.slots, " slots do not fit a multiprocessor of this GPU, of which a"
+        " block may have ", facts.shared_bytes, " bytes of shared memory; use another backend");
     STD_TORCH_CHECK(
         a.blocks() < int64_t(std::numeric_limits<int>::max()),
         "the batch needs 2^31 blocks or more; split it");

@@ -41,7 +41,7 @@ struct Place {
     group = int(piece / own_pieces);
     // The host has divided already where it is as expected; a block's first copies wait for this.
     unsigned images = unsigned(a.images);
-    if (!a.per_image && filled != a.expected_filled()) {
+    if (filled != a.filled) {
       const unsigned runs = unsigned(a.share) > pieces ? unsigned(a.share) / pieces : 1;
       images = (unsigned(a.batch) + runs - 1) / runs;
     }
@@ -102,16 +102,15 @@ struct Slots {
   // to wait for it, the slots are read at the same time as if it were the expected number, and again
   // where it is another one.
   __device__ Place find_place(const Attention& a, bool has_whole_group) const {
-    const bool is_known = a.per_image || a.least_filled() == a.groups;
     const int lane = lane_index();
     const int window =
-        !is_known && lane < a.groups ? a.window_id[int64_t(lane) * a.slots] : -1;
-    int filled = is_known ? a.groups : a.expected_filled();
+        a.is_counted && lane < a.groups ? a.window_id[int64_t(lane) * a.slots] : -1;
+    int filled = a.filled;
 #pragma unroll 1
     while (true) {
       const Place place(a, has_whole_group, filled);
       read_partition(a, place);
-      if (is_known) return place;
+      if (!a.is_counted) return place;
       const int found = filled_groups(a, window);
       if (found == filled) return place;
       filled = found;
@@ -239,12 +238,13 @@ __device__ inline Band union_of(Band own, Band* all) {
   return whole;
 }
 
-// An image of a tensor, `elements` from one to the next: fewer than 4 GB.
+// The n-th of images, or of rows, that begin `elements` apart: fewer than 4 GB, so that the address is
+// one multiplication of 32 bits by 32.
 template <class T>
-__device__ __forceinline__ T* image_of(T* tensor, int image, unsigned elements) {
+__device__ __forceinline__ T* nth(T* first, int n, unsigned elements) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(
-      reinterpret_cast<Byte*>(tensor) + uint64_t(unsigned(image)) * (elements * unsigned(sizeof(T))));
+      reinterpret_cast<Byte*>(first) + uint64_t(unsigned(n)) * (elements * unsigned(sizeof(T))));
 }
 
 // Starts the copy of a block's strips of rows into shared memory, from one tensor or from
@@ -267,7 +267,7 @@ __device__ __forceinline__ void load_tiles(
 #pragma unroll
     for (int i = 0; i < Row::kPieces / 2; ++i)
       copy_async_16(tile + t * tile_step + Row::offset(slot + i * step, piece),
-                    image_of(source, from[i] < 0 ? 0 : from[i], stride), from[i] >= 0);
+                    nth(source, from[i] < 0 ? 0 : from[i], stride), from[i] >= 0);
 }
 
 // The same for one number per row. Ends with a warp whose lanes go on together: with one strip, half of
@@ -312,7 +312,7 @@ __device__ __forceinline__ void write_strips(
     const int to = row[slot + i * (32 / Row::kPieces)];
     const T* from = staging + Row::offset(slot + i * (32 / Row::kPieces), piece);
     if (to >= 0) {
-      T* row_to = image_of(out, to, stride);
+      T* row_to = nth(out, to, stride);
 #pragma unroll
       for (int t = 0; t < kTensors; ++t)
         *reinterpret_cast<uint4*>(row_to + t * out_step) =
@@ -320,7 +320,7 @@ __device__ __forceinline__ void write_strips(
     } else if (to != Slots::kNothing) {
       // Beside a token that is not finite, what was computed for padding is NaN.
       for (int t = 0; t < kTensors; ++t)
-        *reinterpret_cast<uint4*>(image_of(out, Slots::zero_row(to), stride) + t * out_step) =
+        *reinterpret_cast<uint4*>(nth(out, Slots::zero_row(to), stride) + t * out_step) =
             uint4{0, 0, 0, 0};
     }
   }

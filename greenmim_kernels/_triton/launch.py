@@ -54,10 +54,12 @@ def _stored_name(name: str, architecture: int) -> str:
 
 
 def save(table: dict[str, Launch], architecture: int) -> None:
-    """Ship other launches; those for older devices stand apart only where they differ."""
+    """Ship other launches for this kind of device, sm_90 and newer or older; the other's stay."""
     stored = json.loads(TABLE.read_text())
     for name, value in table.items():
         if value != launch_table(architecture)[name]:
+            if architecture >= 90:
+                stored.setdefault(_stored_name(name, 80), stored[name])
             stored[_stored_name(name, architecture)] = dataclasses.asdict(value)
     write_json(TABLE, dict(sorted(stored.items(), key=lambda item: item[0].partition("@"))))
 

@@ -85,6 +85,10 @@ class _Problem:
         self.num_rows = (
             self.num_groups * self.num_slots if self.token_index is None else self.qkv.shape[1]
         )
+        # Offsets within an image, and within a partition, are in 32 bits.
+        slots = self.partitions * self.num_groups * self.num_slots
+        if max(self.num_rows * self.qkv.shape[-1], 2 * slots) >= 2**31:
+            raise ValueError("the triton backend takes images of fewer than 2^31 values of q, k, v")
         self.table_rows = (2 * self.window_height - 1) * (2 * self.window_width - 1)
         largest = 64
         if self.backward:
@@ -108,7 +112,7 @@ class _Problem:
         if self.partitions == 1:
             # Groups that a capacity leaves over are empty, and their programs end at once. How many
             # hold tokens stands on the device: most often N / S, and one more of a dozen and more
-            # (csrc/cuda/attention.h).
+            # (csrc/cuda/attention_launch.cuh).
             filled = self.num_groups
             if self.token_index is not None:
                 least = triton.cdiv(self.num_rows, self.num_slots)

@@ -9,6 +9,7 @@ no run has the timing of the one before. The rows so far are written whole after
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import multiprocessing
 import pathlib
@@ -88,41 +89,38 @@ def bits(x: Tensor) -> Tensor:
 
 
 def same_bits(case: Case, backend: str, device: str, repeats: int, run: Run = run) -> int:
-    """Run a case so many times; the first run's results are right, and no other's differ.
+    """Run a case so many times, with two inputs in turn, so that a read that comes too early finds
+    the other's values; the first run's results are right, and no other's differ.
 
     Raises:
         AssertionError: names what differed, in how many runs.
     """
-    inputs = make_inputs(case, device=device)
+    both = [make_inputs(case, seed, device) for seed in (0, 5)]
     with gk.use_backend(backend):
-        first = run(inputs)
+        first = [run(inputs) for inputs in both]
         # Counted on the device, which is never waited for.
-        counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in first}
+        counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in first[0]}
         for number in range(repeats):
             disturb(device, number)
-            for name, value in run(inputs).items():
-                counts[name] += (bits(value) != bits(first[name])).any()
+            for name, value in run(both[number % 2]).items():
+                counts[name] += (bits(value) != bits(first[number % 2][name])).any()
     differ = {name: int(count) for name, count in counts.items() if count}
     assert not differ, f"{case}: of {repeats} runs so many differ from the first: {differ}"
-    check(inputs, first, lambda: draws(case, device))
+    check(both[0], first[0], lambda: draws(case, device))
     return repeats
 
 
 def random_case(rng: np.random.Generator, head_dim: int) -> Case:
     """A problem of the kernels of `CLASSES`: other constants would be compiled for seconds."""
     choose = lambda *values: values[rng.integers(len(values))]  # noqa: E731
-    return Case(
-        image_size=tuple(32 * int(units) for units in rng.integers(1, 9, 2)),
-        stage=int(rng.integers(1, 4)),
-        window_size=choose(7, 14),
-        head_dim=head_dim,
-        num_heads=HEADS[head_dim],
+    return dataclasses.replace(
+        choose(*(case for case in CLASSES if case.head_dim == head_dim)),
+        # Grids that are no smaller than a window of 14, and more than 64 tokens.
+        image_size=tuple(32 * int(units) for units in rng.integers(5, 9, 2)),
+        stage=choose(1, 2),
         batch=int(rng.integers(1, 33)),
         shifted=bool(rng.integers(2)),
-        per_image=bool(rng.integers(2)),
-        capacity=bool(rng.integers(2)),
-        mask_ratio=choose(0.5, 0.75, 0.9),
-        dtype=choose(torch.bfloat16, torch.bfloat16, torch.float16),
+        mask_ratio=choose(0.5, 0.6, 0.75),
     )
 
 

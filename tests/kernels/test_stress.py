@@ -7,11 +7,21 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from greenmim_kernels.testing import Case, run
-from tests.kernels.stress import CLASSES, SMALL, fresh_problems, main, same_bits, small_case
+from greenmim_kernels._triton.launch import tile_of
+from greenmim_kernels.testing import Case, make_partition, run
+from tests.kernels.stress import (
+    CLASSES,
+    SMALL,
+    fresh_problems,
+    main,
+    random_case,
+    same_bits,
+    small_case,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 (CASE,) = SMALL
@@ -44,6 +54,29 @@ def test_a_bit_that_differs_once_is_seen(name):
 
     with pytest.raises(AssertionError, match=f"of 20 runs .* {{'{name}': 1}}"):
         same_bits(CASE, "cpp", "cpu", 20, planted(7, last_bit))
+
+
+def test_a_read_that_comes_too_early_is_seen():
+    """It finds what the run before has left in the same memory."""
+    kept = []
+
+    def stale(inputs):
+        kept.append(run(inputs))
+        return kept[-2] if len(kept) == 9 else kept[-1]
+
+    with pytest.raises(AssertionError, match="of 20 runs .*'out': 1"):
+        same_bits(CASE, "cpp", "cpu", 20, stale)
+
+
+def test_fresh_problems_are_of_kernels_that_are_compiled_already():
+    def constants(case):
+        part = make_partition(case)
+        tile = tile_of(part.group_size)
+        return case.head_dim, case.num_heads, part.window_size, tile, case.per_image, case.dtype
+
+    rng = np.random.default_rng(0)
+    drawn = {constants(random_case(rng, head_dim)) for head_dim in (16, 32, 64) for _ in range(40)}
+    assert drawn <= set(map(constants, CLASSES)) and len(drawn) > 6
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
