@@ -235,10 +235,10 @@ void launch(
 
 // The same for a kernel that waits for the one before it itself, with wait_for_last_kernel, before it
 // reads or writes memory: it starts while that one ends.
-template <class... Parameters>
+template <class... Parameters, class... Arguments>
 void launch_early(
     void (*kernel)(Parameters...), unsigned grid, unsigned threads, cudaStream_t stream,
-    std::type_identity_t<Parameters>... arguments) {
+    Arguments... arguments) {
   if (!waits_itself(reinterpret_cast<const void*>(kernel)))
     return launch(kernel, grid, threads, 0, stream, arguments...);
   cudaLaunchAttribute early{};

@@ -188,10 +188,9 @@ inline void launch(
   emulator::launch(grid, threads, shared_bytes, [=] { kernel(arguments...); });
 }
 
-template <class... Parameters>
+template <class Kernel, class... Arguments>
 inline void launch_early(
-    void (*kernel)(Parameters...), unsigned grid, unsigned threads, cudaStream_t stream,
-    std::type_identity_t<Parameters>... arguments) {
+    Kernel* kernel, unsigned grid, unsigned threads, cudaStream_t stream, Arguments... arguments) {
   launch(kernel, grid, threads, 0, stream, arguments...);
 }
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import cuda_binary
+import emulated
 import pytest
 import torch
 from emulated import LARGE, SMALL, images_per_block, plan
@@ -135,6 +136,21 @@ def test_how_many_images_a_block_of_stage_1_goes_over():
     # 4 heads of 13 groups: five runs of images fill 264 places, and a sixth would wait for a second
     # wave.
     assert [images_per_block(n, 52, 264) for n in (64, 128, 256)] == [13, 26, 52]
+
+
+@pytest.mark.skipif(emulated.toolkit("nvcc") is None, reason="there is no nvcc")
+def test_the_kernels_are_c_plus_plus_17(tmp_path):
+    """As which torch 2.11 compiles extensions, and newer ones do not."""
+    source = tmp_path / "headers.cu"
+    folder = emulated.ROOT / "csrc" / "cuda"
+    names = ("attention_launch.cuh", "attention_type.cuh", "group_gather.cuh", "table_gradient.cuh")
+    lines = [f'#include "{folder / name}"' for name in names]
+    # What is a template is only read; the launches of the table's sum are compiled.
+    lines.append("auto* launches = &greenmim::cuda::run_table_gradient;")
+    source.write_text("\n".join(lines) + "\n")
+    command = [emulated.toolkit("nvcc"), "-std=c++17", "-arch=sm_90", "-ptx", str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "headers.ptx")], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
