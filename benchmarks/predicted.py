@@ -29,6 +29,7 @@ from collections.abc import Iterator
 import torch
 
 from greenmim.config import model_config
+from greenmim_kernels._triton.launch import expected_filled, images_per_program, resident
 from greenmim_kernels.testing import Case, make_partition
 
 from . import costs
@@ -46,8 +47,7 @@ TRITON = "3.6.0"  # the version of torch 2.11
 
 # An H100.
 PROCESSORS, SCHEDULERS, CYCLES = 132, 4, 1.755e9
-REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a processor
-SHARED, RESERVED = 233472, 1024  # bytes of a processor; that it keeps for itself in each block
+ARCHITECTURE = 90
 COPY = costs.COPY_BYTES_PER_SECOND
 # Microseconds.
 START = 1.0  # from the end of the kernel before, in a CUDA graph
@@ -83,10 +83,8 @@ class Kernel:
     @property
     def resident(self) -> int:
         """Blocks of it that a processor holds."""
-        warps = self.threads // 32
-        by_registers = REGISTERS // (math.ceil(self.registers / 8) * 8 * 32) // warps
-        by_shared = SHARED // (self.shared + RESERVED)
-        return min(by_registers, by_shared, THREADS // self.threads, BLOCKS)
+        found = {"registers": self.registers, "shared_bytes": self.shared}
+        return resident(found, self.threads // 32, ARCHITECTURE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,23 +130,10 @@ class Problem:
         return 1e6 * self.bytes(which) / COPY
 
 
-def images_per_block(batch: int, blocks: int, places: int) -> int:
-    """As csrc/cuda/attention_launch.cuh: waves x (3 + images) is made least."""
-    chunks = range(1, batch + 1)
-    images = [math.ceil(batch / n) for n in chunks]
-    return min(images, key=lambda n: math.ceil(blocks * math.ceil(batch / n) / places) * (3 + n))
-
-
-def expected_filled(groups: int, tokens: int, slots: int) -> int:
-    """How many groups are expected to hold tokens, as in attention_launch.cuh."""
-    least = min(groups, math.ceil(tokens / slots))
-    return min(groups, least + (least >= 12))
-
-
 def cuda_share(batch: int, heads: int, groups: int, tokens: int, slots: int, places: int) -> int:
     """Blocks of a head that share the groups with tokens, as `plan` in attention_launch.cuh."""
     expected = expected_filled(groups, tokens, slots)
-    runs = math.ceil(batch / images_per_block(batch, heads * expected, places))
+    runs = math.ceil(batch / images_per_program(batch, heads * expected, places))
     return min(max(places // heads, runs * expected), groups * batch)
 
 
@@ -188,7 +173,9 @@ def cuda_kernel(problem: Problem, which: str) -> Kernel:
 def triton_plan(problem: Problem, kernel: Kernel) -> tuple[int, int]:
     """The same of Triton's launches, whose host guesses how many groups hold tokens."""
     expected = expected_filled(problem.groups, problem.tokens, problem.slots)
-    images = images_per_block(problem.batch, problem.heads * expected, kernel.resident * PROCESSORS)
+    images = images_per_program(
+        problem.batch, problem.heads * expected, kernel.resident * PROCESSORS
+    )
     return problem.heads * problem.filled * math.ceil(problem.batch / images), images
 
 

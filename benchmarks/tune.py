@@ -82,7 +82,7 @@ def resident(name: str, run: Callable[[], object]) -> int:
         del kernel.run  # that of the class is there again
     (compiled,) = launched
     found = {"registers": compiled.n_regs, "shared_bytes": compiled.metadata.shared}
-    return ahead_of_time.resident(found, compiled.metadata.num_warps, architecture())
+    return launch.resident(found, compiled.metadata.num_warps, architecture())
 
 
 def problem_of(name: str, batch: int) -> Inputs:

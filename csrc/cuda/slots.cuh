@@ -60,7 +60,7 @@ struct Place {
 // The slots in reach, and the head's column of the bias table in base 2.
 struct Slots {
   int2* cell;    // window and position; -1 as window of padding
-  int* row;      // in the image: the token's that is read and written; or what `padding_row` says
+  int* row;      // in the image: the token's that is read and written; or, below zero, what padding is
   float* table;  // zeros where there is none
 
   __host__ __device__ Slots(Carver& carver, const Attention& a) {

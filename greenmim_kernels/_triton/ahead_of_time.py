@@ -40,8 +40,6 @@ KERNELS = {
     "bwd_key-long": long.long_attention_bwd_key_kernel,
     "bwd_table-long": long.long_attention_bwd_table_kernel,
 }
-# Of a processor: registers, warps, programs, and bytes of shared memory.
-REGISTERS, WARPS, PROGRAMS, SHARED = 65_536, 64, 32, {80: 167_936, 90: 233_472}
 # Windows of 7 in one tile, of 14 in a loop; heads as in Swin-B at stage 1.
 NUM_HEADS = 4
 _TYPES = {
@@ -145,17 +143,6 @@ def _compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": warps, "num_stages": stages},
-    )
-
-
-def resident(found: dict, warps: int, architecture: int) -> int:
-    """Programs that a processor holds at once."""
-    per_warp = 32 * 8 * -(-found["registers"] // 8)  # registers are given out eight a thread
-    return min(
-        REGISTERS // per_warp // 4 * 4 // warps,  # and to four schedulers alike
-        WARPS // warps,
-        PROGRAMS,
-        SHARED[80 if architecture < 90 else 90] // (found["shared_bytes"] + 1024),
     )
 
 

@@ -24,6 +24,8 @@ LARGEST_BACKWARD_TILE = {
     "16bit": {16: 64, 32: 64, 64: 32},
     "fp32": {16: 32, 32: 64, 64: 32},
 }
+# Of a processor: registers, warps, programs, and bytes of shared memory.
+REGISTERS, WARPS, PROGRAMS, SHARED = 65_536, 64, 32, {80: 167_936, 90: 233_472}
 # What setup and table gradient cost a program, in images.
 SETUP_IMAGES = 3
 
@@ -109,6 +111,24 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def resident(found: dict, warps: int, architecture: int) -> int:
+    """Programs that a processor holds at once, by a kernel's "registers" and "shared_bytes"."""
+    per_warp = 32 * 8 * -(-found["registers"] // 8)  # registers are given out eight a thread
+    return min(
+        REGISTERS // per_warp // 4 * 4 // warps,  # and to four schedulers alike
+        WARPS // warps,
+        PROGRAMS,
+        SHARED[80 if architecture < 90 else 90] // (found["shared_bytes"] + 1024),
+    )
+
+
+def expected_filled(groups: int, tokens: int, slots: int) -> int:
+    """How many of an image's groups are expected to hold tokens, as csrc/cuda/attention_launch.cuh
+    has it: most often as many as must, and one more of a dozen and more."""
+    least = -(-tokens // slots)
+    return min(groups, least + (least >= 12))
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from .launch import (
     LARGEST_BACKWARD_TILE,
     architecture_of,
     class_name,
+    expected_filled,
     images_per_program,
     launch_table,
     num_processors,
@@ -111,12 +112,10 @@ class _Problem:
         images = 1
         if self.partitions == 1:
             # Groups that a capacity leaves over are empty, and their programs end at once. How many
-            # hold tokens stands on the device: most often N / S, and one more of a dozen and more
-            # (csrc/cuda/attention_launch.cuh).
+            # hold tokens stands on the device.
             filled = self.num_groups
             if self.token_index is not None:
-                least = triton.cdiv(self.num_rows, self.num_slots)
-                filled = min(filled, least + (least >= 12))
+                filled = expected_filled(filled, self.num_rows, self.num_slots)
             images = images_per_program(
                 self.batch,
                 self.num_heads * filled * working,

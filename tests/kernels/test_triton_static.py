@@ -31,6 +31,7 @@ from greenmim_kernels._triton.launch import (
     SETUP_IMAGES,
     images_per_program,
     launch_table,
+    resident,
 )
 from greenmim_kernels._triton.machine_code import overwritten_operands, proxy_fence
 from greenmim_kernels.testing import Case, make_inputs, visible_tokens
@@ -87,9 +88,7 @@ def test_resident_is_what_the_figures_of_every_version_allow(name):
         launch = launch_table(architecture)[name]
         if architecture == 90 or launch != launch_table(90)[name]:
             allowed = [
-                ahead_of_time.resident(
-                    launches[name][str(architecture)], launch.warps, architecture
-                )
+                resident(launches[name][str(architecture)], launch.warps, architecture)
                 for launches in COMMITTED.values()
             ]
             assert launch.resident == min(allowed), architecture
@@ -117,7 +116,7 @@ def test_the_committed_figures_are_these():
 def test_programs_that_a_processor_holds(registers, shared, warps, expected):
     """As in the occupancy calculator of CUDA, compute capability 9.0."""
     found = {"registers": registers, "shared_bytes": shared}
-    assert ahead_of_time.resident(found, warps, 90) == expected
+    assert resident(found, warps, 90) == expected
 
 
 @pytest.mark.parametrize("flag", ["GATHERED", "PER_IMAGE", "HAS_TABLE", "NEED_QKV", "NEED_TABLE"])
