@@ -36,22 +36,20 @@ METRICS = (
 )
 
 
-def profiled() -> None:
-    """What ncu looks at: one forward and backward pass of each backend that works here."""
+def profiled(backend: str) -> None:
+    """What ncu looks at: one forward and backward pass of a backend."""
     case = swin("swin-b", 1, BATCH["cuda"], dtype=torch.bfloat16, capacity=True)
     inputs = make_inputs(case, device="cuda")
-    usable = gk.available_backends()
-    for backend in (name for name in BACKENDS if not usable[name]):
-        with gk.use_backend(backend):
-            run(inputs)
-            torch.cuda.synchronize()
-            torch.cuda.profiler.start()
-            run(inputs)
-            torch.cuda.synchronize()
-            torch.cuda.profiler.stop()
+    with gk.use_backend(backend):
+        run(inputs)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        run(inputs)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
 
 
-def command(log: pathlib.Path) -> list[str] | None:
+def command(log: pathlib.Path, backend: str) -> list[str] | None:
     """The command line of ncu; None where it is not there."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     ncu = shutil.which("ncu", path=f"{os.environ.get('PATH', '')}:{home}/bin")
@@ -61,7 +59,7 @@ def command(log: pathlib.Path) -> list[str] | None:
         ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
         "--log-file", str(log), "--kernel-name", "regex:attention", "--section", "Occupancy",
         "--section", "WarpStateStats", "--metrics", ",".join(METRICS),
-        sys.executable, "-m", "benchmarks.counters", "--profiled",
+        sys.executable, "-m", "benchmarks.counters", "--profiled", backend,
     ]  # fmt: skip
 
 
@@ -75,42 +73,54 @@ def kernels_of(log: str) -> list[dict[str, str]]:
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profiled", action="store_true", help="run what is looked at")
-    parser.add_argument("--dry-run", action="store_true", help="run nothing")
-    options = parser.parse_args(argv)
-    if options.dry_run:
-        print(*(command(pathlib.Path("ncu.csv")) or ["there is no ncu"]))
-        return 0
-    if options.profiled:
-        profiled()
-        return 0
+def count(backend: str) -> tuple[int, list[dict[str, str]]]:
+    """An exit code, and what ncu counted of one backend's kernels; says what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "ncu.csv"
-        if (arguments := command(log)) is None:
+        if (arguments := command(log, backend)) is None:
             print("there is no ncu; it comes with the CUDA toolkit (Nsight Compute)")
-            return SKIPPED
+            return SKIPPED, []
         done = subprocess.run(
             arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         said = done.stdout + (log.read_text() if log.exists() else "")
-    kernels = kernels_of(said)
-    if not kernels:
-        lines = said.splitlines()
-        refused = [line for line in lines if "NVGPUCTRPERM" in line or "LibraryNotLoaded" in line]
-        print("\n".join(lines[-20:]))
-        if refused:
-            print(f"ncu may not count here: {refused[0]}")
-            return SKIPPED
-        return 1
+    if kernels := kernels_of(said):
+        return 0, kernels
+    lines = said.splitlines()
+    refused = [line for line in lines if "NVGPUCTRPERM" in line or "LibraryNotLoaded" in line]
+    print("\n".join(lines[-20:]))
+    if refused:
+        print(f"ncu may not count here: {refused[0]}")
+        return SKIPPED, []
+    return 1, []
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profiled", choices=BACKENDS, help="run what is looked at")
+    parser.add_argument("--dry-run", action="store_true", help="run nothing")
+    options = parser.parse_args(argv)
+    if options.dry_run:
+        for backend in BACKENDS:
+            print(*(command(pathlib.Path("ncu.csv"), backend) or ["there is no ncu"]))
+        return 0
+    if options.profiled:
+        profiled(options.profiled)
+        return 0
     environment = describe(torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu")
     file = folder_of(environment["device"]) / "counters.json"
-    write_json(file, {"environment": environment, "kernels": kernels})
-    for kernel in kernels:
-        shown = [key for key in kernel if key.split(" ")[0] in METRICS]
-        print(kernel["Kernel Name"][:40], *(f"{key} {kernel[key]}" for key in shown), sep="  ")
-    return 0
+    codes, kernels = [], []
+    for backend in BACKENDS:  # ncu writes at its end: one run for each, so that the first is kept
+        code, counted = count(backend)
+        codes.append(code)
+        if not counted:
+            continue
+        kernels += counted
+        write_json(file, {"environment": environment, "kernels": kernels})
+        for kernel in counted:
+            shown = [key for key in kernel if key.split(" ")[0] in METRICS]
+            print(kernel["Kernel Name"][:40], *(f"{key} {kernel[key]}" for key in shown), sep="  ")
+    return 1 if 1 in codes else min(codes)
 
 
 if __name__ == "__main__":

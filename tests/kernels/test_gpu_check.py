@@ -470,9 +470,27 @@ def test_counters_are_kept_by_kernel(ncu, tmp_path):
     assert ncu(f"cat > $file <<'END'\n{CSV}END") == 0
     kernels = json.loads((tmp_path / "counters.json").read_text())["kernels"]
     assert [kernel["Kernel Name"] for kernel in kernels] == [
-        "attention_forward_kernel", "group_attention_bwd_kernel"
-    ]  # fmt: skip
+        "attention_forward_kernel",
+        "group_attention_bwd_kernel",
+    ] * 2  # of both backends
     assert kernels[0]["dram__bytes_read.sum [Mbyte]"] == "75.2"
+
+
+def test_counters_keep_the_backends_done(tmp_path):
+    ncu = tmp_path / "bin" / "ncu"
+    ncu.parent.mkdir()
+    body = f"case $last in cuda) cat > $file <<'END'\n{CSV}END\n;; *) sleep 600;; esac"
+    ncu.write_text(NCU.format(body=body))
+    ncu.chmod(0o755)
+    code = f"""
+import os, pathlib
+from benchmarks import counters
+counters.folder_of = lambda device: pathlib.Path({str(tmp_path)!r})
+os.environ["PATH"] = {str(ncu.parent)!r} + ":" + os.environ["PATH"]
+raise SystemExit(counters.main([]))
+"""
+    found = killed_half_way(tmp_path, ("-c", code), "counters.json", lambda c: bool(c["kernels"]))
+    assert len(found["kernels"]) == 2
 
 
 def test_counters_that_may_not_be_read_are_said(ncu, capsys, tmp_path):
