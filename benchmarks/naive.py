@@ -21,10 +21,8 @@ class NaiveGroupAttention:
         if part.token_index.shape[0] != 1:
             raise ValueError("the naive path takes one mask per batch")
         index = part.token_index[0].long()  # [G, S]
-        window, coords = part.window_id[0], part.coords[0].long()
-        height, width = part.window_size
-        offset = coords[:, :, None] - coords[:, None]
-        row = (offset[..., 0] + height - 1) * (2 * width - 1) + offset[..., 1] + width - 1
+        window = part.window_id[0]
+        row = (part.query_row[0][:, :, None] + part.key_row[0][:, None]).long()
         same = window[:, :, None] == window[:, None]
         slots = torch.arange(index.numel(), device=index.device)
         kept = index.flatten() >= 0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from greenmim import GreenMIM
 from greenmim_kernels import GroupPartition
+from greenmim_kernels.partition import table_rows
 
 from .naive import NaiveGroupAttention
 
@@ -130,7 +131,9 @@ def _attention(
     """Windows of the visible tokens at coords [N, 2], packed as published."""
     first = torch.tensor([(m - s) % m for m, s in zip(window, shift, strict=True)])
     size = torch.tensor(window)
-    cell = (coords + first.to(coords.device)) // size.to(coords.device)
+    moved, size = coords + first.to(coords.device), size.to(coords.device)
+    cell, (row, column) = moved // size, (moved % size).unbind(-1)
+    place = row * (2 * window[1] - 1) + column
     columns = -(-(grid[1] + window[1]) // window[1])
     window_id = cell[:, 0] * columns + cell[:, 1]
     if len(coords) <= 2 * window[0] * window[1]:
@@ -151,11 +154,11 @@ def _attention(
     part = GroupPartition(
         token_index=index,
         window_id=torch.where(used, window_id[taken], -1).int(),
-        coords=(coords[taken] * used[..., None]).int(),
+        query_row=(place + (table_rows(window) - 1) // 2)[taken].int(),
+        key_row=(-place)[taken].int(),
         num_tokens=len(coords),
+        table_rows=table_rows(window),
         window_size=window,
-        shift_size=shift,
-        grid_size=grid,
     )
     return NaiveGroupAttention(part), part
 

@@ -62,13 +62,14 @@ class Peer:
 class WindowOrder:
     """The visible tokens in the order of their windows: slots of the groups without padding.
 
-    order, inverse: int64 [P, N]; window: int32 [P, N]; coords: int64 [P, N, 2].
+    order, inverse, query_row, key_row: int64 [P, N]; window: int32 [P, N].
     """
 
     order: Tensor
     inverse: Tensor
     window: Tensor
-    coords: Tensor
+    query_row: Tensor
+    key_row: Tensor
 
     @classmethod
     def of(cls, part: GroupPartition) -> WindowOrder:
@@ -80,7 +81,7 @@ class WindowOrder:
             order,
             order.argsort(1),
             part.window_id.flatten(1)[kept].view(shape),
-            part.coords.flatten(1, 2)[kept].view(*shape, 2).long(),
+            *(row.flatten(1)[kept].view(shape).long() for row in (part.query_row, part.key_row)),
         )
 
     def lengths(self, batch: int) -> list[int]:
@@ -158,11 +159,9 @@ def padded_windows(operator: str, inputs: Inputs) -> Function:
     height, width = part.window_size
     slots = height * width
     tokens = WindowOrder.of(part)
-    rows, columns = (
-        (tokens.coords[..., axis] + (side - shift) % side) % side
-        for axis, (side, shift) in enumerate(zip(part.window_size, part.shift_size, strict=True))
-    )
-    local = rows * width + columns  # [P, N]
+    # Where a token is in its window, counted in rows of the table: row * (2 width - 1) + column.
+    place = -tokens.key_row
+    local = place // (2 * width - 1) * width + place % (2 * width - 1)  # [P, N]
     new = torch.ones_like(tokens.window, dtype=torch.bool)
     new[:, 1:] = tokens.window[:, 1:] != tokens.window[:, :-1]
     number = new.cumsum(1) - 1  # of the window, [P, N]
@@ -200,9 +199,7 @@ def padded_windows(operator: str, inputs: Inputs) -> Function:
 def grouped_sdpa(operator: str, inputs: Inputs) -> Function:
     """SDPA over groups with the dense bias of the partition, -inf between windows."""
     part, num_heads = inputs.part, inputs.num_heads
-    height, width = part.window_size
-    offset = (part.coords[..., :, None, :] - part.coords[..., None, :, :]).long()
-    row = (offset[..., 0] + height - 1) * (2 * width - 1) + offset[..., 1] + width - 1
+    row = (part.query_row[..., :, None] + part.key_row[..., None, :]).long()
     same = part.window_id[..., :, None] == part.window_id[..., None, :]
     row = torch.where(same, row, 0)
     minus = torch.zeros(same.shape, dtype=inputs.qkv.dtype, device=same.device)
@@ -265,10 +262,9 @@ def flex(operator: str, inputs: Inputs, block: int) -> Function:
     if inputs.qkv.is_cuda and block > FLEX_BLOCKS[0] and block >= 2 * part.num_tokens:
         raise Unable(f"{part.num_tokens} tokens are one block of {block // 2} already")
     _tiles_that_fit(InductorChoices)
-    height, width = part.window_size
     tokens = WindowOrder.of(part)
-    window, last = tokens.window, (2 * height - 1) * (2 * width - 1) - 1
-    row, column = (tokens.coords[..., axis].contiguous() for axis in (0, 1))
+    window, last = tokens.window, part.table_rows - 1
+    query_row, key_row = tokens.query_row, tokens.key_row
     per_image = len(window) > 1
 
     def same_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -288,10 +284,9 @@ def flex(operator: str, inputs: Inputs, block: int) -> Function:
 
         def add_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             image = b if per_image else 0
-            offset = (row[image, q] - row[image, k] + height - 1) * (2 * width - 1)
-            offset = offset + column[image, q] - column[image, k] + width - 1
+            row = query_row[image, q] + key_row[image, k]
             # Called for pairs of other windows too, before the mask.
-            return score + table[offset.clamp(0, last), h]
+            return score + table[row.clamp(0, last), h]
 
         q, k, v = heads_of(take(x, tokens.order, 1), num_heads)
         out = compiled(q, k, v, score_mod=add_bias, block_mask=mask, kernel_options=options)

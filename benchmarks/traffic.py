@@ -62,7 +62,7 @@ def work_of(operator: str, inputs: Inputs, which: str) -> Work:
         writes_padding = forward == (operator == "group_gather")
         moved = 2 * batch * tokens + padding * writes_padding
         return Work(moved * columns * element + index, 0)
-    places = bytes_of(part.window_id, part.coords)
+    places = bytes_of(*part.tensors[1:])
     table = bytes_of(inputs.table)
     qkv, out = bytes_of(inputs.qkv), bytes_of(inputs.grad_out)
     moved = qkv + out + table if forward else 2 * qkv + out + 2 * table

@@ -102,8 +102,8 @@ def problem_of(name: str, batch: int) -> Inputs:
 def runner(name: str, inputs: Inputs):
     """A function that runs the kernels of a class once and returns what they wrote."""
     part = inputs.part
-    sizes = (inputs.num_heads, *part.window_size, SCALE)
-    arguments = (inputs.table, part.token_index, part.window_id, part.coords)
+    sizes = (inputs.num_heads, SCALE)
+    arguments = (inputs.table, *part.tensors)
     saved = operators.group_window_attention(inputs.qkv, *arguments, *sizes)
     kernel = name.split("-")[0]
     if kernel == "fwd":

@@ -20,7 +20,7 @@ inline void check_indices(const Tensor& indices, int64_t dim, const char* name) 
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int, name, " must be int32");
 }
 
-// [P, G, S] or [P, G, S, 2] beside a batch of B images.
+// [P, G, S] beside a batch of B images.
 inline void check_batch(const Tensor& indices, int64_t batch, const char* name) {
   STD_TORCH_CHECK(
       indices.size(0) == 1 || indices.size(0) == batch, name, " holds ", indices.size(0),
@@ -47,34 +47,41 @@ inline void check_scatter(const Tensor& x, const Tensor& token_index, int64_t nu
 struct AttentionShape {
   int64_t batch, partitions, groups, slots;
   int64_t rows;  // of an image: N, or G * S for gathered groups
-  int64_t channels, head_dim, table_rows;
+  int64_t channels, head_dim;
+  int64_t table_rows;  // 0 without a table
+};
+
+// A partition as the operators get it.
+struct PartitionTensors {
+  std::optional<Tensor> token_index;  // without: the rows are those of gathered groups
+  Tensor window_id, query_row, key_row;
 };
 
 // qkv [B, N, 3C] beside token_index, or gathered groups [B, G, S, 3C] without.
 inline AttentionShape check_attention(
     const Tensor& qkv, const std::optional<Tensor>& table, ScalarType table_type,
-    const std::optional<Tensor>& token_index, const Tensor& window_id, const Tensor& coords,
-    int64_t heads, int64_t window_height, int64_t window_width) {
+    const PartitionTensors& part, int64_t heads) {
+  const std::optional<Tensor>& token_index = part.token_index;
+  const Tensor& window_id = part.window_id;
   AttentionShape shape{};
   const int64_t axes = token_index ? 3 : 4;
   STD_TORCH_CHECK(qkv.dim() == axes, "qkv must have ", axes, " axes, got ", qkv.dim());
   check_indices(window_id, 3, "window_id");
-  check_indices(coords, 4, "coords");
   shape.batch = qkv.size(0);
   check_batch(window_id, shape.batch, "window_id");
   shape.partitions = window_id.size(0);
   shape.groups = window_id.size(1);
   shape.slots = window_id.size(2);
-  STD_TORCH_CHECK(
-      coords.size(0) == shape.partitions && coords.size(1) == shape.groups &&
-          coords.size(2) == shape.slots && coords.size(3) == 2,
-      "coords must be [P, G, S, 2] beside window_id [P, G, S]");
-  if (token_index) {
-    check_indices(*token_index, 3, "token_index");
+  const auto check_like = [&](const Tensor& x, const char* name) {
+    check_indices(x, 3, name);
     STD_TORCH_CHECK(
-        token_index->size(0) == shape.partitions && token_index->size(1) == shape.groups &&
-            token_index->size(2) == shape.slots,
-        "token_index must have the shape of window_id");
+        x.size(0) == shape.partitions && x.size(1) == shape.groups && x.size(2) == shape.slots,
+        name, " must have the shape of window_id");
+  };
+  check_like(part.query_row, "query_row");
+  check_like(part.key_row, "key_row");
+  if (token_index) {
+    check_like(*token_index, "token_index");
     shape.rows = qkv.size(1);
   } else {
     STD_TORCH_CHECK(
@@ -87,16 +94,15 @@ inline AttentionShape check_attention(
       "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
   shape.channels = width / 3;
   shape.head_dim = shape.channels / heads;
-  STD_TORCH_CHECK(
-      window_height > 0 && window_width > 0 && window_height <= 4096 && window_width <= 4096,
-      "the window must have 1 to 4096 rows and columns, got ", window_height, " x ", window_width);
-  shape.table_rows = (2 * window_height - 1) * (2 * window_width - 1);
   if (table) {
+    shape.table_rows = table->size(0);
     STD_TORCH_CHECK(
-        table->dim() == 2 && table->size(0) == shape.table_rows && table->size(1) == heads,
-        "the bias table must be [", shape.table_rows, ", ", heads, "]");
+        table->dim() == 2 && table->size(1) == heads, "the bias table must be [rows, ", heads, "]");
     STD_TORCH_CHECK(
         table->scalar_type() == table_type, "the bias table must be in fp32 (fp64 for fp64)");
+    // Kernels count its elements in 32 bits.
+    STD_TORCH_CHECK(
+        shape.table_rows * heads < int64_t(1) << 31, "the bias table must have fewer than 2^31 values");
   }
   return shape;
 }

@@ -134,7 +134,7 @@ class GreenMIM(nn.Module):
         return MIMOutput(self.loss(images, prediction, plan), prediction, latent, plan.visible)
 
     def _check_plan(self, plan: Plan, images: Tensor) -> None:
-        grid, expected = plan.partitions[0][0].grid_size, self.planner.stages[0][0]
+        grid, expected = plan.layout.patch_grid, self.planner.stages[0][0]
         if grid != expected:
             raise ValueError(
                 f"the plan is for {grid[0]} x {grid[1]} patches and this model has {expected[0]} x"

@@ -27,7 +27,6 @@ from .config import UNIT_PIXELS, ModelConfig, check_image_size
 
 _ALIGNMENT = 64  # bytes; kernels read 16 at a time
 _CHILDREN = ((0, 0), (1, 0), (0, 1), (1, 1))
-_PARTITION_TENSORS = ("token_index", "window_id", "coords")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +49,19 @@ class Place:
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where everything of a plan lies; names as in :class:`Plan`. The tensors of its partitions
-    are places."""
+    are places; patch_grid is (H, W) of the images' patches."""
 
     visible: Place
     unit_index: Place
     hidden_index: Place
     patch_index: Place
     partitions: tuple[tuple[GroupPartition, GroupPartition], ...]
+    patch_grid: tuple[int, int]
 
     def places(self) -> tuple[Place, ...]:
         """All of them; the same for plans of the same shapes."""
         parts = [part for pair in self.partitions for part in pair]
-        inner = (getattr(part, name) for part in parts for name in _PARTITION_TENSORS)
+        inner = (place for part in parts for place in part.tensors)
         return self.visible, self.unit_index, self.hidden_index, self.patch_index, *inner
 
 
@@ -105,19 +105,14 @@ class Plan:
 
 def _map_partitions(partitions, change):
     """Pairs of partitions with each of their tensors (or places) changed."""
-
-    def changed(part: GroupPartition) -> GroupPartition:
-        tensors = {name: change(getattr(part, name)) for name in _PARTITION_TENSORS}
-        return dataclasses.replace(part, **tensors)
-
     pairs = []
     for even, odd in partitions:
-        first = changed(even)
-        pairs.append((first, first if odd is even else changed(odd)))
+        first = even.map(change)
+        pairs.append((first, first if odd is even else odd.map(change)))
     return tuple(pairs)
 
 
-def _packed(tensors: dict[str, Tensor], partitions) -> Plan:
+def _packed(tensors: dict[str, Tensor], partitions, patch_grid: tuple[int, int]) -> Plan:
     """A plan of these values."""
     sources: list[tuple[Place, Tensor]] = []
 
@@ -128,7 +123,9 @@ def _packed(tensors: dict[str, Tensor], partitions) -> Plan:
         return sources[-1][0]
 
     places = {name: place(tensor) for name, tensor in tensors.items()}
-    layout = Layout(**places, partitions=_map_partitions(partitions, place))
+    layout = Layout(
+        **places, partitions=_map_partitions(partitions, place), patch_grid=patch_grid
+    )
     memory = torch.zeros(sources[-1][0].end, dtype=torch.uint8)
     for target, tensor in sources:
         target.of(memory).copy_(tensor)
@@ -182,7 +179,7 @@ class Planner:
             "patch_index": self.positions(units, self.stages[0][0][0] // self.unit_grid[0]),
         }
         tensors = {name: torch.from_numpy(values) for name, values in tensors.items()}
-        return _packed(tensors, partitions)
+        return _packed(tensors, partitions, self.stages[0][0])
 
     def positions(self, units: np.ndarray, scale: int) -> np.ndarray:
         """Places of a stage's tokens in its flattened grid, in the order of the encoder.

@@ -42,7 +42,7 @@ class Backend:
     operators: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] | None = None
     head_dims: tuple[int, ...] | None = None
-    largest_window: int | None = None
+    largest_table: int | None = None  # rows
 
 
 BACKENDS = {
@@ -57,7 +57,7 @@ BACKENDS = {
         operators=OPERATORS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         head_dims=(16, 32, 64),
-        largest_window=16,
+        largest_table=31 * 31,
     ),
     "triton": Backend(
         device="cuda",
@@ -246,12 +246,11 @@ def choose_backend(
     dtype: torch.dtype,
     head_dim: int | None = None,
     group_size: int | None = None,
-    window: int | None = None,
+    table_rows: int | None = None,
 ) -> str:
     """The backend that runs `operator`; the last three matter to attention only.
 
-    `window` is the longer side of the window. Where "auto" has both backends of a GPU to choose
-    from, it follows the table of `automatic`.
+    Where "auto" has both backends of a GPU to choose from, it follows the table of `automatic`.
 
     Raises:
         ValueError: a forced backend cannot do it, or the environment names an unknown backend.
@@ -262,7 +261,7 @@ def choose_backend(
         first = automatic.choice(operator, dtype, head_dim, group_size).backend
         names = (first, *names) if first in names else names
     for name in names:
-        reason = _does_not_fit(name, head_dim, window)
+        reason = _does_not_fit(name, head_dim, table_rows)
         if reason is None:
             return name
     raise ValueError(f'{reason}; use another backend or "auto"')
@@ -288,14 +287,14 @@ def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | N
     return None
 
 
-def _does_not_fit(name: str, head_dim: int | None, window: int | None) -> str | None:
+def _does_not_fit(name: str, head_dim: int | None, table_rows: int | None) -> str | None:
     backend = BACKENDS[name]
     if head_dim is not None and backend.head_dims and head_dim not in backend.head_dims:
         known = ", ".join(map(str, backend.head_dims))
         return f"the {name} backend takes head dims {known}, not {head_dim}"
-    if window is not None and backend.largest_window and window > backend.largest_window:
+    if table_rows is not None and backend.largest_table and table_rows > backend.largest_table:
         return (
-            f"the {name} backend takes windows of at most {backend.largest_window} tokens a side,"
-            f" not {window}"
+            f"the {name} backend takes bias tables of at most {backend.largest_table} rows, not"
+            f" {table_rows}"
         )
     return None

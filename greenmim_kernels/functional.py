@@ -65,7 +65,8 @@ def block_diagonal_attention(
     Args:
         qkv: floating point tensor [B, G, S, 3C]; the last axis holds q, k, v blocks of C, each
             num_heads x head_dim. Padding slots are never read.
-        table: relative position bias [(2Mh-1)(2Mw-1), num_heads] of any float dtype, or None.
+        table: relative position bias [part.table_rows, num_heads] of any float dtype, or None;
+            for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
         part: partition with P = 1 or P = B, on the device of `qkv`.
         num_heads: number of heads; divides C.
         scale: factor of q . k; head_dim ** -0.5 if None.
@@ -79,15 +80,15 @@ def block_diagonal_attention(
     """
     _check_groups("qkv", qkv, part)
     table, scale = _check_attention(qkv, table, part, num_heads, scale)
-    arguments = (qkv, table, part.window_id, part.coords, num_heads)
+    arguments = (qkv, table, *part.tensors[1:], num_heads, scale)
     name = "block_diagonal_attention"
     head_dim = qkv.shape[-1] // (3 * num_heads)
     backend = choose_backend(
-        name, qkv.device, qkv.dtype, head_dim, part.group_size, max(part.window_size)
+        name, qkv.device, qkv.dtype, head_dim, part.group_size, part.table_rows
     )
     if backend == "reference":
-        return reference.block_diagonal_attention(*arguments, part.window_size, scale)
-    return operator(name, VARIANT[backend])(*arguments, *part.window_size, scale)[0]
+        return reference.block_diagonal_attention(*arguments)
+    return operator(name, VARIANT[backend])(*arguments)[0]
 
 
 def group_window_attention(
@@ -105,7 +106,8 @@ def group_window_attention(
     Args:
         qkv: floating point tensor [B, N, 3C], tokens in row-major order of their grid; the last
             axis holds q, k, v blocks of C, each num_heads x head_dim.
-        table: relative position bias [(2Mh-1)(2Mw-1), num_heads] of any float dtype, or None.
+        table: relative position bias [part.table_rows, num_heads] of any float dtype, or None;
+            for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
         part: partition with P = 1 or P = B, on the device of `qkv`.
         num_heads: number of heads; divides C.
         scale: factor of q . k; head_dim ** -0.5 if None.
@@ -122,15 +124,15 @@ def group_window_attention(
     """
     _check_tokens("qkv", qkv, part)
     table, scale = _check_attention(qkv, table, part, num_heads, scale)
-    arguments = (qkv, table, part.token_index, part.window_id, part.coords, num_heads)
+    arguments = (qkv, table, *part.tensors, num_heads, scale)
     name = "group_window_attention"
     head_dim = qkv.shape[-1] // (3 * num_heads)
     backend = choose_backend(
-        name, qkv.device, qkv.dtype, head_dim, part.group_size, max(part.window_size)
+        name, qkv.device, qkv.dtype, head_dim, part.group_size, part.table_rows
     )
     if backend == "reference":
-        return reference.group_window_attention(*arguments, part.window_size, scale)
-    return operator(name, VARIANT[backend])(*arguments, *part.window_size, scale)[0]
+        return reference.group_window_attention(*arguments)
+    return operator(name, VARIANT[backend])(*arguments)[0]
 
 
 def _check_tokens(name: str, x: Tensor, part: GroupPartition) -> None:
@@ -162,7 +164,7 @@ def _check_common(name: str, x: Tensor, part: GroupPartition) -> None:
             f"the partition holds {num_partitions} images' windows and {name} a batch of"
             f" {x.shape[0]}; give one mask for the batch or one per image"
         )
-    for tensor in (part.token_index, part.window_id, part.coords):
+    for tensor in part.tensors:
         if tensor.device != x.device:
             raise ValueError(
                 f"the partition is on {tensor.device} and {name} on {x.device};"
@@ -180,12 +182,13 @@ def _check_attention(
             f" got {qkv.shape[-1]} with num_heads = {num_heads}"
         )
     if table is not None:
-        height, width = part.window_size
-        shape = ((2 * height - 1) * (2 * width - 1), num_heads)
-        if tuple(table.shape) != shape:
+        if tuple(table.shape) != (part.table_rows, num_heads):
+            windows = "this partition"
+            if part.window_size is not None:
+                windows = f"windows {' x '.join(map(str, part.window_size))}"
             raise ValueError(
-                f"the bias table of windows {height} x {width} with {num_heads} heads must be"
-                f" {list(shape)}, got {list(table.shape)}"
+                f"the bias table of {windows} with {num_heads} heads must be"
+                f" {[part.table_rows, num_heads]}, got {list(table.shape)}"
             )
         if not table.dtype.is_floating_point:
             raise ValueError(f"the bias table must be floating point, got {table.dtype}")

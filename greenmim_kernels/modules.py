@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import group_window_attention
-from .partition import GroupPartition, window_pair
+from .partition import GroupPartition, table_rows, window_axes
 
 
 class GroupWindowAttention(nn.Module):
@@ -17,7 +17,7 @@ class GroupWindowAttention(nn.Module):
 
     Args:
         dim: channels C.
-        window_size: M or (Mh, Mw), in tokens.
+        window_size: M, or one number per axis, in tokens.
         num_heads: number of heads; divides `dim`.
         qkv_bias: whether q, k and v have a bias.
 
@@ -26,18 +26,17 @@ class GroupWindowAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, window_size: int | tuple[int, int], num_heads: int, qkv_bias: bool = True
+        self, dim: int, window_size: int | tuple[int, ...], num_heads: int, qkv_bias: bool = True
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
-        height, width = window_pair(window_size)
-        self.window_size = (height, width)
+        self.window_size = window_axes(window_size)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(
-            torch.empty((2 * height - 1) * (2 * width - 1), num_heads)
+            torch.empty(table_rows(self.window_size), num_heads)
         )
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
@@ -47,7 +46,7 @@ class GroupWindowAttention(nn.Module):
         Raises:
             ValueError: the partition has another window size, or does not fit `x`.
         """
-        if tuple(part.window_size) != self.window_size:
+        if part.window_size != self.window_size:
             raise ValueError(
                 f"the layer has windows of {self.window_size}, the partition of {part.window_size}"
             )

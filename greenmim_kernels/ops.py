@@ -6,8 +6,8 @@ stand beside them under names of their own, ``<operator>_triton``, with the same
 two is called is decided in Python. Backward passes are operators of their own. Conventions of every
 schema:
 
-- qkv [B, N, 3C] or [B, G, S, 3C]; table [(2Mh-1)(2Mw-1), heads] in the accumulation dtype, or None;
-- token_index, window_id [P, G, S] and coords [P, G, S, 2]: int32, P = 1 or B, padding -1;
+- qkv [B, N, 3C] or [B, G, S, 3C]; table [rows, heads] in the accumulation dtype, or None;
+- token_index, window_id, query_row, key_row [P, G, S]: int32, P = 1 or B, as in a GroupPartition;
 - lse [B, heads, rows]: log of the softmax's denominator, in the accumulation dtype; not
   differentiable, kept for the backward pass;
 - a gradient that is not asked for comes back as an empty tensor.
@@ -24,27 +24,23 @@ from torch import Tensor
 from .reference import accumulation_dtype
 
 NAMESPACE = "greenmim"
-_WINDOW = "int num_heads, int window_height, int window_width, float scale"
+_WINDOWS = "Tensor window_id, Tensor query_row, Tensor key_row, int num_heads, float scale"
 SCHEMAS = {
     "group_gather": "(Tensor x, Tensor token_index) -> Tensor",
     "group_scatter": "(Tensor x, Tensor token_index, SymInt num_tokens) -> Tensor",
     "block_diagonal_attention": (
-        f"(Tensor qkv, Tensor? table, Tensor window_id, Tensor coords, {_WINDOW})"
-        " -> (Tensor out, Tensor lse)"
+        f"(Tensor qkv, Tensor? table, {_WINDOWS}) -> (Tensor out, Tensor lse)"
     ),
     "block_diagonal_attention_backward": (
-        "(Tensor grad_out, Tensor qkv, Tensor? table, Tensor out, Tensor lse, Tensor window_id,"
-        f" Tensor coords, {_WINDOW}, bool need_qkv, bool need_table)"
-        " -> (Tensor grad_qkv, Tensor grad_table)"
+        f"(Tensor grad_out, Tensor qkv, Tensor? table, Tensor out, Tensor lse, {_WINDOWS},"
+        " bool need_qkv, bool need_table) -> (Tensor grad_qkv, Tensor grad_table)"
     ),
     "group_window_attention": (
-        "(Tensor qkv, Tensor? table, Tensor token_index, Tensor window_id, Tensor coords,"
-        f" {_WINDOW}) -> (Tensor out, Tensor lse)"
+        f"(Tensor qkv, Tensor? table, Tensor token_index, {_WINDOWS}) -> (Tensor out, Tensor lse)"
     ),
     "group_window_attention_backward": (
         "(Tensor grad_out, Tensor qkv, Tensor? table, Tensor out, Tensor lse, Tensor token_index,"
-        f" Tensor window_id, Tensor coords, {_WINDOW}, bool need_qkv, bool need_table)"
-        " -> (Tensor grad_qkv, Tensor grad_table)"
+        f" {_WINDOWS}, bool need_qkv, bool need_table) -> (Tensor grad_qkv, Tensor grad_table)"
     ),
 }
 
@@ -234,5 +230,5 @@ def _needed(grad: Tensor, shapes: tuple, needed: tuple[bool, ...]) -> tuple[Tens
 
 for _variant in VARIANTS:
     _register_copies(_variant)
-    _register_attention("block_diagonal_attention", _variant, num_index_tensors=2)
-    _register_attention("group_window_attention", _variant, num_index_tensors=3)
+    _register_attention("block_diagonal_attention", _variant, num_index_tensors=3)
+    _register_attention("group_window_attention", _variant, num_index_tensors=4)

@@ -9,9 +9,11 @@ group size stands in ``csrc/partition/grouping.cpp``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import index
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,36 +22,38 @@ from torch import Tensor
 from . import _partition
 
 _INT32_MAX = 2**31 - 1
+TENSORS = ("token_index", "window_id", "query_row", "key_row")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupPartition:
-    """All groups of one grid, window size and shift; made by :func:`group_partition`.
+    """Which tokens attend together; made by :func:`group_partition`.
 
-    P is 1 (one grid for the whole batch) or the batch size, G the number of groups, S the slots of
-    a group. A slot holds one visible token or padding. Inside a group slots are sorted by window,
-    tokens of a window in row-major order, padding last; groups without a token come last. Kernels
-    on a GPU trust all this: to look again, they would have to wait for the device.
+    P is 1 (one partition for the whole batch) or the batch size, G the number of groups, S the
+    slots of a group. A slot holds one token or nothing. Inside a group slots are sorted by window;
+    those without a window come last, as do groups that name no token. Kernels on a GPU trust all
+    this: to look again, they would have to wait for the device.
 
     Attributes:
-        token_index: int32 [P, G, S], the token's position among the visible tokens of the image in
-            row-major order; -1 in padding. Every token stands in exactly one slot.
-        window_id: int32 [P, G, S], row * (number of window columns) + column of the token's window;
-            -1 in padding. A window is never split between groups.
-        coords: int32 [P, G, S, 2], (row, column) of the token in the grid; 0 in padding.
-        num_tokens: N, the visible tokens of an image.
-        window_size: (Mh, Mw).
-        shift_size: (rows, columns).
-        grid_size: (H, W).
+        token_index: int32 [P, G, S], the token's position among those of its image; -1 in padding.
+            Every token stands in exactly one slot.
+        window_id: int32 [P, G, S], the same for tokens that attend to each other; -1 in padding,
+            and where a token is in no window: its output and gradients are zero. A window is never
+            split between groups.
+        query_row, key_row: int32 [P, G, S]. The bias table's row of query i and key j of one window
+            is query_row[i] + key_row[j]; key_row differs between the slots of a window.
+        num_tokens: N, the tokens of an image.
+        table_rows: rows of the bias table.
+        window_size: (Mh, Mw), or one number per axis.
     """
 
     token_index: Tensor
     window_id: Tensor
-    coords: Tensor
+    query_row: Tensor
+    key_row: Tensor
     num_tokens: int
-    window_size: tuple[int, int]
-    shift_size: tuple[int, int]
-    grid_size: tuple[int, int]
+    table_rows: int
+    window_size: tuple[int, ...]
 
     @property
     def num_partitions(self) -> int:
@@ -66,114 +70,114 @@ class GroupPartition:
         """S, slots per group."""
         return self.token_index.shape[2]
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """token_index, window_id, query_row, key_row."""
+        return self.token_index, self.window_id, self.query_row, self.key_row
+
+    def map(self, change: Callable[[Tensor], Any]) -> GroupPartition:
+        """The same partition with each of its tensors changed."""
+        return replace(self, **{name: change(getattr(self, name)) for name in TENSORS})
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> GroupPartition:
         """The same partition with its tensors on another device."""
-        return replace(
-            self,
-            token_index=self.token_index.to(device, non_blocking=non_blocking),
-            window_id=self.window_id.to(device, non_blocking=non_blocking),
-            coords=self.coords.to(device, non_blocking=non_blocking),
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> GroupPartition:
         """The same partition in page-locked memory, for copies that do not block."""
-        return replace(
-            self,
-            token_index=self.token_index.pin_memory(),
-            window_id=self.window_id.pin_memory(),
-            coords=self.coords.pin_memory(),
-        )
+        return self.map(Tensor.pin_memory)
 
     def __repr__(self) -> str:
         return (
             f"GroupPartition(num_partitions={self.num_partitions}, num_groups={self.num_groups},"
             f" group_size={self.group_size}, num_tokens={self.num_tokens},"
-            f" window_size={self.window_size}, shift_size={self.shift_size},"
-            f" grid_size={self.grid_size}, device={self.token_index.device})"
+            f" table_rows={self.table_rows}, window_size={self.window_size},"
+            f" device={self.token_index.device})"
         )
 
 
 def group_partition(
     visible: np.ndarray | Tensor,
-    window_size: int | tuple[int, int] = 7,
-    shift_size: int | tuple[int, int] = 0,
+    window_size: int | tuple[int, ...] = 7,
+    shift_size: int | tuple[int, ...] = 0,
     group_size: int | None = None,
     capacity: int | None = None,
+    segment: np.ndarray | Tensor | None = None,
 ) -> GroupPartition:
     """Packs the windows of a grid of visible tokens into groups.
 
-    A token at row h lies in window row ``(h + (Mh - s) % Mh) // Mh``, columns likewise; border
-    windows may be smaller, nothing wraps. The window may exceed the grid.
+    A token at row h lies in window row ``(h + (Mh - s) % Mh) // Mh``, other axes likewise; border
+    windows may be smaller, nothing wraps. The window may exceed the grid. On a grid that the window
+    does not divide, libraries that pad attend to the padding too, which this does not.
 
     Args:
         visible: the token grid, True = visible: bool [H, W], one for the whole batch, or
-            [B, H, W], one per image, each with the same number of visible tokens. A NumPy array or
-            a torch tensor on the CPU, contiguous or not.
-        window_size: M or (Mh, Mw), in tokens.
-        shift_size: s or (rows, columns), 0 <= shift < window on each axis; taken literally.
+            [B, H, W], one per image, each with the same number of visible tokens; with three axes
+            [D, H, W] or [B, D, H, W], with one [W] or [B, W]. A NumPy array or a torch tensor on
+            the CPU, contiguous or not.
+        window_size: M for two axes of the same size, or one number per axis: (Mh, Mw), or
+            (Md, Mh, Mw) for volumes and videos; its length, 1 to 3, is the number of axes.
+        shift_size: s or one number per axis, 0 <= shift < window on each; taken literally.
         group_size: slots per group, at least the visible tokens of the fullest window. None lets
             the cost model choose a multiple of 16; with a capacity, None means
-            ``min(Mh * Mw, N)`` rounded up to a multiple of 16, which depends on shapes only.
+            ``min(prod(M), N)`` rounded up to a multiple of 16, which depends on shapes only.
         capacity: the number of groups to pad to. None means as many as needed (with one grid per
             image, as the image with most groups needs).
+        segment: integer labels shaped like `visible`: a token attends to those of its own label
+            only, within its window (several images mixed in one grid). None: one label for all.
 
     Returns:
-        A :class:`GroupPartition` on the CPU. The same input always gives the same groups.
+        A :class:`GroupPartition` on the CPU; tokens are numbered in row-major order of their grid,
+        and its table has ``prod(2 * M - 1)`` rows. The same input always gives the same groups.
 
     Raises:
-        TypeError: ``visible`` is not a bool array, or a size is not an integer.
+        TypeError: ``visible`` is not a bool array, labels or a size are not integers.
         ValueError: wrong shape or device, no visible token, unequal counts between images, a shift
             outside its window, a group size below the fullest window, or a capacity below the
             groups needed.
     """
-    if isinstance(visible, Tensor):
-        if visible.dtype != torch.bool:
-            raise TypeError(_dtype_message(visible))
-        if visible.device.type != "cpu":
-            raise ValueError(
-                f"visible is on {visible.device}, but planning runs on the CPU; pass visible.cpu()"
-            )
-        visible = visible.numpy()
-    elif not isinstance(visible, np.ndarray):
+    visible = _on_cpu(visible, "visible", "a bool NumPy array or torch tensor")
+    if visible.dtype != np.bool_:
         raise TypeError(
-            f"visible is a {type(visible).__name__}; pass a bool NumPy array or torch tensor"
+            f"visible has dtype {visible.dtype}; pass bool, True = visible (for 0/1: visible == 1)"
         )
-    elif visible.dtype != np.bool_:
-        raise TypeError(_dtype_message(visible))
-    shape = visible.shape
-    if len(shape) not in (2, 3) or 0 in shape or shape[-1] * shape[-2] > _INT32_MAX:
+    window = window_axes(window_size)
+    shift = _shift_axes(shift_size, window)
+    axes, shape = len(window), visible.shape
+    if len(shape) not in (axes, axes + 1) or 0 in shape or math.prod(shape[-axes:]) > _INT32_MAX:
+        names = ", ".join("DHW"[-axes:])
         raise ValueError(
-            f"visible has shape {tuple(shape)}; pass a token grid [H, W] or one per image"
-            " [B, H, W], neither empty nor above 2**31 - 1 tokens"
+            f"visible has shape {tuple(shape)}; for a window of {axes} axes pass a token grid"
+            f" [{names}] or one per image [B, {names}], neither empty nor above 2**31 - 1 tokens"
         )
-    height, width = window_pair(window_size)
-    shift = shift_rows, shift_columns = _shift_pair(shift_size, height, width)
-    token_index, window_id, coords, num_tokens = _partition.group_partition(
+    num_segments = 1
+    if segment is not None:
+        segment, num_segments = _segments(segment, visible)
+        windows = _num_windows(shape[-axes:], window, shift)
+        if windows * num_segments > _INT32_MAX:
+            raise ValueError(
+                f"segment has {num_segments} different labels for {windows} windows; their product"
+                " must be below 2**31"
+            )
+    *arrays, num_tokens = _partition.group_partition(
         visible,
-        height,
-        width,
-        shift_rows,
-        shift_columns,
+        window,
+        shift,
+        segment,
+        num_segments,
         0 if group_size is None else _positive(group_size, "group_size"),
         0 if capacity is None else _positive(capacity, "capacity"),
     )
-    return GroupPartition(
-        torch.from_numpy(token_index),
-        torch.from_numpy(window_id),
-        torch.from_numpy(coords),
-        num_tokens,
-        (height, width),
-        shift,
-        shape[-2:],
-    )
+    return GroupPartition(*map(torch.from_numpy, arrays), num_tokens, table_rows(window), window)
 
 
 def partition_capacity(
-    grid_size: int | tuple[int, int],
-    window_size: int | tuple[int, int],
-    shift_size: int | tuple[int, int],
+    grid_size: int | tuple[int, ...],
+    window_size: int | tuple[int, ...],
+    shift_size: int | tuple[int, ...],
     num_tokens: int,
     group_size: int | None = None,
+    num_segments: int = 1,
 ) -> int:
     """The number of groups that is enough for every grid with so many visible tokens.
 
@@ -183,32 +187,33 @@ def partition_capacity(
     groups than windows or tokens. Windows of just over S / 2 tokens reach the bound.
 
     Args:
-        grid_size: H = W or (H, W), in tokens.
-        window_size: M or (Mh, Mw).
-        shift_size: s or (rows, columns), 0 <= shift < window.
+        grid_size: H = W, or one number per axis, in tokens.
+        window_size: M or one number per axis.
+        shift_size: s or one number per axis, 0 <= shift < window.
         num_tokens: N, visible tokens of an image.
         group_size: S; None means the size that :func:`group_partition` takes with a capacity,
-            ``min(Mh * Mw, N)`` rounded up to a multiple of 16.
+            ``min(prod(M), N)`` rounded up to a multiple of 16.
+        num_segments: different labels in an image at most.
 
     Raises:
         TypeError: a size is not an integer.
         ValueError: a size below 1, a shift outside its window, or more tokens than the grid has.
     """
-    rows, columns = _pair(grid_size, "grid_size")
-    if rows < 1 or columns < 1:
+    window = window_axes(window_size)
+    grid = _axes(grid_size, "grid_size", len(window))
+    if min(grid) < 1:
         raise ValueError(f"grid_size={grid_size} must be at least 1 on each axis")
-    height, width = window_pair(window_size)
-    shift_rows, shift_columns = _shift_pair(shift_size, height, width)
+    shift = _shift_axes(shift_size, window)
     num_tokens = _positive(num_tokens, "num_tokens")
-    if num_tokens > rows * columns:
+    if num_tokens > math.prod(grid):
         raise ValueError(
-            f"num_tokens={num_tokens} is more than the {rows} x {columns} tokens of the grid"
+            f"num_tokens={num_tokens} is more than the {_times(grid)} tokens of the grid"
         )
     if group_size is None:
-        group_size = _partition.fixed_group_size(height * width, num_tokens)
+        group_size = _partition.fixed_group_size(math.prod(window), num_tokens)
     else:
         group_size = _positive(group_size, "group_size")
-    windows = _num_windows(rows, height, shift_rows) * _num_windows(columns, width, shift_columns)
+    windows = _num_windows(grid, window, shift) * _positive(num_segments, "num_segments")
     return max(1, min(2 * num_tokens // (group_size + 1), windows, num_tokens))
 
 
@@ -251,35 +256,82 @@ def pack_windows(counts: Sequence[int] | np.ndarray, group_size: int) -> list[np
     return _partition.pack_windows(array.astype(np.int32), group_size)
 
 
-def _num_windows(size: int, window: int, shift: int) -> int:
-    return (size - 1 + (window - shift) % window) // window + 1
+def table_rows(window: tuple[int, ...]) -> int:
+    """Rows of the bias table: differences of two places in a window."""
+    return math.prod(2 * side - 1 for side in window)
 
 
-def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+def window_axes(window_size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """One number per axis; an integer stands for two axes."""
+    several = isinstance(window_size, (tuple, list))
+    window = _axes(window_size, "window_size", len(window_size) if several else 2)
+    if min(window) < 1 or table_rows(window) > _INT32_MAX:
+        raise ValueError(
+            f"window_size={window_size} must be at least 1 on each axis, and its bias table of"
+            " prod(2 M - 1) rows below 2**31"
+        )
+    return window
+
+
+def _axes(value: int | tuple[int, ...], name: str, number: int) -> tuple[int, ...]:
     try:
-        if isinstance(value, (tuple, list)):
-            first, second = value
-            return index(first), index(second)
-        return (index(value),) * 2
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r} must be an integer or a pair of integers") from None
+        if not isinstance(value, (tuple, list)):
+            return (index(value),) * number
+        if 1 <= len(value) <= 3 and len(value) == number:
+            return tuple(map(index, value))
+    except TypeError:
+        pass
+    expected = f"{number} integers" if name != "window_size" else "1 to 3 integers"
+    raise TypeError(f"{name}={value!r} must be an integer or {expected}, one per axis")
 
 
-def window_pair(window_size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = _pair(window_size, "window_size")
-    if not (0 < height <= _INT32_MAX and 0 < width <= _INT32_MAX):
-        raise ValueError(f"window_size={window_size} must lie in [1, 2**31 - 1] on each axis")
-    return height, width
-
-
-def _shift_pair(shift_size: int | tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    rows, columns = _pair(shift_size, "shift_size")
-    if not (0 <= rows < height and 0 <= columns < width):
+def _shift_axes(shift_size: int | tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ...]:
+    shift = _axes(shift_size, "shift_size", len(window))
+    if not all(0 <= moved < side for moved, side in zip(shift, window, strict=True)):
         raise ValueError(
             f"shift_size={shift_size} must lie in [0, window) on each axis, and the window is"
-            f" {height} x {width}"
+            f" {_times(window)}"
         )
-    return rows, columns
+    return shift
+
+
+def _num_windows(grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]) -> int:
+    return math.prod(
+        (size - 1 + (side - moved) % side) // side + 1
+        for size, side, moved in zip(grid, window, shift, strict=True)
+    )
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _on_cpu(array: np.ndarray | Tensor, name: str, expected: str) -> np.ndarray:
+    if isinstance(array, Tensor):
+        if array.device.type != "cpu":
+            raise ValueError(
+                f"{name} is on {array.device}, but planning runs on the CPU; pass {name}.cpu()"
+            )
+        return array.numpy()
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is a {type(array).__name__}; pass {expected}")
+    return array
+
+
+def _segments(segment: np.ndarray | Tensor, visible: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels as int32 numbers from 0 on, in their order, and how many; 0 where hidden."""
+    segment = _on_cpu(segment, "segment", "integer labels, a NumPy array or torch tensor")
+    if segment.dtype.kind not in "iub":
+        raise TypeError(f"segment has dtype {segment.dtype}; pass integer labels")
+    if segment.shape != visible.shape:
+        raise ValueError(
+            f"segment has shape {tuple(segment.shape)}, visible {tuple(visible.shape)}; pass one"
+            " label per token of the grid"
+        )
+    labels, numbers = np.unique(segment[visible], return_inverse=True)
+    numbered = np.zeros(visible.shape, dtype=np.int32)
+    numbered[visible] = numbers
+    return numbered, max(1, len(labels))
 
 
 def _positive(value: int, name: str) -> int:
@@ -290,7 +342,3 @@ def _positive(value: int, name: str) -> int:
     if not 0 < number <= _INT32_MAX:
         raise ValueError(f"{name}={number} must lie in [1, 2**31 - 1]")
     return number
-
-
-def _dtype_message(visible: np.ndarray | Tensor) -> str:
-    return f"visible has dtype {visible.dtype}; pass bool, True = visible (for 0/1: visible == 1)"

@@ -42,15 +42,13 @@ def group_scatter(x: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
 
 
 def relative_position_bias(
-    table: Tensor, window_id: Tensor, coords: Tensor, window_size: tuple[int, int]
+    table: Tensor, window_id: Tensor, query_row: Tensor, key_row: Tensor
 ) -> Tensor:
-    """table [(2Mh-1)(2Mw-1), heads] -> bias [P, G, heads, S, S], of use where windows are equal.
+    """table [rows, heads] -> bias [P, G, heads, S, S], of use where windows are equal.
 
-    Entry (i, j) is T[(h_i - h_j + Mh - 1) * (2Mw - 1) + (w_i - w_j + Mw - 1)].
+    Entry (i, j) is T[query_row[i] + key_row[j]].
     """
-    height, width = window_size
-    offset = coords[..., :, None, :] - coords[..., None, :, :]  # [P, G, S, S, 2]
-    index = (offset[..., 0] + height - 1) * (2 * width - 1) + (offset[..., 1] + width - 1)
+    index = query_row[..., :, None] + key_row[..., None, :]  # [P, G, S, S]
     index = torch.where(_same_window(window_id), index, 0).long()
     return table[index].movedim(-1, 2)
 
@@ -59,9 +57,9 @@ def block_diagonal_attention(
     qkv: Tensor,
     table: Tensor | None,
     window_id: Tensor,
-    coords: Tensor,
+    query_row: Tensor,
+    key_row: Tensor,
     num_heads: int,
-    window_size: tuple[int, int],
     scale: float,
 ) -> Tensor:
     """qkv [B, G, S, 3C] -> [B, G, S, C]: softmax over the slots of the same window of a group."""
@@ -76,9 +74,7 @@ def block_diagonal_attention(
         q, k, v = x.unbind(0)  # [B, G, heads, S, D]
         scores = scale * (q @ k.transpose(-1, -2))  # [B, G, heads, S, S]
         if table is not None:
-            scores = scores + relative_position_bias(
-                table.to(dtype), window_id, coords, window_size
-            )
+            scores = scores + relative_position_bias(table.to(dtype), window_id, query_row, key_row)
         scores = scores.masked_fill(~_same_window(window_id)[:, :, None], -torch.inf)
         out = scores.softmax(-1) @ v
         out = out.transpose(-2, -3).flatten(-2).to(qkv.dtype)
@@ -91,14 +87,14 @@ def group_window_attention(
     table: Tensor | None,
     token_index: Tensor,
     window_id: Tensor,
-    coords: Tensor,
+    query_row: Tensor,
+    key_row: Tensor,
     num_heads: int,
-    window_size: tuple[int, int],
     scale: float,
 ) -> Tensor:
     """qkv [B, N, 3C] -> [B, N, C]: gather, block-diagonal attention, scatter."""
     grouped = group_gather(qkv, token_index)
-    out = block_diagonal_attention(grouped, table, window_id, coords, num_heads, window_size, scale)
+    out = block_diagonal_attention(grouped, table, window_id, query_row, key_row, num_heads, scale)
     return group_scatter(out, token_index, qkv.shape[1])
 
 

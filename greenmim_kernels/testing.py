@@ -124,7 +124,7 @@ def encoder_numbers(grid: np.ndarray, scale: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class Inputs:
-    """qkv [B, N, 3C], table [(2Mh-1)(2Mw-1), heads] in at least fp32, grad_out [B, N, C]."""
+    """qkv [B, N, 3C], table [table rows, heads] in at least fp32, grad_out [B, N, C]."""
 
     qkv: Tensor
     table: Tensor
@@ -150,10 +150,9 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
-    height, width = part.window_size
     inputs = Inputs(
         qkv=draw(case.batch, part.num_tokens, 3 * case.channels),
-        table=draw((2 * height - 1) * (2 * width - 1), case.num_heads),
+        table=draw(part.table_rows, case.num_heads),
         grad_out=draw(case.batch, part.num_tokens, case.channels),
         part=part.to(device),
         num_heads=case.num_heads,

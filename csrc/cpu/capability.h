@@ -19,8 +19,8 @@ struct WindowTask {
   const void* table;         // column of this head, or null
   void* grad_table;          // [rows of the table] sums of this task, or null
   const int32_t* rows;       // [size]
-  const int32_t* positions;  // [size], h * (2 Mw - 1) + w
-  int32_t position_offset;   // (Mh - 1) * (2 Mw - 1) + Mw - 1
+  const int32_t* query_row;  // [size]; the table's row of a pair is the query's and the key's
+  const int32_t* key_row;    // [size]
   int32_t size;              // tokens in the window
   int32_t head, num_heads, head_dim;
   int64_t rows_per_image;

@@ -48,37 +48,32 @@ struct Deleter {
 
 // The rows of qkv, whatever its form: [B, rows_per_image, 3C].
 struct Problem {
-  Tensor qkv, window_id, coords;
-  std::optional<Tensor> table, token_index;
-  int64_t batch, rows_per_image, channels, num_heads, head_dim, table_rows;
+  Tensor qkv;
+  std::optional<Tensor> table;
+  int64_t batch, partitions, rows_per_image, channels, num_heads, head_dim, table_rows;
   double scale;
   Windows windows;
 
   Problem(
-      const Tensor& qkv_any, const std::optional<Tensor>& table_any,
-      const std::optional<Tensor>& token_index_any, const Tensor& window_id_any,
-      const Tensor& coords_any, int64_t heads, int64_t window_height, int64_t window_width,
-      double factor)
-      : qkv(torch::stable::contiguous(qkv_any)),
-        window_id(torch::stable::contiguous(window_id_any)),
-        coords(torch::stable::contiguous(coords_any)),
-        num_heads(heads),
-        scale(factor) {
+      const Tensor& qkv_any, const std::optional<Tensor>& table_any, PartitionTensors part,
+      int64_t heads, double factor)
+      : qkv(torch::stable::contiguous(qkv_any)), num_heads(heads), scale(factor) {
     if (table_any) table = torch::stable::contiguous(*table_any);
-    if (token_index_any) token_index = torch::stable::contiguous(*token_index_any);
-    const AttentionShape shape = check_attention(
-        qkv, table, arithmetic_type(qkv), token_index, window_id, coords, heads, window_height,
-        window_width);
+    if (part.token_index) part.token_index = torch::stable::contiguous(*part.token_index);
+    for (Tensor* x : {&part.window_id, &part.query_row, &part.key_row})
+      *x = torch::stable::contiguous(*x);
+    const AttentionShape shape = check_attention(qkv, table, arithmetic_type(qkv), part, heads);
     batch = shape.batch;
+    partitions = shape.partitions;
     rows_per_image = shape.rows;
     channels = shape.channels;
     head_dim = shape.head_dim;
     table_rows = shape.table_rows;
     windows = find_windows(
-        token_index ? token_index->const_data_ptr<int32_t>() : nullptr,
-        window_id.const_data_ptr<int32_t>(), coords.const_data_ptr<int32_t>(), shape.partitions,
-        shape.groups, shape.slots, rows_per_image, window_height, window_width);
-    position_offset = int32_t((window_height - 1) * (2 * window_width - 1) + window_width - 1);
+        {part.token_index ? part.token_index->const_data_ptr<int32_t>() : nullptr,
+         part.window_id.const_data_ptr<int32_t>(), part.query_row.const_data_ptr<int32_t>(),
+         part.key_row.const_data_ptr<int32_t>(), shape.partitions, shape.groups, shape.slots},
+        rows_per_image, table_rows);
     cut();
   }
 
@@ -98,7 +93,7 @@ struct Problem {
       }
     }
     const int64_t blocks = int64_t(window_blocks.size()) - 1;
-    const int64_t images = window_id.size(0) == 1 ? batch : 1;
+    const int64_t images = partitions == 1 ? batch : 1;
     image_blocks = std::clamp<int64_t>((wanted + blocks - 1) / std::max<int64_t>(1, blocks), 1,
                                        std::max<int64_t>(1, images));
     images_per_partition = images;
@@ -137,7 +132,6 @@ struct Problem {
         if (table) task.table = static_cast<const char*>(table->const_data_ptr()) + head * element;
         if (partial != nullptr)
           task.grad_table = static_cast<char*>(partial) + i * table_rows * element;
-        task.position_offset = position_offset;
         task.head = int32_t(head);
         task.num_heads = int32_t(num_heads);
         task.head_dim = int32_t(head_dim);
@@ -147,7 +141,8 @@ struct Problem {
         for (int64_t w = window_blocks[window_block]; w < window_blocks[window_block + 1]; w++) {
           const Window& window = windows.list[w];
           task.rows = windows.rows.data() + window.start;
-          task.positions = windows.positions.data() + window.start;
+          task.query_row = windows.query_row.data() + window.start;
+          task.key_row = windows.key_row.data() + window.start;
           task.size = window.size;
           task.first_image =
               window.partition + images_per_partition * image_block / image_blocks;
@@ -159,22 +154,23 @@ struct Problem {
     });
   }
 
-  // The padding rows of gathered groups: zero, and never anything else.
-  void zero_padding(Tensor& tensor) const {
-    if (token_index) return;
-    const int64_t row_bytes = tensor.size(3) * int64_t(tensor.element_size());
+  // Rows outside of windows, such as the padding of gathered groups: zero, and never anything else.
+  // `tensor` [B, rows, ..], or with a number of rows per image in front, as of lse, [B, heads, rows].
+  void zero_outside(Tensor& tensor, int64_t repeats = 1) const {
+    if (windows.outside.empty() || batch == 0) return;
+    const int64_t rows = batch * repeats * rows_per_image;
+    const int64_t row_bytes = tensor.numel() / rows * int64_t(tensor.element_size());
     char* data = static_cast<char*>(tensor.mutable_data_ptr());
-    const int32_t* id = window_id.const_data_ptr<int32_t>();
-    for (int64_t b = 0; b < batch; b++)
-      for (int64_t row = 0; row < rows_per_image; row++)
-        if (id[(window_id.size(0) == 1 ? 0 : b * rows_per_image) + row] < 0)
-          std::memset(data + (b * rows_per_image + row) * row_bytes, 0, row_bytes);
+    for (int64_t i = 0; i < batch * repeats; i++, data += rows_per_image * row_bytes) {
+      const int64_t p = partitions == 1 ? 0 : i / repeats;
+      for (int64_t k = windows.first_outside[p]; k < windows.first_outside[p + 1]; k++)
+        std::memset(data + windows.outside[k] * row_bytes, 0, row_bytes);
+    }
   }
 
  private:
   std::vector<int64_t> window_blocks, work;  // first window of a block; work before a task
   int64_t image_blocks, images_per_partition;
-  int32_t position_offset;
 };
 
 std::tuple<Tensor, Tensor> forward(const Problem& problem) {
@@ -184,9 +180,9 @@ std::tuple<Tensor, Tensor> forward(const Problem& problem) {
   Tensor out = torch::stable::new_empty(qkv, sizes);
   Tensor lse = torch::stable::new_empty(
       qkv, {problem.batch, problem.num_heads, problem.rows_per_image}, arithmetic_type(qkv));
-  // The lse of padding is never used, but an output must not hold what memory held before.
-  if (!problem.token_index) torch::stable::zero_(lse);
-  problem.zero_padding(out);
+  problem.zero_outside(out);
+  // Never used, but an output must not hold what memory held before.
+  problem.zero_outside(lse, problem.num_heads);
   problem.run(kernels().forward, nullptr, [&](WindowTask& task) {
     task.out = out.mutable_data_ptr();
     task.lse = lse.mutable_data_ptr();
@@ -221,7 +217,7 @@ std::tuple<Tensor, Tensor> backward(
   const std::vector<int64_t> none{0};
   std::vector<int64_t> sizes(qkv.sizes().begin(), qkv.sizes().end());
   Tensor grad_qkv = torch::stable::new_empty(qkv, need_qkv ? sizes : none);
-  if (need_qkv) problem.zero_padding(grad_qkv);
+  if (need_qkv) problem.zero_outside(grad_qkv);
   Tensor partial = torch::stable::new_zeros(
       lse,
       need_table ? std::vector<int64_t>{problem.blocks(), problem.num_heads, problem.table_rows}
@@ -247,36 +243,31 @@ std::tuple<Tensor, Tensor> backward(
 }  // namespace
 
 std::tuple<Tensor, Tensor> block_diagonal_attention(
-    const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id, const Tensor& coords,
-    int64_t num_heads, int64_t window_height, int64_t window_width, double scale) {
-  return forward({qkv, table, std::nullopt, window_id, coords, num_heads, window_height,
-                  window_width, scale});
+    const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id,
+    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
+  return forward({qkv, table, {std::nullopt, window_id, query_row, key_row}, num_heads, scale});
 }
 
 std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
-    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& /*out*/,
-    const Tensor& lse, const Tensor& window_id, const Tensor& coords, int64_t num_heads,
-    int64_t window_height, int64_t window_width, double scale, bool need_qkv, bool need_table) {
-  return backward({qkv, table, std::nullopt, window_id, coords, num_heads, window_height,
-                   window_width, scale},
+    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor&,
+    const Tensor& lse, const Tensor& window_id, const Tensor& query_row, const Tensor& key_row,
+    int64_t num_heads, double scale, bool need_qkv, bool need_table) {
+  return backward({qkv, table, {std::nullopt, window_id, query_row, key_row}, num_heads, scale},
                   grad_out, lse, need_qkv, need_table);
 }
 
 std::tuple<Tensor, Tensor> group_window_attention(
     const Tensor& qkv, std::optional<Tensor> table, const Tensor& token_index,
-    const Tensor& window_id, const Tensor& coords, int64_t num_heads, int64_t window_height,
-    int64_t window_width, double scale) {
-  return forward({qkv, table, token_index, window_id, coords, num_heads, window_height,
-                  window_width, scale});
+    const Tensor& window_id, const Tensor& query_row, const Tensor& key_row, int64_t num_heads,
+    double scale) {
+  return forward({qkv, table, {token_index, window_id, query_row, key_row}, num_heads, scale});
 }
 
 std::tuple<Tensor, Tensor> group_window_attention_backward(
-    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& /*out*/,
-    const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& coords,
-    int64_t num_heads, int64_t window_height, int64_t window_width, double scale, bool need_qkv,
-    bool need_table) {
-  return backward({qkv, table, token_index, window_id, coords, num_heads, window_height,
-                   window_width, scale},
+    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor&,
+    const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& query_row,
+    const Tensor& key_row, int64_t num_heads, double scale, bool need_qkv, bool need_table) {
+  return backward({qkv, table, {token_index, window_id, query_row, key_row}, num_heads, scale},
                   grad_out, lse, need_qkv, need_table);
 }
 

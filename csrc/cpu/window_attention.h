@@ -96,9 +96,9 @@ GREENMIM_INLINE void make_bias(const WindowTask& task, const Tiles<A>& t) {
   const int n = task.size;
   for (int i = 0; i < n; i++) {
     A* row = t.bias + i * t.np;
-    const int32_t first = task.positions[i] + task.position_offset;
+    const int32_t first = task.query_row[i];
     for (int j = 0; j < n; j++)
-      row[j] = table == nullptr ? A(0) : table[int64_t(first - task.positions[j]) * task.num_heads];
+      row[j] = table == nullptr ? A(0) : table[int64_t(first + task.key_row[j]) * task.num_heads];
     for (int64_t j = n; j < t.np; j++) row[j] = -__builtin_inf();
   }
 }
@@ -214,10 +214,10 @@ void backward(const WindowTask& task, void* scratch) {
     store_rows<A>(grad_q + 2 * channels, 3 * channels, task.rows, t.result, t.dp, n, head_dim, A(1));
   }
   if (task.grad_table == nullptr) return;
-  A* grad_table = (A*)task.grad_table + task.position_offset;
+  A* grad_table = (A*)task.grad_table;
   for (int i = 0; i < n; i++)
     for (int j = 0; j < n; j++)
-      grad_table[task.positions[i] - task.positions[j]] += t.grad_bias[i * t.np + j];
+      grad_table[task.query_row[i] + task.key_row[j]] += t.grad_bias[i * t.np + j];
 }
 
 void forward_any(const WindowTask& task, void* scratch) {

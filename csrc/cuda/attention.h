@@ -15,7 +15,8 @@ struct Attention {
   const float* table;       // [table_rows, heads], or null
   const int* token_index;   // [P, G, S], or null for gathered groups
   const int* window_id;     // [P, G, S]
-  const int* coords;        // [P, G, S, 2]
+  const int* query_row;     // [P, G, S]: the table's row of a pair is the query's number and the key's
+  const int* key_row;       // [P, G, S]
   void* out;                // [batch, rows, C]; written forward, read backward by long groups
   float* lse;               // [batch, heads, rows]; written forward, read backward
   const void* grad_out;     // [batch, rows, C]
@@ -24,7 +25,7 @@ struct Attention {
   int batch;
   int rows;                 // of an image: N, or G * S for gathered groups
   int groups, slots, heads;
-  int window_height, window_width;
+  int table_rows;           // 0 without a table
   bool per_image;           // P = batch instead of 1
   float scale;
 
@@ -36,24 +37,16 @@ struct Attention {
   int share;                // blocks of a head that these groups share, with a mask for all images
   int images;               // that a block then goes over, where as many as expected hold tokens
 
-  constexpr int table_rows() const { return (2 * window_height - 1) * (2 * window_width - 1); }
   constexpr int group_strips() const { return (slots + kStrip - 1) / kStrip; }
   constexpr int pieces() const { return (group_strips() + strips - 1) / strips; }
+  // Strips that a block knows the slots of: pieces are read whole, and the last may end after the group.
+  constexpr int known_strips() const { return group_strips() + (is_long ? strips : 0); }
   constexpr int64_t group_pieces() const { return int64_t(groups) * pieces(); }
   // Blocks of a head: each has a row of partial sums.
   constexpr int64_t programs() const {
     return per_image ? group_pieces() * batch : std::max(group_pieces(), int64_t(share));
   }
   constexpr int64_t blocks() const { return programs() * heads; }
-
-  // A window is no larger than this, so its slots, which are neighbours, reach this many strips
-  // beyond the strip that one of them is in.
-  constexpr int reach() const {
-    return std::min((window_height * window_width - 1 + kStrip - 1) / kStrip, group_strips());
-  }
-  // Strips that may share a window with one strip, and with a block.
-  constexpr int strips_of_strip() const { return std::min(group_strips(), 1 + 2 * reach()); }
-  constexpr int strips_of_block() const { return std::min(group_strips(), strips + 2 * reach()); }
 };
 
 // What the launcher knows of the device.

@@ -38,7 +38,7 @@ struct BackwardMemory {
   }
   // [kTableCopies][rows of the table] of a warp, where the tiles were.
   __device__ float* table_copies(int warp, const Attention& a) const {
-    return reinterpret_cast<float*>(stages) + warp * kTableCopies * a.table_rows();
+    return reinterpret_cast<float*>(stages) + warp * kTableCopies * a.table_rows;
   }
 
  private:
@@ -48,7 +48,7 @@ struct BackwardMemory {
         tile(rows * Row::kStride),
         stages(carver.take<T>(std::max<int64_t>(
             int64_t(kStages) * kTiles * tile,
-            int64_t(strips) * kTableCopies * a.table_rows() * 4 / int64_t(sizeof(T))))),
+            int64_t(strips) * kTableCopies * a.table_rows * 4 / int64_t(sizeof(T))))),
         lse(carver.take<float>(kStages * rows)),
         p(carver.take<T>(int64_t(rows) * kWide * 4 / int64_t(sizeof(T)))),
         ds(p + rows * kWide),
@@ -94,10 +94,10 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   start_load(0, place.first_image);
   // While the first image is on its way.
   memory.slots.read_table(a, place);
-  const Band band = band_of(memory.slots, place, strip, a.reach());
+  const Band band = band_of(memory.slots, a, strip);
   __syncthreads();  // the table is there
   float bias[kMostStrips][2][4];
-  make_bias(bias, memory.slots, strip, band, table_centre(a));
+  make_bias(bias, memory.slots, strip, band);
 
   const float scale = a.scale * kLog2E;
   constexpr int kWide = Memory::kWide;

@@ -46,7 +46,7 @@ struct LongBackwardMemory {
   }
   // [kTableCopies][rows of the table] of a warp, where the tiles were.
   __device__ float* table_copies(int warp, const Attention& a) const {
-    return reinterpret_cast<float*>(stages) + warp * kTableCopies * a.table_rows();
+    return reinterpret_cast<float*>(stages) + warp * kTableCopies * a.table_rows;
   }
 
  private:
@@ -54,10 +54,10 @@ struct LongBackwardMemory {
       : strips(a.strips),
         rows(a.strips * kStrip),
         tile(rows * Row::kStride),
-        gradient_stride(a.strips_of_strip() * kStrip + 8),
+        gradient_stride(a.group_strips() * kStrip + 8),
         stages(carver.take<T>(std::max<int64_t>(
             int64_t(kStages) * kTiles * tile,
-            int64_t(strips) * kTableCopies * a.table_rows() * 4 / int64_t(sizeof(T))))),
+            int64_t(strips) * kTableCopies * a.table_rows * 4 / int64_t(sizeof(T))))),
         lse(carver.take<float>(kStages * rows)),
         staging(carver.take<T>(tile)),
         kept(carver.take<T>(2 * a.strips * Products<T, D>::kKept)),
@@ -94,20 +94,20 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const Memory memory(shared, a);
   const Place place = memory.slots.find_place(a, false);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int channels = a.heads * D, centre = table_centre(a);
-  const int first_own = place.own - place.base, strip = first_own + warp;
-  const float* table = memory.slots.table;
-  const int2* cell = memory.slots.cell;
+  const int channels = a.heads * D, strip = place.own + warp;
+  const Slots& slots = memory.slots;
   constexpr float kLog2E = 1.4426950408889634f;
 
   allow_next_kernel();
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(first_own, a.grad_qkv != nullptr))
+  if (!place.has_images() || memory.slots.nothing_from(place.own, a.grad_qkv != nullptr))
     return store_partial(nullptr, 0, a);
-  const Band band = band_of(memory.slots, place, strip, a.reach());
+  const Band band = band_of(memory.slots, a, strip);
   const Band whole = union_of(band, memory.bands);
   const int pieces = (whole.last - whole.first + a.strips - 1) / a.strips;
-  const int2 upper = cell[strip * kStrip + g], lower = cell[strip * kStrip + g + 8];
+  const int2 query_upper = slots.query[strip * kStrip + g], key_upper = slots.key[strip * kStrip + g];
+  const int2 query_lower = slots.query[strip * kStrip + g + 8];
+  const int2 key_lower = slots.key[strip * kStrip + g + 8];
   float* gradient = memory.bias_gradient(warp);
   if (a.partial != nullptr)
 #pragma unroll 1
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       };
       const T* qkv = tensor(a.qkv, 3 * channels);
       const bool is_own = cursor.step == Step::OwnQueries || cursor.step == Step::OwnKeys;
-      const int first = is_own ? first_own : whole.first + cursor.piece * a.strips;
+      const int first = is_own ? place.own : whole.first + cursor.piece * a.strips;
       const int* row = memory.slots.row + first * kStrip;
       if (cursor.step == Step::OwnQueries || cursor.step == Step::Queries) {
         load_tiles<T, D>(memory.at(stage, Memory::kQuery), qkv, 3 * channels, row);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   };
   const float scale = a.scale * kLog2E;
   const auto probability = [&](float score, int2 query, int2 key, float lse) {
-    return exp2_fast(fmaf(score, scale, bias_of(query, key, table)) - lse);
+    return exp2_fast(fmaf(score, scale, bias_of(query, key, slots.table)) - lse);
   };
 
   start_load(0, next);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       const typename P::ApplyRight applied_key(memory.at(stage, Memory::kKey));
       for (int j = 0; j < a.strips; ++j) {
         if (!band.holds(first + j)) continue;
-        const int2* keys = cell + (first + j) * kStrip + 2 * q;
+        const int2* keys = slots.key + (first + j) * kStrip + 2 * q;
         Square p, dp;
         clear(p);
         P::scores(p, first_left, key, j);
@@ -236,8 +236,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; ++e) {
               p[n][e] = probability(
-                  p[n][e], as_query(half == 0 ? upper : lower, centre), keys[8 * n + e % 2],
-                  own_lse[half]);
+                  p[n][e], half == 0 ? query_upper : query_lower, keys[8 * n + e % 2], own_lse[half]);
               dp[n][e] = p[n][e] * (dp[n][e] - own_delta[half]);
             }
             if (a.partial != nullptr) {
@@ -280,11 +279,11 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
           for (int column = 0; column < 2; ++column) {
             const int slot = 8 * n + 2 * q + column;
             const float query_delta = delta.of(slot), query_lse = lse[slot] * kLog2E;
-            const int2 query_cell = as_query(cell[(first + j) * kStrip + slot], centre);
+            const int2 of_query = slots.query[(first + j) * kStrip + slot];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int e = 2 * half + column;
-              p[n][e] = probability(p[n][e], query_cell, half == 0 ? upper : lower, query_lse);
+              p[n][e] = probability(p[n][e], of_query, half == 0 ? key_upper : key_lower, query_lse);
               dp[n][e] = p[n][e] * (dp[n][e] - query_delta);
             }
           }

@@ -46,16 +46,13 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   const Memory memory(shared, a);
   const Place place = memory.slots.find_place(a, !kLong);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int channels = a.heads * D, first_own = place.own - place.base, strip = first_own + warp;
-  const int centre = table_centre(a);
-  const float* table = memory.slots.table;
-  const int2* cell = memory.slots.cell;
+  const int channels = a.heads * D, strip = place.own + warp;
 
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(first_own, true)) return;
+  if (!place.has_images() || memory.slots.nothing_from(place.own, true)) return;
   Band band{0, 0}, keys{0, a.strips};
   if constexpr (kLong) {
-    band = band_of(memory.slots, place, strip, a.reach());
+    band = band_of(memory.slots, a, strip);
     keys = union_of(band, memory.bands);
   }
   const int pieces = kLong ? (keys.last - keys.first + a.strips - 1) / a.strips : 1;
@@ -82,7 +79,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
       } else {
         if (cursor.piece == 0)
           load_tiles<T, D>(memory.at(stage, Memory::kQuery), source, 3 * channels,
-                           row + first_own * kStrip);
+                           row + place.own * kStrip);
         load_tiles<T, D, 2>(memory.at(stage, Memory::kKey), source + channels, 3 * channels,
                             row + (keys.first + cursor.piece * a.strips) * kStrip, tile, channels);
       }
@@ -99,13 +96,13 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   // While the first images are on their way.
   memory.slots.read_table(a, place);
   if constexpr (!kLong) {
-    band = band_of(memory.slots, place, strip, a.reach());
+    band = band_of(memory.slots, a, strip);
     __syncthreads();  // the table is there
   }
-  [[maybe_unused]] const int2 upper = as_query(cell[strip * kStrip + g], centre);
-  [[maybe_unused]] const int2 lower = as_query(cell[strip * kStrip + g + 8], centre);
+  [[maybe_unused]] const int2 upper = memory.slots.query[strip * kStrip + g];
+  [[maybe_unused]] const int2 lower = memory.slots.query[strip * kStrip + g + 8];
   float bias[kLong ? 1 : kMostStrips][2][4];
-  if constexpr (!kLong) make_bias(bias, memory.slots, strip, band, centre);
+  if constexpr (!kLong) make_bias(bias, memory.slots, strip, band);
 
   typename P::Left query;
   Wide<D> out;
@@ -142,7 +139,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
           float added;
           if constexpr (kLong)
             added = bias_of(e < 2 ? upper : lower,
-                            cell[(first + j) * kStrip + 8 * n + 2 * q + e % 2], table);
+                            memory.slots.key[(first + j) * kStrip + 8 * n + 2 * q + e % 2],
+                            memory.slots.table);
           else
             added = bias[j][n][e];
           score[j][n][e] = fmaf(score[j][n][e], scale, added);

@@ -40,24 +40,20 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 struct Problem {
-  Tensor qkv, window_id, coords;
-  std::optional<Tensor> table, token_index;
+  Tensor qkv;
+  std::optional<Tensor> table;
+  PartitionTensors part;
   AttentionShape shape;
   Attention a{};
 
   Problem(
-      const Tensor& qkv_any, const std::optional<Tensor>& table_any,
-      const std::optional<Tensor>& token_index_any, const Tensor& window_id_any,
-      const Tensor& coords_any, int64_t heads, int64_t window_height, int64_t window_width,
-      double scale)
-      : qkv(ready(qkv_any)),
-        window_id(to_contiguous(window_id_any)),
-        coords(to_contiguous(coords_any)) {
+      const Tensor& qkv_any, const std::optional<Tensor>& table_any, PartitionTensors part_any,
+      int64_t heads, double scale)
+      : qkv(ready(qkv_any)), part(std::move(part_any)) {
     if (table_any) table = to_contiguous(*table_any);
-    if (token_index_any) token_index = to_contiguous(*token_index_any);
-    shape = check_attention(
-        qkv, table, ScalarType::Float, token_index, window_id, coords, heads, window_height,
-        window_width);
+    if (part.token_index) part.token_index = to_contiguous(*part.token_index);
+    for (Tensor* x : {&part.window_id, &part.query_row, &part.key_row}) *x = to_contiguous(*x);
+    shape = check_attention(qkv, table, ScalarType::Float, part, heads);
     STD_TORCH_CHECK(
         shape.head_dim == 16 || shape.head_dim == 32 || shape.head_dim == 64,
         "the CUDA kernels take head dims 16, 32 and 64, got ", shape.head_dim);
@@ -71,20 +67,21 @@ struct Problem {
         "q, k and v of an image must be smaller than 4 GB");
     a.qkv = qkv.const_data_ptr();
     a.table = table ? table->const_data_ptr<float>() : nullptr;
-    a.token_index = token_index ? token_index->const_data_ptr<int>() : nullptr;
-    a.window_id = window_id.const_data_ptr<int>();
-    a.coords = coords.const_data_ptr<int>();
+    a.token_index = part.token_index ? part.token_index->const_data_ptr<int>() : nullptr;
+    a.window_id = part.window_id.const_data_ptr<int>();
+    a.query_row = part.query_row.const_data_ptr<int>();
+    a.key_row = part.key_row.const_data_ptr<int>();
     a.batch = int(shape.batch);
     a.rows = int(shape.rows);
     a.groups = int(shape.groups);
     a.slots = int(shape.slots);
     a.heads = int(heads);
-    a.window_height = int(window_height);
-    a.window_width = int(window_width);
+    a.table_rows = int(shape.table_rows);
     a.per_image = shape.partitions > 1;
     a.scale = float(scale);
-    for (const Tensor* x : {&window_id, &coords, token_index ? &*token_index : &window_id,
-                            table ? &*table : &window_id})
+    for (const Tensor* x : {&part.window_id, &part.query_row, &part.key_row,
+                            part.token_index ? &*part.token_index : &part.window_id,
+                            table ? &*table : &part.window_id})
       STD_TORCH_CHECK(
           on_one_device(*x, qkv), "qkv, the table and the partition must be on one device");
   }
@@ -103,8 +100,8 @@ struct Problem {
     const Device facts{attribute(cudaDevAttrMultiProcessorCount, device),
                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
     STD_TORCH_CHECK(
-        plan_attention<T>(a, int(shape.head_dim), pass, facts), "windows of ", a.window_height, " x ",
-        a.window_width, " in groups of ", a.slots, " slots do not fit a multiprocessor of this GPU, of which a"
+        plan_attention<T>(a, int(shape.head_dim), pass, facts), "groups of ", a.slots, " slots and a"
+        " bias table of ", a.table_rows, " rows do not fit a multiprocessor of this GPU, of which a"
         " block may have ", facts.shared_bytes, " bytes of shared memory; use another backend");
     STD_TORCH_CHECK(
         a.blocks() < int64_t(std::numeric_limits<int>::max()),
@@ -166,11 +163,11 @@ std::tuple<Tensor, Tensor> backward(
       torch::stable::new_empty(qkv, need_qkv ? problem.sizes(3 * problem.shape.channels) : none);
   if (problem.empty() || !(need_qkv || need_table)) {
     Tensor grad_table = torch::stable::new_zeros(
-        lse, need_table ? std::vector<int64_t>{a.table_rows(), a.heads} : none);
+        lse, need_table ? std::vector<int64_t>{a.table_rows, a.heads} : none);
     return {grad_qkv, grad_table};
   }
   Tensor grad_table = torch::stable::new_empty(
-      lse, need_table ? std::vector<int64_t>{a.table_rows(), a.heads} : none);
+      lse, need_table ? std::vector<int64_t>{a.table_rows, a.heads} : none);
   a.grad_out = grad_out.const_data_ptr();
   // Long groups read it; nothing writes it.
   a.out = const_cast<void*>(out.const_data_ptr());
@@ -180,15 +177,15 @@ std::tuple<Tensor, Tensor> backward(
   a.partial = need_table ? grad_table.mutable_data_ptr<float>() : nullptr;
   problem.plan(Pass::Backward);
   Tensor partial = torch::stable::new_empty(
-      lse, need_table ? std::vector<int64_t>{a.programs(), a.heads, a.table_rows()} : none);
+      lse, need_table ? std::vector<int64_t>{a.programs(), a.heads, a.table_rows} : none);
   if (need_table) a.partial = partial.mutable_data_ptr<float>();
   problem.run(Pass::Backward);
   if (need_table) {
     const int64_t runs = table_runs(a.programs());
     Tensor sums = torch::stable::new_empty(
-        lse, {runs > 1 ? runs : 0, a.heads, a.table_rows()}, ScalarType::Double);
+        lse, {runs > 1 ? runs : 0, a.heads, a.table_rows}, ScalarType::Double);
     run_table_gradient(a.partial, sums.mutable_data_ptr<double>(),
-                       grad_table.mutable_data_ptr<float>(), a.programs(), a.heads, a.table_rows(),
+                       grad_table.mutable_data_ptr<float>(), a.programs(), a.heads, a.table_rows,
                        current_stream(qkv.get_device_index()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -198,40 +195,35 @@ std::tuple<Tensor, Tensor> backward(
 }  // namespace
 
 std::tuple<Tensor, Tensor> block_diagonal_attention(
-    const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id, const Tensor& coords,
-    int64_t num_heads, int64_t window_height, int64_t window_width, double scale) {
+    const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id,
+    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
   const Guard guard(qkv.get_device_index());
-  return forward({qkv, table, std::nullopt, window_id, coords, num_heads, window_height,
-                  window_width, scale});
+  return forward({qkv, table, {std::nullopt, window_id, query_row, key_row}, num_heads, scale});
 }
 
 std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
     const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& out,
-    const Tensor& lse, const Tensor& window_id, const Tensor& coords, int64_t num_heads,
-    int64_t window_height, int64_t window_width, double scale, bool need_qkv, bool need_table) {
+    const Tensor& lse, const Tensor& window_id, const Tensor& query_row, const Tensor& key_row,
+    int64_t num_heads, double scale, bool need_qkv, bool need_table) {
   const Guard guard(qkv.get_device_index());
-  return backward({qkv, table, std::nullopt, window_id, coords, num_heads, window_height,
-                   window_width, scale},
+  return backward({qkv, table, {std::nullopt, window_id, query_row, key_row}, num_heads, scale},
                   grad_out, out, lse, need_qkv, need_table);
 }
 
 std::tuple<Tensor, Tensor> group_window_attention(
     const Tensor& qkv, std::optional<Tensor> table, const Tensor& token_index,
-    const Tensor& window_id, const Tensor& coords, int64_t num_heads, int64_t window_height,
-    int64_t window_width, double scale) {
+    const Tensor& window_id, const Tensor& query_row, const Tensor& key_row, int64_t num_heads,
+    double scale) {
   const Guard guard(qkv.get_device_index());
-  return forward({qkv, table, token_index, window_id, coords, num_heads, window_height,
-                  window_width, scale});
+  return forward({qkv, table, {token_index, window_id, query_row, key_row}, num_heads, scale});
 }
 
 std::tuple<Tensor, Tensor> group_window_attention_backward(
     const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& out,
-    const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& coords,
-    int64_t num_heads, int64_t window_height, int64_t window_width, double scale, bool need_qkv,
-    bool need_table) {
+    const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& query_row,
+    const Tensor& key_row, int64_t num_heads, double scale, bool need_qkv, bool need_table) {
   const Guard guard(qkv.get_device_index());
-  return backward({qkv, table, token_index, window_id, coords, num_heads, window_height,
-                   window_width, scale},
+  return backward({qkv, table, {token_index, window_id, query_row, key_row}, num_heads, scale},
                   grad_out, out, lse, need_qkv, need_table);
 }
 

@@ -25,9 +25,7 @@ struct Carver {
 // images each; those left over have none.
 struct Place {
   int head, group;
-  int own;    // the block's first strip in its group
-  int base;   // the first strip in reach; strips are counted from here below
-  int count;  // strips in reach
+  int own;  // the block's first strip in its group
   int first_image, last_image;
 
   // Where the first `filled` groups hold tokens. A block of a kernel for short groups has whole ones.
@@ -49,50 +47,52 @@ struct Place {
     const uint64_t first = uint64_t(run) * images;
     first_image = first < unsigned(a.batch) ? int(first) : a.batch;
     last_image = a.batch - first_image > int(images) ? first_image + int(images) : a.batch;
-    base = own > a.reach() ? own - a.reach() : 0;
-    const int end = own + a.strips + a.reach();
-    count = (end < a.group_strips() ? end : a.group_strips()) - base;
   }
 
   __device__ bool has_images() const { return first_image < last_image; }
 };
 
-// The slots in reach, and the head's column of the bias table in base 2.
+// The slots of the block's group, and the head's column of the bias table in base 2.
 struct Slots {
-  int2* cell;    // window and position; -1 as window of padding
+  int2* query;   // window and number of the table's row; -2 as window where there is none
+  int2* key;     // the same as key; -1 where there is none
   int* row;      // in the image: the token's that is read and written; or, below zero, what padding is
-  float* table;  // zeros where there is none
+  float* table;  // a zero where there is none
 
   __host__ __device__ Slots(Carver& carver, const Attention& a) {
-    // A block reads whole pieces, of which the last may end after the last strip in reach.
-    const int slots = (a.strips_of_block() + a.strips) * kStrip;
-    cell = carver.take<int2>(slots);
+    const int slots = a.known_strips() * kStrip;
+    query = carver.take<int2>(slots);
+    key = carver.take<int2>(slots);
     row = carver.take<int>(slots);
-    table = carver.take<float>(a.table_rows());
+    table = carver.take<float>(a.table == nullptr ? 1 : a.table_rows);
   }
 
-  // What stands for padding: kNothing, or a row of the result that is written as zeros, which padding
-  // of gathered groups has.
+  // What stands for a slot without a window: kNothing, or a row of the result that is written as zeros:
+  // that of a token in no window, or of padding in gathered groups.
   static constexpr int kNothing = -1;
   static __device__ __forceinline__ int zero_row(int to) { return kNothing - 1 - to; }  // its inverse
 
   __device__ void read_partition(const Attention& a, const Place& place) const {
     const int64_t partition = a.per_image ? place.first_image : 0;
     const int64_t first = (partition * a.groups + place.group) * a.slots;
-    const int width = 2 * a.window_width - 1;
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < (place.count + a.strips) * kStrip; i += int(blockDim.x)) {
-      const int slot = place.base * kStrip + i, own_row = place.group * a.slots + slot;
-      int window = -1, position = 0, entry = kNothing;
-      if (i < place.count * kStrip && slot < a.slots) {
+    for (int i = int(threadIdx.x); i < a.known_strips() * kStrip; i += int(blockDim.x)) {
+      int2 as_query{-2, 0}, as_key{-1, 0};
+      int entry = kNothing;
+      if (i < a.slots) {
         // All at once: a read that asks another one first would wait for it.
-        const int down = a.coords[2 * (first + slot)], right = a.coords[2 * (first + slot) + 1];
-        window = a.window_id[first + slot];
-        entry = a.token_index == nullptr ? own_row : a.token_index[first + slot];
-        position = down * width + right;
-        if (window < 0) entry = a.token_index == nullptr ? zero_row(own_row) : kNothing;
+        const int query_row = a.query_row[first + i], key_row = a.key_row[first + i];
+        const int window = a.window_id[first + i];
+        entry = a.token_index == nullptr ? place.group * a.slots + i : a.token_index[first + i];
+        if (window < 0) {
+          entry = zero_row(entry);  // kNothing where there is no token
+        } else {
+          as_query = int2{window, a.table == nullptr ? 0 : query_row};
+          as_key = int2{window, a.table == nullptr ? 0 : key_row};
+        }
       }
-      cell[i] = int2{window, position};
+      query[i] = as_query;
+      key[i] = as_key;
       row[i] = entry;
     }
   }
@@ -103,15 +103,15 @@ struct Slots {
   // where it is another one.
   __device__ Place find_place(const Attention& a, bool has_whole_group) const {
     const int lane = lane_index();
-    const int window =
-        a.is_counted && lane < a.groups ? a.window_id[int64_t(lane) * a.slots] : -1;
+    const int token =
+        a.is_counted && lane < a.groups ? a.token_index[int64_t(lane) * a.slots] : -1;
     int filled = a.filled;
 #pragma unroll 1
     while (true) {
       const Place place(a, has_whole_group, filled);
       read_partition(a, place);
       if (!a.is_counted) return place;
-      const int found = filled_groups(a, window);
+      const int found = filled_groups(a, token);
       if (found == filled) return place;
       filled = found;
     }
@@ -124,15 +124,15 @@ struct Slots {
     return entry == kNothing || (entry < 0 && !writes);
   }
 
-  // One more than the last group that holds tokens, at least one; `window` is that of the first slot of
+  // One more than the last group that holds tokens, at least one; `token` is that of the first slot of
   // the group that is the lane's number.
-  static __device__ int filled_groups(const Attention& a, int window) {
+  static __device__ int filled_groups(const Attention& a, int token) {
     int filled = 1;
 #pragma unroll 1
     for (int first = 0; first < a.groups; first += 32) {
       const int i = first + lane_index();
-      if (first > 0) window = i < a.groups ? a.window_id[int64_t(i) * a.slots] : -1;
-      const unsigned found = __ballot_sync(0xFFFFFFFF, window >= 0);
+      if (first > 0) token = i < a.groups ? a.token_index[int64_t(i) * a.slots] : -1;
+      const unsigned found = __ballot_sync(0xFFFFFFFF, token >= 0);
       if (found != 0) filled = first + 32 - __clz(int(found));
     }
     return filled;
@@ -140,33 +140,23 @@ struct Slots {
 
   __device__ void read_table(const Attention& a, const Place& place) const {
     constexpr float kLog2E = 1.4426950408889634f;
+    if (a.table == nullptr && threadIdx.x == 0) table[0] = 0;
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x))
-      table[i] = a.table == nullptr ? 0.0f : a.table[int64_t(i) * a.heads + place.head] * kLog2E;
+    for (int i = int(threadIdx.x); a.table != nullptr && i < a.table_rows; i += int(blockDim.x))
+      table[i] = a.table[int64_t(i) * a.heads + place.head] * kLog2E;
   }
 };
 
-// Where the difference of two equal positions is in the table.
-__device__ __forceinline__ int table_centre(const Attention& a) {
-  return (a.window_height - 1) * (2 * a.window_width - 1) + a.window_width - 1;
-}
+__device__ __forceinline__ bool share_window(int2 query, int2 key) { return query.x == key.x; }
 
-__device__ __forceinline__ bool share_window(int2 query, int2 key) {
-  return query.x == key.x && query.x >= 0;
-}
-
-// What is added to the score, in base 2; minus infinity between windows. A padding slot's window, as
-// query, is not the one it has as key.
-__device__ __forceinline__ int2 as_query(int2 cell, int centre) {
-  return int2{cell.x < 0 ? -2 : cell.x, cell.y + centre};
-}
+// What is added to the score, in base 2; minus infinity between windows.
 __device__ __forceinline__ float bias_of(int2 query, int2 key, const float* table) {
-  const bool shared = query.x == key.x;
-  const float bias = table[shared ? query.y - key.y : 0];  // without a branch around
+  const bool shared = share_window(query, key);
+  const float bias = table[shared ? query.y + key.y : 0];  // without a branch around
   return shared ? bias : -INFINITY;
 }
 
-// A run of strips, counted from the first one in reach.
+// A run of strips of the group.
 struct Band {
   int first, last;  // last is excluded
 
@@ -177,18 +167,17 @@ struct Band {
 
 // The strips that share a window with `strip`: the slots of a window are neighbours, so what is
 // beyond the strip's own slots belongs to its first and its last window.
-__device__ inline Band band_of(
-    const Slots& slots, const Place& place, int strip, int reach) {
-  if (strip >= place.count) return {0, 0};
-  const int lane = lane_index(), own = slots.cell[strip * kStrip + lane % kStrip].x;
+__device__ inline Band band_of(const Slots& slots, const Attention& a, int strip) {
+  if (strip >= a.group_strips()) return {0, 0};
+  const int lane = lane_index(), own = slots.key[strip * kStrip + lane % kStrip].x;
   const int first_window = __shfl_sync(0xFFFFFFFF, own, 0);
   if (first_window < 0) return {0, 0};  // padding comes last
   const unsigned tokens = __ballot_sync(0xFFFFFFFF, own >= 0);
   const int last_window = __shfl_sync(0xFFFFFFFF, own, 31 - __clz(int(tokens)));
   int first = strip, last = strip;
 #pragma unroll 1
-  for (int start = 0; start < place.count * kStrip; start += 32) {
-    const int window = start + lane < place.count * kStrip ? slots.cell[start + lane].x : -1;
+  for (int start = 0; start < a.slots; start += 32) {
+    const int window = start + lane < a.slots ? slots.key[start + lane].x : -1;
     const unsigned same =
         __ballot_sync(0xFFFFFFFF, window == first_window || window == last_window);
     if (same == 0) continue;
@@ -197,18 +186,14 @@ __device__ inline Band band_of(
     first = lowest < first ? lowest : first;
     last = highest > last ? highest : last;
   }
-  // Slots that are not sorted by window must not lead out of the memory set aside for the band.
-  first = first > strip - reach ? first : strip - reach;
-  last = last < strip + reach ? last : strip + reach;
   return {first, last + 1};
 }
 
 // The bias of a warp's strip and those of its band, as the lanes hold scores; zeros beyond the band.
 __device__ __forceinline__ void make_bias(
-    float (&bias)[kMostStrips][2][4], const Slots& slots, int strip, Band band, int centre) {
+    float (&bias)[kMostStrips][2][4], const Slots& slots, int strip, Band band) {
   const int g = lane_index() / 4, q = lane_index() % 4;
-  const int2 upper = as_query(slots.cell[strip * kStrip + g], centre);
-  const int2 lower = as_query(slots.cell[strip * kStrip + g + 8], centre);
+  const int2 upper = slots.query[strip * kStrip + g], lower = slots.query[strip * kStrip + g + 8];
 #pragma unroll
   for (int j = 0; j < kMostStrips; ++j) {
     clear(bias[j]);
@@ -218,7 +203,7 @@ __device__ __forceinline__ void make_bias(
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         bias[j][n][e] = bias_of(
-            e < 2 ? upper : lower, slots.cell[j * kStrip + 8 * n + 2 * q + e % 2], slots.table);
+            e < 2 ? upper : lower, slots.key[j * kStrip + 8 * n + 2 * q + e % 2], slots.table);
   }
 }
 
@@ -336,7 +321,7 @@ constexpr int kTableCopies = 2;
 __device__ inline void add_to_table(
     float* copies, const float* gradient, int stride, const Attention& a, const Slots& slots,
     int strip, Band keys) {
-  const int rows = a.table_rows(), centre = table_centre(a);
+  const int rows = a.table_rows;
 #pragma unroll 1
   for (int i = lane_index(); i < kTableCopies * rows; i += 32) copies[i] = 0;
   __syncwarp();
@@ -344,14 +329,14 @@ __device__ inline void add_to_table(
   for (int i = 0; i < kStrip; i += kTableCopies) {
     int2 query[kTableCopies];
 #pragma unroll
-    for (int c = 0; c < kTableCopies; ++c) query[c] = slots.cell[strip * kStrip + i + c];
+    for (int c = 0; c < kTableCopies; ++c) query[c] = slots.query[strip * kStrip + i + c];
 #pragma unroll 1
     for (int j = lane_index(); j < (keys.last - keys.first) * kStrip; j += 32) {
-      const int2 key = slots.cell[keys.first * kStrip + j];
+      const int2 key = slots.key[keys.first * kStrip + j];
 #pragma unroll
       for (int c = 0; c < kTableCopies; ++c)
         if (share_window(query[c], key))
-          copies[c * rows + query[c].y - key.y + centre] += gradient[(i + c) * stride + j];
+          copies[c * rows + query[c].y + key.y] += gradient[(i + c) * stride + j];
     }
     __syncwarp();
   }
@@ -361,10 +346,10 @@ __device__ inline void add_to_table(
 __device__ inline void store_partial(const float* copies, int count, const Attention& a) {
   if (a.partial == nullptr) return;
 #pragma unroll 1
-  for (int i = int(threadIdx.x); i < a.table_rows(); i += int(blockDim.x)) {
+  for (int i = int(threadIdx.x); i < a.table_rows; i += int(blockDim.x)) {
     float sum = 0;
-    for (int copy = 0; copy < count; ++copy) sum += copies[copy * a.table_rows() + i];
-    a.partial[int64_t(blockIdx.x) * a.table_rows() + i] = sum;
+    for (int copy = 0; copy < count; ++copy) sum += copies[copy * a.table_rows + i];
+    a.partial[int64_t(blockIdx.x) * a.table_rows + i] = sum;
   }
 }
 

@@ -60,16 +60,17 @@ int64_t group_cost(int64_t group_size) {
   return 512 + 8 * rows + rows * rows;
 }
 
-Grouping::Grouping(const uint8_t* visible, int64_t images, Axis rows, Axis columns,
-                   int64_t group_size, int64_t capacity)
+Grouping::Grouping(const uint8_t* visible, int64_t images, const std::vector<Axis>& axes,
+                   const int32_t* segment, int64_t num_segments, int64_t group_size,
+                   int64_t capacity)
     : visible_(visible),
+      segment_(segment),
       images_(images),
-      rows_(rows),
-      columns_(columns),
-      num_windows_(int64_t{rows.num_windows()} * columns.num_windows()) {
+      num_segments_(segment == nullptr ? 1 : num_segments) {
+  lay_out(axes);
   count_windows();
   if (group_size == 0 && capacity != 0) {
-    group_size = fixed_group_size(int64_t{rows.window} * columns.window, num_tokens_);
+    group_size = fixed_group_size(window_area_, num_tokens_);
   }
   if (group_size != 0 && group_size < fullest_) {
     throw std::invalid_argument("group_size=" + std::to_string(group_size) +
@@ -94,45 +95,62 @@ Grouping::Grouping(const uint8_t* visible, int64_t images, Axis rows, Axis colum
   group_of_ = std::move(packing.group_of);
 }
 
-// Calls visit(row, column) for the visible tokens of an image in row-major order.
+void Grouping::Numbers::extend(const Axis& axis) {
+  Numbers longer{{}, {}};
+  for (size_t i = 0; i < window.size(); ++i) {
+    for (int32_t position = 0; position < axis.size; ++position) {
+      longer.window.push_back(window[i] * axis.num_windows() + axis.window_of(position));
+      longer.place.push_back(place[i] * axis.table_width() + axis.offset_of(position));
+    }
+  }
+  *this = std::move(longer);
+}
+
+void Grouping::lay_out(const std::vector<Axis>& axes) {
+  num_windows_ = num_segments_;
+  for (const Axis& axis : axes) {
+    num_windows_ *= axis.num_windows();
+    window_area_ *= axis.window;
+    table_centre_ = table_centre_ * axis.table_width() + axis.window - 1;
+  }
+  for (size_t i = 0; i + 1 < axes.size(); ++i) lines_.extend(axes[i]);
+  columns_.extend(axes.back());
+  for (int32_t& number : lines_.window) number *= axes.back().num_windows();
+  for (int32_t& number : lines_.place) number *= axes.back().table_width();
+  num_lines_ = static_cast<int32_t>(lines_.window.size());
+  num_columns_ = static_cast<int32_t>(columns_.window.size());
+}
+
+// Calls visit(line, column) for the visible tokens of an image in row-major order.
 template <typename Visit>
 void Grouping::for_each_visible(int64_t image, Visit visit) const {
-  const uint8_t* line = visible_ + image * rows_.size * columns_.size;
-  for (int32_t row = 0; row < rows_.size; ++row, line += columns_.size) {
+  const uint8_t* cell = visible_ + image * num_lines_ * num_columns_;
+  for (int32_t line = 0; line < num_lines_; ++line, cell += num_columns_) {
     int32_t column = 0;
-    while (column < columns_.size) {
+    while (column < num_columns_) {
       // Most of the grid is hidden: look at eight tokens at a time.
       uint64_t eight = 0;
-      const int32_t end = std::min(column + 8, columns_.size);
-      std::memcpy(&eight, line + column, end - column);
+      const int32_t end = std::min(column + 8, num_columns_);
+      std::memcpy(&eight, cell + column, end - column);
       if (eight == 0) {
         column = end;
         continue;
       }
       for (; column < end; ++column) {
-        if (line[column] != 0) visit(row, column);
+        if (cell[column] != 0) visit(line, column);
       }
     }
   }
 }
 
 void Grouping::count_windows() {
-  row_window_.resize(rows_.size);
-  column_window_.resize(columns_.size);
-  const int32_t window_columns = columns_.num_windows();
-  for (int32_t row = 0; row < rows_.size; ++row) {
-    row_window_[row] = rows_.window_of(row) * window_columns;
-  }
-  for (int32_t column = 0; column < columns_.size; ++column) {
-    column_window_[column] = columns_.window_of(column);
-  }
   first_window_.reserve(images_ + 1);
   first_window_.push_back(0);
   std::vector<int32_t> count(num_windows_);
   for (int64_t image = 0; image < images_; ++image) {
     std::fill(count.begin(), count.end(), 0);
-    for_each_visible(image, [&](int32_t row, int32_t column) {
-      ++count[row_window_[row] + column_window_[column]];
+    for_each_visible(image, [&](int32_t line, int32_t column) {
+      ++count[window_of(image, line, column)];
     });
     int64_t num_tokens = 0;
     for (int32_t window = 0; window < num_windows_; ++window) {
@@ -217,11 +235,13 @@ Grouping::Packing Grouping::pack_at_least_cost() const {
   return best;
 }
 
-void Grouping::fill(int32_t* token_index, int32_t* window_id, int32_t* coords) const {
+void Grouping::fill(int32_t* token_index, int32_t* window_id, int32_t* query_row,
+                    int32_t* key_row) const {
   const int64_t slots = num_groups_ * group_size_;  // of one image
   std::fill(token_index, token_index + images_ * slots, -1);
   std::fill(window_id, window_id + images_ * slots, -1);
-  std::fill(coords, coords + 2 * images_ * slots, 0);
+  std::fill(query_row, query_row + images_ * slots, 0);
+  std::fill(key_row, key_row + images_ * slots, 0);
   std::vector<int64_t> next_slot(num_windows_);  // of a window's next token
   std::vector<int64_t> group_fill;
   for (int64_t image = 0; image < images_; ++image) {
@@ -233,13 +253,14 @@ void Grouping::fill(int32_t* token_index, int32_t* window_id, int32_t* coords) c
       group_fill[group] += counts_[i];
     }
     int32_t token = 0;
-    for_each_visible(image, [&](int32_t row, int32_t column) {
-      const int32_t window = row_window_[row] + column_window_[column];
+    for_each_visible(image, [&](int32_t line, int32_t column) {
+      const int32_t window = window_of(image, line, column);
       const int64_t slot = next_slot[window]++;
       token_index[slot] = token++;
       window_id[slot] = window;
-      coords[2 * slot] = row;
-      coords[2 * slot + 1] = column;
+      const int32_t place = lines_.place[line] + columns_.place[column];
+      query_row[slot] = place + table_centre_;
+      key_row[slot] = -place;
     });
   }
 }

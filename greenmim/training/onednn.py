@@ -79,8 +79,8 @@ class OneDNNBlock(VisibleBlock):
             x,
             *parameters,
             attention.relative_position_bias_table,
-            *(part.token_index, part.window_id, part.coords),
-            (heads, *part.window_size, (x.shape[-1] // heads) ** -0.5),
+            *part.tensors,
+            (heads, (x.shape[-1] // heads) ** -0.5),
             (self.norm1.eps, self.norm2.eps),
         )
 
@@ -97,19 +97,18 @@ class OneDNNBlock(VisibleBlock):
             return False
         if not self.mlp.is_plain() or not all(map(_passes_on, paths)) or x.dim() != 3:
             return False
-        (height, width), table = part.window_size, attention.relative_position_bias_table
-        heads, partition = attention.num_heads, (part.token_index, part.window_id, part.coords)
+        heads, table = attention.num_heads, attention.relative_position_bias_table
         fit = (
             part.num_tokens == x.shape[1]
             and part.token_index.shape[0] in (1, x.shape[0])
-            and all(tensor.device == x.device for tensor in partition)
+            and all(tensor.device == x.device for tensor in part.tensors)
             and table.dtype == torch.float32
             and table.is_cpu
-            and table.shape == ((2 * height - 1) * (2 * width - 1), heads)
+            and table.shape == (part.table_rows, heads)
         )
         if not fit or not _fit(x, *self._layers()):
             return False
-        sizes = (x.shape[2] // heads, part.group_size, max(height, width))
+        sizes = (x.shape[2] // heads, part.group_size, part.table_rows)
         return choose_backend("group_window_attention", x.device, x.dtype, *sizes) == "cpp"
 
 
@@ -204,9 +203,10 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, *others) -> Tensor:
-        *parameters, table, token_index, window_id, coords, sizes, (eps1, eps2) = others
+        *parameters, table, token_index, window_id, query_row, key_row = others[:-2]
+        sizes, (eps1, eps2) = others[-2:]
         norm1, qkv, proj, norm2, fc1, fc2 = zip(parameters[::2], parameters[1::2], strict=True)
-        partition, shape = (token_index, window_id, coords), x.shape[-1:]
+        partition, shape = (token_index, window_id, query_row, key_row), x.shape[-1:]
         normed1, *statistics1 = _norm(x, shape, *norm1, eps1)
         projected = _linear(normed1, *qkv)
         attended, lse = _attention(projected, table, *partition, *sizes)
@@ -225,10 +225,10 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         saved = ctx.saved_tensors
-        x, normed1, mean1, rstd1, projected, attended, lse, *partition = saved[:10]
-        middle, normed2, mean2, rstd2, hidden, slope = saved[10:16]
-        norm1, norm2 = saved[16:18], saved[18:20]
-        qkv, proj, fc1, fc2, table = saved[20:]
+        x, normed1, mean1, rstd1, projected, attended, lse, *partition = saved[:11]
+        middle, normed2, mean2, rstd2, hidden, slope = saved[11:17]
+        norm1, norm2 = saved[17:19], saved[19:21]
+        qkv, proj, fc1, fc2, table = saved[21:]
         needed, shape = ctx.needs_input_grad, x.shape[-1:]
         need_norm1, need_qkv, need_proj, need_norm2 = (needed[i : i + 2] for i in (1, 3, 5, 7))
         need_mlp, need_table = needed[9:13], needed[13]
@@ -247,4 +247,4 @@ class _Block(torch.autograd.Function):
         statistics1 = (mean1, rstd1, *norm1, (True, *need_norm1))
         of_x, *of_norm1 = _norm_backward(of_normed1, x, shape, *statistics1)
         grads = (of_x + of_middle, *of_norm1, *of_qkv, *of_proj, *of_norm2, *of_mlp, of_table)
-        return *_needed(grads, needed[:14]), *(None,) * 5
+        return *_needed(grads, needed[:14]), *(None,) * 6

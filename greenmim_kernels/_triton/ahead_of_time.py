@@ -43,7 +43,7 @@ KERNELS = {
 # Windows of 7 in one tile, of 14 in a loop; heads as in Swin-B at stage 1.
 NUM_HEADS = 4
 _TYPES = {
-    "part": Partition("*i32", "*i32", "*i32"),
+    "part": Partition(*["*i32"] * 4),
     "p_index": "*i32",
     "p_table": "*fp32",
     "p_lse": "*fp32",
@@ -69,8 +69,6 @@ def compile_launch(name: str, architecture: int, **flags):
     values = {
         "NUM_HEADS": NUM_HEADS,
         "HEAD_DIM": int(head_dim),
-        "COORD_WIDTH": 2 * side - 1,
-        "OFFSET": 2 * side * (side - 1),
         "TABLE_ROWS": (2 * side - 1) ** 2,
         "BLOCK": launch.block,
         "HAS_TABLE": True,

@@ -38,8 +38,6 @@ def group_attention_fwd_kernel(
     scale_log2,  # scale * log2(e)
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COORD_WIDTH: tl.constexpr,  # 2 Mw - 1
-    OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -48,9 +46,9 @@ def group_attention_fwd_kernel(
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
-    slots = load_block(part, place, 0, num_slots, COORD_WIDTH, GATHERED, BLOCK)
-    if GATHERED or slots.high >= 0:
-        b_bias = bias_tile(p_table, place.head, slots, slots, OFFSET, NUM_HEADS, HAS_TABLE)
+    slots = load_block(part, place, 0, num_slots, GATHERED, BLOCK)
+    if slots.any_row:
+        b_bias = bias_tile(p_table, place.head, slots, slots, NUM_HEADS, HAS_TABLE)
         for image in range(place.first, place.end):
             p_q = p_qkv + image * num_rows * (3 * C) + place.head * HEAD_DIM
             b_q = load_rows(p_q, slots.row, slots.m_token, 3 * C, HEAD_DIM)  # [BLOCK, HEAD_DIM]
@@ -86,8 +84,6 @@ def group_attention_bwd_kernel(
     scale_log2,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COORD_WIDTH: tl.constexpr,
-    OFFSET: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_TABLE: tl.constexpr,
@@ -99,12 +95,12 @@ def group_attention_bwd_kernel(
 ):
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
-    slots = load_block(part, place, 0, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+    slots = load_block(part, place, 0, num_slots, GATHERED, BLOCK)
     program = place.head * (tl.num_programs(0) // NUM_HEADS) + place.run
-    if GATHERED or slots.high >= 0:
+    if slots.any_row:
         if NEED_TABLE:
             clear_row(p_partial, program, TABLE_ROWS)
-        b_bias = bias_tile(p_table, place.head, slots, slots, OFFSET, NUM_HEADS, HAS_TABLE)
+        b_bias = bias_tile(p_table, place.head, slots, slots, NUM_HEADS, HAS_TABLE)
         b_grad_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
         for image in range(place.first, place.end):
             start = image * num_rows * (3 * C) + place.head * HEAD_DIM
@@ -134,8 +130,8 @@ def group_attention_bwd_kernel(
                 store_rows(p_dq + C, b_dk, slots, 3 * C, HEAD_DIM, GATHERED)
         if NEED_TABLE:
             again = nothing(place)
-            slots = load_block(part, place, again, num_slots, COORD_WIDTH, GATHERED, BLOCK)
-            b_entry, m_pair = pair_entries(slots, slots, OFFSET)
+            slots = load_block(part, place, again, num_slots, GATHERED, BLOCK)
+            b_entry, m_pair = pair_entries(slots, slots)
             add_to_table(p_partial, p_power, program, b_grad_bias, b_entry, m_pair, TABLE_ROWS)
     elif NEED_TABLE:
         tl.store(p_power + program, 0.0)

@@ -92,8 +92,6 @@ def long_attention_fwd_kernel(
     scale_log2,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COORD_WIDTH: tl.constexpr,
-    OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -103,8 +101,8 @@ def long_attention_fwd_kernel(
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     first = tl.program_id(1) * BLOCK
-    slots = load_block(part, place, first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
-    if GATHERED or slots.high >= 0:
+    slots = load_block(part, place, first, num_slots, GATHERED, BLOCK)
+    if slots.any_row:
         for image in range(place.first, place.end):
             p_q = p_qkv + image * num_rows * (3 * C) + place.head * HEAD_DIM
             b_q = load_rows(p_q, slots.row, slots.m_token, 3 * C, HEAD_DIM)
@@ -112,11 +110,9 @@ def long_attention_fwd_kernel(
             b_sum = tl.zeros([BLOCK], tl.float32)
             b_acc = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             for k_first in range(0, num_slots, BLOCK):
-                keys = load_block(part, place, k_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+                keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
                 if may_share(slots, keys):
-                    b_bias = bias_tile(
-                        p_table, place.head, slots, keys, OFFSET, NUM_HEADS, HAS_TABLE
-                    )
+                    b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, HAS_TABLE)
                     b_k, b_v = load_keys(p_qkv, image, place, keys, num_rows, NUM_HEADS, HEAD_DIM)
                     b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
                     b_new = tl.maximum(b_max, tl.max(b_score, 1))
@@ -152,8 +148,6 @@ def long_attention_bwd_query_kernel(
     scale_log2,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COORD_WIDTH: tl.constexpr,
-    OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -163,19 +157,17 @@ def long_attention_bwd_query_kernel(
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     first = tl.program_id(1) * BLOCK
-    slots = load_block(part, place, first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
-    if GATHERED or slots.high >= 0:
+    slots = load_block(part, place, first, num_slots, GATHERED, BLOCK)
+    if slots.any_row:
         for image in range(place.first, place.end):
             queries = load_queries(
                 p_grad_out, p_qkv, p_out, p_lse, image, place, slots, num_rows, NUM_HEADS, HEAD_DIM
             )
             b_dq = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             for k_first in range(0, num_slots, BLOCK):
-                keys = load_block(part, place, k_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+                keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
                 if may_share(slots, keys):
-                    b_bias = bias_tile(
-                        p_table, place.head, slots, keys, OFFSET, NUM_HEADS, HAS_TABLE
-                    )
+                    b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, HAS_TABLE)
                     b_k, b_v = load_keys(p_qkv, image, place, keys, num_rows, NUM_HEADS, HEAD_DIM)
                     b_p, b_ds = recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION)
                     b_dq += product(b_ds.to(b_k.dtype), b_k, PRECISION)
@@ -201,8 +193,6 @@ def long_attention_bwd_key_kernel(
     scale_log2,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COORD_WIDTH: tl.constexpr,
-    OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -212,18 +202,16 @@ def long_attention_bwd_key_kernel(
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     first = tl.program_id(1) * BLOCK
-    keys = load_block(part, place, first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
-    if GATHERED or keys.high >= 0:
+    keys = load_block(part, place, first, num_slots, GATHERED, BLOCK)
+    if keys.any_row:
         for image in range(place.first, place.end):
             b_k, b_v = load_keys(p_qkv, image, place, keys, num_rows, NUM_HEADS, HEAD_DIM)
             b_dk = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             b_dv = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             for q_first in range(0, num_slots, BLOCK):
-                slots = load_block(part, place, q_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+                slots = load_block(part, place, q_first, num_slots, GATHERED, BLOCK)
                 if may_share(slots, keys):
-                    b_bias = bias_tile(
-                        p_table, place.head, slots, keys, OFFSET, NUM_HEADS, HAS_TABLE
-                    )
+                    b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, HAS_TABLE)
                     queries = load_queries(
                         p_grad_out, p_qkv, p_out, p_lse, image, place, slots, num_rows,
                         NUM_HEADS, HEAD_DIM,
@@ -255,8 +243,6 @@ def long_attention_bwd_table_kernel(
     scale_log2,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COORD_WIDTH: tl.constexpr,
-    OFFSET: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -266,13 +252,13 @@ def long_attention_bwd_table_kernel(
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     blocks = tl.cdiv(num_slots, BLOCK)
     q_first, k_first = tl.program_id(1) // blocks * BLOCK, tl.program_id(1) % blocks * BLOCK
-    slots = load_block(part, place, q_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
-    keys = load_block(part, place, k_first, num_slots, COORD_WIDTH, GATHERED, BLOCK)
+    slots = load_block(part, place, q_first, num_slots, GATHERED, BLOCK)
+    keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
     per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1)
     program = place.head * per_head + place.run * tl.num_programs(1) + tl.program_id(1)
     if may_share(slots, keys):
         clear_row(p_partial, program, TABLE_ROWS)
-        b_bias = bias_tile(p_table, place.head, slots, keys, OFFSET, NUM_HEADS, True)
+        b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, True)
         b_grad_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
         for image in range(place.first, place.end):
             queries = load_queries(
@@ -282,9 +268,9 @@ def long_attention_bwd_table_kernel(
             _, b_ds = recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION)
             b_grad_bias += b_ds
         again = nothing(place)
-        slots = load_block(part, place, q_first + again, num_slots, COORD_WIDTH, GATHERED, BLOCK)
-        keys = load_block(part, place, k_first + again, num_slots, COORD_WIDTH, GATHERED, BLOCK)
-        b_entry, m_pair = pair_entries(slots, keys, OFFSET)
+        slots = load_block(part, place, q_first + again, num_slots, GATHERED, BLOCK)
+        keys = load_block(part, place, k_first + again, num_slots, GATHERED, BLOCK)
+        b_entry, m_pair = pair_entries(slots, keys)
         add_to_table(p_partial, p_power, program, b_grad_bias, b_entry, m_pair, TABLE_ROWS)
     else:
         tl.store(p_power + program, 0.0)

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..partition import TENSORS
 from . import long_groups as long
 from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
@@ -66,15 +67,14 @@ class _Problem:
     table: Tensor | None
     token_index: Tensor | None  # None: qkv holds gathered groups
     window_id: Tensor
-    coords: Tensor
+    query_row: Tensor
+    key_row: Tensor
     num_heads: int
-    window_height: int
-    window_width: int
     scale: float
     backward: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("qkv", "table", "token_index", "window_id", "coords"):
+        for name in ("qkv", "table", *TENSORS):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.contiguous())
         self.head_dim = self.qkv.shape[-1] // (3 * self.num_heads)
@@ -82,15 +82,15 @@ class _Problem:
         if self.head_dim not in HEAD_DIMS:
             raise ValueError(f"the triton backend takes head dims {HEAD_DIMS}, got {self.head_dim}")
         self.batch = len(self.qkv)
-        self.part = Partition(self.token_index, self.window_id, self.coords)
+        self.part = Partition(*(getattr(self, name) for name in TENSORS))
         self.num_rows = (
             self.num_groups * self.num_slots if self.token_index is None else self.qkv.shape[1]
         )
         # Offsets within an image, and within a partition, are in 32 bits.
         slots = self.partitions * self.num_groups * self.num_slots
-        if max(self.num_rows * self.qkv.shape[-1], 2 * slots) >= 2**31:
+        if max(self.num_rows * self.qkv.shape[-1], slots) >= 2**31:
             raise ValueError("the triton backend takes images of fewer than 2^31 values of q, k, v")
-        self.table_rows = (2 * self.window_height - 1) * (2 * self.window_width - 1)
+        self.table_rows = 0 if self.table is None else len(self.table)
         largest = 64
         if self.backward:
             largest = LARGEST_BACKWARD_TILE[precision_of(self.qkv.dtype)][self.head_dim]
@@ -124,12 +124,9 @@ class _Problem:
         chunks = triton.cdiv(self.batch, images)
         # Runs of images are part of the first axis: the others end at 65535.
         grid = (self.num_heads * self.num_groups * chunks, blocks)
-        width = 2 * self.window_width - 1
         constants = {
             "NUM_HEADS": self.num_heads,
             "HEAD_DIM": self.head_dim,
-            "COORD_WIDTH": width,
-            "OFFSET": (self.window_height - 1) * width + self.window_width - 1,
             "BLOCK": launch.block,
             "GATHERED": self.token_index is None,
             "PER_IMAGE": self.partitions > 1,
@@ -210,36 +207,34 @@ def _table_sums(problem: _Problem, grid: tuple) -> tuple[Tensor, Tensor]:
 
 
 def group_window_attention(
-    qkv, table, token_index, window_id, coords, num_heads, window_height, window_width, scale
+    qkv, table, token_index, window_id, query_row, key_row, num_heads, scale
 ) -> tuple[Tensor, Tensor]:
     return _forward(
-        _Problem(qkv, table, token_index, window_id, coords, num_heads, window_height,
-                 window_width, scale)
-    )  # fmt: skip
+        _Problem(qkv, table, token_index, window_id, query_row, key_row, num_heads, scale)
+    )
 
 
 def group_window_attention_backward(
-    grad_out, qkv, table, out, lse, token_index, window_id, coords, num_heads, window_height,
-    window_width, scale, need_qkv, need_table,
+    grad_out, qkv, table, out, lse, token_index, window_id, query_row, key_row, num_heads, scale,
+    need_qkv, need_table,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(qkv, table, token_index, window_id, coords, num_heads, window_height,
-                       window_width, scale, backward=True)  # fmt: skip
+    problem = _Problem(
+        qkv, table, token_index, window_id, query_row, key_row, num_heads, scale, backward=True
+    )
     return _backward(problem, grad_out, out, lse, need_qkv, need_table)
 
 
 def block_diagonal_attention(
-    qkv, table, window_id, coords, num_heads, window_height, window_width, scale
+    qkv, table, window_id, query_row, key_row, num_heads, scale
 ) -> tuple[Tensor, Tensor]:
-    return _forward(
-        _Problem(qkv, table, None, window_id, coords, num_heads, window_height, window_width,
-                 scale)
-    )  # fmt: skip
+    return _forward(_Problem(qkv, table, None, window_id, query_row, key_row, num_heads, scale))
 
 
 def block_diagonal_attention_backward(
-    grad_out, qkv, table, out, lse, window_id, coords, num_heads, window_height, window_width,
-    scale, need_qkv, need_table,
+    grad_out, qkv, table, out, lse, window_id, query_row, key_row, num_heads, scale, need_qkv,
+    need_table,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(qkv, table, None, window_id, coords, num_heads, window_height, window_width,
-                       scale, backward=True)  # fmt: skip
+    problem = _Problem(
+        qkv, table, None, window_id, query_row, key_row, num_heads, scale, backward=True
+    )
     return _backward(problem, grad_out, out, lse, need_qkv, need_table)

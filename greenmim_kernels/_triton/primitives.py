@@ -15,11 +15,12 @@ SIZES = ("batch", "num_rows", "num_groups", "num_slots", "images")
 
 
 class Partition(NamedTuple):
-    """Pointers to a partition: token_index (not read for gathered groups), window_id, coords."""
+    """Pointers to a partition; token_index is not read for gathered groups."""
 
-    rows: tl.tensor
-    window: tl.tensor
-    coords: tl.tensor
+    token_index: tl.tensor
+    window_id: tl.tensor
+    query_row: tl.tensor
+    key_row: tl.tensor
 
 
 class Place(NamedTuple):
@@ -34,15 +35,17 @@ class Place(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """BLOCK slots of a group; padding and slots beyond the group have window -1."""
+    """BLOCK slots of a group; those without a window, and beyond the group, have window -1."""
 
-    row: tl.tensor  # of the token in its image
+    row: tl.tensor  # in its image
     window: tl.tensor
-    position: tl.tensor  # in the bias table
-    m_token: tl.tensor
-    m_write: tl.tensor  # padding of gathered groups is written, as zeros
+    query_row: tl.tensor  # the bias table's row of a pair is a query's number and a key's
+    key_row: tl.tensor
+    m_token: tl.tensor  # in a window
+    m_write: tl.tensor  # or written as zeros: padding of gathered groups, tokens in no window
     low: tl.tensor  # least and greatest window of its tokens
     high: tl.tensor
+    any_row: tl.tensor  # whether any is written
 
 
 @triton.jit
@@ -77,7 +80,6 @@ def load_block(
     place,
     first,  # first slot
     num_slots,
-    COORD_WIDTH: tl.constexpr,  # 2 Mw - 1
     GATHERED: tl.constexpr,  # the tensors hold groups, and the row is the slot itself
     BLOCK: tl.constexpr,
 ):
@@ -85,19 +87,19 @@ def load_block(
     o_slot = first + tl.arange(0, BLOCK)
     m_slot = o_slot < num_slots
     at = place.part_group * num_slots + o_slot
-    b_window = tl.load(part.window + at, mask=m_slot, other=-1)
+    b_window = tl.load(part.window_id + at, mask=m_slot, other=-1)
     m_token = b_window >= 0
     if GATHERED:
-        b_row = place.group * num_slots + o_slot
-        m_write = m_slot
+        b_row = tl.where(m_slot, place.group * num_slots + o_slot, -1)
     else:
-        b_row = tl.load(part.rows + at, mask=m_token, other=0)
-        m_write = m_token
-    b_h = tl.load(part.coords + 2 * at, mask=m_token, other=0)
-    b_w = tl.load(part.coords + 2 * at + 1, mask=m_token, other=0)
+        b_row = tl.load(part.token_index + at, mask=m_slot, other=-1)
+    b_query_row = tl.load(part.query_row + at, mask=m_token, other=0)
+    b_key_row = tl.load(part.key_row + at, mask=m_token, other=0)
     low = tl.min(tl.where(m_token, b_window, 2147483647), 0)
     high = tl.max(b_window, 0)
-    return Slots(b_row, b_window, b_h * COORD_WIDTH + b_w, m_token, m_write, low, high)
+    any_row = tl.max(b_row, 0) >= 0
+    m_write = b_row >= 0
+    return Slots(b_row, b_window, b_query_row, b_key_row, m_token, m_write, low, high, any_row)
 
 
 @triton.jit
@@ -126,10 +128,10 @@ def store_rows(
 
 
 @triton.jit
-def pair_entries(queries, keys, OFFSET: tl.constexpr):
+def pair_entries(queries, keys):
     """The table's row of each pair of slots, and which pairs share a window. [BQ, BK]"""
     m_pair = (queries.window[:, None] == keys.window[None, :]) & queries.m_token[:, None]
-    return queries.position[:, None] - keys.position[None, :] + OFFSET, m_pair
+    return queries.query_row[:, None] + keys.key_row[None, :], m_pair
 
 
 @triton.jit
@@ -138,12 +140,11 @@ def bias_tile(
     i_head,
     queries,
     keys,
-    OFFSET: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
 ):
     """Bias times log2(e) where query and key share a window, -inf elsewhere. [BQ, BK]"""
-    b_entry, m_pair = pair_entries(queries, keys, OFFSET)
+    b_entry, m_pair = pair_entries(queries, keys)
     if HAS_TABLE:
         b_bias = tl.load(p_table + b_entry * NUM_HEADS + i_head, mask=m_pair, other=0.0)
         b_bias = tl.where(m_pair, b_bias * 1.4426950408889634, float("-inf"))
@@ -176,7 +177,9 @@ def write_forward(
     """Output, and the logarithm of the softmax's denominator."""
     C: tl.constexpr = NUM_HEADS * HEAD_DIM
     p_o = p_out + image * num_rows * C + place.head * HEAD_DIM
-    store_rows(p_o, b_acc * (1.0 / b_sum)[:, None], slots, C, HEAD_DIM, GATHERED)
+    # What is in no window has no sum, and is written as zeros.
+    b_factor = tl.where(slots.m_token, 1.0 / b_sum, 0.0)
+    store_rows(p_o, b_acc * b_factor[:, None], slots, C, HEAD_DIM, GATHERED)
     b_lse = tl.where(slots.m_token, (b_max + tl.log2(b_sum)) * 0.6931471805599453, 0.0)
     p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows
     tl.store(p_l + slots.row, b_lse, mask=slots.m_write)

@@ -24,13 +24,13 @@ namespace {
 // In the order of the Python side.
 struct Header {
   int64_t thread_order, element, head_dim, batch, rows, partitions, groups, slots, heads,
-      window_height, window_width, has_table, gathered, need_qkv, need_table, processors,
+      table_rows, has_table, gathered, need_qkv, need_table, processors,
       shared_bytes;
   double scale;
 };
 
 struct Inputs {
-  Buffer qkv, grad_out, table, token_index, window_id, coords;
+  Buffer qkv, grad_out, table, token_index, window_id, query_row, key_row;
 
   Inputs(const Header& h, size_t element, int64_t table_bytes)
       : qkv(h.batch * h.rows * 3 * h.heads * h.head_dim * element),
@@ -38,8 +38,10 @@ struct Inputs {
         table(h.has_table ? table_bytes : 0),
         token_index(h.gathered ? 0 : h.partitions * h.groups * h.slots * 4),
         window_id(h.partitions * h.groups * h.slots * 4),
-        coords(h.partitions * h.groups * h.slots * 8) {
-    for (Buffer* buffer : {&qkv, &grad_out, &table, &token_index, &window_id, &coords})
+        query_row(h.partitions * h.groups * h.slots * 4),
+        key_row(h.partitions * h.groups * h.slots * 4) {
+    for (Buffer* buffer :
+         {&qkv, &grad_out, &table, &token_index, &window_id, &query_row, &key_row})
       buffer->read();
   }
 };
@@ -74,17 +76,17 @@ void attend(const Header& h, [[maybe_unused]] bool timed) {
   a.groups = int(h.groups);
   a.slots = int(h.slots);
   a.heads = int(h.heads);
-  a.window_height = int(h.window_height);
-  a.window_width = int(h.window_width);
+  a.table_rows = int(h.table_rows);
   a.per_image = h.partitions > 1;
   a.scale = float(h.scale);
-  const int64_t table_bytes = int64_t(a.table_rows()) * h.heads * 4;
+  const int64_t table_bytes = int64_t(a.table_rows) * h.heads * 4;
   const Inputs in(h, sizeof(T), table_bytes);
   a.qkv = in.qkv.as<T>();
   a.table = h.has_table ? in.table.as<float>() : nullptr;
   a.token_index = h.gathered ? nullptr : in.token_index.as<int>();
   a.window_id = in.window_id.as<int>();
-  a.coords = in.coords.as<int>();
+  a.query_row = in.query_row.as<int>();
+  a.key_row = in.key_row.as<int>();
   const int64_t elements = h.batch * h.rows * h.heads * D;
   const Buffer out(elements * sizeof(T)), lse(h.batch * h.heads * h.rows * 4);
   a.out = out.as<T>();
@@ -103,12 +105,12 @@ void attend(const Header& h, [[maybe_unused]] bool timed) {
   const Buffer partial(h.need_table ? a.programs() * table_bytes : 0);
   if (h.need_table) a.partial = partial.as<float>();
   const Buffer sums(
-      h.need_table ? table_runs(a.programs()) * int64_t(a.table_rows()) * h.heads * 8 : 0);
+      h.need_table ? table_runs(a.programs()) * int64_t(a.table_rows) * h.heads * 8 : 0);
   const auto backward = [&] {
     launch_attention<T, D>(a, Pass::Backward, nullptr);
     if (h.need_table)
       run_table_gradient(a.partial, sums.as<double>(), grad_table.as<float>(), a.programs(), a.heads,
-                         a.table_rows(), nullptr);
+                         a.table_rows, nullptr);
   };
   backward();
 #ifndef GREENMIM_EMULATE
@@ -142,12 +144,12 @@ void print_plan(const Header& h) {
   a.groups = int(h.groups);
   a.slots = int(h.slots);
   a.heads = int(h.heads);
-  a.window_height = int(h.window_height);
-  a.window_width = int(h.window_width);
+  a.table_rows = int(h.table_rows);
   a.rows = int(h.rows);
   int unread = 0;
   a.token_index = &unread;
   float unused;
+  a.table = &unused;
   for (Pass pass : {Pass::Forward, Pass::Backward}) {
     a.partial = pass == Pass::Backward ? &unused : nullptr;
     const bool fits = plan<T, D>(a, pass, {int(h.processors), int(h.shared_bytes)});

@@ -38,7 +38,7 @@ def plain_results(inputs: Inputs, saved_output: bool = False) -> dict[str, Tenso
         q, k, v = x.unflatten(-1, (3, num_heads, -1)).movedim(3, 0).transpose(-2, -3).unbind(0)
         # Padding is a window of its own, so that no row is without a key.
         same = (part.window_id[..., :, None] == part.window_id[..., None, :])[:, :, None]
-        bias = relative_position_bias(table, part.window_id, part.coords, part.window_size)
+        bias = relative_position_bias(table, *part.tensors[1:])
         scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5 + bias
         scores = scores.masked_fill(~same, -math.inf)
         if saved_output:

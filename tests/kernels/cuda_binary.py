@@ -128,7 +128,7 @@ def shared_memory() -> dict[str, dict[str, int]]:
         for head_dim in (16, 32, 64):
             for slots, window in ((16, 7), (32, 7), (48, 7), (64, 7), (208, 14), (256, 16)):
                 for limit in (LARGE, SMALL):
-                    forward, backward = plan(dtype, head_dim, slots, window, limit)
+                    forward, backward = plan(dtype, head_dim, slots, (2 * window - 1) ** 2, limit)
                     rows[f"{precision}-{head_dim}-{slots}slots-window{window}-of{limit}"] = {
                         "forward": forward["shared_bytes"],
                         "backward": backward["shared_bytes"],

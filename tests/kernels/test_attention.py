@@ -164,12 +164,7 @@ def test_windows_in_any_order_within_a_group():
     inputs = make_inputs(Case())
     part = inputs.part
     order = torch.randperm(part.group_size, generator=torch.Generator().manual_seed(0))
-    mixed = dataclasses.replace(
-        part,
-        token_index=part.token_index[..., order].contiguous(),
-        window_id=part.window_id[..., order].contiguous(),
-        coords=part.coords[..., order, :].contiguous(),
-    )
+    mixed = part.map(lambda tensor: tensor[..., order].contiguous())
     expected = results(inputs, "reference")
     for name, value in results(dataclasses.replace(inputs, part=mixed), "cpp").items():
         assert relative_error(value, expected[name]) < 1e-5, name

@@ -144,7 +144,8 @@ def with_empty_groups(part, after):
         part,
         token_index=extended(part.token_index, -1),
         window_id=extended(part.window_id, -1),
-        coords=extended(part.coords, 0),
+        query_row=extended(part.query_row, 0),
+        key_row=extended(part.key_row, 0),
     )
 
 
@@ -288,7 +289,7 @@ def test_lse(case):
     same = inputs.part.window_id[..., :, None] == inputs.part.window_id[..., None, :]
     scores = q @ k.transpose(-1, -2) * case.head_dim**-0.5
     scores = scores + reference.relative_position_bias(
-        inputs.table.double(), inputs.part.window_id, inputs.part.coords, inputs.part.window_size
+        inputs.table.double(), *inputs.part.tensors[1:]
     )
     lse = scores.masked_fill(~same[:, :, None], -torch.inf).logsumexp(-1)  # [B, G, heads, S]
     tokens = inputs.part.num_tokens

@@ -356,12 +356,12 @@ def test_rows_of_sums_are_added(programs):
 def test_opcheck(name, backend):
     inputs = make_inputs(Case(stage=3, batch=2, num_heads=1, head_dim=16), device=DEVICE)
     part = inputs.part
-    sizes = (inputs.num_heads, *part.window_size, 0.3)
+    sizes = (inputs.num_heads, 0.3)
     grouped = name.startswith("block_diagonal") or name == "group_scatter"
     with gk.use_backend("reference"):
         qkv = gk.group_gather(inputs.qkv, part) if grouped else inputs.qkv
         grad = gk.group_gather(inputs.grad_out, part) if grouped else inputs.grad_out
-    indices = (part.window_id, part.coords)
+    indices = part.tensors[1:]
     if not grouped:
         indices = (part.token_index, *indices)
     if name == "group_gather":
@@ -504,8 +504,8 @@ def test_no_wait_for_the_device_and_a_cuda_graph(backend):
             results = run(static)
         for seed in (1, 2):
             other = partition(seed)
-            for name in ("token_index", "window_id", "coords"):
-                getattr(static.part, name).copy_(getattr(other, name))
+            for target, source in zip(static.part.tensors, other.tensors, strict=True):
+                target.copy_(source)
             graph.replay()
             for name, value in run(dataclasses.replace(inputs, part=other)).items():
                 assert torch.equal(results[name], value), name
@@ -632,8 +632,8 @@ def test_what_lies_on_another_device_is_refused(argument):
     """The CUDA kernel would take its address for one of the GPU's, which ends the context."""
     inputs = make_inputs(Case(), device="cuda")
     part = inputs.part
-    sizes = (inputs.num_heads, *part.window_size, 0.2)
-    indices = (part.token_index, part.window_id, part.coords)
+    sizes = (inputs.num_heads, 0.2)
+    indices = part.tensors
     saved = operator("group_window_attention")(inputs.qkv, inputs.table, *indices, *sizes)
     arguments = [inputs.grad_out, inputs.qkv, inputs.table, *saved, *indices, *sizes, True, True]
     arguments[argument] = arguments[argument].cpu()
@@ -646,8 +646,8 @@ def test_the_backends_mix():
     """Forward by one, backward by the other: they save the same things."""
     inputs = make_inputs(Case(window_size=14, dtype=torch.bfloat16), device="cuda")
     part = inputs.part
-    sizes = (inputs.num_heads, *part.window_size, 0.2)
-    indices = (part.token_index, part.window_id, part.coords)
+    sizes = (inputs.num_heads, 0.2)
+    indices = part.tensors
     results = []
     for forward, backward in (("", ""), ("_triton", ""), ("", "_triton"), ("_triton", "_triton")):
         saved = operator("group_window_attention", forward)(

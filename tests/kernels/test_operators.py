@@ -17,7 +17,7 @@ BACKENDS = ("reference", "cpp")
 
 
 def sizes(inputs):
-    return inputs.num_heads, *inputs.part.window_size, 0.3
+    return inputs.num_heads, 0.3
 
 
 def operator_arguments(name, inputs):
@@ -30,7 +30,7 @@ def operator_arguments(name, inputs):
         return qkv.requires_grad_(), part.token_index
     if name == "group_scatter":
         return qkv.requires_grad_(), part.token_index, part.num_tokens
-    indices = (part.window_id, part.coords)
+    indices = part.tensors[1:]
     if not grouped:
         indices = (part.token_index, *indices)
     if not name.endswith("_backward"):
@@ -232,7 +232,8 @@ def test_errors_of_batches_and_groups():
     [
         ("token_index", 768, "token 768"),
         ("token_index", 1, "twice"),
-        ("coords", 40, "span more than 7 x 7"),
+        ("query_row", 200, "outside the 169 rows"),
+        ("key_row", -200, "outside the 169 rows"),
     ],
 )
 def test_the_kernel_refuses_a_partition_that_would_leave_its_memory(field, value, message):

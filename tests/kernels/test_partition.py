@@ -47,35 +47,40 @@ def random_grid(rng: np.random.Generator, units: int = 7, patches: int = 8, keep
     return np.kron(visible.reshape(units, units), np.ones((patches, patches), bool))
 
 
-def check_partition(part: GroupPartition, visible: np.ndarray, window, shift) -> int:
+def check_partition(part: GroupPartition, visible: np.ndarray, window, shift, segment=None) -> int:
     """Every promise of the docstring, by the formulas. Returns the most groups with tokens."""
-    grids = visible if visible.ndim == 3 else visible[None]
-    (height, width), (shift_rows, shift_columns) = window, shift
-    rows, columns = grids.shape[1:]
-    window_columns = (columns - 1 + (width - shift_columns) % width) // width + 1
+    axes, sides = len(window), 2 * np.array(window) - 1
+    first, window = np.subtract(window, shift) % window, np.array(window)
+    grids = visible if visible.ndim > axes else visible[None]
+    labels = None if segment is None else segment.reshape(grids.shape)
     shape = (len(grids), part.num_groups, part.group_size)
-    assert part.token_index.shape == part.window_id.shape == shape
-    assert part.coords.shape == (*shape, 2)
-    for tensor in (part.token_index, part.window_id, part.coords):
+    for tensor in part.tensors:
         assert tensor.dtype == torch.int32 and tensor.is_contiguous()
-        assert tensor.device.type == "cpu"
-    assert (part.window_size, part.shift_size, part.grid_size) == (window, shift, (rows, columns))
+        assert tensor.shape == shape and tensor.device.type == "cpu"
+    assert (part.window_size, part.table_rows) == (tuple(window), np.prod(sides))
     assert part.num_partitions == len(grids)
     most = 0
     for image, grid in enumerate(grids):
         tokens = np.argwhere(grid)  # row-major
         assert part.num_tokens == len(tokens)
-        index, windows = part.token_index[image].numpy(), part.window_id[image].numpy()
-        coords = part.coords[image].numpy()
+        index, windows, query_row, key_row = (tensor[image].numpy() for tensor in part.tensors)
         filled = index >= 0
         assert sorted(index[filled].tolist()) == list(range(len(tokens)))
-        assert (coords[filled] == tokens[index[filled]]).all()
-        h, w = tokens[index[filled]].T
-        window_row = (h + (height - shift_rows) % height) // height
-        window_column = (w + (width - shift_columns) % width) // width
-        assert (windows[filled] == window_row * window_columns + window_column).all()
-        assert (windows[~filled] == -1).all() and (index[~filled] == -1).all()
-        assert (coords[~filled] == 0).all()
+        places = tokens[index[filled]]
+        own = list(map(tuple, (places + first) // window))
+        if labels is not None:
+            own = list(zip(own, labels[image][grid][index[filled]], strict=True))
+        names = dict(zip(windows[filled].tolist(), own, strict=True))
+        assert [names[number] for number in windows[filled].tolist()] == own
+        assert len(set(own)) == len(names), "a window has two numbers"
+        assert [names[number] for number in sorted(names)] == sorted(names.values())
+        # The bias table's row of every pair of a window.
+        a, b = np.nonzero(np.equal.outer(windows[filled], windows[filled]))
+        offset = places[a] - places[b] + window - 1
+        rows = np.ravel_multi_index(tuple(offset.T), sides)
+        assert (query_row[filled][a] + key_row[filled][b] == rows).all()
+        for padding in (windows[~filled] + 1, query_row[~filled], key_row[~filled]):
+            assert (padding == 0).all()
         sizes = filled.sum(1)
         assert (filled == (np.arange(part.group_size) < sizes[:, None])).all(), "padding not last"
         groups = int((sizes > 0).sum())
@@ -111,36 +116,43 @@ def test_partitions_agree_with_published_counts(case):
 
 @st.composite
 def problems(draw):
-    """Grids of any shape, density and number of images, with any window and shift."""
-    rows, columns = draw(st.integers(1, 20)), draw(st.integers(1, 20))
-    window = draw(st.integers(1, 24)), draw(st.integers(1, 24))
-    shift = draw(st.integers(0, window[0] - 1)), draw(st.integers(0, window[1] - 1))
-    tokens = draw(st.integers(1, rows * columns))
+    """Grids of any shape, density and number of images, with any window, shift and segments."""
+    axes = draw(st.integers(1, 3))
+    longest = (300, 20, 7)[axes - 1]
+    grid = [draw(st.integers(1, longest)) for _ in range(axes)]
+    window = tuple(draw(st.integers(1, longest + 4)) for _ in range(axes))
+    shift = tuple(draw(st.integers(0, side - 1)) for side in window)
+    tokens = draw(st.integers(1, math.prod(grid)))
     images = draw(st.sampled_from([None, 1, 3]))
+    labels = draw(st.sampled_from([None, 1, 2, 5]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    grids = [rng.permutation(rows * columns) < tokens for _ in range(images or 1)]
-    visible = np.stack(grids).reshape(-1, rows, columns)
-    return (visible if images else visible[0]), window, shift
+    grids = [rng.permutation(math.prod(grid)) < tokens for _ in range(images or 1)]
+    visible = np.stack(grids).reshape(-1, *grid)
+    segment = rng.integers(-3, labels - 3, visible.shape) if labels else None
+    if images is None:
+        visible, segment = visible[0], segment if segment is None else segment[0]
+    return visible, window, shift, segment
 
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
 def test_partitions_keep_their_promises(problem):
-    visible, window, shift = problem
-    rows, columns = visible.shape[-2:]
-    part = group_partition(visible, window, shift)
-    assert check_partition(part, visible, window, shift) == part.num_groups
+    visible, window, shift, segment = problem
+    grid = visible.shape[-len(window) :]
+    part = group_partition(visible, window, shift, segment=segment)
+    assert check_partition(part, *problem) == part.num_groups
     assert part.group_size % 16 == 0
 
     fullest = max(int(torch.bincount(ids[ids >= 0]).max()) for ids in part.window_id)
-    exact = group_partition(visible, window, shift, group_size=fullest)
-    assert check_partition(exact, visible, window, shift) == exact.num_groups
+    exact = group_partition(visible, window, shift, group_size=fullest, segment=segment)
+    assert check_partition(exact, *problem) == exact.num_groups
+    labels = 1 if segment is None else len(np.unique(segment))
     for size in (None, fullest, part.group_size):
-        capacity = partition_capacity((rows, columns), window, shift, part.num_tokens, size)
-        fixed = group_partition(visible, window, shift, size, capacity)
-        assert check_partition(fixed, visible, window, shift) <= fixed.num_groups == capacity
+        capacity = partition_capacity(grid, window, shift, part.num_tokens, size, labels)
+        fixed = group_partition(visible, window, shift, size, capacity, segment)
+        assert check_partition(fixed, *problem) <= fixed.num_groups == capacity
         if size is None:
-            needed = min(window[0] * window[1], part.num_tokens)
+            needed = min(math.prod(window), part.num_tokens)
             assert fixed.group_size == math.ceil(needed / 16) * 16
 
 
@@ -214,8 +226,7 @@ def test_numpy_torch_and_strides_agree():
         torch.from_numpy(visible).transpose(1, 2).contiguous().transpose(1, 2),
     ):
         part = group_partition(same, np.int64(4), (np.int32(2), 2))
-        assert part.token_index.equal(expected.token_index)
-        assert part.coords.equal(expected.coords)
+        assert all(map(torch.equal, part.tensors, expected.tensors))
     alone = group_partition(visible[1], 4, 2, expected.group_size, expected.num_groups)
     assert alone.window_id[0].equal(expected.window_id[1])
 
@@ -256,13 +267,14 @@ UNEQUAL = np.stack([ONES, ONES, np.tri(4, dtype=bool)])
 @pytest.mark.parametrize(
     ("visible", "arguments", "error", "message"),
     [
-        (ONES[0], {}, ValueError, r"shape \(4,\)"),
+        (ONES[0], {}, ValueError, r"shape \(4,\); for a window of 2 axes .* \[H, W\]"),
+        (ONES, {"window_size": (2, 2, 2)}, ValueError, r"3 axes .* \[D, H, W\] .* \[B, D, H, W\]"),
         (ONES[None, None], {}, ValueError, r"shape \(1, 1, 4, 4\)"),
         (ONES[:, :0], {}, ValueError, r"shape \(4, 0\)"),
         (ONES[None][:0], {}, ValueError, r"shape \(0, 4, 4\)"),
         (np.broadcast_to(False, (2**16, 2**16)), {}, ValueError, "above"),
         (ONES.astype(np.uint8), {}, TypeError, "dtype uint8"),
-        (torch.ones(4, 4), {}, TypeError, "dtype torch.float32"),
+        (torch.ones(4, 4), {}, TypeError, "dtype float32"),
         ([[True]], {}, TypeError, "visible is a list"),
         (torch.ones(4, 4, dtype=torch.bool, device="meta"), {}, ValueError, "visible is on meta"),
         (~ONES, {}, ValueError, "keeps no token"),
@@ -270,7 +282,14 @@ UNEQUAL = np.stack([ONES, ONES, np.tri(4, dtype=bool)])
         (ONES, {"window_size": 0}, ValueError, "window_size=0"),
         (ONES, {"window_size": (3, -1)}, ValueError, r"window_size=\(3, -1\)"),
         (ONES, {"window_size": 2.0}, TypeError, "window_size=2.0"),
-        (ONES, {"window_size": (2, 2, 2)}, TypeError, r"window_size=\(2, 2, 2\)"),
+        (ONES, {"window_size": (2, 2, 2, 2)}, TypeError, r"window_size=\(2, 2, 2, 2\) .* 1 to 3"),
+        (ONES, {"window_size": ()}, TypeError, r"window_size=\(\)"),
+        (ONES, {"window_size": 2**15}, ValueError, "window_size=32768 .* below 2"),
+        (ONES, {"shift_size": (0, 1, 0)}, TypeError, r"shift_size=\(0, 1, 0\) .* 2 integers"),
+        (ONES, {"segment": np.zeros((4, 4))}, TypeError, "segment has dtype float64"),
+        (ONES, {"segment": np.zeros((4, 5), int)}, ValueError, r"segment has shape \(4, 5\)"),
+        (ONES, {"segment": [[0]]}, TypeError, "segment is a list"),
+        (ONES, {"segment": torch.zeros(4, 4, device="meta")}, ValueError, "segment is on meta"),
         (ONES, {"shift_size": 7}, ValueError, "shift_size=7 .* window is 7 x 7"),
         (ONES, {"shift_size": (0, -1)}, ValueError, r"shift_size=\(0, -1\)"),
         (ONES, {"shift_size": None}, TypeError, "shift_size=None"),
@@ -300,8 +319,8 @@ def step_grids(rng: np.random.Generator, images: int | None = None) -> list:
 def test_group_partition_moves_and_survives_pickling(monkeypatch):
     part = group_partition(ONES, 3, 1)
     moved = part.to("meta", non_blocking=True)
-    assert {moved.token_index.device.type, moved.window_id.device.type} == {"meta"}
-    assert moved.coords.device.type == "meta" and part.coords.device.type == "cpu"
+    assert {tensor.device.type for tensor in moved.tensors} == {"meta"}
+    assert part.token_index.device.type == "cpu"
     pinned = []
 
     def pin(tensor):
@@ -312,8 +331,8 @@ def test_group_partition_moves_and_survives_pickling(monkeypatch):
     for other in (moved, part.pin_memory(), pickle.loads(pickle.dumps(part))):
         assert other is not part
         assert (other.num_tokens, other.num_groups, other.group_size) == (16, 1, 16)
-        assert (other.window_size, other.shift_size, other.grid_size) == ((3, 3), (1, 1), (4, 4))
-    for tensor, source in zip(pinned, (part.token_index, part.window_id, part.coords), strict=True):
+        assert (other.window_size, other.table_rows) == ((3, 3), 25)
+    for tensor, source in zip(pinned, part.tensors, strict=True):
         assert tensor is source
     assert "num_groups=1, group_size=16, num_tokens=16" in repr(part)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -341,9 +360,7 @@ def test_threads_get_the_same_groups():
     with ThreadPoolExecutor(8) as pool:
         for parts in pool.map(plan, range(32)):
             for part, expected in zip(parts, alone, strict=True):
-                assert part.token_index.equal(expected.token_index)
-                assert part.window_id.equal(expected.window_id)
-                assert part.coords.equal(expected.coords)
+                assert all(map(torch.equal, part.tensors, expected.tensors))
 
 
 @pytest.mark.parametrize("work", ["partition", "capacity too small", "packing"])

@@ -13,8 +13,9 @@ from greenmim_kernels import reference
 from greenmim_kernels.testing import Case, make_inputs, run, visible_tokens
 
 
-def attention_by_loops(qkv, table, grid_visible, window, shift, num_heads):
+def attention_by_loops(qkv, table, grid_visible, window, shift, num_heads, segment=None):
     """One image; token by token, as the formulas say. qkv [N, 3C] -> [N, C]."""
+    labels = None if segment is None else segment[grid_visible]
     coords = np.argwhere(grid_visible)
     channels = qkv.shape[1] // 3
     head_dim = channels // num_heads
@@ -22,8 +23,9 @@ def attention_by_loops(qkv, table, grid_visible, window, shift, num_heads):
 
     def window_of(token):
         return tuple(
-            (coords[token][a] + (window[a] - shift[a]) % window[a]) // window[a] for a in (0, 1)
-        )
+            (place + (side - moved) % side) // side
+            for place, side, moved in zip(coords[token], window, shift, strict=True)
+        ) + (() if labels is None else (labels[token],))
 
     out = np.zeros((len(coords), channels))
     for i in range(len(coords)):
@@ -32,8 +34,9 @@ def attention_by_loops(qkv, table, grid_visible, window, shift, num_heads):
             part = slice(head * head_dim, (head + 1) * head_dim)
             scores = []
             for j in peers:
-                dh, dw = coords[i] - coords[j]
-                row = (dh + window[0] - 1) * (2 * window[1] - 1) + (dw + window[1] - 1)
+                row = 0
+                for offset, side in zip(coords[i] - coords[j], window, strict=True):
+                    row = row * (2 * side - 1) + offset + side - 1
                 scores.append(head_dim**-0.5 * (q[i, part] @ k[j, part]) + table[row, head])
             weights = np.exp(np.array(scores) - max(scores))
             weights /= weights.sum()
@@ -43,22 +46,30 @@ def attention_by_loops(qkv, table, grid_visible, window, shift, num_heads):
 
 
 @pytest.mark.parametrize(
-    ("grid", "window", "shift"),
-    [((8, 8), (4, 4), (2, 2)), ((7, 10), (3, 5), (0, 2)), ((5, 9), (7, 4), (3, 0))],
+    ("grid", "window", "shift", "labels"),
+    [
+        ((8, 8), (4, 4), (2, 2), None),
+        ((7, 10), (3, 5), (0, 2), None),
+        ((5, 9), (7, 4), (3, 0), 3),
+        ((4, 5, 6), (2, 3, 4), (1, 0, 2), None),
+        ((4, 5, 6), (4, 5, 3), (0, 1, 1), 2),
+        ((40,), (7,), (3,), None),
+    ],
 )
-def test_reference_equals_loops(grid, window, shift):
+def test_reference_equals_loops(grid, window, shift, labels):
     rng = np.random.default_rng(0)
     visible = rng.random(grid) < 0.5
     num_heads, channels = 2, 6
     tokens = int(visible.sum())
     qkv = rng.standard_normal((1, tokens, 3 * channels))
-    table = rng.standard_normal(((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
-    part = gk.group_partition(visible, window, shift)
+    segment = rng.integers(0, labels, grid) if labels else None
+    part = gk.group_partition(visible, window, shift, segment=segment)
+    table = rng.standard_normal((part.table_rows, num_heads))
     with gk.use_backend("reference"):
         out = gk.group_window_attention(
             torch.from_numpy(qkv), torch.from_numpy(table), part, num_heads
         )
-    expected = attention_by_loops(qkv[0], table, visible, window, shift, num_heads)
+    expected = attention_by_loops(qkv[0], table, visible, window, shift, num_heads, segment)
     np.testing.assert_allclose(out[0].numpy(), expected, rtol=0, atol=1e-13)
 
 

@@ -169,7 +169,7 @@ def launches(monkeypatch) -> list[tuple]:
 def call(case: Case, part: gk.GroupPartition | None = None) -> None:
     inputs = make_inputs(case)
     part = part or inputs.part
-    indices, sizes = (part.window_id, part.coords), (case.num_heads, *part.window_size, 0.3)
+    indices, sizes = part.tensors[1:], (case.num_heads, 0.3)
     saved = operators.group_window_attention(
         inputs.qkv, inputs.table, part.token_index, *indices, *sizes
     )

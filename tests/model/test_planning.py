@@ -53,7 +53,7 @@ def test_gradient_of_the_compiled_model():
 def tensors_of(plan):
     tensors = [plan.visible, plan.unit_index, plan.hidden_index, plan.patch_index]
     for part in dict.fromkeys(part for pair in plan.partitions for part in pair):
-        tensors += [part.token_index, part.window_id, part.coords]
+        tensors += [*part.tensors]
     return tensors
 
 
@@ -115,10 +115,27 @@ def test_a_plan_is_one_piece_of_memory(per_image):
     for plan in (first, copied):
         plan.memory.copy_(second.memory)  # as the fixed inputs of a CUDA graph are overwritten
         tensors, others = tensors_of(plan), tensors_of(second)
-        assert len(tensors) == 4 + 3 * 7  # stage 4 has no shift: one partition, twice
+        assert len(tensors) == 4 + 4 * 7  # stage 4 has no shift: one partition, twice
         for tensor, other in zip(tensors, others, strict=True):
             assert torch.equal(tensor, other)
             assert (tensor.data_ptr() - plan.memory.data_ptr()) % 64 == 0
+
+
+def places_of(part, row, grid, window, shift, odd):
+    """int32 [N, 2], row and column of the tokens."""
+    kept = part.token_index[row] >= 0
+    columns = 2 * window[1] - 1
+    local = -part.key_row[row][kept]
+    shift = shift if odd else (0, 0)
+    first = [(m - s) % m for m, s in zip(window, shift, strict=True)]
+    across = (grid[1] - 1 + first[1]) // window[1] + 1
+    number = part.window_id[row][kept]
+    place = torch.empty(part.num_tokens, 2, dtype=torch.int32)
+    place[part.token_index[row][kept].long()] = torch.stack([
+        number // across * window[0] + local // columns - first[0],
+        number % across * window[1] + local % columns - first[1],
+    ], 1)  # fmt: skip
+    return place
 
 
 @pytest.mark.parametrize("per_image", [False, True])
@@ -129,11 +146,11 @@ def test_tokens_stand_by_unit_and_children_together(per_image):
     plan = model.plan(visible)
     for row, units in enumerate(np.atleast_2d(visible)):
         places = None
-        for (grid, _, _), pair in zip(model.planner.stages, plan.partitions, strict=True):
-            for part in pair:
-                kept = part.token_index[row] >= 0
-                place = torch.empty(part.num_tokens, 2, dtype=torch.int32)
-                place[part.token_index[row][kept].long()] = part.coords[row][kept]
+        for (grid, *window_and_shift), pair in zip(
+            model.planner.stages, plan.partitions, strict=True
+        ):
+            for odd, part in enumerate(pair):
+                place = places_of(part, row, grid, *window_and_shift, odd)
                 if places is not None:
                     children = places.unflatten(0, (-1, 4))
                     offsets = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]], dtype=torch.int32)
