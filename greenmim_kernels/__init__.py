@@ -7,7 +7,9 @@ from .functional import (
     group_scatter,
     group_window_attention,
 )
+from .modules import GroupWindowAttention
 from .partition import GroupPartition, group_partition, pack_windows, partition_capacity
+from .windows import partition_from_windows
 
 # The kernels must be known to the dispatcher before anything is traced.
 load_library("_C")
@@ -15,6 +17,7 @@ load_library("_C_cuda")
 
 __all__ = [
     "GroupPartition",
+    "GroupWindowAttention",
     "available_backends",
     "block_diagonal_attention",
     "group_gather",
@@ -23,5 +26,6 @@ __all__ = [
     "group_window_attention",
     "pack_windows",
     "partition_capacity",
+    "partition_from_windows",
     "use_backend",
 ]

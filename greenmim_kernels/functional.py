@@ -83,9 +83,8 @@ def block_diagonal_attention(
     arguments = (qkv, table, *part.tensors[1:], num_heads, scale)
     name = "block_diagonal_attention"
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    backend = choose_backend(
-        name, qkv.device, qkv.dtype, head_dim, part.group_size, part.table_rows
-    )
+    table_rows = None if table is None else len(table)
+    backend = choose_backend(name, qkv.device, qkv.dtype, head_dim, part.group_size, table_rows)
     if backend == "reference":
         return reference.block_diagonal_attention(*arguments)
     return operator(name, VARIANT[backend])(*arguments)[0]
@@ -127,9 +126,8 @@ def group_window_attention(
     arguments = (qkv, table, *part.tensors, num_heads, scale)
     name = "group_window_attention"
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    backend = choose_backend(
-        name, qkv.device, qkv.dtype, head_dim, part.group_size, part.table_rows
-    )
+    table_rows = None if table is None else len(table)
+    backend = choose_backend(name, qkv.device, qkv.dtype, head_dim, part.group_size, table_rows)
     if backend == "reference":
         return reference.group_window_attention(*arguments)
     return operator(name, VARIANT[backend])(*arguments)[0]
@@ -182,13 +180,16 @@ def _check_attention(
             f" got {qkv.shape[-1]} with num_heads = {num_heads}"
         )
     if table is not None:
-        if tuple(table.shape) != (part.table_rows, num_heads):
+        if part.table_rows == 0:
+            raise ValueError("this partition knows no bias; make it with window_size or bias_index")
+        rows = len(table) if part.table_rows is None else part.table_rows
+        if tuple(table.shape) != (rows, num_heads):
             windows = "this partition"
             if part.window_size is not None:
                 windows = f"windows {' x '.join(map(str, part.window_size))}"
             raise ValueError(
                 f"the bias table of {windows} with {num_heads} heads must be"
-                f" {[part.table_rows, num_heads]}, got {list(table.shape)}"
+                f" {[rows, num_heads]}, got {list(table.shape)}"
             )
         if not table.dtype.is_floating_point:
             raise ValueError(f"the bias table must be floating point, got {table.dtype}")

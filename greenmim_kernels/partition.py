@@ -27,7 +27,8 @@ TENSORS = ("token_index", "window_id", "query_row", "key_row")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupPartition:
-    """Which tokens attend together; made by :func:`group_partition`.
+    """Which tokens attend together; made by :func:`group_partition` or
+    :func:`~greenmim_kernels.partition_from_windows`.
 
     P is 1 (one partition for the whole batch) or the batch size, G the number of groups, S the
     slots of a group. A slot holds one token or nothing. Inside a group slots are sorted by window;
@@ -36,15 +37,16 @@ class GroupPartition:
 
     Attributes:
         token_index: int32 [P, G, S], the token's position among those of its image; -1 in padding.
-            Every token stands in exactly one slot.
+            Every token stands in exactly one slot. A slot without a token that has a window is
+            padding that attends, with the operators' `pad_value`.
         window_id: int32 [P, G, S], the same for tokens that attend to each other; -1 in padding,
             and where a token is in no window: its output and gradients are zero. A window is never
             split between groups.
         query_row, key_row: int32 [P, G, S]. The bias table's row of query i and key j of one window
             is query_row[i] + key_row[j]; key_row differs between the slots of a window.
         num_tokens: N, the tokens of an image.
-        table_rows: rows of the bias table.
-        window_size: (Mh, Mw), or one number per axis.
+        table_rows: rows of the bias table; 0 without a bias, None where only the table knows.
+        window_size: (Mh, Mw), or one number per axis; None where windows are of another kind.
     """
 
     token_index: Tensor
@@ -52,8 +54,8 @@ class GroupPartition:
     query_row: Tensor
     key_row: Tensor
     num_tokens: int
-    table_rows: int
-    window_size: tuple[int, ...]
+    table_rows: int | None
+    window_size: tuple[int, ...] | None
 
     @property
     def num_partitions(self) -> int:
@@ -258,7 +260,7 @@ def pack_windows(counts: Sequence[int] | np.ndarray, group_size: int) -> list[np
 
 def table_rows(window: tuple[int, ...]) -> int:
     """Rows of the bias table: differences of two places in a window."""
-    return math.prod(2 * side - 1 for side in window)
+    return math.prod([2 * side - 1 for side in window])  # Dynamo knows no generator here
 
 
 def window_axes(window_size: int | tuple[int, ...]) -> tuple[int, ...]:
