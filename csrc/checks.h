@@ -43,28 +43,36 @@ inline void check_scatter(const Tensor& x, const Tensor& token_index, int64_t nu
   STD_TORCH_CHECK(num_tokens >= 0, "num_tokens must not be negative, got ", num_tokens);
 }
 
-// What an attention operator is called with, once it is checked.
-struct AttentionShape {
-  int64_t batch, partitions, groups, slots;
-  int64_t rows;  // of an image: N, or G * S for gathered groups
-  int64_t channels, head_dim;
-  int64_t table_rows;  // 0 without a table
+// q, k and v [B, N, heads, D] with any strides but the last; or all in one, then k and v are absent:
+// [B, N, 3C], or gathered groups [B, G, S, 3C].
+struct QueryKeyValue {
+  Tensor q;
+  std::optional<Tensor> k, v;
+
+  bool is_packed() const { return !k; }
 };
 
 // A partition as the operators get it.
 struct PartitionTensors {
-  std::optional<Tensor> token_index;  // without: the rows are those of gathered groups
+  std::optional<Tensor> token_index;  // without: rows are those of gathered groups
   Tensor window_id, query_row, key_row;
 };
 
-// qkv [B, N, 3C] beside token_index, or gathered groups [B, G, S, 3C] without.
+// What an attention operator is called with, once it is checked.
+struct AttentionShape {
+  int64_t batch, partitions, groups, slots;
+  int64_t rows;  // of an image: N, or G * S for gathered groups
+  int64_t heads, channels, head_dim;
+  int64_t table_rows;  // 0 without a table
+};
+
+// pad_value [3C], or absent: zeros.
 inline AttentionShape check_attention(
-    const Tensor& qkv, const std::optional<Tensor>& table, ScalarType table_type,
-    const PartitionTensors& part, int64_t heads) {
-  const std::optional<Tensor>& token_index = part.token_index;
-  const Tensor& window_id = part.window_id;
+    const QueryKeyValue& x, const std::optional<Tensor>& table, ScalarType table_type,
+    const std::optional<Tensor>& pad_value, const PartitionTensors& part, int64_t heads) {
+  const Tensor &qkv = x.q, &window_id = part.window_id;
   AttentionShape shape{};
-  const int64_t axes = token_index ? 3 : 4;
+  const int64_t axes = part.token_index && x.is_packed() ? 3 : 4;
   STD_TORCH_CHECK(qkv.dim() == axes, "qkv must have ", axes, " axes, got ", qkv.dim());
   check_indices(window_id, 3, "window_id");
   shape.batch = qkv.size(0);
@@ -80,44 +88,82 @@ inline AttentionShape check_attention(
   };
   check_like(part.query_row, "query_row");
   check_like(part.key_row, "key_row");
-  if (token_index) {
-    check_like(*token_index, "token_index");
+  if (part.token_index) {
+    check_like(*part.token_index, "token_index");
     shape.rows = qkv.size(1);
   } else {
     STD_TORCH_CHECK(
-        qkv.size(1) == shape.groups && qkv.size(2) == shape.slots, "qkv must be [B, G, S, 3C]");
+        x.is_packed() && qkv.size(1) == shape.groups && qkv.size(2) == shape.slots,
+        "qkv must be [B, G, S, 3C]");
     shape.rows = shape.groups * shape.slots;
   }
-  const int64_t width = qkv.size(axes - 1);
-  STD_TORCH_CHECK(
-      heads > 0 && width > 0 && width % (3 * heads) == 0,
-      "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
-  shape.channels = width / 3;
-  shape.head_dim = shape.channels / heads;
+  shape.heads = heads;
+  if (x.is_packed()) {
+    const int64_t width = qkv.size(axes - 1);
+    STD_TORCH_CHECK(
+        heads > 0 && width > 0 && width % (3 * heads) == 0,
+        "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
+    shape.head_dim = width / 3 / heads;
+  } else {
+    bool alike = x.v.has_value();
+    for (const Tensor* other : {&*x.k, x.v ? &*x.v : &qkv}) {
+      alike = alike && other->dim() == 4 && other->scalar_type() == qkv.scalar_type() &&
+              other->device() == qkv.device();
+      for (int64_t axis = 0; alike && axis < 4; ++axis)
+        alike = other->size(axis) == qkv.size(axis);
+    }
+    STD_TORCH_CHECK(
+        alike && qkv.size(2) == heads && heads > 0 && qkv.size(3) > 0,
+        "q, k and v must be [B, N, ", heads, " heads, head_dim], all alike");
+    shape.head_dim = qkv.size(3);
+  }
+  shape.channels = heads * shape.head_dim;
   if (table) {
-    shape.table_rows = table->size(0);
     STD_TORCH_CHECK(
         table->dim() == 2 && table->size(1) == heads, "the bias table must be [rows, ", heads, "]");
     STD_TORCH_CHECK(
         table->scalar_type() == table_type, "the bias table must be in fp32 (fp64 for fp64)");
+    shape.table_rows = table->size(0);
     // Kernels count its elements in 32 bits.
     STD_TORCH_CHECK(
         shape.table_rows * heads < int64_t(1) << 31, "the bias table must have fewer than 2^31 values");
   }
+  if (pad_value)
+    STD_TORCH_CHECK(
+        pad_value->dim() == 1 && pad_value->size(0) == 3 * shape.channels &&
+            pad_value->scalar_type() == qkv.scalar_type() && pad_value->device() == qkv.device(),
+        "pad_value must be [3C], like qkv");
   return shape;
+}
+
+// Where q, k or v lies: `which` of them is `first` elements into its tensor, and its images, rows and
+// heads are so many elements apart.
+struct Strides {
+  const Tensor* tensor;
+  int64_t first, image, row, head;
+};
+inline Strides strides_of(const QueryKeyValue& x, int which, const AttentionShape& shape) {
+  const Tensor& tensor = which == 0 || x.is_packed() ? x.q : which == 1 ? *x.k : *x.v;
+  if (!x.is_packed()) return {&tensor, 0, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  // Gathered groups are contiguous.
+  return {&tensor, which * shape.channels, tensor.stride(0), tensor.stride(tensor.dim() - 2),
+          shape.head_dim};
 }
 
 inline bool on_one_device(const Tensor& x, const Tensor& y) {
   return x.device() == y.device();
 }
 
-// What a backward pass gets back: rows of `channels` elements beside those of qkv, and the logarithm of
-// the softmax's denominator.
+// What a backward pass gets back: the output or its gradient, [B, N, C] or [B, G, S, C], and the
+// logarithm of the softmax's denominator.
 inline void check_rows(
-    const Tensor& x, const Tensor& qkv, int64_t channels, const char* name) {
-  bool fits = x.dim() == qkv.dim() && x.scalar_type() == qkv.scalar_type() && on_one_device(x, qkv);
-  for (int64_t axis = 0; fits && axis < qkv.dim(); ++axis)
-    fits = x.size(axis) == (axis == qkv.dim() - 1 ? channels : qkv.size(axis));
+    const Tensor& x, const QueryKeyValue& qkv, const AttentionShape& shape, bool grouped,
+    const char* name) {
+  bool fits = x.dim() == (grouped ? 4 : 3) && x.scalar_type() == qkv.q.scalar_type() &&
+              on_one_device(x, qkv.q) && x.size(0) == shape.batch &&
+              x.size(x.dim() - 1) == shape.channels;
+  fits = fits && (grouped ? x.size(1) == shape.groups && x.size(2) == shape.slots
+                          : x.size(1) == shape.rows);
   STD_TORCH_CHECK(fits, name, " must be like qkv, of a third of its last axis");
 }
 

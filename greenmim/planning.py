@@ -123,9 +123,7 @@ def _packed(tensors: dict[str, Tensor], partitions, patch_grid: tuple[int, int])
         return sources[-1][0]
 
     places = {name: place(tensor) for name, tensor in tensors.items()}
-    layout = Layout(
-        **places, partitions=_map_partitions(partitions, place), patch_grid=patch_grid
-    )
+    layout = Layout(**places, partitions=_map_partitions(partitions, place), patch_grid=patch_grid)
     memory = torch.zeros(sources[-1][0].end, dtype=torch.uint8)
     for target, tensor in sources:
         target.of(memory).copy_(tensor)

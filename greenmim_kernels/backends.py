@@ -50,7 +50,7 @@ BACKENDS = {
     "cpp": Backend(
         device="cpu",
         operators=OPERATORS,
-        dtypes=(torch.float64, torch.float32, torch.bfloat16),
+        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     ),
     "cuda": Backend(
         device="cuda",

@@ -79,23 +79,23 @@ def block_diagonal_attention(
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
     """
     _check_groups("qkv", qkv, part)
-    table, scale = _check_attention(qkv, table, part, num_heads, scale)
-    arguments = (qkv, table, *part.tensors[1:], num_heads, scale)
+    head_dim = _head_dim(qkv, num_heads)
+    table = _check_table(table, part, num_heads, qkv)
+    arguments = (qkv, table, *part.tensors[1:], num_heads, _number(scale, head_dim))
     name = "block_diagonal_attention"
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    table_rows = None if table is None else len(table)
-    backend = choose_backend(name, qkv.device, qkv.dtype, head_dim, part.group_size, table_rows)
+    backend = _backend_of(name, qkv, table, part, head_dim)
     if backend == "reference":
         return reference.block_diagonal_attention(*arguments)
     return operator(name, VARIANT[backend])(*arguments)[0]
 
 
 def group_window_attention(
-    qkv: Tensor,
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     table: Tensor | None,
     part: GroupPartition,
     num_heads: int,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    pad_value: Tensor | None = None,
 ) -> Tensor:
     """Window attention on visible tokens: gather, attention and scatter in one pass.
 
@@ -104,16 +104,22 @@ def group_window_attention(
 
     Args:
         qkv: floating point tensor [B, N, 3C], tokens in row-major order of their grid; the last
-            axis holds q, k, v blocks of C, each num_heads x head_dim.
+            axis holds q, k, v blocks of C, each num_heads x head_dim. Or (q, k, v), each
+            [B, N, num_heads, head_dim]: read where they lie, whatever their strides, if the
+            elements of a head are neighbours; their gradients are laid out like them.
         table: relative position bias [part.table_rows, num_heads] of any float dtype, or None;
             for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
         part: partition with P = 1 or P = B, on the device of `qkv`.
         num_heads: number of heads; divides C.
-        scale: factor of q . k; head_dim ** -0.5 if None.
+        scale: factor of q . k: a number, or a tensor [] or [num_heads], which q is multiplied by
+            (cosine attention); head_dim ** -0.5 if None.
+        pad_value: [3C], the q, k and v of the padding that attends in a partition made with
+            ``pad=True`` (for Swin: the bias of its qkv layer); None: zeros.
 
     Returns:
-        Tensor [B, N, C] in the dtype of `qkv`. Softmax and sums run in fp32 (fp64 for fp64).
-        Differentiable in `qkv` and `table`; the table's gradient comes in the table's dtype.
+        Tensor [B, N, C] in the dtype of `qkv`, zeros for tokens in no window. Softmax and sums run
+        in fp32 (fp64 for fp64). Differentiable in all but the partition; a gradient comes in the
+        dtype of its tensor.
 
     A value that is not finite reaches the tokens of its group at most; in the "cpp" backend, which
     works window by window, those of its window.
@@ -121,27 +127,66 @@ def group_window_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
     """
-    _check_tokens("qkv", qkv, part)
-    table, scale = _check_attention(qkv, table, part, num_heads, scale)
-    arguments = (qkv, table, *part.tensors, num_heads, scale)
+    if isinstance(qkv, Tensor):
+        _check_tokens("qkv", qkv, part)
+        head_dim = _head_dim(qkv, num_heads)
+    else:
+        head_dim = _check_three(qkv, part, num_heads)
+    table = _check_table(table, part, num_heads, qkv if isinstance(qkv, Tensor) else qkv[0])
+    if isinstance(scale, Tensor):
+        if scale.numel() not in (1, num_heads) or scale.dim() > 1:
+            raise ValueError(
+                f"scale must be a number or a tensor [] or [{num_heads}], got {list(scale.shape)}"
+            )
+        if isinstance(qkv, Tensor):
+            qkv = qkv.unflatten(-1, (3, num_heads, head_dim)).unbind(2)
+        q, k, v = qkv
+        qkv, scale = ((q * scale.view(-1, 1)).to(q.dtype), k, v), 1.0
+    q, k, v = (qkv, None, None) if isinstance(qkv, Tensor) else map(_with_rows, qkv)
+    if pad_value is not None:
+        if pad_value.shape != (3 * num_heads * head_dim,) or pad_value.device != q.device:
+            raise ValueError(
+                f"pad_value must be [{3 * num_heads * head_dim}] on {q.device}, got"
+                f" {list(pad_value.shape)} on {pad_value.device}"
+            )
+        pad_value = pad_value.to(q.dtype)
+    arguments = (q, k, v, table, pad_value, *part.tensors, num_heads, _number(scale, head_dim))
     name = "group_window_attention"
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    table_rows = None if table is None else len(table)
-    backend = choose_backend(name, qkv.device, qkv.dtype, head_dim, part.group_size, table_rows)
+    backend = _backend_of(name, q, table, part, head_dim)
     if backend == "reference":
         return reference.group_window_attention(*arguments)
     return operator(name, VARIANT[backend])(*arguments)[0]
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x, the elements of a head neighbours."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _number(scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
+def _backend_of(
+    name: str, x: Tensor, table: Tensor | None, part: GroupPartition, head_dim: int
+) -> str:
+    rows = None if table is None else table.shape[0]
+    return choose_backend(name, x.device, x.dtype, head_dim, part.group_size, rows)
 
 
 def _check_tokens(name: str, x: Tensor, part: GroupPartition) -> None:
     if x.dim() != 3:
         raise ValueError(f"{name} must be [B, N, C], got shape {list(x.shape)}")
     if x.shape[1] != part.num_tokens:
-        raise ValueError(
-            f"{name} has {x.shape[1]} tokens per image, the partition {part.num_tokens};"
-            " make the partition from the grid these tokens come from"
-        )
+        raise ValueError(_counts(name, x, part))
     _check_common(name, x, part)
+
+
+def _counts(name: str, x: Tensor, part: GroupPartition) -> str:
+    return (
+        f"{name} has {x.shape[1]} tokens per image, the partition {part.num_tokens};"
+        " make the partition from the grid these tokens come from"
+    )
 
 
 def _check_groups(name: str, x: Tensor, part: GroupPartition) -> None:
@@ -170,32 +215,56 @@ def _check_common(name: str, x: Tensor, part: GroupPartition) -> None:
             )
 
 
-def _check_attention(
-    qkv: Tensor, table: Tensor | None, part: GroupPartition, num_heads: int, scale: float | None
-) -> tuple[Tensor | None, float]:
-    """Returns the table in the accumulation dtype, and the scale."""
+def _check_three(qkv: tuple[Tensor, Tensor, Tensor], part: GroupPartition, num_heads: int) -> int:
+    """The head dim of (q, k, v)."""
+    if not isinstance(qkv, (tuple, list)) or len(qkv) != 3:
+        raise ValueError("qkv must be a tensor [B, N, 3C] or three, (q, k, v)")
+    q = qkv[0]
+    if any(x.dim() != 4 or x.shape != q.shape for x in qkv) or q.shape[2] != num_heads:
+        raise ValueError(
+            f"q, k and v must all be [B, N, {num_heads} heads, head_dim], got shapes"
+            f" {', '.join(str(list(x.shape)) for x in qkv)}"
+        )
+    if any(x.dtype != q.dtype or x.device != q.device for x in qkv):
+        raise ValueError("q, k and v must have one dtype and be on one device")
+    if q.shape[1] != part.num_tokens:
+        raise ValueError(_counts("q", q, part))
+    if q.shape[3] == 0:
+        raise ValueError("the head dim of q, k and v must not be 0")
+    _check_common("q", q, part)
+    return q.shape[3]
+
+
+def _head_dim(qkv: Tensor, num_heads: int) -> int:
     if num_heads < 1 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"the last axis of qkv must hold 3 x num_heads x head_dim values,"
             f" got {qkv.shape[-1]} with num_heads = {num_heads}"
         )
-    if table is not None:
-        if part.table_rows == 0:
-            raise ValueError("this partition knows no bias; make it with window_size or bias_index")
-        rows = len(table) if part.table_rows is None else part.table_rows
-        if tuple(table.shape) != (rows, num_heads):
-            windows = "this partition"
-            if part.window_size is not None:
-                windows = f"windows {' x '.join(map(str, part.window_size))}"
-            raise ValueError(
-                f"the bias table of {windows} with {num_heads} heads must be"
-                f" {[rows, num_heads]}, got {list(table.shape)}"
-            )
-        if not table.dtype.is_floating_point:
-            raise ValueError(f"the bias table must be floating point, got {table.dtype}")
-        if table.device != qkv.device:
-            raise ValueError(f"the bias table is on {table.device} and qkv on {qkv.device}")
-        table = table.to(reference.accumulation_dtype(qkv.dtype))
-    if scale is None:
-        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    return table, float(scale)
+    return qkv.shape[-1] // (3 * num_heads)
+
+
+def _check_table(
+    table: Tensor | None, part: GroupPartition, num_heads: int, x: Tensor
+) -> Tensor | None:
+    """The table in the accumulation dtype."""
+    if table is None:
+        return None
+    if part.table_rows == 0:
+        raise ValueError("this partition knows no bias; make it with window_size or bias_index")
+    rows = part.table_rows
+    if rows is None:
+        rows = table.shape[0] if table.dim() else 0
+    if tuple(table.shape) != (rows, num_heads):
+        windows = "this partition"
+        if part.window_size is not None:
+            windows = f"windows {' x '.join(map(str, part.window_size))}"
+        raise ValueError(
+            f"the bias table of {windows} with {num_heads} heads must be"
+            f" {[rows, num_heads]}, got {list(table.shape)}"
+        )
+    if not table.dtype.is_floating_point:
+        raise ValueError(f"the bias table must be floating point, got {table.dtype}")
+    if table.device != x.device:
+        raise ValueError(f"the bias table is on {table.device} and qkv on {x.device}")
+    return table.to(reference.accumulation_dtype(x.dtype))

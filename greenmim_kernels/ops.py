@@ -6,11 +6,14 @@ stand beside them under names of their own, ``<operator>_triton``, with the same
 two is called is decided in Python. Backward passes are operators of their own. Conventions of every
 schema:
 
-- qkv [B, N, 3C] or [B, G, S, 3C]; table [rows, heads] in the accumulation dtype, or None;
+- qkv [B, G, S, 3C]; q [B, N, 3C] holding k and v too, which are then None, or each of them
+  [B, N, heads, D], with any strides but the last;
+- table [rows, heads] in the accumulation dtype, or None; pad_value [3C] like q, or None;
 - token_index, window_id, query_row, key_row [P, G, S]: int32, P = 1 or B, as in a GroupPartition;
 - lse [B, heads, rows]: log of the softmax's denominator, in the accumulation dtype; not
   differentiable, kept for the backward pass;
-- a gradient that is not asked for comes back as an empty tensor.
+- a gradient that is not asked for comes back as an empty tensor; that of pad_value as
+  [2 D, heads], of its k and v, in the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -36,11 +39,14 @@ SCHEMAS = {
         " bool need_qkv, bool need_table) -> (Tensor grad_qkv, Tensor grad_table)"
     ),
     "group_window_attention": (
-        f"(Tensor qkv, Tensor? table, Tensor token_index, {_WINDOWS}) -> (Tensor out, Tensor lse)"
+        "(Tensor q, Tensor? k, Tensor? v, Tensor? table, Tensor? pad_value, Tensor token_index,"
+        f" {_WINDOWS}) -> (Tensor out, Tensor lse)"
     ),
     "group_window_attention_backward": (
-        "(Tensor grad_out, Tensor qkv, Tensor? table, Tensor out, Tensor lse, Tensor token_index,"
-        f" {_WINDOWS}, bool need_qkv, bool need_table) -> (Tensor grad_qkv, Tensor grad_table)"
+        "(Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor? table, Tensor? pad_value,"
+        f" Tensor out, Tensor lse, Tensor token_index, {_WINDOWS}, bool need_qkv, bool need_table,"
+        " bool need_pad) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_table,"
+        " Tensor grad_pad)"
     ),
 }
 
@@ -116,56 +122,121 @@ def _register_copies(variant: str) -> None:
     _register("group_scatter", variant, _scatter_fake, scatter_backward, _scatter_setup)
 
 
-# --- attention: the fused and the grouped form share one rule -----------------------------------
+# --- attention ----------------------------------------------------------------------------------
 
 
-def _register_attention(name: str, variant: str, num_index_tensors: int) -> None:
-    """`num_index_tensors`: how many partition tensors stand between table and num_heads."""
+def _setup_attention(ctx, inputs, output) -> None:
+    """Saves the tensors before the partition's, the results, and the partition's, in that order."""
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    *tensors, num_heads, scale = inputs
+    ctx.sizes = num_heads, scale
+    ctx.num_inputs = len(inputs)
+    differentiable = 5 if len(tensors) == 9 else 2
+    ctx.save_for_backward(*tensors[:differentiable], out, lse, *tensors[differentiable:])
 
-    def fake(qkv: Tensor, table: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
-        num_heads = rest[num_index_tensors]
-        batch, *rows, channels = qkv.shape
-        num_rows = rows[0] * rows[1] if len(rows) == 2 else rows[0]
-        lse_dtype = accumulation_dtype(qkv.dtype)
-        return (
-            qkv.new_empty(batch, *rows, channels // 3),
-            qkv.new_empty(batch, num_heads, num_rows, dtype=lse_dtype),
+
+def _lse_like(x: Tensor, num_heads: int, rows: int) -> Tensor:
+    return x.new_empty(len(x), num_heads, rows, dtype=accumulation_dtype(x.dtype))
+
+
+def _sums_like(x: Tensor, shape: tuple[int, ...], needed: bool) -> Tensor:
+    return x.new_empty(shape if needed else (0,), dtype=accumulation_dtype(x.dtype))
+
+
+def _grouped_fake(qkv: Tensor, table: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+    *sizes, channels = qkv.shape
+    return qkv.new_empty(*sizes, channels // 3), _lse_like(qkv, rest[-2], sizes[1] * sizes[2])
+
+
+def _grouped_backward_fake(
+    grad_out: Tensor, qkv: Tensor, table: Tensor | None, *rest
+) -> tuple[Tensor, Tensor]:
+    need_qkv, need_table = rest[-2:]
+    table_shape = () if table is None else table.shape
+    return (
+        qkv.new_empty(qkv.shape if need_qkv else (0,)),
+        _sums_like(qkv, table_shape, need_table and table is not None),
+    )
+
+
+def _fused_fake(q: Tensor, k: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+    batch, rows, *width = q.shape
+    channels = width[0] // 3 if k is None else width[0] * width[1]
+    return q.new_empty(batch, rows, channels), _lse_like(q, rest[-2], rows)
+
+
+def _fused_backward_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    table: Tensor | None,
+    pad_value: Tensor | None,
+    *rest,
+) -> tuple[Tensor, ...]:
+    num_heads, _, need_qkv, need_table, need_pad = rest[-5:]
+    grads = [
+        q.new_empty(0) if x is None or not need_qkv else torch.empty_like(x) for x in (q, k, v)
+    ]
+    table_shape = () if table is None else table.shape
+    pad_shape = () if pad_value is None else (2 * pad_value.shape[0] // 3 // num_heads, num_heads)
+    return (
+        *grads,
+        _sums_like(q, table_shape, need_table and table is not None),
+        _sums_like(q, pad_shape, need_pad and pad_value is not None),
+    )
+
+
+def _pad_gradient(grad: Tensor, pad_value: Tensor) -> Tensor:
+    """[2 D, heads] -> [3C]: nobody reads what padding would ask for."""
+    of_keys = grad.unflatten(0, (2, -1)).transpose(1, 2).flatten()
+    queries = of_keys.new_zeros(len(pad_value) - len(of_keys))
+    return torch.cat([queries, of_keys]).to(pad_value.dtype)
+
+
+def _register_attention(variant: str) -> None:
+    def grouped_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+        needed = ctx.needs_input_grad[:2]
+        grads = (None, None)
+        if grad_out is not None and any(needed):
+            backward = operator("block_diagonal_attention_backward", variant)
+            grads = backward(grad_out, *ctx.saved_tensors, *ctx.sizes, *needed)
+        return _if_needed(grads, needed, ctx.num_inputs)
+
+    def fused_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+        needed = ctx.needs_input_grad[:5]
+        grads = (None,) * 5
+        if grad_out is not None and any(needed):
+            backward = operator("group_window_attention_backward", variant)
+            of = any(needed[:3]), *needed[3:]
+            *grads, of_pad = backward(grad_out, *ctx.saved_tensors, *ctx.sizes, *of)
+            grads.append(_pad_gradient(of_pad, ctx.saved_tensors[4]) if needed[4] else None)
+        return _if_needed(grads, needed, ctx.num_inputs)
+
+    rules = {
+        "block_diagonal_attention": (_grouped_fake, grouped_backward, _grouped_backward_fake),
+        "group_window_attention": (_fused_fake, fused_backward, _fused_backward_fake),
+    }
+    for name, (fake, backward, backward_fake) in rules.items():
+
+        def refuse(ctx, *grads, name=name):
+            raise RuntimeError(
+                f"{name} has no second derivative; for one, run it inside"
+                ' greenmim_kernels.use_backend("reference")'
+            )
+
+        _register(name, variant, fake, backward, _setup_attention)
+        _register(
+            name + "_backward", variant, backward_fake, refuse, lambda ctx, inputs, output: None
         )
 
-    def setup_context(ctx, inputs, output) -> None:
-        qkv, table, *rest = inputs
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        ctx.sizes = rest[num_index_tensors:]
-        ctx.save_for_backward(qkv, table, out, lse, *rest[:num_index_tensors])
 
-    def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
-        nothing = (None,) * (num_index_tensors + len(ctx.sizes))
-        need_qkv, need_table = ctx.needs_input_grad[:2]
-        if grad_out is None or not (need_qkv or need_table):
-            return None, None, *nothing
-        grad_qkv, grad_table = operator(name + "_backward", variant)(
-            grad_out, *ctx.saved_tensors, *ctx.sizes, need_qkv, need_table
-        )
-        return grad_qkv if need_qkv else None, grad_table if need_table else None, *nothing
-
-    def backward_fake(
-        grad_out: Tensor, qkv: Tensor, table: Tensor | None, out: Tensor, lse: Tensor, *rest
-    ) -> tuple[Tensor, Tensor]:
-        need_qkv, need_table = rest[-2:]
-        grad_qkv = qkv.new_empty(qkv.shape if need_qkv else (0,))
-        shape = table.shape if need_table and table is not None else (0,)
-        return grad_qkv, qkv.new_empty(shape, dtype=lse.dtype)
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"{name} has no second derivative; for one, run it inside"
-            ' greenmim_kernels.use_backend("reference")'
-        )
-
-    _register(name, variant, fake, backward, setup_context)
-    _register(name + "_backward", variant, backward_fake, refuse, lambda ctx, inputs, output: None)
+def _if_needed(grads, needed: tuple[bool, ...], number: int) -> tuple[Tensor | None, ...]:
+    """None in the place of gradients that were not asked for, and of all further inputs."""
+    kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    return *kept, *(None,) * (number - len(needed))
 
 
 # --- linear layers on a CPU: kernels of _C alone, with oneDNN; autograd is the caller's ---------
@@ -230,5 +301,4 @@ def _needed(grad: Tensor, shapes: tuple, needed: tuple[bool, ...]) -> tuple[Tens
 
 for _variant in VARIANTS:
     _register_copies(_variant)
-    _register_attention("block_diagonal_attention", _variant, num_index_tensors=3)
-    _register_attention("group_window_attention", _variant, num_index_tensors=4)
+    _register_attention(_variant)

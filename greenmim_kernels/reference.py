@@ -83,8 +83,11 @@ def block_diagonal_attention(
 
 
 def group_window_attention(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     table: Tensor | None,
+    pad_value: Tensor | None,
     token_index: Tensor,
     window_id: Tensor,
     query_row: Tensor,
@@ -92,8 +95,14 @@ def group_window_attention(
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    """qkv [B, N, 3C] -> [B, N, C]: gather, block-diagonal attention, scatter."""
+    """Gather, block-diagonal attention, scatter: -> [B, N, C].
+
+    q [B, N, 3C] holds all three; or q, k, v are [B, N, heads, D] each.
+    """
+    qkv = q if k is None else torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1)
     grouped = group_gather(qkv, token_index)
+    if pad_value is not None:
+        grouped = torch.where((token_index >= 0)[..., None], grouped, pad_value)
     out = block_diagonal_attention(grouped, table, window_id, query_row, key_row, num_heads, scale)
     return group_scatter(out, token_index, qkv.shape[1])
 

@@ -6,22 +6,34 @@
 
 namespace greenmim::cpu {
 
-enum class StorageType { Float32, Float64, BFloat16 };
+enum class StorageType { Float32, Float64, BFloat16, Float16 };
 
-// One window, one head, and the images that share them. Rows are tokens: row r of image b starts
-// at (b * rows_per_image + rows[r]) * channels in `out` and at three times that in `qkv`.
+// One of q, k, v or their gradients: element d of head h of row r of image b is at
+// b * image + r * row + h * head + d.
+struct Rows {
+  void* data;
+  int64_t image, row, head;
+};
+
+// One window, one head, and the images that share them. Slots are tokens first, then padding that
+// attends: keys without a row, of which queries would be of no use to anybody.
 struct WindowTask {
   StorageType storage;
-  const void* qkv;
-  const void* grad_out;      // backward only
-  void* out;                 // forward: out; backward: grad of qkv, or null
+  Rows q, k, v;
+  Rows grad_q, grad_k, grad_v;  // backward only; data is null where they are not asked for
+  const void* pad_k;            // of this head, where there is padding
+  const void* pad_v;
+  const void* grad_out;      // backward only; [images, rows_per_image, heads, head_dim]
+  void* out;                 // forward only; the same
   void* lse;                 // [images, heads, rows_per_image], arithmetic type
   const void* table;         // column of this head, or null
   void* grad_table;          // [rows of the table] sums of this task, or null
-  const int32_t* rows;       // [size]
+  void* grad_pad;            // [2, head_dim] likewise, of pad_k and pad_v, or null
+  const int32_t* rows;       // [tokens]
   const int32_t* query_row;  // [size]; the table's row of a pair is the query's and the key's
   const int32_t* key_row;    // [size]
-  int32_t size;              // tokens in the window
+  int32_t size;              // slots in the window
+  int32_t tokens;            // of them
   int32_t head, num_heads, head_dim;
   int64_t rows_per_image;
   int64_t first_image, last_image;

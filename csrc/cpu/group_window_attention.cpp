@@ -33,8 +33,10 @@ StorageType storage_type(const Tensor& qkv) {
     case ScalarType::Float: return StorageType::Float32;
     case ScalarType::Double: return StorageType::Float64;
     case ScalarType::BFloat16: return StorageType::BFloat16;
+    case ScalarType::Half: return StorageType::Float16;
     default:
-      STD_TORCH_CHECK(false, "the CPU kernels compute in float64, float32 and bfloat16 only");
+      STD_TORCH_CHECK(
+          false, "the CPU kernels compute in float64, float32, bfloat16 and float16 only");
   }
 }
 
@@ -42,44 +44,57 @@ ScalarType arithmetic_type(const Tensor& qkv) {
   return qkv.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// What is not asked for, in a result.
+Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+
 struct Deleter {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-// The rows of qkv, whatever its form: [B, rows_per_image, 3C].
+// Elements of a row one after the other.
+Tensor with_rows(const Tensor& x) {
+  return x.size(x.dim() - 1) == 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+}
+
 struct Problem {
-  Tensor qkv;
-  std::optional<Tensor> table;
-  int64_t batch, partitions, rows_per_image, channels, num_heads, head_dim, table_rows;
+  QueryKeyValue x;
+  std::optional<Tensor> table, pad_value;
+  AttentionShape shape;
   double scale;
+  bool grouped;
   Windows windows;
 
   Problem(
-      const Tensor& qkv_any, const std::optional<Tensor>& table_any, PartitionTensors part,
-      int64_t heads, double factor)
-      : qkv(torch::stable::contiguous(qkv_any)), num_heads(heads), scale(factor) {
+      QueryKeyValue any, const std::optional<Tensor>& table_any,
+      const std::optional<Tensor>& pad_any, PartitionTensors part, int64_t heads, double factor)
+      : x(std::move(any)), scale(factor), grouped(!part.token_index) {
+    x.q = grouped ? torch::stable::contiguous(x.q) : with_rows(x.q);
+    for (std::optional<Tensor>* one : {&x.k, &x.v})
+      if (*one) *one = with_rows(**one);
     if (table_any) table = torch::stable::contiguous(*table_any);
+    if (pad_any) pad_value = torch::stable::contiguous(*pad_any);
     if (part.token_index) part.token_index = torch::stable::contiguous(*part.token_index);
-    for (Tensor* x : {&part.window_id, &part.query_row, &part.key_row})
-      *x = torch::stable::contiguous(*x);
-    const AttentionShape shape = check_attention(qkv, table, arithmetic_type(qkv), part, heads);
-    batch = shape.batch;
-    partitions = shape.partitions;
-    rows_per_image = shape.rows;
-    channels = shape.channels;
-    head_dim = shape.head_dim;
-    table_rows = shape.table_rows;
+    for (Tensor* indices : {&part.window_id, &part.query_row, &part.key_row})
+      *indices = torch::stable::contiguous(*indices);
+    shape = check_attention(x, table, arithmetic_type(x.q), pad_value, part, heads);
     windows = find_windows(
         {part.token_index ? part.token_index->const_data_ptr<int32_t>() : nullptr,
          part.window_id.const_data_ptr<int32_t>(), part.query_row.const_data_ptr<int32_t>(),
          part.key_row.const_data_ptr<int32_t>(), shape.partitions, shape.groups, shape.slots},
-        rows_per_image, table_rows);
+        shape.rows, shape.table_rows);
+    if (!pad_value) zeros.assign(size_t(3 * shape.channels * x.q.element_size()), 0);
     cut();
+  }
+
+  // The sizes of the output.
+  std::vector<int64_t> sizes() const {
+    if (grouped) return {shape.batch, shape.groups, shape.slots, shape.channels};
+    return {shape.batch, shape.rows, shape.channels};
   }
 
   // Blocks of windows times blocks of images; every head of such a block is a task.
   void cut() {
-    const int64_t wanted = std::max<int64_t>(1, kTasks / num_heads);
+    const int64_t wanted = std::max<int64_t>(1, kTasks / shape.heads);
     int64_t total = 0;
     for (const Window& window : windows.list) total += window.size;
     const int64_t tokens = std::max<int64_t>(1, total / wanted);
@@ -93,7 +108,7 @@ struct Problem {
       }
     }
     const int64_t blocks = int64_t(window_blocks.size()) - 1;
-    const int64_t images = partitions == 1 ? batch : 1;
+    const int64_t images = shape.partitions == 1 ? shape.batch : 1;
     image_blocks = std::clamp<int64_t>((wanted + blocks - 1) / std::max<int64_t>(1, blocks), 1,
                                        std::max<int64_t>(1, images));
     images_per_partition = images;
@@ -102,20 +117,28 @@ struct Problem {
       int64_t pairs = 0;
       for (int64_t w = window_blocks[i]; w < window_blocks[i + 1]; w++)
         pairs += int64_t(windows.list[w].size) * (windows.list[w].size + 8);
-      for (int64_t b = 0; b < image_blocks * num_heads; b++)
-        work.push_back(work.back() + std::max<int64_t>(1, pairs * head_dim * images / image_blocks));
+      for (int64_t b = 0; b < image_blocks * shape.heads; b++)
+        work.push_back(
+            work.back() + std::max<int64_t>(1, pairs * shape.head_dim * images / image_blocks));
     }
   }
 
   int64_t blocks() const { return (int64_t(window_blocks.size()) - 1) * image_blocks; }
 
-  // Runs `kernel` for every window, head and image. `partial` [blocks, heads, table_rows] or null.
+  // Runs `kernel` for every window, head and image. `grad_table` [blocks, heads, table_rows] and
+  // `grad_pad` [blocks, heads, 2 head_dim], or null.
   template <class Configure>
-  void run(void (*kernel)(const WindowTask&, void*), void* partial, Configure configure) const {
-    if (windows.list.empty() || batch == 0) return;
-    const StorageType storage = storage_type(qkv);
-    const int64_t element = int64_t(storage == StorageType::Float64 ? 8 : 4);
-    const int64_t scratch_bytes = kernels().scratch_bytes(storage, windows.largest, head_dim);
+  void run(
+      void (*kernel)(const WindowTask&, void*), void* grad_table, void* grad_pad,
+      Configure configure) const {
+    if (windows.list.empty() || shape.batch == 0) return;
+    const StorageType storage = storage_type(x.q);
+    const int64_t element = storage == StorageType::Float64 ? 8 : 4, heads = shape.heads;
+    const int64_t stored = int64_t(x.q.element_size());
+    const auto* pad =
+        pad_value ? static_cast<const char*>(pad_value->const_data_ptr()) : zeros.data();
+    const int64_t scratch_bytes =
+        kernels().scratch_bytes(storage, windows.largest, shape.head_dim);
     // A thread takes the tasks that start in its share of the work.
     torch::stable::parallel_for(0, work.back(), kWorkPerThread, [&](int64_t begin, int64_t end) {
       const int64_t first = std::lower_bound(work.begin(), work.end() - 1, begin) - work.begin();
@@ -124,18 +147,22 @@ struct Problem {
       std::unique_ptr<void, Deleter> scratch(
           ::operator new(scratch_bytes, std::align_val_t(64)));
       for (int64_t i = first; i < last; i++) {
-        const int64_t block = i / num_heads, head = i % num_heads;
+        const int64_t block = i / heads, head = i % heads;
         const int64_t window_block = block / image_blocks, image_block = block % image_blocks;
         WindowTask task{};
         task.storage = storage;
-        task.qkv = qkv.const_data_ptr();
+        task.q = rows_of(x, 0), task.k = rows_of(x, 1), task.v = rows_of(x, 2);
         if (table) task.table = static_cast<const char*>(table->const_data_ptr()) + head * element;
-        if (partial != nullptr)
-          task.grad_table = static_cast<char*>(partial) + i * table_rows * element;
+        if (grad_table != nullptr)
+          task.grad_table = static_cast<char*>(grad_table) + i * shape.table_rows * element;
+        if (grad_pad != nullptr)
+          task.grad_pad = static_cast<char*>(grad_pad) + i * 2 * shape.head_dim * element;
+        task.pad_k = pad + (shape.channels + head * shape.head_dim) * stored;
+        task.pad_v = pad + (2 * shape.channels + head * shape.head_dim) * stored;
         task.head = int32_t(head);
-        task.num_heads = int32_t(num_heads);
-        task.head_dim = int32_t(head_dim);
-        task.rows_per_image = rows_per_image;
+        task.num_heads = int32_t(heads);
+        task.head_dim = int32_t(shape.head_dim);
+        task.rows_per_image = shape.rows;
         task.scale = scale;
         configure(task);
         for (int64_t w = window_blocks[window_block]; w < window_blocks[window_block + 1]; w++) {
@@ -144,6 +171,7 @@ struct Problem {
           task.query_row = windows.query_row.data() + window.start;
           task.key_row = windows.key_row.data() + window.start;
           task.size = window.size;
+          task.tokens = window.tokens;
           task.first_image =
               window.partition + images_per_partition * image_block / image_blocks;
           task.last_image =
@@ -154,90 +182,135 @@ struct Problem {
     });
   }
 
+  Rows rows_of(const QueryKeyValue& tensors, int which) const {
+    const Strides s = strides_of(tensors, which, shape);
+    char* data = static_cast<char*>(const_cast<void*>(s.tensor->const_data_ptr()));
+    return {data + s.first * int64_t(s.tensor->element_size()), s.image, s.row, s.head};
+  }
+
   // Rows outside of windows, such as the padding of gathered groups: zero, and never anything else.
-  // `tensor` [B, rows, ..], or with a number of rows per image in front, as of lse, [B, heads, rows].
-  void zero_outside(Tensor& tensor, int64_t repeats = 1) const {
-    if (windows.outside.empty() || batch == 0) return;
-    const int64_t rows = batch * repeats * rows_per_image;
-    const int64_t row_bytes = tensor.numel() / rows * int64_t(tensor.element_size());
-    char* data = static_cast<char*>(tensor.mutable_data_ptr());
-    for (int64_t i = 0; i < batch * repeats; i++, data += rows_per_image * row_bytes) {
-      const int64_t p = partitions == 1 ? 0 : i / repeats;
-      for (int64_t k = windows.first_outside[p]; k < windows.first_outside[p + 1]; k++)
-        std::memset(data + windows.outside[k] * row_bytes, 0, row_bytes);
+  // Of the three of `tensors`; of a tensor [B, rows, ..]; or, repeated in every image, of lse [B, heads,
+  // rows].
+  void zero_outside(const QueryKeyValue& tensors) const {
+    for (int which = 0; which < 3; which++) {
+      const Rows rows = rows_of(tensors, which);
+      const int64_t element = int64_t(tensors.q.element_size());
+      for_each_outside([&](int64_t b, int64_t row) {
+        for (int64_t head = 0; head < shape.heads; head++)
+          std::memset(
+              static_cast<char*>(rows.data) +
+                  (b * rows.image + row * rows.row + head * rows.head) * element,
+              0, shape.head_dim * element);
+      });
     }
+  }
+  void zero_outside(Tensor& tensor, int64_t repeats = 1) const {
+    const int64_t all = std::max<int64_t>(1, shape.batch * repeats * shape.rows);
+    const int64_t row_bytes = tensor.numel() / all * int64_t(tensor.element_size());
+    char* data = static_cast<char*>(tensor.mutable_data_ptr());
+    for_each_outside([&](int64_t b, int64_t row) {
+      for (int64_t i = 0; i < repeats; i++)
+        std::memset(data + ((b * repeats + i) * shape.rows + row) * row_bytes, 0, row_bytes);
+    });
   }
 
  private:
+  template <class Call>
+  void for_each_outside(Call call) const {
+    if (windows.outside.empty()) return;
+    for (int64_t b = 0; b < shape.batch; b++) {
+      const int64_t p = shape.partitions == 1 ? 0 : b;
+      for (int64_t i = windows.first_outside[p]; i < windows.first_outside[p + 1]; i++)
+        call(b, windows.outside[i]);
+    }
+  }
+
+  std::vector<char> zeros;  // in the place of pad_value
   std::vector<int64_t> window_blocks, work;  // first window of a block; work before a task
   int64_t image_blocks, images_per_partition;
 };
 
 std::tuple<Tensor, Tensor> forward(const Problem& problem) {
-  const Tensor& qkv = problem.qkv;
-  std::vector<int64_t> sizes(qkv.sizes().begin(), qkv.sizes().end());
-  sizes.back() = problem.channels;
-  Tensor out = torch::stable::new_empty(qkv, sizes);
+  const Tensor& q = problem.x.q;
+  const AttentionShape& shape = problem.shape;
+  Tensor out = torch::stable::new_empty(q, problem.sizes());
   Tensor lse = torch::stable::new_empty(
-      qkv, {problem.batch, problem.num_heads, problem.rows_per_image}, arithmetic_type(qkv));
+      q, {shape.batch, shape.heads, shape.rows}, arithmetic_type(q));
   problem.zero_outside(out);
   // Never used, but an output must not hold what memory held before.
-  problem.zero_outside(lse, problem.num_heads);
-  problem.run(kernels().forward, nullptr, [&](WindowTask& task) {
+  problem.zero_outside(lse, shape.heads);
+  problem.run(kernels().forward, nullptr, nullptr, [&](WindowTask& task) {
     task.out = out.mutable_data_ptr();
     task.lse = lse.mutable_data_ptr();
   });
   return {out, lse};
 }
 
-// grad_table[row, head] = sum over blocks of partial[block, head, row], in the order of blocks.
+// sums[row, head] = sum over blocks of partial[block, head, row], in the order of blocks.
 template <class A>
-void reduce(const A* partial, A* grad_table, int64_t blocks, int64_t heads, int64_t rows) {
+void reduce(const A* partial, A* sums, int64_t blocks, int64_t heads, int64_t rows) {
   torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; head++)
       for (int64_t row = 0; row < rows; row++) {
         A sum = 0;
         for (int64_t block = 0; block < blocks; block++)
           sum += partial[(block * heads + head) * rows + row];
-        grad_table[row * heads + head] = sum;
+        sums[row * heads + head] = sum;
       }
   });
 }
 
-std::tuple<Tensor, Tensor> backward(
+Tensor reduced(const Tensor& partial) {
+  const int64_t blocks = partial.size(0), heads = partial.size(1), rows = partial.size(2);
+  Tensor sums = torch::stable::new_empty(partial, {rows, heads});
+  if (partial.scalar_type() == ScalarType::Double)
+    reduce(partial.const_data_ptr<double>(), sums.mutable_data_ptr<double>(), blocks, heads, rows);
+  else
+    reduce(partial.const_data_ptr<float>(), sums.mutable_data_ptr<float>(), blocks, heads, rows);
+  return sums;
+}
+
+struct Gradients {
+  QueryKeyValue x;
+  Tensor table, pad;
+};
+
+Gradients backward(
     const Problem& problem, const Tensor& grad_out_any, const Tensor& lse_any, bool need_qkv,
-    bool need_table) {
-  const Tensor& qkv = problem.qkv;
-  check_rows(grad_out_any, qkv, problem.channels, "grad_out");
-  check_lse(lse_any, qkv, arithmetic_type(qkv), problem.batch, problem.num_heads,
-            problem.rows_per_image);
+    bool need_table, bool need_pad) {
+  const QueryKeyValue& x = problem.x;
+  const AttentionShape& shape = problem.shape;
+  check_rows(grad_out_any, x, shape, problem.grouped, "grad_out");
+  check_lse(lse_any, x.q, arithmetic_type(x.q), shape.batch, shape.heads, shape.rows);
   const Tensor grad_out = torch::stable::contiguous(grad_out_any);
   const Tensor lse = torch::stable::contiguous(lse_any);
   need_table = need_table && problem.table.has_value();
+  need_pad = need_pad && problem.pad_value.has_value();
   const std::vector<int64_t> none{0};
-  std::vector<int64_t> sizes(qkv.sizes().begin(), qkv.sizes().end());
-  Tensor grad_qkv = torch::stable::new_empty(qkv, need_qkv ? sizes : none);
-  if (need_qkv) problem.zero_outside(grad_qkv);
-  Tensor partial = torch::stable::new_zeros(
-      lse,
-      need_table ? std::vector<int64_t>{problem.blocks(), problem.num_heads, problem.table_rows}
-                 : none);
+  const auto like = [&](const Tensor& tensor) {
+    return need_qkv ? torch::stable::empty_like(tensor) : torch::stable::new_empty(tensor, none);
+  };
+  Gradients grads{{like(x.q), std::nullopt, std::nullopt}, none_like(lse), none_like(lse)};
+  if (!x.is_packed()) grads.x.k = like(*x.k), grads.x.v = like(*x.v);
+  if (need_qkv) problem.zero_outside(grads.x);
+  const auto partial = [&](bool needed, int64_t rows) {
+    return torch::stable::new_zeros(
+        lse, needed ? std::vector<int64_t>{problem.blocks(), shape.heads, rows} : none);
+  };
+  Tensor table = partial(need_table, shape.table_rows), pad = partial(need_pad, 2 * shape.head_dim);
   problem.run(
-      kernels().backward, need_table ? partial.mutable_data_ptr() : nullptr,
-      [&](WindowTask& task) {
+      kernels().backward, need_table ? table.mutable_data_ptr() : nullptr,
+      need_pad ? pad.mutable_data_ptr() : nullptr, [&](WindowTask& task) {
         task.grad_out = grad_out.const_data_ptr();
         task.lse = lse.mutable_data_ptr();
-        task.out = need_qkv ? grad_qkv.mutable_data_ptr() : nullptr;
+        if (!need_qkv) return;
+        task.grad_q = problem.rows_of(grads.x, 0);
+        task.grad_k = problem.rows_of(grads.x, 1);
+        task.grad_v = problem.rows_of(grads.x, 2);
       });
-  if (!need_table) return {grad_qkv, partial};
-  Tensor grad_table = torch::stable::new_empty(lse, {problem.table_rows, problem.num_heads});
-  if (lse.scalar_type() == ScalarType::Double)
-    reduce(partial.const_data_ptr<double>(), grad_table.mutable_data_ptr<double>(),
-           problem.blocks(), problem.num_heads, problem.table_rows);
-  else
-    reduce(partial.const_data_ptr<float>(), grad_table.mutable_data_ptr<float>(),
-           problem.blocks(), problem.num_heads, problem.table_rows);
-  return {grad_qkv, grad_table};
+  if (need_table) grads.table = reduced(table);
+  if (need_pad) grads.pad = reduced(pad);
+  return grads;
 }
 
 }  // namespace
@@ -245,30 +318,39 @@ std::tuple<Tensor, Tensor> backward(
 std::tuple<Tensor, Tensor> block_diagonal_attention(
     const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id,
     const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
-  return forward({qkv, table, {std::nullopt, window_id, query_row, key_row}, num_heads, scale});
+  return forward(
+      {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, scale});
 }
 
 std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
     const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor&,
     const Tensor& lse, const Tensor& window_id, const Tensor& query_row, const Tensor& key_row,
     int64_t num_heads, double scale, bool need_qkv, bool need_table) {
-  return backward({qkv, table, {std::nullopt, window_id, query_row, key_row}, num_heads, scale},
-                  grad_out, lse, need_qkv, need_table);
+  const Gradients grads = backward(
+      {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, scale}, grad_out,
+      lse, need_qkv, need_table, false);
+  return {grads.x.q, grads.table};
 }
 
 std::tuple<Tensor, Tensor> group_window_attention(
-    const Tensor& qkv, std::optional<Tensor> table, const Tensor& token_index,
-    const Tensor& window_id, const Tensor& query_row, const Tensor& key_row, int64_t num_heads,
-    double scale) {
-  return forward({qkv, table, {token_index, window_id, query_row, key_row}, num_heads, scale});
+    const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> table,
+    std::optional<Tensor> pad_value, const Tensor& token_index, const Tensor& window_id,
+    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
+  return forward({{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row},
+                  num_heads, scale});
 }
 
-std::tuple<Tensor, Tensor> group_window_attention_backward(
-    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor&,
-    const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& query_row,
-    const Tensor& key_row, int64_t num_heads, double scale, bool need_qkv, bool need_table) {
-  return backward({qkv, table, {token_index, window_id, query_row, key_row}, num_heads, scale},
-                  grad_out, lse, need_qkv, need_table);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_window_attention_backward(
+    const Tensor& grad_out, const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v,
+    std::optional<Tensor> table, std::optional<Tensor> pad_value, const Tensor&, const Tensor& lse,
+    const Tensor& token_index, const Tensor& window_id, const Tensor& query_row,
+    const Tensor& key_row, int64_t num_heads, double scale, bool need_qkv, bool need_table,
+    bool need_pad) {
+  const Gradients grads = backward(
+      {{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row}, num_heads, scale},
+      grad_out, lse, need_qkv, need_table, need_pad);
+  return {grads.x.q, grads.x.k.value_or(none_like(q)), grads.x.v.value_or(none_like(q)),
+          grads.table, grads.pad};
 }
 
 }  // namespace greenmim::cpu

@@ -7,8 +7,12 @@
 
 #define GREENMIM_INLINE static inline __attribute__((always_inline))
 
-// Storage types are float, double and bfloat16 (a 16-bit integer); arithmetic is float or double.
+// Storage types are float, double, bfloat16 and float16 (16-bit integers); arithmetic is float or
+// double.
 struct bfloat16 {
+  unsigned short bits;
+};
+struct float16 {
   unsigned short bits;
 };
 
@@ -18,6 +22,10 @@ struct Arithmetic {
 };
 template <>
 struct Arithmetic<bfloat16> {
+  using type = float;
+};
+template <>
+struct Arithmetic<float16> {
   using type = float;
 };
 
@@ -94,6 +102,39 @@ GREENMIM_INLINE void store_storage(bfloat16* p, Vec<float> value) {
 template <class A>
 GREENMIM_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};
+}
+// A float16 has five bits of exponent and ten of fraction: shifted to a float's place its exponent is
+// short by 127 - 15, which a multiplication adds for normal and subnormal numbers alike.
+template <class A>
+GREENMIM_INLINE Vec<float> load_storage(const float16* p) {
+  const Bits half = __builtin_convertvector(*(const HalfBits*)p, Bits);
+  const Vec<float> number = (Vec<float>)((half & 0x7fff) << 13) * 0x1p112f;
+  const Bits special = (Bits)((half & 0x7c00) == 0x7c00);  // infinite, or NaN
+  return (Vec<float>)((Bits)number | (special & 0x7f800000) | ((half & 0x8000) << 16));
+}
+template <class A>
+GREENMIM_INLINE void store_storage(float16* p, Vec<float> value) {
+  const Bits bits = (Bits)value, size = bits & 0x7fffffff;
+  // Round to nearest, ties to even: by integers where the result is normal; else by adding a number of
+  // which the last bit counts 2^-24, as that of a subnormal float16 does.
+  const Bits normal = ((size + 0xfff + ((size >> 13) & 1)) >> 13) - (112 << 10);
+  const Bits subnormal = (Bits)((Vec<float>)size + 0.5f) - 0x3f000000;
+  const Bits is_subnormal = (Bits)(size < (113u << 23));
+  Bits half = (is_subnormal & subnormal) | (~is_subnormal & normal);
+  const Bits is_large = (Bits)(size >= 0x477ff000);  // rounds to 2^16 or more
+  half = (is_large & 0x7c00) | (~is_large & half);
+  const Bits nan = (Bits)(value != value);
+  half = (nan & 0x7e00) | (~nan & half);
+  *(HalfBits*)p = __builtin_convertvector(half | ((bits >> 16) & 0x8000), HalfBits);
+}
+GREENMIM_INLINE float load_scalar(const float16* p) {
+  unsigned short all[GREENMIM_VECTOR_BYTES / 4] = {p->bits};
+  return load_storage<float>((const float16*)all)[0];
+}
+GREENMIM_INLINE void store_scalar(float16* p, float value) {
+  unsigned short all[GREENMIM_VECTOR_BYTES / 4];
+  store_storage<float>((float16*)all, broadcast<float>(value));
+  p->bits = all[0];
 }
 // 0, 1, ... of the lanes as a parameter pack: a shuffle is one instruction only where its indices
 // are a constant before the loops around it are unrolled.

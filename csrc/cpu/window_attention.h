@@ -1,8 +1,9 @@
 // Attention of one window and one head, for the images that share the window. Included by kernels.h.
 //
-// With n tokens, head dim D, and np, dp their multiples of the vector width, the tiles are
-//   q (times scale), k, v, grad_out, result [n, dp];  k_t, v_t [dp, np];
-//   bias, scores, grad_scores, grad_bias [n, np].
+// With n slots of which m are tokens, head dim D, and np, dp their multiples of the vector width, the
+// tiles are
+//   q (times scale), grad_out [m, dp];  k, v [n, dp];  k_t, v_t [dp, np];  result [n, dp];
+//   bias, scores, grad_scores, grad_bias [m, np].
 // The bias tile, with -inf in the columns beyond n, is made once for all images; the gradient of
 // the bias is summed in a tile over them and added to the table once.
 
@@ -32,21 +33,23 @@ struct Tiles {
   }
 };
 
-// tile[i, 0:D] = factor * rows; the columns beyond D are zero.
+// tile[0:D] = factor * row; the columns beyond D are zero.
+template <class A, class T>
+GREENMIM_INLINE void load_row(A* tile, int64_t dp, const T* row, int head_dim, A factor) {
+  constexpr int W = Vector<A>::width;
+  if (head_dim == dp) {  // whole vectors
+    for (int64_t d = 0; d < dp; d += W) store<A>(tile + d, factor * load_storage<A>(row + d));
+    return;
+  }
+  for (int d = 0; d < head_dim; d++) tile[d] = factor * load_scalar(row + d);
+  for (int64_t d = head_dim; d < dp; d++) tile[d] = 0;
+}
 template <class A, class T>
 GREENMIM_INLINE void load_rows(
-    A* tile, int64_t dp, const T* from, int64_t stride, const int32_t* rows, int n, int head_dim,
+    A* tile, int64_t dp, const T* from, int64_t stride, const int32_t* rows, int count, int head_dim,
     A factor) {
-  constexpr int W = Vector<A>::width;
-  for (int i = 0; i < n; i++, tile += dp) {
-    const T* row = from + rows[i] * stride;
-    if (head_dim == dp) {  // whole vectors
-      for (int64_t d = 0; d < dp; d += W) store<A>(tile + d, factor * load_storage<A>(row + d));
-      continue;
-    }
-    for (int d = 0; d < head_dim; d++) tile[d] = factor * load_scalar(row + d);
-    for (int64_t d = head_dim; d < dp; d++) tile[d] = 0;
-  }
+  for (int i = 0; i < count; i++)
+    load_row<A>(tile + i * dp, dp, from + rows[i] * stride, head_dim, factor);
 }
 
 // tile_t[d, i] = tile[i, d], for whole vectors; the columns beyond n are zero.
@@ -67,10 +70,10 @@ GREENMIM_INLINE void transpose(A* tile_t, int64_t np, const A* tile, int64_t dp,
 
 template <class A, class T>
 GREENMIM_INLINE void store_rows(
-    T* to, int64_t stride, const int32_t* rows, const A* tile, int64_t dp, int n, int head_dim,
+    T* to, int64_t stride, const int32_t* rows, const A* tile, int64_t dp, int count, int head_dim,
     A factor) {
   constexpr int W = Vector<A>::width;
-  for (int i = 0; i < n; i++, tile += dp) {
+  for (int i = 0; i < count; i++, tile += dp) {
     T* row = to + rows[i] * stride;
     if (head_dim == dp) {
       for (int64_t d = 0; d < dp; d += W) store_storage<A>(row + d, factor * load<A>(tile + d));
@@ -94,7 +97,7 @@ template <class A>
 GREENMIM_INLINE void make_bias(const WindowTask& task, const Tiles<A>& t) {
   const A* table = (const A*)task.table;
   const int n = task.size;
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < task.tokens; i++) {
     A* row = t.bias + i * t.np;
     const int32_t first = task.query_row[i];
     for (int j = 0; j < n; j++)
@@ -103,32 +106,53 @@ GREENMIM_INLINE void make_bias(const WindowTask& task, const Tiles<A>& t) {
   }
 }
 
+// One of q, k, v or their gradients, of the task's head.
+template <class T>
+struct HeadRows {
+  T* first;  // row 0 of image 0
+  int64_t image, row;
+
+  HeadRows(const Rows& rows, int head)
+      : first(rows.data == nullptr ? nullptr : (T*)rows.data + head * rows.head), image(rows.image), row(rows.row) {}
+
+  T* of(int64_t b) const { return first + b * image; }
+};
+
+// The tiles of keys and values, which do not change from image to image for padding.
+template <class A, class T>
+GREENMIM_INLINE void load_padding(const WindowTask& task, const Tiles<A>& t) {
+  for (int i = task.tokens; i < task.size; i++) {
+    load_row<A>(t.k + i * t.dp, t.dp, (const T*)task.pad_k, task.head_dim, A(1));
+    load_row<A>(t.v + i * t.dp, t.dp, (const T*)task.pad_v, task.head_dim, A(1));
+  }
+}
+
 template <class T>
 void forward(const WindowTask& task, void* scratch) {
   using A = typename Arithmetic<T>::type;
   constexpr int W = Vector<A>::width;
-  const int n = task.size, head_dim = task.head_dim;
+  const int n = task.size, m = task.tokens, head_dim = task.head_dim;
   const int64_t channels = int64_t(task.num_heads) * head_dim;
-  const int64_t image = task.rows_per_image * channels;
+  const HeadRows<T> q(task.q, task.head), k(task.k, task.head), v(task.v, task.head);
   const Tiles<A> t(scratch, n, head_dim);
   make_bias(task, t);
+  load_padding<A, T>(task, t);
   for (int64_t b = task.first_image; b < task.last_image; b++) {
-    const T* q = (const T*)task.qkv + b * 3 * image + task.head * head_dim;
-    const T* next_q = b + 1 < task.last_image ? q + 3 * image : q;
-    T* out = (T*)task.out + b * image + task.head * head_dim;
+    const int64_t next = b + 1 < task.last_image ? b + 1 : b;
+    T* out = (T*)task.out + b * task.rows_per_image * channels + task.head * head_dim;
     A* lse = (A*)task.lse + (b * task.num_heads + task.head) * task.rows_per_image;
-    load_rows<A>(t.q, t.dp, q, 3 * channels, task.rows, n, head_dim, A(task.scale));
-    load_rows<A>(t.k, t.dp, q + channels, 3 * channels, task.rows, n, head_dim, A(1));
-    load_rows<A>(t.v, t.dp, q + 2 * channels, 3 * channels, task.rows, n, head_dim, A(1));
+    load_rows<A>(t.q, t.dp, q.of(b), q.row, task.rows, m, head_dim, A(task.scale));
+    load_rows<A>(t.k, t.dp, k.of(b), k.row, task.rows, m, head_dim, A(1));
+    load_rows<A>(t.v, t.dp, v.of(b), v.row, task.rows, m, head_dim, A(1));
     transpose<A>(t.k_t, t.np, t.k, t.dp, n);
-    product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, n, t.np, head_dim);
-    for (int i = 0; i < n; i++) {
+    product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, m, t.np, head_dim);
+    for (int i = 0; i < m; i++) {
       A* row = t.scores + i * t.np;
       const A* bias = t.bias + i * t.np;
-      const int64_t at = task.rows[i] * channels;
-      prefetch_row(out + at, head_dim, true);
-      for (int part = 0; part < 3; part++)
-        prefetch_row(next_q + 3 * at + part * channels, head_dim, false);
+      prefetch_row(out + task.rows[i] * channels, head_dim, true);
+      prefetch_row(q.of(next) + task.rows[i] * q.row, head_dim, false);
+      prefetch_row(k.of(next) + task.rows[i] * k.row, head_dim, false);
+      prefetch_row(v.of(next) + task.rows[i] * v.row, head_dim, false);
       Vec<A> largest = broadcast<A>(-__builtin_inf());
       for (int64_t j = 0; j < t.np; j += W) {
         const Vec<A> score = load<A>(row + j) + load<A>(bias + j);
@@ -148,74 +172,93 @@ void forward(const WindowTask& task, void* scratch) {
       const Vec<A> factor = broadcast<A>(A(1) / sum);
       for (int64_t j = 0; j < t.np; j += W) store<A>(row + j, load<A>(row + j) * factor);
     }
-    product<A>({t.scores, t.np, 1}, t.v, t.dp, t.result, t.dp, n, t.dp, n);
-    store_rows<A>(out, channels, task.rows, t.result, t.dp, n, head_dim, A(1));
+    product<A>({t.scores, t.np, 1}, t.v, t.dp, t.result, t.dp, m, t.dp, n);
+    store_rows<A>(out, channels, task.rows, t.result, t.dp, m, head_dim, A(1));
   }
+}
+
+// sums[d] += rows of padding of a result.
+template <class A>
+GREENMIM_INLINE void add_padding(A* sums, const WindowTask& task, const Tiles<A>& t) {
+  for (int i = task.tokens; i < task.size; i++)
+    for (int d = 0; d < task.head_dim; d++) sums[d] += t.result[i * t.dp + d];
 }
 
 template <class T>
 void backward(const WindowTask& task, void* scratch) {
   using A = typename Arithmetic<T>::type;
   constexpr int W = Vector<A>::width;
-  const int n = task.size, head_dim = task.head_dim;
+  const int n = task.size, m = task.tokens, head_dim = task.head_dim;
   const int64_t channels = int64_t(task.num_heads) * head_dim;
   const int64_t image = task.rows_per_image * channels;
+  const HeadRows<T> q(task.q, task.head), k(task.k, task.head), v(task.v, task.head);
+  const HeadRows<T> grad_q(task.grad_q, task.head), grad_k(task.grad_k, task.head),
+      grad_v(task.grad_v, task.head);
+  A* grad_pad = (A*)task.grad_pad;
+  const bool need_qkv = task.grad_q.data != nullptr;
   const Tiles<A> t(scratch, n, head_dim);
   make_bias(task, t);
-  for (int64_t j = 0; j < n * t.np; j++) t.grad_bias[j] = 0;
+  load_padding<A, T>(task, t);
+  for (int64_t j = 0; j < m * t.np; j++) t.grad_bias[j] = 0;
   for (int64_t b = task.first_image; b < task.last_image; b++) {
-    const int64_t start = b * 3 * image + task.head * head_dim;
-    const T* q = (const T*)task.qkv + start;
+    const int64_t next = b + 1 < task.last_image ? b + 1 : b;
     const T* grad_out = (const T*)task.grad_out + b * image + task.head * head_dim;
-    const bool more = b + 1 < task.last_image;
-    const T* next_q = more ? q + 3 * image : q;
-    const T* next_grad_out = more ? grad_out + image : grad_out;
+    const T* next_grad_out = grad_out + (next - b) * image;
     const A* lse = (const A*)task.lse + (b * task.num_heads + task.head) * task.rows_per_image;
-    load_rows<A>(t.q, t.dp, q, 3 * channels, task.rows, n, head_dim, A(task.scale));
-    load_rows<A>(t.k, t.dp, q + channels, 3 * channels, task.rows, n, head_dim, A(1));
-    load_rows<A>(t.v, t.dp, q + 2 * channels, 3 * channels, task.rows, n, head_dim, A(1));
-    load_rows<A>(t.grad_out, t.dp, grad_out, channels, task.rows, n, head_dim, A(1));
+    load_rows<A>(t.q, t.dp, q.of(b), q.row, task.rows, m, head_dim, A(task.scale));
+    load_rows<A>(t.k, t.dp, k.of(b), k.row, task.rows, m, head_dim, A(1));
+    load_rows<A>(t.v, t.dp, v.of(b), v.row, task.rows, m, head_dim, A(1));
+    load_rows<A>(t.grad_out, t.dp, grad_out, channels, task.rows, m, head_dim, A(1));
     transpose<A>(t.k_t, t.np, t.k, t.dp, n);
     transpose<A>(t.v_t, t.np, t.v, t.dp, n);
-    product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, n, t.np, head_dim);
-    product<A>({t.grad_out, t.dp, 1}, t.v_t, t.np, t.grad_scores, t.np, n, t.np, head_dim);
-    for (int i = 0; i < n; i++) {
+    product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, m, t.np, head_dim);
+    product<A>({t.grad_out, t.dp, 1}, t.v_t, t.np, t.grad_scores, t.np, m, t.np, head_dim);
+    for (int i = 0; i < m; i++) {
       A* row = t.scores + i * t.np;
       A* grad_row = t.grad_scores + i * t.np;
       const A* bias = t.bias + i * t.np;
       A* grad_bias = t.grad_bias + i * t.np;
       const A normaliser = lse[task.rows[i]];
-      const int64_t at = task.rows[i] * channels;
-      prefetch_row(next_grad_out + at, head_dim, false);
-      for (int part = 0; part < 3; part++)
-        prefetch_row(next_q + 3 * at + part * channels, head_dim, false);
-      // delta = sum_j P dP, which is sum_d out grad_out without the rounding of `out`.
-      Vec<A> deltas{};
+      prefetch_row(next_grad_out + task.rows[i] * channels, head_dim, false);
+      prefetch_row(q.of(next) + task.rows[i] * q.row, head_dim, false);
+      prefetch_row(k.of(next) + task.rows[i] * k.row, head_dim, false);
+      prefetch_row(v.of(next) + task.rows[i] * v.row, head_dim, false);
+      // delta = sum_j P dP, which is sum_d out grad_out without the rounding of `out`. Divided by the
+      // sum of P: where scores are large that differs from 1 by the rounding of the normaliser, and a
+      // gradient whose rows do not add up to zero would be wrong by as much of delta.
+      Vec<A> deltas{}, sums{};
       for (int64_t j = 0; j < t.np; j += W) {
         const Vec<A> p = exponential(load<A>(row + j) + load<A>(bias + j) - normaliser);
         deltas += p * load<A>(grad_row + j);
+        sums += p;
         store<A>(row + j, p);
       }
-      const A delta = horizontal_sum<A>(deltas);
+      const A delta = horizontal_sum<A>(deltas) / horizontal_sum<A>(sums);
       for (int64_t j = 0; j < t.np; j += W) {
         const Vec<A> grad = load<A>(row + j) * (load<A>(grad_row + j) - delta);
         store<A>(grad_row + j, grad);
         store<A>(grad_bias + j, load<A>(grad_bias + j) + grad);
       }
     }
-    if (task.out == nullptr) continue;
-    T* grad_q = (T*)task.out + start;
-    product<A>({t.grad_scores, t.np, 1}, t.k, t.dp, t.result, t.dp, n, t.dp, n);
-    store_rows<A>(grad_q, 3 * channels, task.rows, t.result, t.dp, n, head_dim, A(task.scale));
+    if (!need_qkv && grad_pad == nullptr) continue;
+    if (need_qkv) {
+      product<A>({t.grad_scores, t.np, 1}, t.k, t.dp, t.result, t.dp, m, t.dp, n);
+      store_rows<A>(
+          grad_q.of(b), grad_q.row, task.rows, t.result, t.dp, m, head_dim, A(task.scale));
+    }
     // t.q carries the scale already.
-    product<A>({t.grad_scores, 1, t.np}, t.q, t.dp, t.result, t.dp, n, t.dp, n);
-    store_rows<A>(grad_q + channels, 3 * channels, task.rows, t.result, t.dp, n, head_dim, A(1));
-    product<A>({t.scores, 1, t.np}, t.grad_out, t.dp, t.result, t.dp, n, t.dp, n);
-    store_rows<A>(grad_q + 2 * channels, 3 * channels, task.rows, t.result, t.dp, n, head_dim, A(1));
+    product<A>({t.grad_scores, 1, t.np}, t.q, t.dp, t.result, t.dp, n, t.dp, m);
+    if (need_qkv)
+      store_rows<A>(grad_k.of(b), grad_k.row, task.rows, t.result, t.dp, m, head_dim, A(1));
+    if (grad_pad != nullptr) add_padding(grad_pad, task, t);
+    product<A>({t.scores, 1, t.np}, t.grad_out, t.dp, t.result, t.dp, n, t.dp, m);
+    if (need_qkv)
+      store_rows<A>(grad_v.of(b), grad_v.row, task.rows, t.result, t.dp, m, head_dim, A(1));
+    if (grad_pad != nullptr) add_padding(grad_pad + head_dim, task, t);
   }
   if (task.grad_table == nullptr) return;
   A* grad_table = (A*)task.grad_table;
-  for (int i = 0; i < n; i++)
+  for (int i = 0; i < m; i++)
     for (int j = 0; j < n; j++)
       grad_table[task.query_row[i] + task.key_row[j]] += t.grad_bias[i * t.np + j];
 }
@@ -225,6 +268,7 @@ void forward_any(const WindowTask& task, void* scratch) {
     case StorageType::Float32: return forward<float>(task, scratch);
     case StorageType::Float64: return forward<double>(task, scratch);
     case StorageType::BFloat16: return forward<bfloat16>(task, scratch);
+    case StorageType::Float16: return forward<float16>(task, scratch);
   }
 }
 
@@ -233,6 +277,7 @@ void backward_any(const WindowTask& task, void* scratch) {
     case StorageType::Float32: return backward<float>(task, scratch);
     case StorageType::Float64: return backward<double>(task, scratch);
     case StorageType::BFloat16: return backward<bfloat16>(task, scratch);
+    case StorageType::Float16: return backward<float16>(task, scratch);
   }
 }
 

@@ -12,12 +12,13 @@ namespace greenmim::cpu {
 struct Window {
   int64_t partition;  // 0 where one mask serves the batch, else the image
   int64_t start;      // its first slot in the lists below
-  int32_t size;       // slots
+  int32_t size;       // slots: tokens, then padding that attends
+  int32_t tokens;
 };
 
 struct Windows {
   std::vector<Window> list;
-  std::vector<int32_t> rows;       // row of a token within its image
+  std::vector<int32_t> rows;       // row of a token within its image; -1 of padding
   std::vector<int32_t> query_row;  // the bias table's row of a pair is a query's number and a key's
   std::vector<int32_t> key_row;
   int32_t largest = 0;             // slots of the fullest window
@@ -70,24 +71,31 @@ inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_
         std::stable_sort(order.begin(), last, by_window);
       }
       for (auto slot = order.begin(); slot != last;) {
-        Window window{p, int64_t(windows.rows.size()), 0};
+        Window window{p, int64_t(windows.rows.size()), 0, 0};
         const int32_t id = window_id[*slot];
+        const auto end =
+            std::find_if(slot, last, [&](int64_t other) { return window_id[other] != id; });
+        const auto is_token = [&](int64_t s) { return token_index == nullptr || token_index[s] >= 0; };
+        if (!std::is_partitioned(slot, end, is_token)) std::stable_partition(slot, end, is_token);
         int32_t lowest[2] = {INT32_MAX, INT32_MAX}, highest[2] = {INT32_MIN, INT32_MIN};
-        for (; slot != last && window_id[*slot] == id; ++slot, window.size++) {
+        for (; slot != end; ++slot, window.size++) {
           const int32_t ends[2] = {part.query_row[*slot], part.key_row[*slot]};
-          for (int end = 0; end < 2; end++) {
-            lowest[end] = std::min(lowest[end], ends[end]);
-            highest[end] = std::max(highest[end], ends[end]);
+          for (int side = 0; side < 2; side++) {
+            lowest[side] = std::min(lowest[side], ends[side]);
+            highest[side] = std::max(highest[side], ends[side]);
           }
-          windows.rows.push_back(row_of(*slot));
+          const bool token = is_token(*slot);
+          windows.rows.push_back(token ? row_of(*slot) : -1);
           windows.query_row.push_back(ends[0]);
           windows.key_row.push_back(ends[1]);
+          window.tokens += token;
         }
         STD_TORCH_CHECK(
             table_rows == 0 || (int64_t(lowest[0]) + lowest[1] >= 0 &&
                                 int64_t(highest[0]) + highest[1] < table_rows),
             "query_row + key_row of window ", id, " lies outside the ", table_rows,
             " rows of the bias table");
+        if (window.tokens == 0) continue;  // nobody asks
         windows.largest = std::max(windows.largest, window.size);
         windows.list.push_back(window);
       }

@@ -209,7 +209,7 @@ class _Block(torch.autograd.Function):
         partition, shape = (token_index, window_id, query_row, key_row), x.shape[-1:]
         normed1, *statistics1 = _norm(x, shape, *norm1, eps1)
         projected = _linear(normed1, *qkv)
-        attended, lse = _attention(projected, table, *partition, *sizes)
+        attended, lse = _attention(projected, None, None, table, None, *partition, *sizes)
         middle = _linear(attended, *proj) + x
         normed2, *statistics2 = _norm(middle, shape, *norm2, eps2)
         out, hidden, slope = _mlp(normed2, *fc1, *fc2)
@@ -239,9 +239,9 @@ class _Block(torch.autograd.Function):
         of_middle, *of_norm2 = _norm_backward(of_normed2, middle, shape, *statistics2)
         of_middle = of_middle + grad
         of_attended, *of_proj = _linear_backward(of_middle, attended, proj, True, *need_proj)
-        of_projected, of_table = _attention_backward(
-            *(of_attended, projected, table, attended, lse, *partition, *ctx.sizes),
-            *(True, need_table),
+        of_projected, _, _, of_table, _ = _attention_backward(
+            *(of_attended, projected, None, None, table, None, attended, lse, *partition),
+            *(*ctx.sizes, True, need_table, False),
         )
         of_normed1, *of_qkv = _linear_backward(of_projected, normed1, qkv, True, *need_qkv)
         statistics1 = (mean1, rstd1, *norm1, (True, *need_norm1))
