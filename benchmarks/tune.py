@@ -24,7 +24,7 @@ import torch
 
 import greenmim_kernels as gk
 from greenmim_kernels._triton import ahead_of_time, launch, operators
-from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
+from greenmim_kernels.testing import Case, Inputs, make_inputs, operator_arguments, relative_error
 
 from .environment import describe, earlier, first_line, folder_of, write_json
 from .measure import measure_graph
@@ -101,17 +101,11 @@ def problem_of(name: str, batch: int) -> Inputs:
 
 def runner(name: str, inputs: Inputs):
     """A function that runs the kernels of a class once and returns what they wrote."""
-    part = inputs.part
-    sizes = (inputs.num_heads, SCALE)
-    arguments = (inputs.table, *part.tensors)
-    saved = operators.group_window_attention(inputs.qkv, *arguments, *sizes)
-    kernel = name.split("-")[0]
-    if kernel == "fwd":
-        return lambda: operators.group_window_attention(inputs.qkv, *arguments, *sizes)
     # The kernels of a long backward pass run together; each is tuned with the others as they are.
-    return lambda: operators.group_window_attention_backward(
-        inputs.grad_out, inputs.qkv, inputs.table, *saved, *arguments[1:], *sizes, True, True
-    )
+    operator = "group_window_attention" + ("" if name.startswith("fwd") else "_backward")
+    arguments = operator_arguments(operator, inputs, SCALE, "_triton")
+    call = getattr(operators, operator)
+    return lambda: [x for x in call(*arguments) if x.numel()]
 
 
 def reference_of(name: str, inputs: Inputs) -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .backends import use_backend
-from .functional import group_window_attention
+from .functional import group_gather, group_window_attention
+from .ops import operator
 from .partition import GroupPartition, group_partition, partition_capacity
 from .reference import accumulation_dtype
 
@@ -169,6 +170,39 @@ def run(inputs: Inputs, attention=group_window_attention) -> dict[str, Tensor]:
     out = attention(qkv, table, inputs.part, inputs.num_heads)
     grad_qkv, grad_table = torch.autograd.grad(out, (qkv, table), inputs.grad_out)
     return {"out": out.detach(), "grad_qkv": grad_qkv, "grad_table": grad_table}
+
+
+def operator_arguments(
+    name: str, inputs: Inputs, scale: float = 0.3, variant: str = "", three: bool = False
+) -> tuple:
+    """Arguments of an operator of `ops`; a backward pass's results are of that variant's forward.
+
+    `three`: q, k and v apart, of strides of their own, and padding's.
+    """
+    part, qkv, grad_out, table = inputs.part, inputs.qkv, inputs.grad_out, inputs.table
+    if name == "group_gather":
+        return qkv.requires_grad_(), part.token_index
+    if name.startswith("block_diagonal") or name == "group_scatter":
+        with use_backend("reference"):
+            qkv, grad_out = group_gather(qkv, part), group_gather(grad_out, part)
+    if name == "group_scatter":
+        return qkv.requires_grad_(), part.token_index, part.num_tokens
+    sizes = (inputs.num_heads, scale)
+    if name.startswith("block_diagonal"):
+        tensors, indices = (qkv, table), part.tensors[1:]
+    else:
+        tensors, indices = (qkv, None, None, table, None), part.tensors
+        if three:
+            q, k, v = qkv.unflatten(-1, (3, inputs.num_heads, -1)).unbind(2)
+            # A layout each: as it is, head by head, and on its own.
+            k = k.transpose(1, 2).contiguous().transpose(1, 2)
+            tensors = (q, k, v.contiguous(), table, qkv[0, 0].clone())
+    tensors = [x if x is None else x.detach() for x in tensors]
+    if not name.endswith("_backward"):
+        return *(x if x is None else x.requires_grad_() for x in tensors), *indices, *sizes
+    saved = operator(name.removesuffix("_backward"), variant)(*tensors, *indices, *sizes)
+    needs = (True, True) if len(tensors) == 2 else (True, True, tensors[-1] is not None)
+    return grad_out, *tensors, *saved, *indices, *sizes, *needs
 
 
 def relative_error(actual: Tensor, exact: Tensor, least_scale: float = 1e-30) -> float:

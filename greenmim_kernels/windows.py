@@ -91,7 +91,7 @@ def partition_from_windows(
     is_used = (index >= 0).any(-1, keepdim=True) if pad else index >= 0
     window_id = torch.where(is_used, window_id, -1).broadcast_to(index.shape)
     query_row, key_row, window, rows = _bias_rows(window_size, coords, bias_index, index, checks)
-    query_row, key_row = (row.broadcast_to(index.shape) for row in (query_row, key_row))
+    query_row, key_row = (torch.where(window_id >= 0, x, 0) for x in (query_row, key_row))
     if checks and rows:
         _check_rows(window_id, query_row, key_row, rows)
     lacking = num_tokens  # tokens in no window, at most

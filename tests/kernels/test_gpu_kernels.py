@@ -32,6 +32,7 @@ from greenmim_kernels.testing import (
     Case,
     assert_within_budget,
     make_inputs,
+    operator_arguments,
     relative_error,
     run,
     visible_tokens,
@@ -352,28 +353,13 @@ def test_rows_of_sums_are_added(programs):
 
 
 @kernel_test
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_opcheck(name, backend):
+@pytest.mark.parametrize(
+    ("name", "three"),
+    [*((n, False) for n in SCHEMAS), *((n, True) for n in SCHEMAS if n.startswith("group_window"))],
+)
+def test_opcheck(name, three, backend):
     inputs = make_inputs(Case(stage=3, batch=2, num_heads=1, head_dim=16), device=DEVICE)
-    part = inputs.part
-    sizes = (inputs.num_heads, 0.3)
-    grouped = name.startswith("block_diagonal") or name == "group_scatter"
-    with gk.use_backend("reference"):
-        qkv = gk.group_gather(inputs.qkv, part) if grouped else inputs.qkv
-        grad = gk.group_gather(inputs.grad_out, part) if grouped else inputs.grad_out
-    indices = part.tensors[1:]
-    if not grouped:
-        indices = (part.token_index, *indices)
-    if name == "group_gather":
-        arguments = (qkv.requires_grad_(), part.token_index)
-    elif name == "group_scatter":
-        arguments = (qkv.requires_grad_(), part.token_index, part.num_tokens)
-    elif name.endswith("_backward"):
-        forward = operator(name.removesuffix("_backward"), VARIANT[backend])
-        saved = forward(qkv, inputs.table, *indices, *sizes)
-        arguments = (grad, qkv, inputs.table, *saved, *indices, *sizes, True, True)
-    else:
-        arguments = (qkv.requires_grad_(), inputs.table.requires_grad_(), *indices, *sizes)
+    arguments = operator_arguments(name, inputs, variant=VARIANT[backend], three=three)
     torch.library.opcheck(operator(name, VARIANT[backend]), arguments)
 
 
@@ -627,15 +613,11 @@ def test_a_device_that_is_not_the_current_one(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("argument", [0, 3, 4])
+@pytest.mark.parametrize("argument", [0, 6, 7])
 def test_what_lies_on_another_device_is_refused(argument):
     """The CUDA kernel would take its address for one of the GPU's, which ends the context."""
     inputs = make_inputs(Case(), device="cuda")
-    part = inputs.part
-    sizes = (inputs.num_heads, 0.2)
-    indices = part.tensors
-    saved = operator("group_window_attention")(inputs.qkv, inputs.table, *indices, *sizes)
-    arguments = [inputs.grad_out, inputs.qkv, inputs.table, *saved, *indices, *sizes, True, True]
+    arguments = list(operator_arguments("group_window_attention_backward", inputs))
     arguments[argument] = arguments[argument].cpu()
     with pytest.raises(RuntimeError, match="must be"):
         operator("group_window_attention_backward")(*arguments)
@@ -645,17 +627,11 @@ def test_what_lies_on_another_device_is_refused(argument):
 def test_the_backends_mix():
     """Forward by one, backward by the other: they save the same things."""
     inputs = make_inputs(Case(window_size=14, dtype=torch.bfloat16), device="cuda")
-    part = inputs.part
-    sizes = (inputs.num_heads, 0.2)
-    indices = part.tensors
     results = []
     for forward, backward in (("", ""), ("_triton", ""), ("", "_triton"), ("_triton", "_triton")):
-        saved = operator("group_window_attention", forward)(
-            inputs.qkv, inputs.table, *indices, *sizes
-        )
-        grads = operator("group_window_attention_backward", backward)(
-            inputs.grad_out, inputs.qkv, inputs.table, *saved, *indices, *sizes, True, True
-        )
+        name = "group_window_attention_backward"
+        arguments = operator_arguments(name, inputs, variant=forward)
+        saved, grads = arguments[6:8], operator(name, backward)(*arguments)
         results.append((*saved, *grads))
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):

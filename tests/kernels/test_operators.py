@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -11,50 +12,47 @@ from torch._dynamo.testing import CompileCounter
 
 import greenmim_kernels as gk
 from greenmim_kernels.ops import SCHEMAS, operator
-from greenmim_kernels.testing import Case, make_inputs, relative_error, run, visible_tokens
+from greenmim_kernels.testing import (
+    Case,
+    make_inputs,
+    operator_arguments,
+    relative_error,
+    run,
+    visible_tokens,
+)
 
 BACKENDS = ("reference", "cpp")
 
 
-def sizes(inputs):
-    return inputs.num_heads, 0.3
-
-
-def operator_arguments(name, inputs):
-    part = inputs.part
-    grouped = name.startswith("block_diagonal")
-    qkv, grad_out = inputs.qkv, inputs.grad_out
-    if grouped or name == "group_scatter":
-        qkv, grad_out = gk.group_gather(qkv, part), gk.group_gather(grad_out, part)
-    if name == "group_gather":
-        return qkv.requires_grad_(), part.token_index
-    if name == "group_scatter":
-        return qkv.requires_grad_(), part.token_index, part.num_tokens
-    indices = part.tensors[1:]
-    if not grouped:
-        indices = (part.token_index, *indices)
-    if not name.endswith("_backward"):
-        return qkv.requires_grad_(), inputs.table.requires_grad_(), *indices, *sizes(inputs)
-    forward = operator(name.removesuffix("_backward"))
-    out, lse = forward(qkv, inputs.table, *indices, *sizes(inputs))
-    return grad_out, qkv, inputs.table, out, lse, *indices, *sizes(inputs), True, True
+THREE = [(name, True) for name in SCHEMAS if name.startswith("group_window")]
 
 
 @pytest.mark.parametrize("per_image", [False, True])
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_opcheck(name, per_image):
+@pytest.mark.parametrize(("name", "three"), [*((n, False) for n in SCHEMAS), *THREE])
+def test_opcheck(name, three, per_image):
     case = Case(image_size=(64, 96), stage=2, batch=2, head_dim=4, mask_ratio=0.5,
                 window_size=3, shifted=True, per_image=per_image)  # fmt: skip
-    torch.library.opcheck(operator(name), operator_arguments(name, make_inputs(case)))
+    torch.library.opcheck(operator(name), operator_arguments(name, make_inputs(case), three=three))
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEMAS if n.endswith("_backward")])
-@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
-def test_opcheck_of_a_backward_that_is_asked_for_less(name, needs):
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3))[1:])
+@pytest.mark.parametrize(
+    ("name", "three"),
+    [
+        ("block_diagonal_attention_backward", False),
+        ("group_window_attention_backward", False),
+        ("group_window_attention_backward", True),
+    ],
+)
+def test_opcheck_of_a_backward_that_is_asked_for_less(name, three, needs):
     case = Case(image_size=(64, 96), stage=3, batch=2, head_dim=4, mask_ratio=0.5)
-    arguments = operator_arguments(name, make_inputs(case))[:-2]
+    grouped = name.startswith("block")
+    arguments = operator_arguments(name, make_inputs(case), three=three)
+    arguments = arguments[: -2 if grouped else -3]
+    needs = needs[: 2 if grouped else 3]
     torch.library.opcheck(operator(name), (*arguments, *needs))
-    without_table = [None if i == 2 else value for i, value in enumerate(arguments)]
+    table = 2 if grouped else 4
+    without_table = [None if i == table else value for i, value in enumerate(arguments)]
     torch.library.opcheck(operator(name), (*without_table, *needs))
 
 
@@ -170,10 +168,11 @@ def test_only_one_input_needs_a_gradient(backend, only):
 
 def test_the_backward_leaves_out_what_nobody_asked_for():
     inputs = make_inputs(Case())
-    arguments = operator_arguments("group_window_attention_backward", inputs)[:-2]
+    arguments = operator_arguments("group_window_attention_backward", inputs, three=True)[:-3]
     backward = operator("group_window_attention_backward")
-    assert backward(*arguments, False, True)[0].numel() == 0
-    assert backward(*arguments, True, False)[1].numel() == 0
+    for needs in itertools.product([True, False], repeat=3):
+        found = [grad.numel() > 0 for grad in backward(*arguments, *needs)]
+        assert found == [needs[0]] * 3 + [*needs[1:]]
 
 
 def test_second_derivative():
@@ -255,14 +254,15 @@ def test_the_kernel_refuses_a_partition_that_would_leave_its_memory(field, value
         (0, lambda grad_out: grad_out[:, :-1], "grad_out must be like qkv"),
         (0, lambda grad_out: grad_out.double(), "grad_out must be like qkv"),
         (0, lambda grad_out: grad_out.flatten(0, 1)[None], "grad_out must be like qkv"),
-        (4, lambda lse: lse.transpose(1, 2), "lse must be what the forward pass returned"),
-        (4, lambda lse: lse.half(), "lse must be what the forward pass returned"),
+        (-1, lambda lse: lse.transpose(1, 2), "lse must be what the forward pass returned"),
+        (-1, lambda lse: lse.half(), "lse must be what the forward pass returned"),
     ],
 )
 def test_the_backward_kernel_refuses_what_does_not_fit(argument, change, message, grouped):
     """It would read beyond their memory."""
     name = "block_diagonal_attention" if grouped else "group_window_attention"
     arguments = list(operator_arguments(f"{name}_backward", make_inputs(Case(stage=3, batch=2))))
+    argument = argument if argument == 0 else 4 if grouped else 7  # lse
     arguments[argument] = change(arguments[argument])
     with pytest.raises(RuntimeError, match=message):
         operator(f"{name}_backward")(*arguments)

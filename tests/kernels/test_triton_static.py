@@ -34,7 +34,8 @@ from greenmim_kernels._triton.launch import (
     resident,
 )
 from greenmim_kernels._triton.machine_code import overwritten_operands, proxy_fence
-from greenmim_kernels.testing import Case, make_inputs, visible_tokens
+from greenmim_kernels.ops import SCHEMAS
+from greenmim_kernels.testing import Case, make_inputs, operator_arguments, visible_tokens
 
 COMMITTED = ahead_of_time.committed_figures()
 LAUNCHES = [
@@ -168,21 +169,9 @@ def launches(monkeypatch) -> list[tuple]:
 
 def call(case: Case, part: gk.GroupPartition | None = None) -> None:
     inputs = make_inputs(case)
-    part = part or inputs.part
-    indices, sizes = part.tensors[1:], (case.num_heads, 0.3)
-    saved = operators.group_window_attention(
-        inputs.qkv, inputs.table, part.token_index, *indices, *sizes
-    )
-    operators.group_window_attention_backward(
-        inputs.grad_out, inputs.qkv, inputs.table, *saved, part.token_index, *indices, *sizes,
-        True, True,
-    )  # fmt: skip
-    x = operators.group_gather(inputs.qkv, part.token_index)
-    operators.group_scatter(x, part.token_index, part.num_tokens)
-    saved = operators.block_diagonal_attention(x, inputs.table, *indices, *sizes)
-    operators.block_diagonal_attention_backward(
-        x[..., : case.channels], x, inputs.table, *saved, *indices, *sizes, True, True
-    )
+    inputs = dataclasses.replace(inputs, part=part or inputs.part)
+    for name in SCHEMAS:
+        getattr(operators, name)(*operator_arguments(name, inputs, variant="_triton"))
 
 
 @pytest.mark.parametrize("window", [7, 14])

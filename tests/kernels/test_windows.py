@@ -1,0 +1,427 @@
+"""Windows as the caller cuts them: `partition_from_windows`, padding that attends, scale, q, k, v.
+
+The oracle works on the caller's windows [W, n] with dense masks and biases, in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import greenmim_kernels as gk
+from greenmim_kernels.testing import assert_within_budget, relative_error
+
+HEADS = 2
+
+
+@dataclasses.dataclass
+class Windows:
+    """A problem: arguments of partition_from_windows, and what attends to what, densely.
+
+    index [P, W, n]; attends bool [W, n, n] before empty slots; rows int [W, n, n] of the table.
+    """
+
+    index: Tensor
+    arguments: dict
+    attends: Tensor
+    rows: Tensor
+    table_rows: int
+    tokens: int
+    pad: bool = False
+
+    def partition(self, **changes) -> gk.GroupPartition:
+        arguments = {"num_tokens": self.tokens, "pad": self.pad, **self.arguments, **changes}
+        return gk.partition_from_windows(self.index, **arguments)
+
+
+def dense(problem: Windows, q, k, v, table, scale, pad_value) -> Tensor:
+    """q, k, v [B, N, heads, D] -> [B, N, C], window by window of the caller."""
+    batch, tokens, heads, head_dim = q.shape
+    out = torch.zeros(batch, tokens + 1, heads, head_dim, dtype=q.dtype)
+    for image in range(batch):
+        index = problem.index[image % len(problem.index)]  # [W, n]
+        used = torch.full_like(index, problem.pad, dtype=torch.bool) | (index >= 0)
+        windows = []
+        for x, pad in zip((q, k, v), pad_value.view(3, heads, head_dim), strict=True):
+            rows = torch.cat([x[image], pad[None]])  # the last one is padding's
+            windows.append(rows[torch.where(index >= 0, index, tokens)])  # [W, n, heads, D]
+        scores = torch.einsum("wihd,wjhd->whij", *windows[:2]) * scale.view(-1, 1, 1)
+        if table is not None:
+            scores = scores + table[problem.rows].movedim(-1, 1)
+        attends = problem.attends & used[:, None]
+        scores = scores.masked_fill(~attends[:, None], -math.inf)
+        weights = torch.where(attends.any(-1)[:, None, :, None], scores, 0).softmax(-1)
+        result = torch.einsum("whij,wjhd->wihd", weights, windows[2])
+        out[image] = out[image].index_put((torch.where(index >= 0, index, tokens),), result)
+        out[image, tokens] = 0
+    return out[:, :tokens].flatten(2)
+
+
+def results(problem: Windows, attention, dtype=torch.float64, head_dim=4, batch=None, seed=0):
+    """Output and all gradients for random inputs, which `dtype` holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = batch or len(problem.index)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+    leaves = {name: draw(batch, problem.tokens, HEADS, head_dim) for name in "qkv"}
+    leaves["scale"] = draw(HEADS)
+    leaves["pad_value"] = draw(3 * HEADS * head_dim)
+    if problem.table_rows:
+        leaves["table"] = draw(problem.table_rows, HEADS)
+    out = attention(problem, **{"table": None, **leaves})
+    grad_out = draw(*out.shape).detach()
+    used = [name for name in leaves if problem.pad or name != "pad_value"]
+    grads = torch.autograd.grad(out, [leaves[name] for name in used], grad_out)
+    return {"out": out.detach(), **dict(zip(used, grads, strict=True))}
+
+
+def ours(problem: Windows, q, k, v, table, scale, pad_value) -> Tensor:
+    pad_value = pad_value if problem.pad else None
+    part = problem.partition()
+    return gk.group_window_attention((q, k, v), table, part, HEADS, scale, pad_value)
+
+
+def agree(problem: Windows, backend: str, dtype=torch.float64, **sizes) -> None:
+    exact = results(problem, lambda *a, **x: dense(*a, **{k: wide(v) for k, v in x.items()}),
+                    dtype, **sizes)  # fmt: skip
+    with gk.use_backend(backend):
+        actual = results(problem, ours, dtype, **sizes)
+    for name, value in actual.items():
+        eps = torch.finfo(dtype).eps
+        error = relative_error(value, exact[name], 1.0)
+        assert error < 60 * eps, f"{name}: {error:.1e}"
+
+
+def wide(x):
+    return x.double() if isinstance(x, Tensor) else x
+
+
+def linear_rows(coords: Tensor, window) -> Tensor:
+    """int [W, n, axes] -> the table's row of each pair [W, n, n]."""
+    offset = coords[:, :, None] - coords[:, None]
+    rows = torch.zeros(offset.shape[:-1], dtype=torch.long)
+    for axis, side in enumerate(window):
+        rows = rows * (2 * side - 1) + (offset[..., axis] + side - 1)
+    return rows
+
+
+@st.composite
+def problems(draw) -> Windows:
+    """Windows of every kind: empty slots, left-out tokens, labels, tables by place or by index."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    images, windows = draw(st.sampled_from([1, 1, 3])), draw(st.integers(1, 7))
+    window = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    slots = math.prod(window)
+    tokens = draw(st.integers(1, windows * slots + 5))
+    pad = draw(st.booleans())
+    index = np.full((images, windows * slots), -1)
+    for row in index:
+        count = rng.integers(1, min(tokens, windows * slots) + 1)
+        row[rng.permutation(windows * slots)[:count]] = rng.permutation(tokens)[:count]
+    index = torch.from_numpy(index).view(images, windows, slots)
+    attends = torch.ones(windows, slots, slots, dtype=torch.bool)
+    arguments: dict = {}
+    kind = draw(st.sampled_from(["none", "segment", "mask"]))
+    if kind != "none":
+        labels = torch.from_numpy(rng.integers(-2, 2, (windows, slots)))
+        attends = labels[:, :, None] == labels[:, None]
+        arguments[kind] = labels if kind == "segment" else torch.where(attends, 0.0, -100.0)
+    places = torch.from_numpy(np.stack(np.unravel_index(np.arange(slots), window), -1))
+    places = places[None].expand(windows, -1, -1)
+    bias = draw(st.sampled_from(["none", "default", "coords", "index", "dense"]))
+    rows, table_rows = torch.zeros(windows, slots, slots, dtype=torch.long), 0
+    if bias != "none":
+        if bias == "coords":
+            order = torch.from_numpy(np.stack([rng.permutation(slots) for _ in range(windows)]))
+            places = places.gather(1, order[..., None].expand_as(places)) + 3
+            arguments["coords"] = places
+        rows, table_rows = linear_rows(places, window), math.prod(2 * m - 1 for m in window)
+        if bias == "dense":
+            rows = torch.arange(slots**2).view(1, slots, slots).expand(windows, -1, -1)
+            table_rows = slots**2
+        if bias in ("index", "dense"):
+            arguments["bias_index"] = draw(st.sampled_from([rows, rows[0], rows[0].flatten()]))
+        else:
+            arguments["window_size"] = window
+    return Windows(index, arguments, attends, rows, table_rows, tokens, pad)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_windows_of_every_kind(backend, problem):
+    agree(problem, backend)
+
+
+def swin(grid=(13, 9), window=(4, 4), shift=(1, 2), pad=True) -> Windows:
+    """Swin on a grid that its window does not divide, cut as timm and torchvision do."""
+    size = [-(-side // m) * m for side, m in zip(grid, window, strict=True)]
+    index = torch.full(size, -1)
+    index[: grid[0], : grid[1]] = torch.arange(math.prod(grid)).view(grid)
+
+    def cut(x):
+        rows, columns = (side // m for side, m in zip(size, window, strict=True))
+        x = x.view(rows, window[0], columns, window[1]).transpose(1, 2)
+        return x.reshape(rows * columns, -1)
+
+    regions = torch.zeros(size, dtype=torch.long)
+    ends = [((0, s - m), (s - m, s - t), (s - t, s))
+            for s, m, t in zip(size, window, shift, strict=True)]  # fmt: skip
+    for number, ((a, b), (c, d)) in enumerate(itertools.product(*ends)):
+        regions[a:b, c:d] = number
+    labels = cut(regions)
+    index = cut(index.roll([-s for s in shift], (0, 1)))
+    attends = labels[:, :, None] == labels[:, None]
+    places = torch.stack(
+        torch.meshgrid(*(torch.arange(m) for m in window), indexing="ij"), -1
+    ).view(1, -1, 2)
+    rows = linear_rows(places.expand(len(index), -1, -1), window)
+    arguments = {"window_size": window, "mask": torch.where(attends, 0.0, -100.0)}
+    table_rows = math.prod(2 * m - 1 for m in window)
+    return Windows(index[None], arguments, attends, rows, table_rows, math.prod(grid), pad)
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("head_dim", [4, 7, 32])
+def test_swin_on_a_grid_that_its_window_does_not_divide(head_dim, pad, dtype):
+    agree(swin(pad=pad), "cpp", dtype, head_dim=head_dim, batch=3)
+
+
+def test_padding_is_worth_saying():
+    """Reviewed: without it a network that pads is off by a tenth, and nothing tells."""
+    with_padding, without = (results(swin(pad=pad), ours)["out"] for pad in (True, False))
+    assert relative_error(without, with_padding) > 0.05
+
+
+def test_tokens_in_no_window_are_zero():
+    problem = Windows(torch.tensor([[[3, -1, 5], [8, 9, 1]]]), {}, torch.ones(2, 3, 3).bool(),
+                      torch.zeros(2, 3, 3).long(), 0, 12)  # fmt: skip
+    for backend in ("reference", "cpp"):
+        with gk.use_backend(backend):
+            found = results(problem, ours)
+        outside = [0, 2, 4, 6, 7, 10, 11]
+        assert (found["out"][:, outside] == 0).all()
+        assert (found["out"][:, [3, 5]] != 0).any()
+        for name in "qkv":
+            assert (found[name][:, outside] == 0).all()
+
+
+def test_a_value_of_padding_that_is_not_given_is_zero():
+    problem = swin()
+
+    def silent(problem, q, k, v, table, scale, pad_value):
+        part = problem.partition()
+        return gk.group_window_attention((q, k, v), table, part, HEADS, scale) + 0 * pad_value.sum()
+
+    def zeros(problem, pad_value, **rest):
+        return ours(problem, **rest, pad_value=0 * pad_value)
+
+    for backend in ("reference", "cpp"):
+        with gk.use_backend(backend):
+            expected, found = results(problem, zeros), results(problem, silent)
+        for name in found:
+            assert relative_error(found[name], expected[name], 1.0) < 1e-12, name
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """x [B, N, heads, D] in memory in different ways."""
+    wide = torch.zeros(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype)
+    wide[..., :-3] = x
+    return [
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        wide[..., :-3],
+        x.transpose(1, 3).contiguous().transpose(1, 3),  # the elements of a head are not neighbours
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_three_tensors_of_any_strides(number):
+    part = swin().partition()
+    x = torch.randn(2, part.num_tokens, 3, HEADS, 8, generator=torch.Generator().manual_seed(0))
+    packed = x.flatten(2).requires_grad_()
+    expected = gk.group_window_attention(packed, None, part, HEADS)
+    grad_out = torch.randn(expected.shape)
+    (grad,) = torch.autograd.grad(expected, packed, grad_out)
+    three = [y.detach().requires_grad_()
+             for y in layouts(x.unbind(2)[0])[number : number + 1]]  # fmt: skip
+    three += [y.clone().requires_grad_() for y in x.unbind(2)[1:]]
+    out = gk.group_window_attention(tuple(three), None, part, HEADS)
+    assert torch.equal(out, expected)
+    grads = torch.autograd.grad(out, three, grad_out)
+    for found, wanted in zip(grads, grad.unflatten(-1, (3, HEADS, 8)).unbind(2), strict=True):
+        assert torch.equal(found, wanted)
+    if number < 2:
+        assert grads[0].stride() == three[0].stride()
+
+
+def test_views_of_a_packed_tensor_are_read_in_place(monkeypatch):
+    part = swin().partition()
+    x = torch.randn(2, part.num_tokens, 3 * HEADS * 8)
+    three = x.unflatten(-1, (3, HEADS, 8)).unbind(2)
+
+    def refuse(*_):
+        raise AssertionError("a copy")
+
+    expected = gk.group_window_attention(x, None, part, HEADS)
+    monkeypatch.setattr(Tensor, "contiguous", refuse)
+    assert torch.equal(gk.group_window_attention(three, None, part, HEADS), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_scales(backend):
+    """A number, a tensor [] and one per head; packed and not; the gradient of either tensor."""
+    problem = swin()
+    part = problem.partition()
+    x = torch.randn(1, part.num_tokens, 3 * HEADS * 4, dtype=torch.float64)
+    table = torch.randn(part.table_rows, HEADS, dtype=torch.float64)
+    with gk.use_backend(backend):
+        expected = gk.group_window_attention(x, table, part, HEADS, 0.7)
+        for scale in (torch.tensor(0.7), torch.tensor([0.7, 0.7]), np.float64(0.7)):
+            out = gk.group_window_attention(x, table, part, HEADS, scale)
+            assert relative_error(out, expected) < 1e-7
+        leaf = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+        def attention(scale):
+            return gk.group_window_attention(x, table, part, HEADS, scale)
+
+        assert torch.autograd.gradcheck(attention, leaf)
+        leaf = torch.tensor([0.7, 1.3], dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(attention, leaf)
+    with pytest.raises(ValueError, match=r"\[\] or \[2\], got \[3\]"):
+        gk.group_window_attention(x, table, part, HEADS, torch.ones(3))
+
+
+def cosine(attention, change=lambda x: x):
+    """SwinV2's attention at a logit scale of 100, the largest that it has."""
+
+    def call(problem, q, k, v, scale, **rest):
+        q, k, v, scale = map(change, (q, k, v, scale))
+        rest = {name: change(x) for name, x in rest.items()}
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+        return attention(problem, q=q, k=k, v=v, scale=100 + 0 * scale, **rest)
+
+    return call
+
+
+def test_a_logit_scale_of_100_keeps_its_gradient():
+    """Rows of the scores' gradient add up to zero; else 1e-4 of the gradient is lost in float32."""
+    functions = cosine(ours), cosine(dense), cosine(dense, wide)
+    sizes = {"dtype": torch.float32, "head_dim": 32}
+    assert_within_budget(*(results(swin(), f, **sizes) for f in functions), factor=3)
+
+
+def test_made_on_a_device_and_while_tracing_without_a_look_at_the_values():
+    problem = swin()
+    expected = problem.partition()
+    problem = dataclasses.replace(problem, index=problem.index.to("meta"))
+    part = problem.partition()
+    assert part.token_index.device.type == "meta" and part.num_tokens == expected.num_tokens
+    assert part.table_rows == expected.table_rows
+
+    def step(index, mask, x):
+        part = gk.partition_from_windows(index, (4, 4), mask=mask, pad=True, num_tokens=117)
+        return gk.group_window_attention(x, None, part, HEADS)
+
+    problem = swin()
+    x = torch.randn(1, 117, 24)
+    arguments = problem.index, problem.arguments["mask"], x
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = step(*arguments)
+    assert relative_error(compiled(*arguments), expected) < 1e-6
+    # Another mask is no reason to compile again.
+    with torch.compiler.set_stance("fail_on_recompile"):
+        mask = torch.zeros_like(problem.arguments["mask"])
+        assert relative_error(compiled(problem.index, mask, x), step(problem.index, mask, x)) < 1e-6
+
+
+def test_agrees_with_the_planner_on_whole_windows():
+    visible = np.ones((8, 12), bool)
+    planned = gk.group_partition(visible, 4)
+    index = torch.arange(96).view(2, 4, 3, 4).transpose(1, 2).reshape(6, 16)
+    part = gk.partition_from_windows(index, 4)
+    x, table = torch.randn(2, 96, 24), torch.randn(49, HEADS)
+    expected = gk.group_window_attention(x, table, planned, HEADS)
+    assert torch.equal(gk.group_window_attention(x, table, part, HEADS), expected)
+    assert (part.table_rows, part.window_size) == (planned.table_rows, planned.window_size)
+
+
+@pytest.mark.parametrize(
+    ("slots", "size"), [(4, 16), (9, 27), (16, 16), (25, 25), (49, 49), (80, 80)]
+)
+def test_small_windows_share_a_group(slots, size):
+    part = gk.partition_from_windows(torch.arange(10 * slots).view(10, slots))
+    assert part.group_size == size
+
+
+INDEX = torch.arange(8).view(2, 4)
+ASYMMETRIC = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+NO_SUM = torch.arange(16).view(4, 4) ** 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"token_index": INDEX.float()}, TypeError, "token_index has dtype torch.float32"),
+        ({"token_index": INDEX[0]}, ValueError, r"token_index has shape \[4\]"),
+        ({"token_index": INDEX[:0]}, ValueError, r"shape \[0, 4\]"),
+        ({"token_index": INDEX - 2}, ValueError, "goes from -2 to 5"),
+        ({"token_index": INDEX * 0 - 1}, ValueError, "names no token"),
+        ({"token_index": INDEX % 7}, ValueError, "names token 0 of image 0 twice"),
+        ({"num_tokens": 7}, ValueError, r"goes from 0 to 7; it must lie in \[0, 7\)"),
+        ({"window_size": (1, 2)}, ValueError, "4 slots in a window of 1 x 2; pass coords"),
+        ({"coords": INDEX}, ValueError, "coords need a window_size"),
+        ({"window_size": 2, "coords": INDEX}, ValueError, r"coords has shape \[2, 4\]"),
+        ({"window_size": 2, "coords": torch.zeros(4, 2).long()}, ValueError, "at one place"),
+        ({"window_size": 2, "coords": 2 * INDEX.view(4, 2)}, ValueError, "too far apart"),
+        ({"window_size": 2, "coords": 2**30 * INDEX.view(4, 2)}, ValueError, "too large"),
+        ({"window_size": 2, "coords": INDEX, "bias_index": NO_SUM}, ValueError, "twice"),
+        ({"bias_index": NO_SUM}, ValueError, "slots 1 and 1 in window 0 is 25, not 16 \\+ 1"),
+        ({"bias_index": NO_SUM[:3]}, ValueError, r"bias_index has shape \[3, 4\]"),
+        ({"bias_index": torch.zeros(4, 4).long()}, ValueError, "the same rows of the bias table"),
+        ({"bias_index": torch.arange(16).view(4, 4) - 1}, ValueError, "goes from -1 to 14"),
+        ({"bias_index": torch.arange(16.0)}, TypeError, "bias_index has dtype"),
+        ({"window_size": 1, "bias_index": torch.arange(16)}, ValueError, "too far apart for the 1"),
+        ({"segment": INDEX[:1]}, ValueError, r"segment has shape \[1, 4\]"),
+        ({"segment": INDEX / 2}, TypeError, "segment has dtype"),
+        ({"segment": INDEX, "mask": torch.zeros(2, 4, 4)}, ValueError, "segment and mask"),
+        ({"mask": torch.zeros(4, 4)}, ValueError, r"mask has shape \[4, 4\]"),
+        ({"mask": ASYMMETRIC[None].expand(2, -1, -1)}, ValueError, "does not cut windows into"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        gk.partition_from_windows(**{"token_index": INDEX, **arguments})
+
+
+def test_errors_of_the_operator():
+    part = gk.partition_from_windows(INDEX)
+    x = torch.zeros(1, 8, 3 * HEADS * 4)
+    three = x.unflatten(-1, (3, HEADS, 4)).unbind(2)
+    for arguments, message in (
+        ((x, torch.zeros(9, HEADS), part, HEADS), "knows no bias"),
+        ((three[:2], None, part, HEADS), "or three"),
+        (((*three[:2], three[2][..., :3]), None, part, HEADS), "must all be"),
+        (((*three[:2], three[2].double()), None, part, HEADS), "one dtype"),
+        ((three, None, part, 3), r"must all be \[B, N, 3 heads"),
+        ((tuple(y[:, 1:] for y in three), None, part, HEADS), "q has 7 tokens per image"),
+        ((x, None, part, HEADS, None, x[0, 0, 1:]), r"pad_value must be \[24\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.group_window_attention(*arguments)
