@@ -125,13 +125,14 @@ def encoder_numbers(grid: np.ndarray, scale: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class Inputs:
-    """qkv [B, N, 3C], table [table rows, heads] in at least fp32, grad_out [B, N, C]."""
+    """qkv [B, N, 3C], table [rows, heads] in at least fp32, grad_out [B, N, C], pad_value [3C]."""
 
     qkv: Tensor
     table: Tensor
     grad_out: Tensor
     part: GroupPartition
     num_heads: int
+    pad_value: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Inputs:
         table_dtype = torch.promote_types(dtype, torch.float32)
@@ -140,6 +141,7 @@ class Inputs:
             qkv=self.qkv.to(dtype),
             table=self.table.to(table_dtype),
             grad_out=self.grad_out.to(dtype),
+            pad_value=None if self.pad_value is None else self.pad_value.to(dtype),
         )
 
 
@@ -164,12 +166,15 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
 
 
 def run(inputs: Inputs, attention=group_window_attention) -> dict[str, Tensor]:
-    """Forward and backward: {"out", "grad_qkv", "grad_table"}, in the backend in force."""
-    qkv = inputs.qkv.detach().requires_grad_()
-    table = inputs.table.detach().requires_grad_()
-    out = attention(qkv, table, inputs.part, inputs.num_heads)
-    grad_qkv, grad_table = torch.autograd.grad(out, (qkv, table), inputs.grad_out)
-    return {"out": out.detach(), "grad_qkv": grad_qkv, "grad_table": grad_table}
+    """Forward and backward: {"out", "grad_qkv", "grad_table"}, in the backend in force; with
+    padding "grad_pad" too."""
+    leaves = {"qkv": inputs.qkv, "table": inputs.table, "pad": inputs.pad_value}
+    leaves = {k: x.detach().requires_grad_() for k, x in leaves.items() if x is not None}
+    pad = {"pad_value": leaves["pad"]} if "pad" in leaves else {}
+    out = attention(leaves["qkv"], leaves["table"], inputs.part, inputs.num_heads, **pad)
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out)
+    names = [f"grad_{name}" for name in leaves]
+    return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
 
 
 def operator_arguments(

@@ -10,21 +10,30 @@ namespace greenmim::cuda {
 constexpr int kStrip = 16;       // slots of a strip: what a warp owns, the rows of one mma
 constexpr int kMostStrips = 4;   // of a block
 
+// Element d of head h of row r of image b is at b * image + r * row + h * head + d.
+struct Rows {
+  void* data;
+  unsigned image, row, head;
+};
+
 struct Attention {
-  const void* qkv;          // [batch, rows, 3C], or gathered groups [batch, G, S, 3C]
+  Rows q, k, v;
+  Rows out;                 // written forward, read backward by long groups
+  Rows grad_out;            // read backward
+  Rows grad_q, grad_k, grad_v;  // written backward; without data where they are not asked for
+  const void* pad_value;    // [3C] q, k and v of padding that attends, or null: zeros
   const float* table;       // [table_rows, heads], or null
   const int* token_index;   // [P, G, S], or null for gathered groups
   const int* window_id;     // [P, G, S]
   const int* query_row;     // [P, G, S]: the table's row of a pair is the query's number and the key's
   const int* key_row;       // [P, G, S]
-  void* out;                // [batch, rows, C]; written forward, read backward by long groups
   float* lse;               // [batch, heads, rows]; written forward, read backward
-  const void* grad_out;     // [batch, rows, C]
-  void* grad_qkv;           // like qkv, or null
   float* partial;           // [programs, heads, table_rows], or null
+  float* partial_pad;       // [programs, heads, 2 head_dim] of k and v of the padding, or null
   int batch;
   int rows;                 // of an image: N, or G * S for gathered groups
   int groups, slots, heads;
+  int head_dim;             // of the tensors; a kernel may take more, of which the last are zeros
   int table_rows;           // 0 without a table
   bool per_image;           // P = batch instead of 1
   float scale;

@@ -23,6 +23,7 @@ struct BackwardMemory {
   float* lse;       // [kStages][rows]
   T* p;             // [rows][kWide]; at the end, with ds, the bias' gradient
   T* ds;            // the same
+  float* padding;   // [strips][2][D] sums for k and v of the padding, or nothing
   Slots slots;
   size_t bytes;
 
@@ -40,6 +41,7 @@ struct BackwardMemory {
   __device__ float* table_copies(int warp, const Attention& a) const {
     return reinterpret_cast<float*>(stages) + warp * kTableCopies * a.table_rows;
   }
+  __device__ float* pad_sums(int warp) const { return padding + warp * 2 * D; }
 
  private:
   __host__ __device__ BackwardMemory(Carver carver, const Attention& a)
@@ -52,6 +54,7 @@ struct BackwardMemory {
         lse(carver.take<float>(kStages * rows)),
         p(carver.take<T>(int64_t(rows) * kWide * 4 / int64_t(sizeof(T)))),
         ds(p + rows * kWide),
+        padding(carver.take<float>(a.partial_pad == nullptr ? 0 : strips * 2 * D)),
         slots(carver, a),
         bytes(carver.bytes) {}
 };
@@ -66,24 +69,25 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const Memory memory(shared, a);
   const Place place = memory.slots.find_place(a, true);
   const int strip = int(threadIdx.x) / 32, lane = lane_index();
-  const int channels = a.heads * D;
   constexpr float kLog2E = 1.4426950408889634f;
 
   allow_next_kernel();
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(0, a.grad_qkv != nullptr))
+  if (!place.has_images() || memory.slots.nothing_from(0, a.grad_q.data != nullptr)) {
+    store_padding<D>(nullptr, 0, a);
     return store_partial(nullptr, 0, a);
+  }
+  if (a.partial_pad != nullptr) clear_padding<D>(memory.pad_sums(strip));
   const auto start_load = [&](int stage, int image) {
     if (image < place.last_image) {
       const int* row = memory.slots.row;
-      load_tiles<T, D, 3>(
-          memory.at(stage, Memory::kQuery),
-          nth(static_cast<const T*>(a.qkv) + place.head * D, image, a.rows * 3 * channels),
-          3 * channels, row, memory.tile, channels);
-      load_tiles<T, D>(
-          memory.at(stage, Memory::kGradOut),
-          nth(static_cast<const T*>(a.grad_out) + place.head * D, image, a.rows * channels),
-          channels, row);
+      const HeadRows<T> query(a.q, place.head, image);
+      const HeadRows<T> key(a.k, place.head, image, padding_of<T>(a, 1, place.head));
+      const HeadRows<T> value(a.v, place.head, image, padding_of<T>(a, 2, place.head));
+      load_tiles<T, D>(memory.at(stage, Memory::kQuery), {query, key, value}, row, a.head_dim,
+                       memory.tile);
+      load_tiles<T, D>(memory.at(stage, Memory::kGradOut),
+                       {HeadRows<T>(a.grad_out, place.head, image)}, row, a.head_dim);
       load_numbers(
           memory.lse + stage * memory.rows,
           nth<const float>(a.lse + int64_t(place.head) * a.rows, image, a.heads * a.rows), row);
@@ -164,13 +168,11 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
         P::apply(grad_query, dp[j], applied_key, j);
       }
     }
-    if (a.grad_qkv == nullptr) continue;
+    if (a.grad_q.data == nullptr) continue;
 
     __syncthreads();  // all probabilities are there; nobody needs k and v any more
     // Their strips serve the results: that of k first for the gradient of q, which frees registers.
     T* staging = memory.at(stage, Memory::kKey, strip);
-    T* grad_qkv =
-        nth(static_cast<T*>(a.grad_qkv) + place.head * D, image, a.rows * 3 * channels);
     const int* row = memory.slots.row + strip * kStrip;
     stage_strip<T, D>(grad_query, a.scale, a.scale, staging);
     const typename P::ApplyRight query(memory.at(stage, Memory::kQuery));
@@ -186,18 +188,25 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       P::apply_transposed(grad_key, memory.ds + at, kWide, query, j);
     }
     __syncwarp();
-    write_strips<T, D>(staging, grad_qkv, 3 * channels, row);
+    write_strips<T, D>(staging, {HeadRows<T>(a.grad_q, place.head, image)}, row, a.head_dim);
     __syncwarp();
     stage_strip<T, D>(grad_key, a.scale, a.scale, staging);
     stage_strip<T, D>(grad_value, 1, 1, staging + memory.tile);
     __syncwarp();
-    write_strips<T, D, 2>(
-        staging, grad_qkv + channels, 3 * channels, row, memory.tile, channels);
+    write_strips<T, D>(
+        staging, {HeadRows<T>(a.grad_k, place.head, image), HeadRows<T>(a.grad_v, place.head, image)},
+        row, a.head_dim, memory.tile);
+    if (a.partial_pad != nullptr) {
+      add_padding<T, D>(memory.pad_sums(strip), staging, row);
+      add_padding<T, D>(memory.pad_sums(strip) + D, staging + memory.tile, row);
+    }
   }
   copy_async_wait<0>();
-  if (a.partial == nullptr) return;
+  if (a.partial == nullptr && a.partial_pad == nullptr) return;
 
   __syncthreads();  // nobody reads tiles or probabilities any more
+  store_padding<D>(memory.pad_sums(0), memory.strips, a);
+  if (a.partial == nullptr) return;
   const int g = lane / 4, q = lane % 4;
   float* own = memory.bias_gradient(strip);
 #pragma unroll

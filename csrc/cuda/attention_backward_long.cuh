@@ -29,6 +29,7 @@ struct LongBackwardMemory {
   T* staging;       // [strips][16][row]
   T* kept;          // [strips][2][Products::kKept]
   float* gradient;  // [strips][16][gradient_stride], or nothing
+  float* padding;   // [strips][2][D] sums for k and v of the padding, or nothing
   Slots slots;
   Band* bands;
   size_t bytes;
@@ -48,6 +49,7 @@ struct LongBackwardMemory {
   __device__ float* table_copies(int warp, const Attention& a) const {
     return reinterpret_cast<float*>(stages) + warp * kTableCopies * a.table_rows;
   }
+  __device__ float* pad_sums(int warp) const { return padding + warp * 2 * D; }
 
  private:
   __host__ __device__ LongBackwardMemory(Carver carver, const Attention& a)
@@ -62,6 +64,7 @@ struct LongBackwardMemory {
         staging(carver.take<T>(tile)),
         kept(carver.take<T>(2 * a.strips * Products<T, D>::kKept)),
         gradient(carver.take<float>(a.partial == nullptr ? 0 : int64_t(rows) * gradient_stride)),
+        padding(carver.take<float>(a.partial_pad == nullptr ? 0 : strips * 2 * D)),
         slots(carver, a),
         bands(carver.take<Band>(kMostStrips)),
         bytes(carver.bytes) {}
@@ -94,14 +97,17 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const Memory memory(shared, a);
   const Place place = memory.slots.find_place(a, false);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int channels = a.heads * D, strip = place.own + warp;
+  const int strip = place.own + warp;
   const Slots& slots = memory.slots;
   constexpr float kLog2E = 1.4426950408889634f;
 
   allow_next_kernel();
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(place.own, a.grad_qkv != nullptr))
+  if (!place.has_images() || memory.slots.nothing_from(place.own, a.grad_q.data != nullptr)) {
+    store_padding<D>(nullptr, 0, a);
     return store_partial(nullptr, 0, a);
+  }
+  if (a.partial_pad != nullptr) clear_padding<D>(memory.pad_sums(warp));
   const Band band = band_of(memory.slots, a, strip);
   const Band whole = union_of(band, memory.bands);
   const int pieces = (whole.last - whole.first + a.strips - 1) / a.strips;
@@ -129,7 +135,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       return;
     }
     const bool as_queries = cursor.step == Step::OwnQueries || cursor.step == Step::Keys;
-    if (as_queries && a.grad_qkv != nullptr) {
+    if (as_queries && a.grad_q.data != nullptr) {
       cursor.step = Step::OwnKeys;
     } else {
       cursor.step = Step::OwnQueries;
@@ -138,26 +144,24 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   };
   const auto start_load = [&](int stage, const Cursor& cursor) {
     if (cursor.image < place.last_image) {
-      const auto tensor = [&](const void* x, int columns) {
-        return nth(
-            static_cast<const T*>(x) + place.head * D, cursor.image, a.rows * columns);
+      const auto rows_of = [&](const Rows& x, int pads = 0) {
+        return HeadRows<T>(x, place.head, cursor.image,
+                           pads == 0 ? nullptr : padding_of<T>(a, pads, place.head));
       };
-      const T* qkv = tensor(a.qkv, 3 * channels);
       const bool is_own = cursor.step == Step::OwnQueries || cursor.step == Step::OwnKeys;
       const int first = is_own ? place.own : whole.first + cursor.piece * a.strips;
       const int* row = memory.slots.row + first * kStrip;
       if (cursor.step == Step::OwnQueries || cursor.step == Step::Queries) {
-        load_tiles<T, D>(memory.at(stage, Memory::kQuery), qkv, 3 * channels, row);
-        load_tiles<T, D>(
-            memory.at(stage, Memory::kGradOut), tensor(a.grad_out, channels), channels, row);
-        load_tiles<T, D>(memory.at(stage, Memory::kOut), tensor(a.out, channels), channels, row);
+        load_tiles<T, D>(memory.at(stage, Memory::kQuery),
+                         {rows_of(a.q), rows_of(a.grad_out), rows_of(a.out)}, row, a.head_dim,
+                         memory.tile);
         load_numbers(memory.lse + stage * memory.rows,
                      nth<const float>(a.lse + int64_t(place.head) * a.rows, cursor.image,
                                            a.heads * a.rows),
                      row);
       } else {
-        load_tiles<T, D, 2>(memory.at(stage, Memory::kKey), qkv + channels, 3 * channels, row,
-                            memory.tile, channels);
+        load_tiles<T, D>(memory.at(stage, Memory::kKey), {rows_of(a.k, 1), rows_of(a.v, 2)}, row,
+                         a.head_dim, memory.tile);
       }
     }
     copy_async_commit();
@@ -189,15 +193,15 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   advance(next);
   memory.slots.read_table(a, place);  // while the first strips are on their way
   for (int image = place.first_image; image < place.last_image; ++image) {
-    T* grad_qkv =
-        nth(static_cast<T*>(a.grad_qkv) + place.head * D, image, a.rows * 3 * channels);
-    const auto write = [&](const Wide<D>& x, float factor, int which) {
+    const auto write = [&](const Wide<D>& x, float factor, const Rows& to, int pads = 0) {
       T* staging = memory.staging_of(warp);
+      const int* row = slots.row + strip * kStrip;
       __syncwarp();
       stage_strip<T, D>(x, factor, factor, staging);
       __syncwarp();
-      write_strips<T, D>(staging, grad_qkv + which * channels, 3 * channels,
-                         memory.slots.row + strip * kStrip);
+      write_strips<T, D>(staging, {HeadRows<T>(to, place.head, image)}, row, a.head_dim);
+      if (pads != 0 && a.partial_pad != nullptr)
+        add_padding<T, D>(memory.pad_sums(warp) + (pads - 1) * D, staging, row);
     };
 
     // Step::OwnQueries
@@ -245,11 +249,11 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
               *two = float2{two->x + dp[n][2 * half], two->y + dp[n][2 * half + 1]};
             }
           }
-        if (a.grad_qkv != nullptr) P::apply(grad_query, dp, applied_key, j);
+        if (a.grad_q.data != nullptr) P::apply(grad_query, dp, applied_key, j);
       }
     }
-    if (a.grad_qkv == nullptr) continue;
-    write(grad_query, a.scale, 0);
+    if (a.grad_q.data == nullptr) continue;
+    write(grad_query, a.scale, a.grad_q);
 
     // Step::OwnKeys
     take_step();
@@ -291,13 +295,15 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
         P::apply(grad_key, dp, applied_query, j);
       }
     }
-    write(grad_key, a.scale, 1);
-    write(grad_value, 1, 2);
+    write(grad_key, a.scale, a.grad_k, 1);
+    write(grad_value, 1, a.grad_v, 2);
   }
   copy_async_wait<0>();
-  if (a.partial == nullptr) return;
+  if (a.partial == nullptr && a.partial_pad == nullptr) return;
 
   __syncthreads();  // nobody reads tiles any more
+  store_padding<D>(memory.pad_sums(0), memory.strips, a);
+  if (a.partial == nullptr) return;
   add_to_table(memory.table_copies(warp, a), gradient, memory.gradient_stride, a, memory.slots,
                strip, band);
   __syncthreads();

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   const Memory memory(shared, a);
   const Place place = memory.slots.find_place(a, !kLong);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int channels = a.heads * D, strip = place.own + warp;
+  const int strip = place.own + warp;
 
   __syncthreads();
   if (!place.has_images() || memory.slots.nothing_from(place.own, true)) return;
@@ -69,19 +69,20 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   };
   const auto start_load = [&](int stage, const Cursor& cursor) {
     if (cursor.image < place.last_image) {
-      const T* source = nth(static_cast<const T*>(a.qkv) + place.head * D, cursor.image,
-                                 a.rows * 3 * channels);
       const int* row = memory.slots.row;
-      const int tile = memory.tile;
+      const HeadRows<T> query(a.q, place.head, cursor.image);
+      const HeadRows<T> key(a.k, place.head, cursor.image, padding_of<T>(a, 1, place.head));
+      const HeadRows<T> value(a.v, place.head, cursor.image, padding_of<T>(a, 2, place.head));
       if constexpr (!kLong) {
-        load_tiles<T, D, 3>(
-            memory.at(stage, Memory::kQuery), source, 3 * channels, row, tile, channels);
+        load_tiles<T, D>(memory.at(stage, Memory::kQuery), {query, key, value}, row, a.head_dim,
+                         memory.tile);
       } else {
         if (cursor.piece == 0)
-          load_tiles<T, D>(memory.at(stage, Memory::kQuery), source, 3 * channels,
-                           row + place.own * kStrip);
-        load_tiles<T, D, 2>(memory.at(stage, Memory::kKey), source + channels, 3 * channels,
-                            row + (keys.first + cursor.piece * a.strips) * kStrip, tile, channels);
+          load_tiles<T, D>(memory.at(stage, Memory::kQuery), {query}, row + place.own * kStrip,
+                           a.head_dim);
+        load_tiles<T, D>(memory.at(stage, Memory::kKey), {key, value},
+                         row + (keys.first + cursor.piece * a.strips) * kStrip, a.head_dim,
+                         memory.tile);
       }
     }
     copy_async_commit();
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
         const int to = memory.slots.row[strip * kStrip + g + 8 * half];
         if (q == 0 && to >= 0)
           lse[to] = (top[half] + log2_fast(total)) * 0.6931471805599453f;
-        else if (q == 0 && to != Slots::kNothing)
+        else if (q == 0 && to <= Slots::kZeroRow)
           lse[Slots::zero_row(to)] = 0;
       }
       // The strip of queries is in registers now, so its memory serves the results; in later pieces
@@ -197,10 +198,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
       __syncwarp();
       stage_strip<T, D>(out, inverse[0], inverse[1], own_rows);
       __syncwarp();
-      write_strips<T, D>(
-          own_rows,
-          nth(static_cast<T*>(a.out) + place.head * D, now.image, a.rows * channels), channels,
-          memory.slots.row + strip * kStrip);
+      write_strips<T, D>(own_rows, {HeadRows<T>(a.out, place.head, now.image)},
+                         memory.slots.row + strip * kStrip, a.head_dim);
     }
     stage = stage == Memory::kStages - 1 ? 0 : stage + 1;
   }

@@ -23,10 +23,28 @@ Tensor to_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-// Contiguous, and starting where 16 bytes can be read at once: a view may start anywhere.
-Tensor ready(const Tensor& any) {
-  const Tensor x = to_contiguous(any);
-  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0) return x;
+// Bytes of an access to rows of this head dimension: only heads of 16, 32 and 64 elements are whole
+// numbers of the largest ones.
+int64_t alignment_of(const Tensor& x, int64_t head_dim) {
+  const bool is_whole = head_dim == 16 || head_dim == 32 || head_dim == 64;
+  return is_whole || x.element_size() == 4 ? 16 : 8;
+}
+
+// As it is where accesses of so many bytes can start at every head of it; a view may start anywhere.
+Tensor ready(const Tensor& x, int64_t bytes, bool any_strides = false) {
+  const int64_t element = int64_t(x.element_size());
+  const int64_t last = x.dim() - 1;
+  bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % bytes == 0;
+  if (any_strides) {
+    fits = fits && (x.size(last) == 1 || x.stride(last) == 1);
+    for (int64_t axis = 0; fits && axis < last; ++axis) {
+      const int64_t step = x.stride(axis) * element;
+      fits = x.size(axis) == 1 || (step % bytes == 0 && step >= 0 && step < int64_t(1) << 32);
+    }
+  } else {
+    fits = fits && x.is_contiguous();
+  }
+  if (fits) return x;
   Tensor copy = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
   torch::stable::copy_(copy, x);
   return copy;
@@ -40,32 +58,35 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 struct Problem {
-  Tensor qkv;
-  std::optional<Tensor> table;
+  QueryKeyValue x;
+  std::optional<Tensor> table, pad_value;
   PartitionTensors part;
   AttentionShape shape;
   Attention a{};
 
   Problem(
-      const Tensor& qkv_any, const std::optional<Tensor>& table_any, PartitionTensors part_any,
-      int64_t heads, double scale)
-      : qkv(ready(qkv_any)), part(std::move(part_any)) {
+      QueryKeyValue any, const std::optional<Tensor>& table_any,
+      const std::optional<Tensor>& pad_any, PartitionTensors part_any, int64_t heads, double scale)
+      : x(std::move(any)), part(std::move(part_any)) {
     if (table_any) table = to_contiguous(*table_any);
     if (part.token_index) part.token_index = to_contiguous(*part.token_index);
-    for (Tensor* x : {&part.window_id, &part.query_row, &part.key_row}) *x = to_contiguous(*x);
-    shape = check_attention(qkv, table, ScalarType::Float, part, heads);
+    for (Tensor* indices : {&part.window_id, &part.query_row, &part.key_row})
+      *indices = to_contiguous(*indices);
+    shape = check_attention(x, table, ScalarType::Float, pad_any, part, heads);
     STD_TORCH_CHECK(
-        shape.head_dim == 16 || shape.head_dim == 32 || shape.head_dim == 64,
-        "the CUDA kernels take head dims 16, 32 and 64, got ", shape.head_dim);
+        shape.head_dim % 4 == 0 && shape.head_dim <= 64,
+        "the CUDA kernels take head dims that are multiples of 4 up to 64, got ", shape.head_dim);
+    const int64_t bytes = alignment_of(x.q, shape.head_dim);
+    x.q = ready(x.q, bytes, !x.is_packed());
+    for (std::optional<Tensor>* one : {&x.k, &x.v})
+      if (*one) *one = ready(**one, bytes, true);
+    if (pad_any) pad_value = ready(*pad_any, bytes);
     constexpr int64_t kMost = std::numeric_limits<int>::max();
     STD_TORCH_CHECK(
         shape.batch < kMost && shape.groups * shape.slots < kMost,
         "a batch must have fewer than 2^31 images, and a partition fewer slots");
-    // Kernels count bytes within an image in 32 bits.
-    STD_TORCH_CHECK(
-        shape.rows * 3 * shape.channels * int64_t(qkv.element_size()) < int64_t(1) << 32,
-        "q, k and v of an image must be smaller than 4 GB");
-    a.qkv = qkv.const_data_ptr();
+    for (int which = 0; which < 3; ++which) *own(which) = rows_of(x, which);
+    if (pad_value) a.pad_value = pad_value->const_data_ptr();
     a.table = table ? table->const_data_ptr<float>() : nullptr;
     a.token_index = part.token_index ? part.token_index->const_data_ptr<int>() : nullptr;
     a.window_id = part.window_id.const_data_ptr<int>();
@@ -76,27 +97,49 @@ struct Problem {
     a.groups = int(shape.groups);
     a.slots = int(shape.slots);
     a.heads = int(heads);
+    a.head_dim = int(shape.head_dim);
     a.table_rows = int(shape.table_rows);
     a.per_image = shape.partitions > 1;
     a.scale = float(scale);
-    for (const Tensor* x : {&part.window_id, &part.query_row, &part.key_row,
-                            part.token_index ? &*part.token_index : &part.window_id,
-                            table ? &*table : &part.window_id})
+    for (const Tensor* other : {&part.window_id, &part.query_row, &part.key_row,
+                                part.token_index ? &*part.token_index : &part.window_id,
+                                table ? &*table : &part.window_id})
       STD_TORCH_CHECK(
-          on_one_device(*x, qkv), "qkv, the table and the partition must be on one device");
+          on_one_device(*other, x.q), "qkv, the table and the partition must be on one device");
   }
 
+  Rows* own(int which) { return which == 0 ? &a.q : which == 1 ? &a.k : &a.v; }
+
+  // Kernels count the bytes between rows, and between images, in 32 bits.
+  Rows rows_of(const QueryKeyValue& tensors, int which) const {
+    const Strides s = strides_of(tensors, which, shape);
+    return rows_of(*s.tensor, s.first, s.image, s.row, s.head);
+  }
+  Rows rows_of(
+      const Tensor& tensor, int64_t first, int64_t image, int64_t row, int64_t head) const {
+    const int64_t element = int64_t(tensor.element_size());
+    for (const int64_t step : {image, row, head})
+      STD_TORCH_CHECK(
+          step * element < int64_t(1) << 32, "q, k and v of an image must be smaller than 4 GB");
+    char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+    return {data + first * element, unsigned(image), unsigned(row), unsigned(head)};
+  }
+  // The output, or its gradient.
+  Rows rows_of(const Tensor& tensor) const {
+    return rows_of(tensor, 0, shape.rows * shape.channels, shape.channels, shape.head_dim);
+  }
+
+  bool grouped() const { return !part.token_index; }
   bool empty() const { return a.batch == 0 || a.rows == 0 || a.groups == 0 || a.slots == 0; }
 
-  std::vector<int64_t> sizes(int64_t last) const {
-    std::vector<int64_t> result(qkv.sizes().begin(), qkv.sizes().end());
-    result.back() = last;
-    return result;
+  std::vector<int64_t> sizes() const {
+    if (grouped()) return {shape.batch, shape.groups, shape.slots, shape.channels};
+    return {shape.batch, shape.rows, shape.channels};
   }
 
   template <class T>
   void plan_of(Pass pass) {
-    const int device = qkv.get_device_index();
+    const int device = x.q.get_device_index();
     const Device facts{attribute(cudaDevAttrMultiProcessorCount, device),
                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
     STD_TORCH_CHECK(
@@ -110,7 +153,7 @@ struct Problem {
 
   template <class Call>
   void for_type(Call call) const {
-    switch (qkv.scalar_type()) {
+    switch (x.q.scalar_type()) {
       case ScalarType::Float: return call(float{});
       case ScalarType::BFloat16: return call(bfloat16{});
       case ScalarType::Half: return call(float16{});
@@ -124,7 +167,7 @@ struct Problem {
   }
 
   void run(Pass pass) const {
-    const cudaStream_t stream = current_stream(qkv.get_device_index());
+    const cudaStream_t stream = current_stream(x.q.get_device_index());
     for_type([&](auto zero) {
       run_attention<decltype(zero)>(a, int(shape.head_dim), pass, stream);
     });
@@ -135,12 +178,12 @@ struct Problem {
 using Guard = torch::stable::accelerator::DeviceGuard;
 
 std::tuple<Tensor, Tensor> forward(Problem problem) {
-  const Tensor& qkv = problem.qkv;
-  Tensor out = torch::stable::new_empty(qkv, problem.sizes(problem.shape.channels));
+  const Tensor& q = problem.x.q;
+  Tensor out = torch::stable::new_empty(q, problem.sizes());
   Tensor lse = torch::stable::new_empty(
-      qkv, {problem.a.batch, problem.a.heads, problem.a.rows}, ScalarType::Float);
+      q, {problem.a.batch, problem.a.heads, problem.a.rows}, ScalarType::Float);
   if (!problem.empty()) {
-    problem.a.out = out.mutable_data_ptr();
+    problem.a.out = problem.rows_of(out);
     problem.a.lse = lse.mutable_data_ptr<float>();
     problem.plan(Pass::Forward);
     problem.run(Pass::Forward);
@@ -148,48 +191,80 @@ std::tuple<Tensor, Tensor> forward(Problem problem) {
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> backward(
+Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+
+// The sums that blocks left, partial [programs, heads, rows] -> [rows, heads].
+Tensor summed(const Tensor& partial) {
+  const int64_t programs = partial.size(0), heads = partial.size(1), rows = partial.size(2);
+  const int64_t runs = table_runs(programs);
+  Tensor sums = torch::stable::new_empty(
+      partial, {runs > 1 ? runs : 0, heads, rows}, ScalarType::Double);
+  Tensor result = torch::stable::new_empty(partial, {rows, heads});
+  run_table_gradient(partial.const_data_ptr<float>(), sums.mutable_data_ptr<double>(),
+                     result.mutable_data_ptr<float>(), programs, int(heads), int(rows),
+                     current_stream(partial.get_device_index()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
+struct Gradients {
+  QueryKeyValue x;
+  Tensor table, pad;
+};
+
+Gradients backward(
     Problem problem, const Tensor& grad_out_any, const Tensor& out_any, const Tensor& lse_any,
-    bool need_qkv, bool need_table) {
-  const Tensor& qkv = problem.qkv;
+    bool need_qkv, bool need_table, bool need_pad) {
+  const QueryKeyValue& x = problem.x;
+  const AttentionShape& shape = problem.shape;
   Attention& a = problem.a;
-  check_rows(grad_out_any, qkv, problem.shape.channels, "grad_out");
-  check_rows(out_any, qkv, problem.shape.channels, "out");
-  check_lse(lse_any, qkv, ScalarType::Float, a.batch, a.heads, a.rows);
-  const Tensor grad_out = ready(grad_out_any), out = ready(out_any), lse = to_contiguous(lse_any);
+  check_rows(grad_out_any, x, shape, problem.grouped(), "grad_out");
+  check_rows(out_any, x, shape, problem.grouped(), "out");
+  check_lse(lse_any, x.q, ScalarType::Float, a.batch, a.heads, a.rows);
+  const int64_t bytes = alignment_of(x.q, shape.head_dim);
+  const Tensor grad_out = ready(grad_out_any, bytes), out = ready(out_any, bytes);
+  const Tensor lse = to_contiguous(lse_any);
   need_table = need_table && problem.table.has_value();
-  const std::vector<int64_t> none{0};
-  Tensor grad_qkv =
-      torch::stable::new_empty(qkv, need_qkv ? problem.sizes(3 * problem.shape.channels) : none);
-  if (problem.empty() || !(need_qkv || need_table)) {
-    Tensor grad_table = torch::stable::new_zeros(
-        lse, need_table ? std::vector<int64_t>{a.table_rows, a.heads} : none);
-    return {grad_qkv, grad_table};
+  need_pad = need_pad && problem.pad_value.has_value();
+  // The gradients of padding are summed from those of k and v.
+  const bool computes = need_qkv || need_pad;
+  const auto like = [&](const Tensor& tensor) {
+    return computes ? torch::stable::empty_like(tensor) : none_like(tensor);
+  };
+  Gradients grads{{like(x.q), std::nullopt, std::nullopt}, none_like(lse), none_like(lse)};
+  if (!x.is_packed()) grads.x.k = like(*x.k), grads.x.v = like(*x.v);
+  const auto sums = [&](bool needed, int64_t programs, int64_t rows) {
+    return needed ? torch::stable::new_empty(lse, {programs, a.heads, rows}) : none_like(lse);
+  };
+  if (problem.empty()) {
+    if (need_table) grads.table = torch::stable::new_zeros(lse, {a.table_rows, a.heads});
+    if (need_pad) grads.pad = torch::stable::new_zeros(lse, {2 * a.head_dim, a.heads});
+  } else if (computes || need_table) {
+    a.grad_out = problem.rows_of(grad_out);
+    a.out = problem.rows_of(out);  // long groups read it; nothing writes it
+    a.lse = const_cast<float*>(lse.const_data_ptr<float>());
+    if (computes) {
+      a.grad_q = problem.rows_of(grads.x, 0);
+      a.grad_k = problem.rows_of(grads.x, 1);
+      a.grad_v = problem.rows_of(grads.x, 2);
+    }
+    // The plan depends on whether there are sums, their size on the plan.
+    if (need_table) a.partial = a.lse;
+    if (need_pad) a.partial_pad = a.lse;
+    problem.plan(Pass::Backward);
+    Tensor table = sums(need_table, a.programs(), a.table_rows);
+    Tensor pad = sums(need_pad, a.programs(), 2 * a.head_dim);
+    if (need_table) a.partial = table.mutable_data_ptr<float>();
+    if (need_pad) a.partial_pad = pad.mutable_data_ptr<float>();
+    problem.run(Pass::Backward);
+    if (need_table) grads.table = summed(table);
+    if (need_pad) grads.pad = summed(pad);
   }
-  Tensor grad_table = torch::stable::new_empty(
-      lse, need_table ? std::vector<int64_t>{a.table_rows, a.heads} : none);
-  a.grad_out = grad_out.const_data_ptr();
-  // Long groups read it; nothing writes it.
-  a.out = const_cast<void*>(out.const_data_ptr());
-  a.lse = const_cast<float*>(lse.const_data_ptr<float>());
-  a.grad_qkv = need_qkv ? grad_qkv.mutable_data_ptr() : nullptr;
-  // The plan depends on whether there are sums, their size on the plan.
-  a.partial = need_table ? grad_table.mutable_data_ptr<float>() : nullptr;
-  problem.plan(Pass::Backward);
-  Tensor partial = torch::stable::new_empty(
-      lse, need_table ? std::vector<int64_t>{a.programs(), a.heads, a.table_rows} : none);
-  if (need_table) a.partial = partial.mutable_data_ptr<float>();
-  problem.run(Pass::Backward);
-  if (need_table) {
-    const int64_t runs = table_runs(a.programs());
-    Tensor sums = torch::stable::new_empty(
-        lse, {runs > 1 ? runs : 0, a.heads, a.table_rows}, ScalarType::Double);
-    run_table_gradient(a.partial, sums.mutable_data_ptr<double>(),
-                       grad_table.mutable_data_ptr<float>(), a.programs(), a.heads, a.table_rows,
-                       current_stream(qkv.get_device_index()));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (computes && !need_qkv) {
+    grads.x.q = none_like(x.q);
+    if (!x.is_packed()) grads.x.k = none_like(x.q), grads.x.v = none_like(x.q);
   }
-  return {grad_qkv, grad_table};
+  return grads;
 }
 
 }  // namespace
@@ -198,7 +273,8 @@ std::tuple<Tensor, Tensor> block_diagonal_attention(
     const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id,
     const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
   const Guard guard(qkv.get_device_index());
-  return forward({qkv, table, {std::nullopt, window_id, query_row, key_row}, num_heads, scale});
+  return forward(
+      {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, scale});
 }
 
 std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
@@ -206,25 +282,59 @@ std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
     const Tensor& lse, const Tensor& window_id, const Tensor& query_row, const Tensor& key_row,
     int64_t num_heads, double scale, bool need_qkv, bool need_table) {
   const Guard guard(qkv.get_device_index());
-  return backward({qkv, table, {std::nullopt, window_id, query_row, key_row}, num_heads, scale},
-                  grad_out, out, lse, need_qkv, need_table);
+  const Gradients grads = backward(
+      {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, scale}, grad_out,
+      out, lse, need_qkv, need_table, false);
+  return {grads.x.q, grads.table};
 }
 
 std::tuple<Tensor, Tensor> group_window_attention(
-    const Tensor& qkv, std::optional<Tensor> table, const Tensor& token_index,
-    const Tensor& window_id, const Tensor& query_row, const Tensor& key_row, int64_t num_heads,
-    double scale) {
-  const Guard guard(qkv.get_device_index());
-  return forward({qkv, table, {token_index, window_id, query_row, key_row}, num_heads, scale});
+    const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> table,
+    std::optional<Tensor> pad_value, const Tensor& token_index, const Tensor& window_id,
+    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
+  const Guard guard(q.get_device_index());
+  return forward({{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row},
+                  num_heads, scale});
 }
 
-std::tuple<Tensor, Tensor> group_window_attention_backward(
-    const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& out,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_window_attention_backward(
+    const Tensor& grad_out, const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v,
+    std::optional<Tensor> table, std::optional<Tensor> pad_value, const Tensor& out,
     const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& query_row,
-    const Tensor& key_row, int64_t num_heads, double scale, bool need_qkv, bool need_table) {
-  const Guard guard(qkv.get_device_index());
-  return backward({qkv, table, {token_index, window_id, query_row, key_row}, num_heads, scale},
-                  grad_out, out, lse, need_qkv, need_table);
+    const Tensor& key_row, int64_t num_heads, double scale, bool need_qkv, bool need_table,
+    bool need_pad) {
+  const Guard guard(q.get_device_index());
+  const Gradients grads = backward(
+      {{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row}, num_heads, scale},
+      grad_out, out, lse, need_qkv, need_table, need_pad);
+  return {grads.x.q, grads.x.k.value_or(none_like(q)), grads.x.v.value_or(none_like(q)),
+          grads.table, grads.pad};
+}
+
+// Whether a multiprocessor of the current device has room for such a problem, in both passes.
+bool fits(ScalarType type, int64_t head_dim, int64_t slots, int64_t table_rows) {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const Device facts{attribute(cudaDevAttrMultiProcessorCount, device),
+                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+  float something = 0;
+  int token = 0;
+  Attention a{};
+  a.batch = 1, a.heads = 1, a.groups = 1, a.rows = a.slots = int(slots);
+  a.head_dim = int(head_dim), a.table_rows = int(table_rows);
+  a.table = table_rows > 0 ? &something : nullptr;
+  a.token_index = &token;
+  const auto plans = [&](Pass pass) {
+    switch (type) {
+      case ScalarType::Float: return plan_attention<float>(a, int(head_dim), pass, facts);
+      case ScalarType::BFloat16: return plan_attention<bfloat16>(a, int(head_dim), pass, facts);
+      default: return plan_attention<float16>(a, int(head_dim), pass, facts);
+    }
+  };
+  if (!plans(Pass::Forward)) return false;
+  a.partial = table_rows > 0 ? &something : nullptr;
+  a.partial_pad = &something;
+  return plans(Pass::Backward);
 }
 
 }  // namespace greenmim::cuda
@@ -236,6 +346,14 @@ STABLE_TORCH_LIBRARY_IMPL(greenmim, CUDA, m) {
   m.impl("group_window_attention", TORCH_BOX(&greenmim::cuda::group_window_attention));
   m.impl("group_window_attention_backward",
          TORCH_BOX(&greenmim::cuda::group_window_attention_backward));
+}
+
+// For Python, through ctypes. `element`: 0 float32, 1 bfloat16, 2 float16.
+extern "C" __attribute__((visibility("default"))) int greenmim_cuda_fits(
+    int element, int64_t head_dim, int64_t slots, int64_t table_rows) {
+  using greenmim::ScalarType;
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  return greenmim::cuda::fits(types[element], head_dim, slots, table_rows);
 }
 
 // What the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST.

@@ -116,6 +116,11 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool v
   asm volatile(GREENMIM_COPY_16 ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
+__device__ __forceinline__ void copy_async_8(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid ? 4 : 0)

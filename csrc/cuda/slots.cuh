@@ -67,10 +67,11 @@ struct Slots {
     table = carver.take<float>(a.table == nullptr ? 1 : a.table_rows);
   }
 
-  // What stands for a slot without a window: kNothing, or a row of the result that is written as zeros:
-  // that of a token in no window, or of padding in gathered groups.
-  static constexpr int kNothing = -1;
-  static __device__ __forceinline__ int zero_row(int to) { return kNothing - 1 - to; }  // its inverse
+  // What stands for a slot without a token of a window: kNothing; padding that attends, where it has a
+  // value other than zero; or a row of the result that is written as zeros, that of a token in no
+  // window, or of padding in gathered groups.
+  static constexpr int kNothing = -1, kPadding = -2, kZeroRow = -3;
+  static __device__ __forceinline__ int zero_row(int to) { return kZeroRow - to; }  // its inverse
 
   __device__ void read_partition(const Attention& a, const Place& place) const {
     const int64_t partition = a.per_image ? place.first_image : 0;
@@ -85,10 +86,12 @@ struct Slots {
         const int window = a.window_id[first + i];
         entry = a.token_index == nullptr ? place.group * a.slots + i : a.token_index[first + i];
         if (window < 0) {
-          entry = zero_row(entry);  // kNothing where there is no token
+          entry = entry < 0 ? kNothing : zero_row(entry);
         } else {
-          as_query = int2{window, a.table == nullptr ? 0 : query_row};
           as_key = int2{window, a.table == nullptr ? 0 : key_row};
+          // Nobody reads what padding would ask for.
+          if (entry >= 0) as_query = int2{window, a.table == nullptr ? 0 : query_row};
+          else entry = a.pad_value == nullptr ? kNothing : kPadding;
         }
       }
       query[i] = as_query;
@@ -117,11 +120,11 @@ struct Slots {
     }
   }
 
-  // Whether a block whose first strip this is has nothing to do: padding is left at once, unless it is
-  // part of the result that is written, as zeros.
+  // Whether a block whose first strip this is has nothing to do: what is in no window is left at once,
+  // unless it is part of the result that is written, as zeros.
   __device__ bool nothing_from(int strip, bool writes) const {
-    const int entry = row[strip * kStrip];
-    return entry == kNothing || (entry < 0 && !writes);
+    if (key[strip * kStrip].x >= 0) return false;
+    return row[strip * kStrip] == kNothing || !writes;
   }
 
   // One more than the last group that holds tokens, at least one; `token` is that of the first slot of
@@ -232,27 +235,70 @@ __device__ __forceinline__ T* nth(T* first, int n, unsigned elements) {
       reinterpret_cast<Byte*>(first) + uint64_t(unsigned(n)) * (elements * unsigned(sizeof(T))));
 }
 
-// Starts the copy of a block's strips of rows into shared memory, from one tensor or from
-// kTensors columns of it that lie `source_step` apart, into tiles that lie `tile_step` apart. Rows of
-// padding become zeros, since a product takes all rows and zero times NaN is NaN. A block has two
-// threads for a row.
-template <class T, int D, int kTensors = 1>
+// One head of the rows of one image.
+template <class T>
+struct HeadRows {
+  T* first;
+  unsigned row;  // elements from one to the next
+  const T* pad;  // what padding that attends has; null: zeros
+
+  __device__ __forceinline__ HeadRows(
+      const Rows& x, int head, int image, const void* pad_value = nullptr)
+      : first(nth(static_cast<T*>(x.data) + uint64_t(unsigned(head)) * x.head, image, x.image)),
+        row(x.row),
+        pad(static_cast<const T*>(pad_value)) {}
+
+  __device__ __forceinline__ T* of(int i, unsigned column) const { return nth(first + column, i, row); }
+};
+
+// k (1) or v (2) of the padding of a head.
+template <class T>
+__device__ __forceinline__ const T* padding_of(const Attention& a, int which, int head) {
+  if (a.pad_value == nullptr) return nullptr;
+  return static_cast<const T*>(a.pad_value) + (which * a.heads + head) * a.head_dim;
+}
+
+// A piece of a row that has only so many of its columns, none or a multiple of four.
+template <class T>
+__device__ __forceinline__ void copy_async_part(T* to, const T* from, int columns, bool valid) {
+  if constexpr (sizeof(T) == 4) {
+    copy_async_16(to, from, valid && columns >= 4);
+  } else {
+    copy_async_8(to, from, valid && columns >= 4);
+    copy_async_8(to + 4, from + 4, valid && columns >= 8);
+  }
+}
+
+// Starts the copy of a block's strips of rows into shared memory, from kTensors tensors into tiles that
+// lie `tile_step` apart. Rows of nothing become zeros, since a product takes all rows and zero times NaN
+// is NaN. A block has two threads for a row.
+template <class T, int D, int kTensors>
 __device__ __forceinline__ void load_tiles(
-    T* tile, const T* source, int stride, const int* row, int tile_step = 0, int source_step = 0) {
+    T* tile, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim, int tile_step = 0) {
   using Row = TileRow<T, D>;
   const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
   const unsigned slot = thread / Row::kPieces, piece = thread % Row::kPieces;
-  const unsigned step = blockDim.x / Row::kPieces;
+  const unsigned step = blockDim.x / Row::kPieces, column = piece * Row::kPiece;
   int from[Row::kPieces / 2];  // all read before the first copy, behind which they would wait
 #pragma unroll
   for (int i = 0; i < Row::kPieces / 2; ++i) from[i] = row[slot + i * step];
-  source += piece * Row::kPiece;
+  const auto copy_all = [&](auto copy_one) {
 #pragma unroll
-  for (int t = 0; t < kTensors; ++t, source += source_step)
+    for (int t = 0; t < kTensors; ++t)
 #pragma unroll
-    for (int i = 0; i < Row::kPieces / 2; ++i)
-      copy_async_16(tile + t * tile_step + Row::offset(slot + i * step, piece),
-                    nth(source, from[i] < 0 ? 0 : from[i], stride), from[i] >= 0);
+      for (int i = 0; i < Row::kPieces / 2; ++i) {
+        const bool pads = x[t].pad != nullptr && from[i] == Slots::kPadding;
+        const T* source = pads ? x[t].pad + column : x[t].of(from[i] < 0 ? 0 : from[i], column);
+        copy_one(tile + t * tile_step + Row::offset(slot + i * step, piece), source,
+                 pads || from[i] >= 0);
+      }
+  };
+  if (head_dim == D)
+    copy_all([](T* to, const T* source, bool valid) { copy_async_16(to, source, valid); });
+  else
+    copy_all([&](T* to, const T* source, bool valid) {
+      copy_async_part(to, source, head_dim - int(column), valid);
+    });
 }
 
 // The same for one number per row. Ends with a warp whose lanes go on together: with one strip, half of
@@ -283,31 +329,60 @@ __device__ __forceinline__ void stage_strip(
   }
 }
 
-// Writes staged strips, in accesses of 16 bytes, to kTensors columns of `out` that lie `out_step`
-// apart, from strips that lie `staging_step` apart. `row` is that of the strip's first slot.
-template <class T, int D, int kTensors = 1>
+// Writes staged strips to kTensors tensors, from strips that lie `staging_step` apart. `row` is that of
+// the strip's first slot.
+template <class T, int D, int kTensors>
 __device__ __forceinline__ void write_strips(
-    const T* staging, T* out, int stride, const int* row, int staging_step = 0, int out_step = 0) {
+    const T* staging, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim,
+    int staging_step = 0) {
   using Row = TileRow<T, D>;
   const unsigned lane = unsigned(computed_here(lane_index()));
   const unsigned slot = lane / Row::kPieces, piece = lane % Row::kPieces;
-  out += piece * Row::kPiece;
+  const unsigned column = piece * Row::kPiece;
 #pragma unroll
   for (int i = 0; i < Row::kPieces / 2; ++i) {
     const int to = row[slot + i * (32 / Row::kPieces)];
     const T* from = staging + Row::offset(slot + i * (32 / Row::kPieces), piece);
-    if (to >= 0) {
-      T* row_to = nth(out, to, stride);
+    // Beside a token that is not finite, what was computed for padding is NaN.
+    const bool is_zero = to <= Slots::kZeroRow;
+    if (to < 0 && !is_zero) continue;
 #pragma unroll
-      for (int t = 0; t < kTensors; ++t)
-        *reinterpret_cast<uint4*>(row_to + t * out_step) =
-            *reinterpret_cast<const uint4*>(from + t * staging_step);
-    } else if (to != Slots::kNothing) {
-      // Beside a token that is not finite, what was computed for padding is NaN.
-      for (int t = 0; t < kTensors; ++t)
-        *reinterpret_cast<uint4*>(nth(out, Slots::zero_row(to), stride) + t * out_step) =
-            uint4{0, 0, 0, 0};
+    for (int t = 0; t < kTensors; ++t) {
+      T* target = x[t].of(is_zero ? Slots::zero_row(to) : to, column);
+      const uint4 value =
+          is_zero ? uint4{} : *reinterpret_cast<const uint4*>(from + t * staging_step);
+      if (head_dim == D) {
+        *reinterpret_cast<uint4*>(target) = value;
+      } else if (sizeof(T) == 4) {
+        if (int(column) < head_dim) *reinterpret_cast<uint4*>(target) = value;
+      } else {
+        if (int(column) < head_dim) *reinterpret_cast<uint2*>(target) = uint2{value.x, value.y};
+        if (int(column) + 4 < head_dim)
+          *reinterpret_cast<uint2*>(target + 4) = uint2{value.z, value.w};
+      }
     }
+  }
+}
+
+// A warp's sums for k and v of the padding.
+template <int D>
+__device__ inline void clear_padding(float* sums) {
+  for (int d = lane_index(); d < 2 * D; d += 32) sums[d] = 0;
+  __syncwarp();
+}
+
+// Adds the rows of padding of a warp's staged strip to its sums [D].
+template <class T, int D>
+__device__ inline void add_padding(float* sums, const T* staging, const int* row) {
+  using Row = TileRow<T, D>;
+#pragma unroll 1
+  for (unsigned d = unsigned(lane_index()); d < D; d += 32) {
+    float sum = 0;
+#pragma unroll 1
+    for (int i = 0; i < kStrip; ++i)
+      if (row[i] == Slots::kPadding)
+        sum += to_float(staging[Row::offset(i, d / Row::kPiece) + d % Row::kPiece]);
+    sums[d] += sum;
   }
 }
 
@@ -342,7 +417,8 @@ __device__ inline void add_to_table(
   }
 }
 
-// The sum of the block's copies, in their order, as its row of partial sums; zeros if it has none.
+// What a block leaves of its sums for the table and for the padding: the sum of its warps' copies, in
+// their order; zeros if it has none.
 __device__ inline void store_partial(const float* copies, int count, const Attention& a) {
   if (a.partial == nullptr) return;
 #pragma unroll 1
@@ -350,6 +426,17 @@ __device__ inline void store_partial(const float* copies, int count, const Atten
     float sum = 0;
     for (int copy = 0; copy < count; ++copy) sum += copies[copy * a.table_rows + i];
     a.partial[int64_t(blockIdx.x) * a.table_rows + i] = sum;
+  }
+}
+template <int D>
+__device__ inline void store_padding(const float* sums, int warps, const Attention& a) {
+  if (a.partial_pad == nullptr) return;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < 2 * a.head_dim; i += int(blockDim.x)) {
+    float sum = 0;
+    for (int warp = 0; warp < warps; ++warp)
+      sum += sums[2 * D * warp + i / a.head_dim * D + i % a.head_dim];
+    a.partial_pad[int64_t(blockIdx.x) * 2 * a.head_dim + i] = sum;
   }
 }
 

@@ -24,24 +24,24 @@ namespace {
 // In the order of the Python side.
 struct Header {
   int64_t thread_order, element, head_dim, batch, rows, partitions, groups, slots, heads,
-      table_rows, has_table, gathered, need_qkv, need_table, processors,
-      shared_bytes;
+      table_rows, has_table, has_padding, gathered, need_qkv, need_table, processors, shared_bytes;
   double scale;
 };
 
 struct Inputs {
-  Buffer qkv, grad_out, table, token_index, window_id, query_row, key_row;
+  Buffer qkv, grad_out, table, pad_value, token_index, window_id, query_row, key_row;
 
   Inputs(const Header& h, size_t element, int64_t table_bytes)
       : qkv(h.batch * h.rows * 3 * h.heads * h.head_dim * element),
         grad_out(h.batch * h.rows * h.heads * h.head_dim * element),
         table(h.has_table ? table_bytes : 0),
+        pad_value(h.has_padding ? 3 * h.heads * h.head_dim * element : 0),
         token_index(h.gathered ? 0 : h.partitions * h.groups * h.slots * 4),
         window_id(h.partitions * h.groups * h.slots * 4),
         query_row(h.partitions * h.groups * h.slots * 4),
         key_row(h.partitions * h.groups * h.slots * 4) {
     for (Buffer* buffer :
-         {&qkv, &grad_out, &table, &token_index, &window_id, &query_row, &key_row})
+         {&qkv, &grad_out, &table, &pad_value, &token_index, &window_id, &query_row, &key_row})
       buffer->read();
   }
 };
@@ -67,6 +67,13 @@ double time_of(const Call& call) {
 }
 #endif
 
+// q, k or v, or what is like them, of a packed tensor.
+Rows packed(void* data, const Header& h, size_t element, int which, int of) {
+  const int64_t channels = h.heads * h.head_dim;
+  return {static_cast<char*>(data) + which * channels * int64_t(element),
+          unsigned(h.rows * of * channels), unsigned(of * channels), unsigned(h.head_dim)};
+}
+
 // Writes all results; or, timed, on a GPU, two lines of what a forward and a backward pass take.
 template <class T, int D>
 void attend(const Header& h, [[maybe_unused]] bool timed) {
@@ -76,20 +83,24 @@ void attend(const Header& h, [[maybe_unused]] bool timed) {
   a.groups = int(h.groups);
   a.slots = int(h.slots);
   a.heads = int(h.heads);
+  a.head_dim = int(h.head_dim);
   a.table_rows = int(h.table_rows);
   a.per_image = h.partitions > 1;
   a.scale = float(h.scale);
   const int64_t table_bytes = int64_t(a.table_rows) * h.heads * 4;
+  const int64_t pad_bytes = 2 * h.heads * h.head_dim * 4;
   const Inputs in(h, sizeof(T), table_bytes);
-  a.qkv = in.qkv.as<T>();
+  Rows* const own[] = {&a.q, &a.k, &a.v};
+  for (int i = 0; i < 3; ++i) *own[i] = packed(in.qkv.as<T>(), h, sizeof(T), i, 3);
   a.table = h.has_table ? in.table.as<float>() : nullptr;
+  a.pad_value = h.has_padding ? in.pad_value.as<T>() : nullptr;
   a.token_index = h.gathered ? nullptr : in.token_index.as<int>();
   a.window_id = in.window_id.as<int>();
   a.query_row = in.query_row.as<int>();
   a.key_row = in.key_row.as<int>();
-  const int64_t elements = h.batch * h.rows * h.heads * D;
+  const int64_t elements = h.batch * h.rows * h.heads * h.head_dim;
   const Buffer out(elements * sizeof(T)), lse(h.batch * h.heads * h.rows * 4);
-  a.out = out.as<T>();
+  a.out = packed(out.as<T>(), h, sizeof(T), 0, 1);
   a.lse = lse.as<float>();
   const Device device{int(h.processors), int(h.shared_bytes)};
   if (!plan<T, D>(a, Pass::Forward, device)) throw std::runtime_error("no room for forward");
@@ -98,19 +109,30 @@ void attend(const Header& h, [[maybe_unused]] bool timed) {
 
   const Buffer grad_qkv(h.need_qkv ? 3 * elements * sizeof(T) : 0);
   const Buffer grad_table(h.need_table ? table_bytes : 0);
-  a.grad_out = in.grad_out.as<T>();
-  a.grad_qkv = h.need_qkv ? grad_qkv.as<T>() : nullptr;
-  a.partial = h.need_table ? grad_table.as<float>() : nullptr;  // the plan asks whether there is one
+  const bool need_pad = h.has_padding && h.need_qkv;
+  const Buffer grad_pad(need_pad ? pad_bytes : 0);
+  a.grad_out = packed(in.grad_out.as<T>(), h, sizeof(T), 0, 1);
+  Rows* const grads[] = {&a.grad_q, &a.grad_k, &a.grad_v};
+  for (int i = 0; h.need_qkv && i < 3; ++i)
+    *grads[i] = packed(grad_qkv.as<T>(), h, sizeof(T), i, 3);
+  // The plan asks whether there are sums.
+  a.partial = h.need_table ? grad_table.as<float>() : nullptr;
+  a.partial_pad = need_pad ? grad_pad.as<float>() : nullptr;
   if (!plan<T, D>(a, Pass::Backward, device)) throw std::runtime_error("no room for backward");
   const Buffer partial(h.need_table ? a.programs() * table_bytes : 0);
+  const Buffer partial_pad(need_pad ? a.programs() * pad_bytes : 0);
   if (h.need_table) a.partial = partial.as<float>();
-  const Buffer sums(
-      h.need_table ? table_runs(a.programs()) * int64_t(a.table_rows) * h.heads * 8 : 0);
+  if (need_pad) a.partial_pad = partial_pad.as<float>();
+  const Buffer sums(h.need_table ? table_runs(a.programs()) * 2 * table_bytes : 0);
+  const Buffer pad_sums(need_pad ? table_runs(a.programs()) * 2 * pad_bytes : 0);
   const auto backward = [&] {
     launch_attention<T, D>(a, Pass::Backward, nullptr);
     if (h.need_table)
       run_table_gradient(a.partial, sums.as<double>(), grad_table.as<float>(), a.programs(), a.heads,
                          a.table_rows, nullptr);
+    if (need_pad)
+      run_table_gradient(a.partial_pad, pad_sums.as<double>(), grad_pad.as<float>(), a.programs(),
+                         a.heads, 2 * a.head_dim, nullptr);
   };
   backward();
 #ifndef GREENMIM_EMULATE
@@ -123,16 +145,17 @@ void attend(const Header& h, [[maybe_unused]] bool timed) {
   lse.write();
   grad_qkv.write();
   grad_table.write();
+  grad_pad.write();
 }
 
 template <class T>
 void attend(const Header& h, bool timed) {
   if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 16)
-    if (h.head_dim == 16) return attend<T, 16>(h, timed);
+    if (h.head_dim <= 16) return attend<T, 16>(h, timed);
   if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 32)
-    if (h.head_dim == 32) return attend<T, 32>(h, timed);
+    if (h.head_dim <= 32) return attend<T, 32>(h, timed);
   if constexpr (ONLY_HEAD_DIM == 0 || ONLY_HEAD_DIM == 64)
-    if (h.head_dim == 64) return attend<T, 64>(h, timed);
+    if (h.head_dim <= 64) return attend<T, 64>(h, timed);
   throw std::runtime_error("this head dimension was not compiled");
 }
 
@@ -144,6 +167,7 @@ void print_plan(const Header& h) {
   a.groups = int(h.groups);
   a.slots = int(h.slots);
   a.heads = int(h.heads);
+  a.head_dim = D;
   a.table_rows = int(h.table_rows);
   a.rows = int(h.rows);
   int unread = 0;
@@ -160,9 +184,9 @@ void print_plan(const Header& h) {
 
 template <class T>
 void print_plan(const Header& h) {
-  if (h.head_dim == 16) print_plan<T, 16>(h);
-  if (h.head_dim == 32) print_plan<T, 32>(h);
-  if (h.head_dim == 64) print_plan<T, 64>(h);
+  if (h.head_dim <= 16) return print_plan<T, 16>(h);
+  if (h.head_dim <= 32) return print_plan<T, 32>(h);
+  if (h.head_dim <= 64) return print_plan<T, 64>(h);
 }
 
 // "gather" and "scatter": rows of `head_dim` elements of `element` bytes, without heads.

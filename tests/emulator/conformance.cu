@@ -14,7 +14,7 @@ struct Results {
   uint32_t packed_bfloat16[32], packed_float16[32];
   float unpacked[32][4];
   float shuffled[32][2];
-  float copied_16[32][4], copied_4[32];
+  float copied_16[32][4], copied_8[32][2], copied_4[32];
   uint32_t voted[32];
   float exp2[32], log2[32], reciprocal[32];
 };
@@ -57,11 +57,13 @@ __global__ void conformance_kernel(const float* numbers, Results* results) {
   copy_async_16(copies + 4 * lane, numbers + 4 * (lane % 16), lane % 3 != 0);
   copy_async_commit();
   copy_async_4(copies + 128 + lane, numbers + 63 - lane, lane % 5 != 0);
+  copy_async_8(copies + 160 + 2 * lane, numbers + 2 * (lane * 5 % 32), lane % 7 != 0);
   copy_async_commit();
   copy_async_wait<1>();
   for (int i = 0; i < 4; ++i) results->copied_16[lane][i] = copies[4 * lane + i];
   copy_async_wait<0>();
   results->copied_4[lane] = copies[128 + lane];
+  for (int i = 0; i < 2; ++i) results->copied_8[lane][i] = copies[160 + 2 * lane + i];
   results->voted[lane] = __ballot_sync(0xFFFFFFFF, lane * 7 % 5 < 2);
   results->exp2[lane] = lane == 0 ? exp2_fast(-INFINITY) : exp2_fast(x);
   results->log2[lane] = lane == 0 ? log2_fast(0) : log2_fast(fabsf(y) + 0.5f);

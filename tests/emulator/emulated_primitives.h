@@ -143,6 +143,7 @@ inline void copy_async(int bytes, void* to, const void* from, bool valid) {
 inline void copy_async_16(void* to, const void* from, bool valid) {
   copy_async(16, to, from, valid);
 }
+inline void copy_async_8(void* to, const void* from, bool valid) { copy_async(8, to, from, valid); }
 inline void copy_async_4(void* to, const void* from, bool valid) { copy_async(4, to, from, valid); }
 
 inline void copy_async_commit() {
