@@ -38,7 +38,7 @@ class GroupPartition:
     Attributes:
         token_index: int32 [P, G, S], the token's position among those of its image; -1 in padding.
             Every token stands in exactly one slot. A slot without a token that has a window is
-            padding that attends, with the operators' `pad_value`.
+            padding that attends, with the operators' `pad_value`, behind the window's tokens.
         window_id: int32 [P, G, S], the same for tokens that attend to each other; -1 in padding,
             and where a token is in no window: its output and gradients are zero. A window is never
             split between groups.

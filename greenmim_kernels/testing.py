@@ -128,7 +128,7 @@ class Inputs:
     """qkv [B, N, 3C], table [rows, heads] in at least fp32, grad_out [B, N, C], pad_value [3C]."""
 
     qkv: Tensor
-    table: Tensor
+    table: Tensor | None
     grad_out: Tensor
     part: GroupPartition
     num_heads: int
@@ -139,7 +139,7 @@ class Inputs:
         return dataclasses.replace(
             self,
             qkv=self.qkv.to(dtype),
-            table=self.table.to(table_dtype),
+            table=None if self.table is None else self.table.to(table_dtype),
             grad_out=self.grad_out.to(dtype),
             pad_value=None if self.pad_value is None else self.pad_value.to(dtype),
         )
@@ -171,7 +171,7 @@ def run(inputs: Inputs, attention=group_window_attention) -> dict[str, Tensor]:
     leaves = {"qkv": inputs.qkv, "table": inputs.table, "pad": inputs.pad_value}
     leaves = {k: x.detach().requires_grad_() for k, x in leaves.items() if x is not None}
     pad = {"pad_value": leaves["pad"]} if "pad" in leaves else {}
-    out = attention(leaves["qkv"], leaves["table"], inputs.part, inputs.num_heads, **pad)
+    out = attention(leaves["qkv"], leaves.get("table"), inputs.part, inputs.num_heads, **pad)
     grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out)
     names = [f"grad_{name}" for name in leaves]
     return {"out": out.detach(), **dict(zip(names, grads, strict=True))}

@@ -87,9 +87,13 @@ def partition_from_windows(
     window_id = (torch.arange(windows, device=device) * slots)[:, None]
     if labels is not None:
         window_id = window_id + _ranks(labels)
-    # Slots of a window that has no token are nothing, be they padding or not.
-    is_used = (index >= 0).any(-1, keepdim=True) if pad else index >= 0
-    window_id = torch.where(is_used, window_id, -1).broadcast_to(index.shape)
+    window_id = window_id.broadcast_to(index.shape)
+    is_used = index >= 0
+    if pad:  # what no token attends to is nothing
+        tokens = index.new_zeros(len(index), windows * slots)
+        tokens = tokens.scatter_add(1, window_id.flatten(1), is_used.long().flatten(1))
+        is_used = tokens.gather(1, window_id.flatten(1)).view_as(index) > 0
+    window_id = torch.where(is_used, window_id, -1)
     query_row, key_row, window, rows = _bias_rows(window_size, coords, bias_index, index, checks)
     query_row, key_row = (torch.where(window_id >= 0, x, 0) for x in (query_row, key_row))
     if checks and rows:

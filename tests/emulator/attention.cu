@@ -24,7 +24,8 @@ namespace {
 // In the order of the Python side.
 struct Header {
   int64_t thread_order, element, head_dim, batch, rows, partitions, groups, slots, heads,
-      table_rows, has_table, has_padding, gathered, need_qkv, need_table, processors, shared_bytes;
+      table_rows, has_table, has_padding, gathered, apart, need_qkv, need_table, processors,
+      shared_bytes;
   double scale;
 };
 
@@ -67,9 +68,12 @@ double time_of(const Call& call) {
 }
 #endif
 
-// q, k or v, or what is like them, of a packed tensor.
+// q, k or v, or what is like them: of a packed tensor, or apart and head by head.
 Rows packed(void* data, const Header& h, size_t element, int which, int of) {
   const int64_t channels = h.heads * h.head_dim;
+  if (h.apart && of == 3)
+    return {static_cast<char*>(data) + which * h.batch * h.rows * channels * int64_t(element),
+            unsigned(h.rows * channels), unsigned(h.head_dim), unsigned(h.rows * h.head_dim)};
   return {static_cast<char*>(data) + which * channels * int64_t(element),
           unsigned(h.rows * of * channels), unsigned(of * channels), unsigned(h.head_dim)};
 }

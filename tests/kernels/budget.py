@@ -33,13 +33,16 @@ class _SavedOutput(torch.autograd.Function):
 def plain_results(inputs: Inputs, saved_output: bool = False) -> dict[str, Tensor]:
     """Forward and backward, softmax in float32, probabilities in the dtype of qkv."""
 
-    def attention(qkv, table, part, num_heads):
+    def attention(qkv, table, part, num_heads, pad_value=None):
         x = gk.group_gather(qkv, part)
+        if pad_value is not None:
+            x = torch.where((part.token_index >= 0)[..., None], x, pad_value)
         q, k, v = x.unflatten(-1, (3, num_heads, -1)).movedim(3, 0).transpose(-2, -3).unbind(0)
         # Padding is a window of its own, so that no row is without a key.
         same = (part.window_id[..., :, None] == part.window_id[..., None, :])[:, :, None]
-        bias = relative_position_bias(table, *part.tensors[1:])
-        scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5 + bias
+        scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+        if table is not None:
+            scores = scores + relative_position_bias(table, *part.tensors[1:])
         scores = scores.masked_fill(~same, -math.inf)
         if saved_output:
             out = _SavedOutput.apply(scores, v)

@@ -106,6 +106,7 @@ class Launch:
     processors: int = 1
     shared_bytes: int = LARGE
     gathered: bool = False
+    apart: bool = False  # q, k and v head by head, each on its own
     need_qkv: bool = True
     need_table: bool = True
 
@@ -148,8 +149,8 @@ def copy_rows(rows: Tensor, part: GroupPartition, what: str, order: int = 0) -> 
     """ "gather" [B, N, C] -> [B, G * S, C], or "scatter" back, as the copy kernels do it."""
     slots = part.num_groups * part.group_size
     header = struct.pack(
-        "=17qd", order, rows.element_size(), rows.shape[2], len(rows), part.num_tokens,
-        part.token_index.shape[0], part.num_groups, part.group_size, *[0] * 9, 0.0,
+        "=18qd", order, rows.element_size(), rows.shape[2], len(rows), part.num_tokens,
+        part.token_index.shape[0], part.num_groups, part.group_size, *[0] * 10, 0.0,
     )  # fmt: skip
     data = header + _bytes(rows) + _bytes(part.token_index)
     done = run_binary([build("attention.cu"), what], data)
@@ -165,8 +166,8 @@ def plan(
 ) -> list[dict[str, int]]:
     """How a launch would be made, forward and backward, for Swin-B's first stage at batch 256."""
     header = struct.pack(
-        "=17qd", 0, ELEMENTS[dtype], head_dim, 256, 768, 1, -(-768 // slots), slots,
-        128 // head_dim, table_rows, *[0] * 5, 132, shared_bytes, 1.0,
+        "=18qd", 0, ELEMENTS[dtype], head_dim, 256, 768, 1, -(-768 // slots), slots,
+        128 // head_dim, table_rows, *[0] * 6, 132, shared_bytes, 1.0,
     )  # fmt: skip
     done = run_binary([build("attention.cu"), "plan"], header)
     names = ("fits", "is_long", "strips", "share", "shared_bytes")
@@ -176,7 +177,7 @@ def plan(
 
 def images_per_block(batch: int, blocks: int, places: int) -> int:
     """Where a run of images needs `blocks` blocks, and `places` blocks run at the same time."""
-    header = struct.pack("=17qd", 0, 0, 0, batch, 0, 0, blocks, *[0] * 8, places, 0, 1.0)
+    header = struct.pack("=18qd", 0, 0, 0, batch, 0, 0, blocks, *[0] * 9, places, 0, 1.0)
     return int(run_binary([build("attention.cu"), "images"], header).stdout)
 
 
@@ -196,13 +197,16 @@ def encode(inputs: Inputs, launch: Launch) -> bytes:
             )
     head_dim = qkv.shape[-1] // (3 * inputs.num_heads)
     header = struct.pack(
-        "=17qd", launch.thread_order, ELEMENTS[qkv.dtype], head_dim, len(qkv),
+        "=18qd", launch.thread_order, ELEMENTS[qkv.dtype], head_dim, len(qkv),
         _rows(inputs, launch), part.token_index.shape[0], part.num_groups, part.group_size,
         inputs.num_heads, 0 if inputs.table is None else len(inputs.table),
-        inputs.table is not None, inputs.pad_value is not None, launch.gathered, launch.need_qkv,
+        inputs.table is not None, inputs.pad_value is not None, launch.gathered, launch.apart,
+        launch.need_qkv,
         launch.need_table and inputs.table is not None, launch.processors,
         launch.shared_bytes, head_dim**-0.5,
     )  # fmt: skip
+    if launch.apart:
+        qkv = qkv.unflatten(-1, (3, inputs.num_heads, -1)).permute(2, 0, 3, 1, 4)
     token_index = None if launch.gathered else part.token_index
     arrays = (qkv, grad_out, inputs.table, inputs.pad_value, token_index, *part.tensors[1:])
     return header + b"".join(map(_bytes, arrays))
@@ -227,4 +231,7 @@ def decode(inputs: Inputs, launch: Launch, data: bytes) -> dict[str, Tensor]:
         offset += count
     if offset != len(data):
         raise RuntimeError(f"the emulator wrote {len(data)} bytes where {offset} were expected")
+    if launch.apart and launch.need_qkv:
+        apart = results["grad_qkv"].reshape(3, batch, heads, rows, channels // heads)
+        results["grad_qkv"] = apart.permute(1, 3, 0, 2, 4).flatten(2)
     return results

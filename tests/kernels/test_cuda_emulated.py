@@ -11,9 +11,11 @@ from emulated import SMALL, Launch, copy_rows
 from emulated import run as emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from window_cases import problems, swin, volume, window_inputs
 
 import greenmim_kernels as gk
 from greenmim_kernels import reference
+from greenmim_kernels.ops import _pad_gradient
 from greenmim_kernels.testing import (
     Case,
     assert_within_budget,
@@ -66,7 +68,9 @@ def agree(actual, inputs, case=None):
     def other_draws():
         return [both(make_inputs(case, seed)) for seed in range(100, 108)]
 
-    checked = {key: actual[key] for key in ("out", "grad_qkv", "grad_table")}
+    checked = {key: actual[key] for key in ("out", "grad_qkv", "grad_table") if key in actual}
+    if "grad_pad" in actual:
+        checked["grad_pad"] = _pad_gradient(actual["grad_pad"], inputs.pad_value)
     assert_within_budget(checked, *both(inputs), other_draws=None if case is None else other_draws)
 
 
@@ -105,6 +109,47 @@ def test_any_shape(units, extra_slots, processors, seed, **fields):
         case = dataclasses.replace(case, group_size=fullest + extra_slots)
     inputs = make_inputs(case, seed)
     agree(emulate(inputs, Launch(processors=processors)), inputs, case)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    problem=problems(),
+    head_dim=st.sampled_from((4, 12, 16, 32, 48)),
+    dtype=st.sampled_from(DTYPES),
+    apart=st.booleans(),
+    processors=st.sampled_from((1, 132)),
+    order=st.sampled_from(ORDERS),
+)
+def test_windows_of_every_kind(problem, head_dim, dtype, apart, processors, order):
+    inputs = window_inputs(problem, dtype, head_dim, batch=max(2, len(problem.index)))
+    launch = Launch(apart=apart, processors=processors, thread_order=order)
+    agree(emulate(inputs, launch), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    ("problem", "head_dim"),
+    [
+        (swin(), 32),  # padding that attends, in one tile
+        (swin((20, 9), (7, 7), (3, 3)), 16),
+        (volume(), 8),  # in pieces, and rows that are no multiple of 16 bytes
+        (volume((7, 7, 7), (7, 7, 7)), 32),
+        (volume((2, 7, 7), (2, 7, 7), bias_index=torch.arange(98**2)), 4),  # a dense bias
+    ],
+    ids=["swin", "swin7", "volume", "cube", "dense"],
+)
+def test_padding_volumes_and_heads_of_any_width(problem, head_dim, apart, dtype):
+    if "bias_index" in problem.arguments:
+        problem = dataclasses.replace(
+            problem, arguments={"bias_index": problem.arguments["bias_index"]},
+            rows=torch.arange(98**2).view(1, 98, 98), table_rows=98**2,
+        )  # fmt: skip
+    inputs = window_inputs(problem, dtype, head_dim, batch=3)
+    first = emulate(inputs, Launch(apart=apart))
+    agree(first, inputs)
+    for key, value in emulate(inputs, Launch(apart=apart, thread_order=2026)).items():
+        assert torch.equal(value, first[key]), f"{key} depends on the order of threads"
 
 
 def test_where_plain_arithmetic_was_lucky_other_values_say_what_it_costs():
