@@ -159,6 +159,7 @@ def _attention(
         num_tokens=len(coords),
         table_rows=table_rows(window),
         window_size=window,
+        window_slots=window[0] * window[1],
     )
     return NaiveGroupAttention(part), part
 

@@ -41,8 +41,7 @@ class Backend:
     device: str | None
     operators: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] | None = None
-    head_dims: tuple[int, ...] | None = None
-    largest_table: int | None = None  # rows
+    head_dims: range | None = None
 
 
 BACKENDS = {
@@ -56,14 +55,13 @@ BACKENDS = {
         device="cuda",
         operators=OPERATORS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        head_dims=(16, 32, 64),
-        largest_table=31 * 31,
+        head_dims=range(4, 65, 4),
     ),
     "triton": Backend(
         device="cuda",
         operators=OPERATORS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        head_dims=(16, 32, 64),
+        head_dims=range(4, 65, 4),
     ),
 }
 # What "auto" tries on a device, best first.
@@ -261,7 +259,7 @@ def choose_backend(
         first = automatic.choice(operator, dtype, head_dim, group_size).backend
         names = (first, *names) if first in names else names
     for name in names:
-        reason = _does_not_fit(name, head_dim, table_rows)
+        reason = _does_not_fit(name, dtype, head_dim, group_size, table_rows)
         if reason is None:
             return name
     raise ValueError(f'{reason}; use another backend or "auto"')
@@ -287,14 +285,34 @@ def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | N
     return None
 
 
-def _does_not_fit(name: str, head_dim: int | None, table_rows: int | None) -> str | None:
-    backend = BACKENDS[name]
-    if head_dim is not None and backend.head_dims and head_dim not in backend.head_dims:
-        known = ", ".join(map(str, backend.head_dims))
-        return f"the {name} backend takes head dims {known}, not {head_dim}"
-    if table_rows is not None and backend.largest_table and table_rows > backend.largest_table:
+def _does_not_fit(
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    group_size: int | None,
+    table_rows: int | None,
+) -> str | None:
+    dims = BACKENDS[name].head_dims
+    if head_dim is None or dims is None:
+        return None
+    if head_dim not in dims:
         return (
-            f"the {name} backend takes bias tables of at most {backend.largest_table} rows, not"
-            f" {table_rows}"
+            f"the {name} backend takes head dims of multiples of {dims.step} up to {dims[-1]}, not"
+            f" {head_dim}"
+        )
+    if name == "cuda" and not _cuda_has_room(dtype, head_dim, group_size, table_rows or 0):
+        return (
+            f"the cuda backend has no room on this GPU for groups of {group_size} slots with a bias"
+            f" table of {table_rows or 0} rows"
         )
     return None
+
+
+# Dynamo takes the answer as a constant of the trace and does not look inside.
+@torch.compiler.assume_constant_result
+@functools.cache
+def _cuda_has_room(dtype: torch.dtype, head_dim: int, group_size: int, table_rows: int) -> bool:
+    library = ctypes.CDLL(str(_library_file("_C_cuda")))
+    element = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
+    sizes = (ctypes.c_int64(n) for n in (head_dim, group_size, table_rows))
+    return bool(library.greenmim_cuda_fits(element, *sizes))

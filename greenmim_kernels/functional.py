@@ -81,7 +81,8 @@ def block_diagonal_attention(
     _check_groups("qkv", qkv, part)
     head_dim = _head_dim(qkv, num_heads)
     table = _check_table(table, part, num_heads, qkv)
-    arguments = (qkv, table, *part.tensors[1:], num_heads, _number(scale, head_dim))
+    sizes = (num_heads, part.window_slots, _number(scale, head_dim))
+    arguments = (qkv, table, *part.tensors[1:], *sizes)
     name = "block_diagonal_attention"
     backend = _backend_of(name, qkv, table, part, head_dim)
     if backend == "reference":
@@ -150,7 +151,8 @@ def group_window_attention(
                 f" {list(pad_value.shape)} on {pad_value.device}"
             )
         pad_value = pad_value.to(q.dtype)
-    arguments = (q, k, v, table, pad_value, *part.tensors, num_heads, _number(scale, head_dim))
+    sizes = (num_heads, part.window_slots, _number(scale, head_dim))
+    arguments = (q, k, v, table, pad_value, *part.tensors, *sizes)
     name = "group_window_attention"
     backend = _backend_of(name, q, table, part, head_dim)
     if backend == "reference":

@@ -10,6 +10,7 @@ schema:
   [B, N, heads, D], with any strides but the last;
 - table [rows, heads] in the accumulation dtype, or None; pad_value [3C] like q, or None;
 - token_index, window_id, query_row, key_row [P, G, S]: int32, P = 1 or B, as in a GroupPartition;
+- window_slots: that a window has at most;
 - lse [B, heads, rows]: log of the softmax's denominator, in the accumulation dtype; not
   differentiable, kept for the backward pass;
 - a gradient that is not asked for comes back as an empty tensor; that of pad_value as
@@ -27,7 +28,10 @@ from torch import Tensor
 from .reference import accumulation_dtype
 
 NAMESPACE = "greenmim"
-_WINDOWS = "Tensor window_id, Tensor query_row, Tensor key_row, int num_heads, float scale"
+_WINDOWS = (
+    "Tensor window_id, Tensor query_row, Tensor key_row, int num_heads, int window_slots,"
+    " float scale"
+)
 SCHEMAS = {
     "group_gather": "(Tensor x, Tensor token_index) -> Tensor",
     "group_scatter": "(Tensor x, Tensor token_index, SymInt num_tokens) -> Tensor",
@@ -130,8 +134,7 @@ def _setup_attention(ctx, inputs, output) -> None:
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    *tensors, num_heads, scale = inputs
-    ctx.sizes = num_heads, scale
+    tensors, ctx.sizes = inputs[:-3], inputs[-3:]
     ctx.num_inputs = len(inputs)
     differentiable = 5 if len(tensors) == 9 else 2
     ctx.save_for_backward(*tensors[:differentiable], out, lse, *tensors[differentiable:])
@@ -147,7 +150,7 @@ def _sums_like(x: Tensor, shape: tuple[int, ...], needed: bool) -> Tensor:
 
 def _grouped_fake(qkv: Tensor, table: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
     *sizes, channels = qkv.shape
-    return qkv.new_empty(*sizes, channels // 3), _lse_like(qkv, rest[-2], sizes[1] * sizes[2])
+    return qkv.new_empty(*sizes, channels // 3), _lse_like(qkv, rest[-3], sizes[1] * sizes[2])
 
 
 def _grouped_backward_fake(
@@ -164,7 +167,7 @@ def _grouped_backward_fake(
 def _fused_fake(q: Tensor, k: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
     batch, rows, *width = q.shape
     channels = width[0] // 3 if k is None else width[0] * width[1]
-    return q.new_empty(batch, rows, channels), _lse_like(q, rest[-2], rows)
+    return q.new_empty(batch, rows, channels), _lse_like(q, rest[-3], rows)
 
 
 def _fused_backward_fake(
@@ -176,7 +179,7 @@ def _fused_backward_fake(
     pad_value: Tensor | None,
     *rest,
 ) -> tuple[Tensor, ...]:
-    num_heads, _, need_qkv, need_table, need_pad = rest[-5:]
+    num_heads, _, _, need_qkv, need_table, need_pad = rest[-6:]
     grads = [
         q.new_empty(0) if x is None or not need_qkv else torch.empty_like(x) for x in (q, k, v)
     ]

@@ -47,6 +47,7 @@ class GroupPartition:
         num_tokens: N, the tokens of an image.
         table_rows: rows of the bias table; 0 without a bias, None where only the table knows.
         window_size: (Mh, Mw), or one number per axis; None where windows are of another kind.
+        window_slots: slots that a window has at most.
     """
 
     token_index: Tensor
@@ -56,6 +57,7 @@ class GroupPartition:
     num_tokens: int
     table_rows: int | None
     window_size: tuple[int, ...] | None
+    window_slots: int
 
     @property
     def num_partitions(self) -> int:
@@ -170,7 +172,8 @@ def group_partition(
         0 if group_size is None else _positive(group_size, "group_size"),
         0 if capacity is None else _positive(capacity, "capacity"),
     )
-    return GroupPartition(*map(torch.from_numpy, arrays), num_tokens, table_rows(window), window)
+    tensors = map(torch.from_numpy, arrays)
+    return GroupPartition(*tensors, num_tokens, table_rows(window), window, math.prod(window))
 
 
 def partition_capacity(

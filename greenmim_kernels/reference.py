@@ -60,6 +60,7 @@ def block_diagonal_attention(
     query_row: Tensor,
     key_row: Tensor,
     num_heads: int,
+    window_slots: int,
     scale: float,
 ) -> Tensor:
     """qkv [B, G, S, 3C] -> [B, G, S, C]: softmax over the slots of the same window of a group."""
@@ -93,6 +94,7 @@ def group_window_attention(
     query_row: Tensor,
     key_row: Tensor,
     num_heads: int,
+    window_slots: int,
     scale: float,
 ) -> Tensor:
     """Gather, block-diagonal attention, scatter: -> [B, N, C].
@@ -103,7 +105,9 @@ def group_window_attention(
     grouped = group_gather(qkv, token_index)
     if pad_value is not None:
         grouped = torch.where((token_index >= 0)[..., None], grouped, pad_value)
-    out = block_diagonal_attention(grouped, table, window_id, query_row, key_row, num_heads, scale)
+    out = block_diagonal_attention(
+        grouped, table, window_id, query_row, key_row, num_heads, window_slots, scale
+    )
     return group_scatter(out, token_index, qkv.shape[1])
 
 

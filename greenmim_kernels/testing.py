@@ -192,7 +192,7 @@ def operator_arguments(
             qkv, grad_out = group_gather(qkv, part), group_gather(grad_out, part)
     if name == "group_scatter":
         return qkv.requires_grad_(), part.token_index, part.num_tokens
-    sizes = (inputs.num_heads, scale)
+    sizes = (inputs.num_heads, part.window_slots, scale)
     if name.startswith("block_diagonal"):
         tensors, indices = (qkv, table), part.tensors[1:]
     else:

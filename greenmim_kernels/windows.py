@@ -103,7 +103,7 @@ def partition_from_windows(
         lacking -= int((index >= 0).flatten(1).sum(1).min())
     room = windows * slots + lacking if pad else max(windows * slots, num_tokens)
     tensors = _grouped((index, window_id, query_row, key_row), num_tokens, room)
-    return GroupPartition(*(x.int().contiguous() for x in tensors), num_tokens, rows, window)
+    return GroupPartition(*(x.int().contiguous() for x in tensors), num_tokens, rows, window, slots)
 
 
 def _grouped(tensors: tuple[Tensor, ...], num_tokens: int, room: int) -> list[Tensor]:

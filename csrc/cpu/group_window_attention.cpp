@@ -317,7 +317,7 @@ Gradients backward(
 
 std::tuple<Tensor, Tensor> block_diagonal_attention(
     const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id,
-    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
+    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, int64_t, double scale) {
   return forward(
       {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, scale});
 }
@@ -325,7 +325,7 @@ std::tuple<Tensor, Tensor> block_diagonal_attention(
 std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
     const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor&,
     const Tensor& lse, const Tensor& window_id, const Tensor& query_row, const Tensor& key_row,
-    int64_t num_heads, double scale, bool need_qkv, bool need_table) {
+    int64_t num_heads, int64_t, double scale, bool need_qkv, bool need_table) {
   const Gradients grads = backward(
       {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, scale}, grad_out,
       lse, need_qkv, need_table, false);
@@ -335,7 +335,7 @@ std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
 std::tuple<Tensor, Tensor> group_window_attention(
     const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> table,
     std::optional<Tensor> pad_value, const Tensor& token_index, const Tensor& window_id,
-    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
+    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, int64_t, double scale) {
   return forward({{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row},
                   num_heads, scale});
 }
@@ -344,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_window_attention_backwa
     const Tensor& grad_out, const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v,
     std::optional<Tensor> table, std::optional<Tensor> pad_value, const Tensor&, const Tensor& lse,
     const Tensor& token_index, const Tensor& window_id, const Tensor& query_row,
-    const Tensor& key_row, int64_t num_heads, double scale, bool need_qkv, bool need_table,
+    const Tensor& key_row, int64_t num_heads, int64_t, double scale, bool need_qkv, bool need_table,
     bool need_pad) {
   const Gradients grads = backward(
       {{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row}, num_heads, scale},

@@ -34,6 +34,7 @@ struct Attention {
   int rows;                 // of an image: N, or G * S for gathered groups
   int groups, slots, heads;
   int head_dim;             // of the tensors; a kernel may take more, of which the last are zeros
+  int window_slots;         // that a window has at most
   int table_rows;           // 0 without a table
   bool per_image;           // P = batch instead of 1
   float scale;
@@ -48,14 +49,23 @@ struct Attention {
 
   constexpr int group_strips() const { return (slots + kStrip - 1) / kStrip; }
   constexpr int pieces() const { return (group_strips() + strips - 1) / strips; }
-  // Strips that a block knows the slots of: pieces are read whole, and the last may end after the group.
-  constexpr int known_strips() const { return group_strips() + (is_long ? strips : 0); }
   constexpr int64_t group_pieces() const { return int64_t(groups) * pieces(); }
   // Blocks of a head: each has a row of partial sums.
   constexpr int64_t programs() const {
     return per_image ? group_pieces() * batch : std::max(group_pieces(), int64_t(share));
   }
   constexpr int64_t blocks() const { return programs() * heads; }
+
+  // The slots of a window are neighbours, so they reach this many strips beyond the strip that one of
+  // them is in.
+  constexpr int reach() const {
+    return std::min((window_slots - 1 + kStrip - 1) / kStrip, group_strips());
+  }
+  // Strips that may share a window with one strip, and with a block; those that the block knows the slots
+  // of: it reads whole pieces, of which the last may end after the last strip in reach.
+  constexpr int strips_of_strip() const { return std::min(group_strips(), 1 + 2 * reach()); }
+  constexpr int strips_of_block() const { return std::min(group_strips(), strips + 2 * reach()); }
+  constexpr int known_strips() const { return strips_of_block() + (is_long ? strips : 0); }
 };
 
 // What the launcher knows of the device.

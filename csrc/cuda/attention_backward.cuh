@@ -59,7 +59,8 @@ struct BackwardMemory {
         bytes(carver.bytes) {}
 };
 
-template <class T, int D>
+// kGeneral: heads may have fewer columns than D, and padding a value.
+template <class T, int D, bool kGeneral>
 __global__ void __launch_bounds__(32 * kMostStrips, 1)
     attention_backward_kernel(const Attention a) {
   using P = Products<T, D>;
@@ -77,16 +78,16 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
     store_padding<D>(nullptr, 0, a);
     return store_partial(nullptr, 0, a);
   }
-  if (a.partial_pad != nullptr) clear_padding<D>(memory.pad_sums(strip));
+  if (kGeneral && a.partial_pad != nullptr) clear_padding<D>(memory.pad_sums(strip));
   const auto start_load = [&](int stage, int image) {
     if (image < place.last_image) {
       const int* row = memory.slots.row;
       const HeadRows<T> query(a.q, place.head, image);
       const HeadRows<T> key(a.k, place.head, image, padding_of<T>(a, 1, place.head));
       const HeadRows<T> value(a.v, place.head, image, padding_of<T>(a, 2, place.head));
-      load_tiles<T, D>(memory.at(stage, Memory::kQuery), {query, key, value}, row, a.head_dim,
+      load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kQuery), {query, key, value}, row, a.head_dim,
                        memory.tile);
-      load_tiles<T, D>(memory.at(stage, Memory::kGradOut),
+      load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kGradOut),
                        {HeadRows<T>(a.grad_out, place.head, image)}, row, a.head_dim);
       load_numbers(
           memory.lse + stage * memory.rows,
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   start_load(0, place.first_image);
   // While the first image is on its way.
   memory.slots.read_table(a, place);
-  const Band band = band_of(memory.slots, a, strip);
+  const Band band = band_of(memory.slots, place, strip, a.reach());
   __syncthreads();  // the table is there
   float bias[kMostStrips][2][4];
   make_bias(bias, memory.slots, strip, band);
@@ -188,15 +189,15 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       P::apply_transposed(grad_key, memory.ds + at, kWide, query, j);
     }
     __syncwarp();
-    write_strips<T, D>(staging, {HeadRows<T>(a.grad_q, place.head, image)}, row, a.head_dim);
+    write_strips<T, D, kGeneral>(staging, {HeadRows<T>(a.grad_q, place.head, image)}, row, a.head_dim);
     __syncwarp();
     stage_strip<T, D>(grad_key, a.scale, a.scale, staging);
     stage_strip<T, D>(grad_value, 1, 1, staging + memory.tile);
     __syncwarp();
-    write_strips<T, D>(
+    write_strips<T, D, kGeneral>(
         staging, {HeadRows<T>(a.grad_k, place.head, image), HeadRows<T>(a.grad_v, place.head, image)},
         row, a.head_dim, memory.tile);
-    if (a.partial_pad != nullptr) {
+    if (kGeneral && a.partial_pad != nullptr) {
       add_padding<T, D>(memory.pad_sums(strip), staging, row);
       add_padding<T, D>(memory.pad_sums(strip) + D, staging + memory.tile, row);
     }

@@ -56,7 +56,7 @@ struct LongBackwardMemory {
       : strips(a.strips),
         rows(a.strips * kStrip),
         tile(rows * Row::kStride),
-        gradient_stride(a.group_strips() * kStrip + 8),
+        gradient_stride(a.strips_of_strip() * kStrip + 8),
         stages(carver.take<T>(std::max<int64_t>(
             int64_t(kStages) * kTiles * tile,
             int64_t(strips) * kTableCopies * a.table_rows * 4 / int64_t(sizeof(T))))),
@@ -88,7 +88,8 @@ struct RowDelta {
 
 enum class Step { OwnQueries, Keys, OwnKeys, Queries };
 
-template <class T, int D>
+// kGeneral: heads may have fewer columns than D, and padding a value.
+template <class T, int D, bool kGeneral>
 __global__ void __launch_bounds__(32 * kMostStrips, 1)
     attention_backward_long_kernel(const Attention a) {
   using P = Products<T, D>;
@@ -97,18 +98,18 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   const Memory memory(shared, a);
   const Place place = memory.slots.find_place(a, false);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int strip = place.own + warp;
+  const int first_own = place.own - place.base, strip = first_own + warp;
   const Slots& slots = memory.slots;
   constexpr float kLog2E = 1.4426950408889634f;
 
   allow_next_kernel();
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(place.own, a.grad_q.data != nullptr)) {
+  if (!place.has_images() || memory.slots.nothing_from(first_own, a.grad_q.data != nullptr)) {
     store_padding<D>(nullptr, 0, a);
     return store_partial(nullptr, 0, a);
   }
-  if (a.partial_pad != nullptr) clear_padding<D>(memory.pad_sums(warp));
-  const Band band = band_of(memory.slots, a, strip);
+  if (kGeneral && a.partial_pad != nullptr) clear_padding<D>(memory.pad_sums(warp));
+  const Band band = band_of(memory.slots, place, strip, a.reach());
   const Band whole = union_of(band, memory.bands);
   const int pieces = (whole.last - whole.first + a.strips - 1) / a.strips;
   const int2 query_upper = slots.query[strip * kStrip + g], key_upper = slots.key[strip * kStrip + g];
@@ -149,10 +150,10 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
                            pads == 0 ? nullptr : padding_of<T>(a, pads, place.head));
       };
       const bool is_own = cursor.step == Step::OwnQueries || cursor.step == Step::OwnKeys;
-      const int first = is_own ? place.own : whole.first + cursor.piece * a.strips;
+      const int first = is_own ? first_own : whole.first + cursor.piece * a.strips;
       const int* row = memory.slots.row + first * kStrip;
       if (cursor.step == Step::OwnQueries || cursor.step == Step::Queries) {
-        load_tiles<T, D>(memory.at(stage, Memory::kQuery),
+        load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kQuery),
                          {rows_of(a.q), rows_of(a.grad_out), rows_of(a.out)}, row, a.head_dim,
                          memory.tile);
         load_numbers(memory.lse + stage * memory.rows,
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
                                            a.heads * a.rows),
                      row);
       } else {
-        load_tiles<T, D>(memory.at(stage, Memory::kKey), {rows_of(a.k, 1), rows_of(a.v, 2)}, row,
+        load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kKey), {rows_of(a.k, 1), rows_of(a.v, 2)}, row,
                          a.head_dim, memory.tile);
       }
     }
@@ -199,8 +200,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       __syncwarp();
       stage_strip<T, D>(x, factor, factor, staging);
       __syncwarp();
-      write_strips<T, D>(staging, {HeadRows<T>(to, place.head, image)}, row, a.head_dim);
-      if (pads != 0 && a.partial_pad != nullptr)
+      write_strips<T, D, kGeneral>(staging, {HeadRows<T>(to, place.head, image)}, row, a.head_dim);
+      if (kGeneral && pads != 0 && a.partial_pad != nullptr)
         add_padding<T, D>(memory.pad_sums(warp) + (pads - 1) * D, staging, row);
     };
 

@@ -1,7 +1,11 @@
+#include "attention_kernels.cuh"
 #include "attention_type.cuh"
 
 namespace greenmim::cuda {
 
+template AttentionKernel* attention_kernel<float16, 16, false>(bool, Pass);
+template AttentionKernel* attention_kernel<float16, 32, false>(bool, Pass);
+template AttentionKernel* attention_kernel<float16, 64, false>(bool, Pass);
 template bool plan_attention<float16>(Attention&, int, Pass, const Device&);
 template void run_attention<float16>(const Attention&, int, Pass, void*);
 

@@ -35,9 +35,10 @@ struct ForwardMemory {
 };
 
 // kLong: keys come in several pieces, with a running softmax, and the bias is looked up; otherwise
-// there is one piece and the bias stays in registers for all images. Where 128 registers are enough,
-// a processor holds four blocks.
-template <class T, int D, bool kLong>
+// there is one piece and the bias stays in registers for all images. kGeneral:
+// heads may have fewer columns than D, and padding a value. Where 128 registers are enough, a processor
+// holds four blocks.
+template <class T, int D, bool kLong, bool kGeneral>
 __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 4 : 1)
     attention_forward_kernel(const Attention a) {
   using P = Products<T, D>;
@@ -46,13 +47,13 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   const Memory memory(shared, a);
   const Place place = memory.slots.find_place(a, !kLong);
   const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
-  const int strip = place.own + warp;
+  const int first_own = place.own - place.base, strip = first_own + warp;
 
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(place.own, true)) return;
+  if (!place.has_images() || memory.slots.nothing_from(first_own, true)) return;
   Band band{0, 0}, keys{0, a.strips};
   if constexpr (kLong) {
-    band = band_of(memory.slots, a, strip);
+    band = band_of(memory.slots, place, strip, a.reach());
     keys = union_of(band, memory.bands);
   }
   const int pieces = kLong ? (keys.last - keys.first + a.strips - 1) / a.strips : 1;
@@ -74,13 +75,13 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
       const HeadRows<T> key(a.k, place.head, cursor.image, padding_of<T>(a, 1, place.head));
       const HeadRows<T> value(a.v, place.head, cursor.image, padding_of<T>(a, 2, place.head));
       if constexpr (!kLong) {
-        load_tiles<T, D>(memory.at(stage, Memory::kQuery), {query, key, value}, row, a.head_dim,
+        load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kQuery), {query, key, value}, row, a.head_dim,
                          memory.tile);
       } else {
         if (cursor.piece == 0)
-          load_tiles<T, D>(memory.at(stage, Memory::kQuery), {query}, row + place.own * kStrip,
+          load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kQuery), {query}, row + first_own * kStrip,
                            a.head_dim);
-        load_tiles<T, D>(memory.at(stage, Memory::kKey), {key, value},
+        load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kKey), {key, value},
                          row + (keys.first + cursor.piece * a.strips) * kStrip, a.head_dim,
                          memory.tile);
       }
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   // While the first images are on their way.
   memory.slots.read_table(a, place);
   if constexpr (!kLong) {
-    band = band_of(memory.slots, a, strip);
+    band = band_of(memory.slots, place, strip, a.reach());
     __syncthreads();  // the table is there
   }
   [[maybe_unused]] const int2 upper = memory.slots.query[strip * kStrip + g];
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
       __syncwarp();
       stage_strip<T, D>(out, inverse[0], inverse[1], own_rows);
       __syncwarp();
-      write_strips<T, D>(own_rows, {HeadRows<T>(a.out, place.head, now.image)},
+      write_strips<T, D, kGeneral>(own_rows, {HeadRows<T>(a.out, place.head, now.image)},
                          memory.slots.row + strip * kStrip, a.head_dim);
     }
     stage = stage == Memory::kStages - 1 ? 0 : stage + 1;

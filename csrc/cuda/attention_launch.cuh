@@ -54,13 +54,15 @@ size_t shared_bytes(const Attention& a, Pass pass) {
 
 using AttentionKernel = void(Attention);
 
+// The kernel for heads of up to D columns; see attention_kernels.cuh.
+template <class T, int D, bool kGeneral>
+AttentionKernel* attention_kernel(bool is_long, Pass pass);
+
 template <class T, int D>
 AttentionKernel* kernel_of(const Attention& a, Pass pass) {
-  if (pass == Pass::Forward)
-    return a.is_long ? attention_forward_kernel<T, D, true> : attention_forward_kernel<T, D, false>;
-  if constexpr (kHasShortBackward<T, D>)
-    if (!a.is_long) return attention_backward_kernel<T, D>;
-  return attention_backward_long_kernel<T, D>;
+  return a.head_dim == D && a.pad_value == nullptr
+             ? attention_kernel<T, D, false>(a.is_long, pass)
+             : attention_kernel<T, D, true>(a.is_long, pass);
 }
 
 // Fills in the plan. False where a block would need more shared memory than the device has.

@@ -66,7 +66,8 @@ struct Problem {
 
   Problem(
       QueryKeyValue any, const std::optional<Tensor>& table_any,
-      const std::optional<Tensor>& pad_any, PartitionTensors part_any, int64_t heads, double scale)
+      const std::optional<Tensor>& pad_any, PartitionTensors part_any, int64_t heads, int64_t window_slots,
+      double scale)
       : x(std::move(any)), part(std::move(part_any)) {
     if (table_any) table = to_contiguous(*table_any);
     if (part.token_index) part.token_index = to_contiguous(*part.token_index);
@@ -98,6 +99,7 @@ struct Problem {
     a.slots = int(shape.slots);
     a.heads = int(heads);
     a.head_dim = int(shape.head_dim);
+    a.window_slots = int(std::clamp<int64_t>(window_slots, 1, std::max(a.slots, 1)));
     a.table_rows = int(shape.table_rows);
     a.per_image = shape.partitions > 1;
     a.scale = float(scale);
@@ -271,19 +273,21 @@ Gradients backward(
 
 std::tuple<Tensor, Tensor> block_diagonal_attention(
     const Tensor& qkv, std::optional<Tensor> table, const Tensor& window_id,
-    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
+    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, int64_t window_slots, double scale) {
   const Guard guard(qkv.get_device_index());
   return forward(
-      {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, scale});
+      {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, window_slots,
+       scale});
 }
 
 std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
     const Tensor& grad_out, const Tensor& qkv, std::optional<Tensor> table, const Tensor& out,
     const Tensor& lse, const Tensor& window_id, const Tensor& query_row, const Tensor& key_row,
-    int64_t num_heads, double scale, bool need_qkv, bool need_table) {
+    int64_t num_heads, int64_t window_slots, double scale, bool need_qkv, bool need_table) {
   const Guard guard(qkv.get_device_index());
   const Gradients grads = backward(
-      {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, scale}, grad_out,
+      {{qkv, {}, {}}, table, {}, {{}, window_id, query_row, key_row}, num_heads, window_slots,
+       scale}, grad_out,
       out, lse, need_qkv, need_table, false);
   return {grads.x.q, grads.table};
 }
@@ -291,21 +295,23 @@ std::tuple<Tensor, Tensor> block_diagonal_attention_backward(
 std::tuple<Tensor, Tensor> group_window_attention(
     const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> table,
     std::optional<Tensor> pad_value, const Tensor& token_index, const Tensor& window_id,
-    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, double scale) {
+    const Tensor& query_row, const Tensor& key_row, int64_t num_heads, int64_t window_slots, double scale) {
   const Guard guard(q.get_device_index());
   return forward({{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row},
-                  num_heads, scale});
+                  num_heads, window_slots,
+       scale});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_window_attention_backward(
     const Tensor& grad_out, const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v,
     std::optional<Tensor> table, std::optional<Tensor> pad_value, const Tensor& out,
     const Tensor& lse, const Tensor& token_index, const Tensor& window_id, const Tensor& query_row,
-    const Tensor& key_row, int64_t num_heads, double scale, bool need_qkv, bool need_table,
+    const Tensor& key_row, int64_t num_heads, int64_t window_slots, double scale, bool need_qkv, bool need_table,
     bool need_pad) {
   const Guard guard(q.get_device_index());
   const Gradients grads = backward(
-      {{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row}, num_heads, scale},
+      {{q, k, v}, table, pad_value, {token_index, window_id, query_row, key_row}, num_heads, window_slots,
+       scale},
       grad_out, out, lse, need_qkv, need_table, need_pad);
   return {grads.x.q, grads.x.k.value_or(none_like(q)), grads.x.v.value_or(none_like(q)),
           grads.table, grads.pad};
@@ -321,7 +327,7 @@ bool fits(ScalarType type, int64_t head_dim, int64_t slots, int64_t table_rows) 
   int token = 0;
   Attention a{};
   a.batch = 1, a.heads = 1, a.groups = 1, a.rows = a.slots = int(slots);
-  a.head_dim = int(head_dim), a.table_rows = int(table_rows);
+  a.head_dim = int(head_dim), a.window_slots = a.slots, a.table_rows = int(table_rows);
   a.table = table_rows > 0 ? &something : nullptr;
   a.token_index = &token;
   const auto plans = [&](Pass pass) {

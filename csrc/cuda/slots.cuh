@@ -25,7 +25,9 @@ struct Carver {
 // images each; those left over have none.
 struct Place {
   int head, group;
-  int own;  // the block's first strip in its group
+  int own;    // the block's first strip in its group
+  int base;   // the first strip in reach; strips are counted from here below
+  int count;  // strips in reach
   int first_image, last_image;
 
   // Where the first `filled` groups hold tokens. A block of a kernel for short groups has whole ones.
@@ -47,12 +49,15 @@ struct Place {
     const uint64_t first = uint64_t(run) * images;
     first_image = first < unsigned(a.batch) ? int(first) : a.batch;
     last_image = a.batch - first_image > int(images) ? first_image + int(images) : a.batch;
+    base = own > a.reach() ? own - a.reach() : 0;
+    const int end = own + a.strips + a.reach();
+    count = (end < a.group_strips() ? end : a.group_strips()) - base;
   }
 
   __device__ bool has_images() const { return first_image < last_image; }
 };
 
-// The slots of the block's group, and the head's column of the bias table in base 2.
+// The slots in reach, and the head's column of the bias table in base 2.
 struct Slots {
   int2* query;   // window and number of the table's row; -2 as window where there is none
   int2* key;     // the same as key; -1 where there is none
@@ -80,11 +85,13 @@ struct Slots {
     for (int i = int(threadIdx.x); i < a.known_strips() * kStrip; i += int(blockDim.x)) {
       int2 as_query{-2, 0}, as_key{-1, 0};
       int entry = kNothing;
-      if (i < a.slots) {
+      const int slot = place.base * kStrip + i;
+      if (i < place.count * kStrip && slot < a.slots) {
         // All at once: a read that asks another one first would wait for it.
-        const int query_row = a.query_row[first + i], key_row = a.key_row[first + i];
-        const int window = a.window_id[first + i];
-        entry = a.token_index == nullptr ? place.group * a.slots + i : a.token_index[first + i];
+        const int query_row = a.query_row[first + slot], key_row = a.key_row[first + slot];
+        const int window = a.window_id[first + slot];
+        entry =
+            a.token_index == nullptr ? place.group * a.slots + slot : a.token_index[first + slot];
         if (window < 0) {
           entry = entry < 0 ? kNothing : zero_row(entry);
         } else {
@@ -159,7 +166,7 @@ __device__ __forceinline__ float bias_of(int2 query, int2 key, const float* tabl
   return shared ? bias : -INFINITY;
 }
 
-// A run of strips of the group.
+// A run of strips, counted from the first one in reach.
 struct Band {
   int first, last;  // last is excluded
 
@@ -170,8 +177,9 @@ struct Band {
 
 // The strips that share a window with `strip`: the slots of a window are neighbours, so what is
 // beyond the strip's own slots belongs to its first and its last window.
-__device__ inline Band band_of(const Slots& slots, const Attention& a, int strip) {
-  if (strip >= a.group_strips()) return {0, 0};
+__device__ inline Band band_of(
+    const Slots& slots, const Place& place, int strip, int reach) {
+  if (strip >= place.count) return {0, 0};
   const int lane = lane_index(), own = slots.key[strip * kStrip + lane % kStrip].x;
   const int first_window = __shfl_sync(0xFFFFFFFF, own, 0);
   if (first_window < 0) return {0, 0};  // padding comes last
@@ -179,8 +187,8 @@ __device__ inline Band band_of(const Slots& slots, const Attention& a, int strip
   const int last_window = __shfl_sync(0xFFFFFFFF, own, 31 - __clz(int(tokens)));
   int first = strip, last = strip;
 #pragma unroll 1
-  for (int start = 0; start < a.slots; start += 32) {
-    const int window = start + lane < a.slots ? slots.key[start + lane].x : -1;
+  for (int start = 0; start < place.count * kStrip; start += 32) {
+    const int window = start + lane < place.count * kStrip ? slots.key[start + lane].x : -1;
     const unsigned same =
         __ballot_sync(0xFFFFFFFF, window == first_window || window == last_window);
     if (same == 0) continue;
@@ -189,6 +197,9 @@ __device__ inline Band band_of(const Slots& slots, const Attention& a, int strip
     first = lowest < first ? lowest : first;
     last = highest > last ? highest : last;
   }
+  // Slots that are not sorted by window must not lead out of the memory set aside for the band.
+  first = first > strip - reach ? first : strip - reach;
+  last = last < strip + reach ? last : strip + reach;
   return {first, last + 1};
 }
 
@@ -272,7 +283,7 @@ __device__ __forceinline__ void copy_async_part(T* to, const T* from, int column
 // Starts the copy of a block's strips of rows into shared memory, from kTensors tensors into tiles that
 // lie `tile_step` apart. Rows of nothing become zeros, since a product takes all rows and zero times NaN
 // is NaN. A block has two threads for a row.
-template <class T, int D, int kTensors>
+template <class T, int D, bool kGeneral, int kTensors>
 __device__ __forceinline__ void load_tiles(
     T* tile, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim, int tile_step = 0) {
   using Row = TileRow<T, D>;
@@ -282,23 +293,22 @@ __device__ __forceinline__ void load_tiles(
   int from[Row::kPieces / 2];  // all read before the first copy, behind which they would wait
 #pragma unroll
   for (int i = 0; i < Row::kPieces / 2; ++i) from[i] = row[slot + i * step];
-  const auto copy_all = [&](auto copy_one) {
 #pragma unroll
-    for (int t = 0; t < kTensors; ++t)
+  for (int t = 0; t < kTensors; ++t)
 #pragma unroll
-      for (int i = 0; i < Row::kPieces / 2; ++i) {
+    for (int i = 0; i < Row::kPieces / 2; ++i) {
+      T* to = tile + t * tile_step + Row::offset(slot + i * step, piece);
+      if constexpr (!kGeneral) {
+        copy_async_16(to, x[t].of(from[i] < 0 ? 0 : from[i], column), from[i] >= 0);
+      } else {
         const bool pads = x[t].pad != nullptr && from[i] == Slots::kPadding;
         const T* source = pads ? x[t].pad + column : x[t].of(from[i] < 0 ? 0 : from[i], column);
-        copy_one(tile + t * tile_step + Row::offset(slot + i * step, piece), source,
-                 pads || from[i] >= 0);
+        if (head_dim == D)
+          copy_async_16(to, source, pads || from[i] >= 0);
+        else
+          copy_async_part(to, source, head_dim - int(column), pads || from[i] >= 0);
       }
-  };
-  if (head_dim == D)
-    copy_all([](T* to, const T* source, bool valid) { copy_async_16(to, source, valid); });
-  else
-    copy_all([&](T* to, const T* source, bool valid) {
-      copy_async_part(to, source, head_dim - int(column), valid);
-    });
+    }
 }
 
 // The same for one number per row. Ends with a warp whose lanes go on together: with one strip, half of
@@ -329,9 +339,21 @@ __device__ __forceinline__ void stage_strip(
   }
 }
 
+// 16 bytes of a row, or those that are columns of a head of fewer than D.
+template <bool kGeneral, int D, class T>
+__device__ __forceinline__ void write_piece(T* to, const T* from, unsigned column, int head_dim) {
+  if (!kGeneral || head_dim == D || (sizeof(T) == 4 && int(column) < head_dim)) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+  } else if (sizeof(T) == 2) {
+    for (int half = 0; half < 2; ++half)
+      if (int(column) + 4 * half < head_dim)
+        reinterpret_cast<uint2*>(to)[half] = reinterpret_cast<const uint2*>(from)[half];
+  }
+}
+
 // Writes staged strips to kTensors tensors, from strips that lie `staging_step` apart. `row` is that of
 // the strip's first slot.
-template <class T, int D, int kTensors>
+template <class T, int D, bool kGeneral, int kTensors>
 __device__ __forceinline__ void write_strips(
     const T* staging, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim,
     int staging_step = 0) {
@@ -343,23 +365,16 @@ __device__ __forceinline__ void write_strips(
   for (int i = 0; i < Row::kPieces / 2; ++i) {
     const int to = row[slot + i * (32 / Row::kPieces)];
     const T* from = staging + Row::offset(slot + i * (32 / Row::kPieces), piece);
-    // Beside a token that is not finite, what was computed for padding is NaN.
-    const bool is_zero = to <= Slots::kZeroRow;
-    if (to < 0 && !is_zero) continue;
+    if (to >= 0) {
 #pragma unroll
-    for (int t = 0; t < kTensors; ++t) {
-      T* target = x[t].of(is_zero ? Slots::zero_row(to) : to, column);
-      const uint4 value =
-          is_zero ? uint4{} : *reinterpret_cast<const uint4*>(from + t * staging_step);
-      if (head_dim == D) {
-        *reinterpret_cast<uint4*>(target) = value;
-      } else if (sizeof(T) == 4) {
-        if (int(column) < head_dim) *reinterpret_cast<uint4*>(target) = value;
-      } else {
-        if (int(column) < head_dim) *reinterpret_cast<uint2*>(target) = uint2{value.x, value.y};
-        if (int(column) + 4 < head_dim)
-          *reinterpret_cast<uint2*>(target + 4) = uint2{value.z, value.w};
-      }
+      for (int t = 0; t < kTensors; ++t)
+        write_piece<kGeneral, D>(x[t].of(to, column), from + t * staging_step, column, head_dim);
+    } else if (to <= Slots::kZeroRow) {
+      // Beside a token that is not finite, what was computed for padding is NaN.
+      const uint4 zeros{};
+      for (int t = 0; t < kTensors; ++t)
+        write_piece<kGeneral, D>(
+            x[t].of(Slots::zero_row(to), column), reinterpret_cast<const T*>(&zeros), column, head_dim);
     }
   }
 }

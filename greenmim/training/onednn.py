@@ -80,7 +80,7 @@ class OneDNNBlock(VisibleBlock):
             *parameters,
             attention.relative_position_bias_table,
             *part.tensors,
-            (heads, (x.shape[-1] // heads) ** -0.5),
+            (heads, part.window_slots, (x.shape[-1] // heads) ** -0.5),
             (self.norm1.eps, self.norm2.eps),
         )
 

@@ -25,7 +25,7 @@ from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
 from .launch import launch_table, write_json
 from .machine_code import loop_length, overwritten_operands, proxy_fence
-from .primitives import Partition
+from .primitives import Partition, Rows
 from .table_gradient import BLOCK_PROGRAMS, BLOCK_ROWS, add_rows_kernel
 
 FIGURES = pathlib.Path(__file__).parent / "static_figures.json"
@@ -68,11 +68,15 @@ def compile_launch(name: str, architecture: int, **flags):
     launch = launch_table(architecture)[name]
     values = {
         "NUM_HEADS": NUM_HEADS,
+        "DIM": int(head_dim),
         "HEAD_DIM": int(head_dim),
         "TABLE_ROWS": (2 * side - 1) ** 2,
         "BLOCK": launch.block,
         "HAS_TABLE": True,
         "GATHERED": False,
+        "PACKED": True,
+        "p_pad": None,
+        "p_partial_pad": None,
         "PER_IMAGE": False,
         "NEED_QKV": True,
         "NEED_TABLE": True,
@@ -120,19 +124,21 @@ def _compile(
     types = {**_TYPES, **(types or {})}
     constants = {n: values[n] for n in function.arg_names if n in values}
     signature, attributes = {}, {}
+    rows = Rows(f"*{element}", "i32", "i32", "i32")
+    types |= dict.fromkeys(("q", "k", "v", "grad_q", "grad_k", "grad_v"), rows)
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
         signature[name] = type_ = types.get(name, f"*{element}" if name[:2] == "p_" else "i32")
-        # What the launcher finds out at run time: tensors are aligned to 16 bytes, and the channels
-        # of a copy, the only integer it looks at, are a multiple of 16.
+        # What the launcher finds out at run time: tensors are aligned to 16 bytes, and the integers
+        # that it looks at, the channels of a copy and the strides of rows, are multiples of 16.
         elements = dict(enumerate(type_)) if isinstance(type_, tuple) else {None: type_}
         for j, element_type in elements.items():
-            if element_type[0] == "*" or name == "channels":
+            if element_type[0] == "*" or name == "channels" or type_ is rows:
                 attributes[(i,) if j is None else (i, j)] = [["tt.divisibility", 16]]
     if values.get("GATHERED"):
-        signature["part"] = signature["part"]._replace(rows="constexpr")
+        signature["part"] = signature["part"]._replace(token_index="constexpr")
         at = (function.arg_names.index("part"), 0)
         constants[at] = None
         del attributes[at]

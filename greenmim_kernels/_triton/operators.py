@@ -29,7 +29,7 @@ from .launch import (
     precision_of,
     tile_of,
 )
-from .primitives import Partition
+from .primitives import Partition, Rows
 from .table_gradient import add_rows
 
 LOG2_E = math.log2(math.e)
@@ -63,47 +63,66 @@ def group_scatter(x: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
 class _Problem:
     """The shapes of one call and the arguments that all its kernels share."""
 
-    qkv: Tensor
+    q: Tensor
+    k: Tensor | None  # None: q holds k and v too
+    v: Tensor | None
     table: Tensor | None
-    token_index: Tensor | None  # None: qkv holds gathered groups
+    pad_value: Tensor | None
+    token_index: Tensor | None  # None: q holds gathered groups
     window_id: Tensor
     query_row: Tensor
     key_row: Tensor
     num_heads: int
+    window_slots: int
     scale: float
     backward: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("qkv", "table", *TENSORS):
+        packed = self.k is None
+        for name in ("table", "pad_value", *TENSORS, *(("q",) if packed else ())):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.contiguous())
-        self.head_dim = self.qkv.shape[-1] // (3 * self.num_heads)
+        self.channels = self.q.shape[-1] // 3 if packed else self.q.shape[-1] * self.num_heads
+        self.head_dim = self.channels // self.num_heads
+        if self.head_dim % 4 or self.head_dim > HEAD_DIMS[-1]:
+            raise ValueError(
+                f"the triton backend takes head dims that are multiples of 4 up to {HEAD_DIMS[-1]},"
+                f" got {self.head_dim}"
+            )
+        self.tile_dim = next(dim for dim in HEAD_DIMS if dim >= self.head_dim)
         self.partitions, self.num_groups, self.num_slots = self.window_id.shape
-        if self.head_dim not in HEAD_DIMS:
-            raise ValueError(f"the triton backend takes head dims {HEAD_DIMS}, got {self.head_dim}")
-        self.batch = len(self.qkv)
+        self.batch = len(self.q)
         self.part = Partition(*(getattr(self, name) for name in TENSORS))
-        self.num_rows = (
-            self.num_groups * self.num_slots if self.token_index is None else self.qkv.shape[1]
-        )
+        grouped = self.token_index is None
+        self.num_rows = self.num_groups * self.num_slots if grouped else self.q.shape[1]
+        self.out_shape = (*self.q.shape[: 3 if grouped else 2], self.channels)
+        self.qkv = self.rows_of((self.q, self.k, self.v))
         # Offsets within an image, and within a partition, are in 32 bits.
         slots = self.partitions * self.num_groups * self.num_slots
-        if max(self.num_rows * self.qkv.shape[-1], slots) >= 2**31:
+        largest = max(x.numel() // max(1, len(x)) for x in (self.q, self.k) if x is not None)
+        if max(largest, slots) >= 2**31:
             raise ValueError("the triton backend takes images of fewer than 2^31 values of q, k, v")
         self.table_rows = 0 if self.table is None else len(self.table)
         largest = 64
         if self.backward:
-            largest = LARGEST_BACKWARD_TILE[precision_of(self.qkv.dtype)][self.head_dim]
+            largest = LARGEST_BACKWARD_TILE[precision_of(self.q.dtype)][self.tile_dim]
         self.tile = tile_of(self.num_slots, largest)
         self.empty = self.batch * self.num_groups * self.num_slots * self.num_rows == 0
+
+    def rows_of(self, tensors: tuple[Tensor | None, ...]) -> tuple[Rows, Rows, Rows]:
+        """q, k, v or their gradients, as kernels take them."""
+        q, k, v = tensors
+        if k is None:
+            return (Rows(q, 0, 0, 0),) * 3
+        return tuple(Rows(x, *x.stride()[:3]) for x in (q, k, v))
 
     def launch(self, kernel: str, pairs: bool = False, **more) -> tuple[tuple, tuple, dict]:
         """Grid, sizes and constants of a kernel, by its name in the launch table.
 
         `pairs` asks for a program per pair of blocks.
         """
-        device = self.qkv.device
-        name = class_name(kernel, self.tile, self.head_dim, self.qkv.dtype)
+        device = self.q.device
+        name = class_name(kernel, self.tile, self.tile_dim, self.q.dtype)
         launch = launch_table(architecture_of(device))[name]
         blocks = working = triton.cdiv(self.num_slots, launch.block)
         if pairs:
@@ -126,9 +145,11 @@ class _Problem:
         grid = (self.num_heads * self.num_groups * chunks, blocks)
         constants = {
             "NUM_HEADS": self.num_heads,
-            "HEAD_DIM": self.head_dim,
+            "DIM": self.head_dim,
+            "HEAD_DIM": self.tile_dim,
             "BLOCK": launch.block,
             "GATHERED": self.token_index is None,
+            "PACKED": self.k is None,
             "PER_IMAGE": self.partitions > 1,
             "PRECISION": "ieee",
             "num_warps": launch.warps,
@@ -139,16 +160,16 @@ class _Problem:
 
 
 def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
-    qkv = problem.qkv
-    out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
-    lse = qkv.new_empty(problem.batch, problem.num_heads, problem.num_rows, dtype=torch.float32)
+    out = problem.q.new_empty(problem.out_shape)
+    lse = out.new_empty(problem.batch, problem.num_heads, problem.num_rows, dtype=torch.float32)
     if problem.empty:
         return out, lse
     grid, sizes, constants = problem.launch("fwd", HAS_TABLE=problem.table is not None)
     kernel = group_attention_fwd_kernel if problem.tile else long.long_attention_fwd_kernel
     kernel[grid](
-        problem.part, qkv, problem.table, out, lse, *sizes, problem.scale * LOG2_E, **constants
-    )
+        problem.part, *problem.qkv, problem.pad_value, problem.table, out, lse, *sizes,
+        problem.scale * LOG2_E, **constants,
+    )  # fmt: skip
     return out, lse
 
 
@@ -159,82 +180,104 @@ def _backward(
     lse: Tensor,
     need_qkv: bool,
     need_table: bool,
-) -> tuple[Tensor, Tensor]:
-    qkv, table, part = problem.qkv, problem.table, problem.part
+    need_pad: bool = False,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, the table and padding; empty where they are not asked for."""
+    table, pad, part = problem.table, problem.pad_value, problem.part
     grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
-    has_table = table is not None
-    need_table = need_table and has_table
-    grad_qkv = torch.empty_like(qkv) if need_qkv else qkv.new_empty(0)
-    if problem.empty or not (need_qkv or need_table):
-        shape = (problem.table_rows, problem.num_heads) if need_table else (0,)
-        return grad_qkv, lse.new_zeros(shape)
-    partial, powers = None, None
-    scales = (problem.scale, problem.scale * LOG2_E)
-    if problem.tile:
-        grid, sizes, constants = problem.launch("bwd", HAS_TABLE=has_table)
-        if need_table:
-            partial, powers = _table_sums(problem, grid)
-        group_attention_bwd_kernel[grid](
-            part, grad_out, qkv, table, lse, grad_qkv, partial, powers, *sizes, *scales,
-            TABLE_ROWS=problem.table_rows, NEED_QKV=need_qkv, NEED_TABLE=need_table, **constants,
-        )  # fmt: skip
-    elif need_qkv:
-        for name, kernel in (
-            ("bwd_query", long.long_attention_bwd_query_kernel),
-            ("bwd_key", long.long_attention_bwd_key_kernel),
-        ):
-            grid, sizes, constants = problem.launch(name, HAS_TABLE=has_table)
-            kernel[grid](
-                part, grad_out, qkv, table, out, lse, grad_qkv, *sizes, *scales, **constants
+    has_table, nothing = table is not None, lse.new_empty(0)
+    need_table, need_pad = need_table and has_table, need_pad and pad is not None
+    # The gradients of padding are summed from those of k and v.
+    computes = need_qkv or need_pad
+    tensors = (problem.q, problem.k, problem.v)
+    grads = [torch.empty_like(x) if computes and x is not None else None for x in tensors]
+    grad_table, grad_pad = nothing, nothing
+    if problem.empty or not (computes or need_table):
+        grad_table = lse.new_zeros((problem.table_rows, problem.num_heads) if need_table else (0,))
+        pad_shape = (2 * problem.head_dim, problem.num_heads)
+        grad_pad = lse.new_zeros(pad_shape if need_pad else (0,))
+    else:
+        grad_rows = problem.rows_of(tuple(grads)) if computes else (None,) * 3
+        scales = (problem.scale, problem.scale * LOG2_E)
+        partial, powers, pad_sums = None, None, None
+        inputs = (part, grad_out, *problem.qkv, pad, table)
+        if problem.tile:
+            grid, sizes, constants = problem.launch("bwd", HAS_TABLE=has_table)
+            if need_table:
+                partial, powers = _table_sums(problem, grid)
+            if need_pad:
+                pad_sums = _pad_sums(problem, grid)
+            group_attention_bwd_kernel[grid](
+                *inputs, lse, *grad_rows, partial, powers, pad_sums, *sizes, *scales,
+                TABLE_ROWS=problem.table_rows, NEED_QKV=computes, NEED_TABLE=need_table,
+                **constants,
+            )  # fmt: skip
+        elif computes:
+            grid, sizes, constants = problem.launch("bwd_query", HAS_TABLE=has_table)
+            long.long_attention_bwd_query_kernel[grid](
+                *inputs, out, lse, grad_rows[0], *sizes, *scales, **constants
             )
-    if need_table and not problem.tile:
-        grid, sizes, constants = problem.launch("bwd_table", pairs=True)
-        partial, powers = _table_sums(problem, grid)
-        long.long_attention_bwd_table_kernel[grid](
-            part, grad_out, qkv, table, out, lse, partial, powers, *sizes, scales[1],
-            TABLE_ROWS=problem.table_rows, **constants,
-        )  # fmt: skip
-    return grad_qkv, add_rows(partial, powers) if need_table else lse.new_empty(0)
+            grid, sizes, constants = problem.launch("bwd_key", HAS_TABLE=has_table)
+            if need_pad:
+                pad_sums = _pad_sums(problem, grid)
+            long.long_attention_bwd_key_kernel[grid](
+                *inputs, out, lse, *grad_rows[1:], pad_sums, *sizes, *scales, **constants
+            )
+        if need_table and not problem.tile:
+            grid, sizes, constants = problem.launch("bwd_table", pairs=True)
+            partial, powers = _table_sums(problem, grid)
+            long.long_attention_bwd_table_kernel[grid](
+                *inputs, out, lse, partial, powers, *sizes, scales[1],
+                TABLE_ROWS=problem.table_rows, **constants,
+            )  # fmt: skip
+        if need_table:
+            grad_table = add_rows(partial, powers)
+        if need_pad:
+            grad_pad = pad_sums.sum(1, dtype=torch.float64).t().float().contiguous()
+    grads = [x if need_qkv and x is not None else problem.q.new_empty(0) for x in grads]
+    return *grads, grad_table, grad_pad
+
+
+def _programs(problem: _Problem, grid: tuple) -> tuple[int, int]:
+    """Heads, and the programs of each."""
+    return problem.num_heads, math.prod(grid) // problem.num_heads
 
 
 def _table_sums(problem: _Problem, grid: tuple) -> tuple[Tensor, Tensor]:
     """Room for the integer sums of every program, and for the powers of two they are in."""
-    shape = (problem.num_heads, math.prod(grid) // problem.num_heads)
+    shape = _programs(problem, grid)
     return (
-        problem.qkv.new_empty(*shape, problem.table_rows, dtype=torch.int64),
-        problem.qkv.new_empty(shape, dtype=torch.float32),
+        problem.q.new_empty(*shape, problem.table_rows, dtype=torch.int64),
+        problem.q.new_empty(shape, dtype=torch.float32),
     )
 
 
-def group_window_attention(
-    qkv, table, token_index, window_id, query_row, key_row, num_heads, scale
-) -> tuple[Tensor, Tensor]:
-    return _forward(
-        _Problem(qkv, table, token_index, window_id, query_row, key_row, num_heads, scale)
-    )
+def _pad_sums(problem: _Problem, grid: tuple) -> Tensor:
+    """Room for every program's sums for k and v of the padding."""
+    shape = (*_programs(problem, grid), 2 * problem.head_dim)
+    return problem.q.new_empty(shape, dtype=torch.float32)
+
+
+def group_window_attention(*arguments) -> tuple[Tensor, Tensor]:
+    return _forward(_Problem(*arguments))
 
 
 def group_window_attention_backward(
-    grad_out, qkv, table, out, lse, token_index, window_id, query_row, key_row, num_heads, scale,
-    need_qkv, need_table,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(
-        qkv, table, token_index, window_id, query_row, key_row, num_heads, scale, backward=True
-    )
-    return _backward(problem, grad_out, out, lse, need_qkv, need_table)
+    grad_out, q, k, v, table, pad_value, out, lse, *arguments
+) -> tuple[Tensor, ...]:
+    *arguments, need_qkv, need_table, need_pad = arguments
+    problem = _Problem(q, k, v, table, pad_value, *arguments, backward=True)
+    return _backward(problem, grad_out, out, lse, need_qkv, need_table, need_pad)
 
 
-def block_diagonal_attention(
-    qkv, table, window_id, query_row, key_row, num_heads, scale
-) -> tuple[Tensor, Tensor]:
-    return _forward(_Problem(qkv, table, None, window_id, query_row, key_row, num_heads, scale))
+def block_diagonal_attention(qkv, table, *arguments) -> tuple[Tensor, Tensor]:
+    return _forward(_Problem(qkv, None, None, table, None, None, *arguments))
 
 
 def block_diagonal_attention_backward(
-    grad_out, qkv, table, out, lse, window_id, query_row, key_row, num_heads, scale, need_qkv,
-    need_table,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(
-        qkv, table, None, window_id, query_row, key_row, num_heads, scale, backward=True
-    )
-    return _backward(problem, grad_out, out, lse, need_qkv, need_table)
+    grad_out, qkv, table, out, lse, *arguments
+) -> tuple[Tensor, Tensor]:
+    *arguments, need_qkv, need_table = arguments
+    problem = _Problem(qkv, None, None, table, None, None, *arguments, backward=True)
+    grad_qkv, _, _, grad_table, _ = _backward(problem, grad_out, out, lse, need_qkv, need_table)
+    return grad_qkv, grad_table

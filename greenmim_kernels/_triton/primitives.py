@@ -23,6 +23,26 @@ class Partition(NamedTuple):
     key_row: tl.tensor
 
 
+class Rows(NamedTuple):
+    """q, k, v or a gradient of one, [batch, rows, heads, DIM].
+
+    Elements from one image, row and head to the next are not read where all three are packed into
+    one tensor, which each of the three then names.
+    """
+
+    p: tl.tensor
+    image: tl.tensor
+    row: tl.tensor
+    head: tl.tensor
+
+
+class HeadRows(NamedTuple):
+    """One head of the rows of one image."""
+
+    p: tl.tensor
+    row: tl.tensor  # elements from one row to the next
+
+
 class Place(NamedTuple):
     """Where a program works: a head, a group, images from `first` up to `end`."""
 
@@ -35,15 +55,16 @@ class Place(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """BLOCK slots of a group; those without a window, and beyond the group, have window -1."""
+    """BLOCK slots of a group."""
 
-    row: tl.tensor  # in its image
-    window: tl.tensor
+    row: tl.tensor  # in its image; -1 where there is none
+    query_window: tl.tensor  # of a token; -2 where there is none
+    key_window: tl.tensor  # of a token or of padding that attends; -1 where there is none
     query_row: tl.tensor  # the bias table's row of a pair is a query's number and a key's
     key_row: tl.tensor
-    m_token: tl.tensor  # in a window
-    m_write: tl.tensor  # or written as zeros: padding of gathered groups, tokens in no window
-    low: tl.tensor  # least and greatest window of its tokens
+    m_read: tl.tensor
+    m_write: tl.tensor  # as zeros: padding of gathered groups, tokens in no window
+    low: tl.tensor  # least and greatest window
     high: tl.tensor
     any_row: tl.tensor  # whether any is written
 
@@ -87,50 +108,135 @@ def load_block(
     o_slot = first + tl.arange(0, BLOCK)
     m_slot = o_slot < num_slots
     at = place.part_group * num_slots + o_slot
-    b_window = tl.load(part.window_id + at, mask=m_slot, other=-1)
-    m_token = b_window >= 0
+    b_key_window = tl.load(part.window_id + at, mask=m_slot, other=-1)
+    m_key = b_key_window >= 0
     if GATHERED:
         b_row = tl.where(m_slot, place.group * num_slots + o_slot, -1)
     else:
         b_row = tl.load(part.token_index + at, mask=m_slot, other=-1)
-    b_query_row = tl.load(part.query_row + at, mask=m_token, other=0)
-    b_key_row = tl.load(part.key_row + at, mask=m_token, other=0)
-    low = tl.min(tl.where(m_token, b_window, 2147483647), 0)
-    high = tl.max(b_window, 0)
-    any_row = tl.max(b_row, 0) >= 0
+    b_query_row = tl.load(part.query_row + at, mask=m_key, other=0)
+    b_key_row = tl.load(part.key_row + at, mask=m_key, other=0)
     m_write = b_row >= 0
-    return Slots(b_row, b_window, b_query_row, b_key_row, m_token, m_write, low, high, any_row)
+    m_token = m_key & m_write
+    b_query_window = tl.where(m_token, b_key_window, -2)
+    # A token in no window may be loaded, as nobody attends to it: one mask less in registers.
+    # Padding of gathered groups may hold anything.
+    m_read = m_token if GATHERED else m_write
+    low = tl.min(tl.where(m_key, b_key_window, 2147483647), 0)
+    high = tl.max(b_key_window, 0)
+    return Slots(
+        b_row, b_query_window, b_key_window, b_query_row, b_key_row, m_read, m_write, low, high,
+        tl.max(b_row, 0) >= 0,
+    )  # fmt: skip
 
 
 @triton.jit
-def load_rows(p_x, b_row, m_row, ROW: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """One head of some rows: [BLOCK] -> [BLOCK, HEAD_DIM], zeros where masked."""
+def head_rows(
+    x,
+    image,
+    place,
+    num_rows,
+    WHICH: tl.constexpr,  # of q, k and v
+    NUM_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """This program's head of an image of q, k, v or a gradient."""
+    C: tl.constexpr = NUM_HEADS * DIM
+    if PACKED:
+        p_head = x.p + image * num_rows * (3 * C) + place.head * DIM + WHICH * C
+        found = HeadRows(p_head, tl.full([], 3 * C, tl.int32))
+    else:
+        p_head = x.p + image * x.image + place.head.to(tl.int64) * x.head
+        found = HeadRows(p_head, x.row)
+    return found
+
+
+@triton.jit
+def out_rows(p_x, image, place, num_rows, NUM_HEADS: tl.constexpr, DIM: tl.constexpr):
+    """This program's head of an image of the output or its gradient, [batch, rows, C]."""
+    C: tl.constexpr = NUM_HEADS * DIM
+    return HeadRows(p_x + image * num_rows * C + place.head * DIM, tl.full([], C, tl.int32))
+
+
+@triton.jit
+def load_rows(x, slots, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The rows of tokens: [BLOCK] -> [BLOCK, HEAD_DIM], zeros elsewhere and beyond DIM."""
     o_d = tl.arange(0, HEAD_DIM)
-    return tl.load(p_x + b_row[:, None] * ROW + o_d[None, :], mask=m_row[:, None], other=0.0)
+    m_x = slots.m_read[:, None]
+    if DIM < HEAD_DIM:
+        m_x = m_x & (o_d < DIM)[None, :]
+    return tl.load(x.p + slots.row[:, None] * x.row + o_d[None, :], mask=m_x, other=0.0)
+
+
+@triton.jit
+def is_padding(slots):
+    """Of a window, but no token."""
+    return slots.key_window > slots.query_window + 1
+
+
+@triton.jit
+def load_key_rows(
+    x,
+    p_pad,  # [3C], or None
+    place,
+    slots,
+    WHICH: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Likewise of k or v, where padding has a value."""
+    b_x = load_rows(x, slots, DIM, HEAD_DIM)
+    if p_pad is not None:
+        o_d = tl.arange(0, HEAD_DIM)
+        p_value = p_pad + (WHICH * NUM_HEADS + place.head) * DIM + o_d
+        b_pad = tl.load(p_value, mask=o_d < DIM, other=0.0)
+        b_x = tl.where(is_padding(slots)[:, None], b_pad[None, :], b_x)
+    return b_x
 
 
 @triton.jit
 def store_rows(
-    p_x,
+    x,
     b_value,
     slots,
-    ROW: tl.constexpr,
+    DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GATHERED: tl.constexpr,
 ):
-    """[BLOCK, HEAD_DIM] -> one head of some rows; zeros in those that hold no token."""
+    """[BLOCK, HEAD_DIM] -> the rows of tokens; zeros in those that hold no token."""
     o_d = tl.arange(0, HEAD_DIM)
     if GATHERED:
         # Beside a token that is not finite, what was computed for padding is NaN.
-        b_value = tl.where(slots.m_token[:, None], b_value, 0.0)
-    p_tile = p_x + slots.row[:, None] * ROW + o_d[None, :]
-    tl.store(p_tile, b_value.to(p_x.dtype.element_ty), mask=slots.m_write[:, None])
+        b_value = tl.where(slots.m_read[:, None], b_value, 0.0)
+    m_x = slots.m_write[:, None]
+    if DIM < HEAD_DIM:
+        m_x = m_x & (o_d < DIM)[None, :]
+    p_tile = x.p + slots.row[:, None] * x.row + o_d[None, :]
+    tl.store(p_tile, b_value.to(x.p.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def store_padding(
+    p_partial_pad,  # fp32 [programs, 2, DIM]
+    program,
+    b_grad_k,  # [BLOCK, HEAD_DIM], zeros but for padding
+    b_grad_v,
+    DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """This program's sums for k and v of the padding."""
+    o_d = tl.arange(0, HEAD_DIM)
+    p_row = p_partial_pad + program.to(tl.int64) * (2 * DIM) + o_d
+    tl.store(p_row, tl.sum(b_grad_k, 0), mask=o_d < DIM)
+    tl.store(p_row + DIM, tl.sum(b_grad_v, 0), mask=o_d < DIM)
 
 
 @triton.jit
 def pair_entries(queries, keys):
     """The table's row of each pair of slots, and which pairs share a window. [BQ, BK]"""
-    m_pair = (queries.window[:, None] == keys.window[None, :]) & queries.m_token[:, None]
+    m_pair = queries.query_window[:, None] == keys.key_window[None, :]
     return queries.query_row[:, None] + keys.key_row[None, :], m_pair
 
 
@@ -171,15 +277,16 @@ def write_forward(
     b_max,
     b_sum,
     NUM_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GATHERED: tl.constexpr,
 ):
     """Output, and the logarithm of the softmax's denominator."""
-    C: tl.constexpr = NUM_HEADS * HEAD_DIM
-    p_o = p_out + image * num_rows * C + place.head * HEAD_DIM
     # What is in no window has no sum, and is written as zeros.
-    b_factor = tl.where(slots.m_token, 1.0 / b_sum, 0.0)
-    store_rows(p_o, b_acc * b_factor[:, None], slots, C, HEAD_DIM, GATHERED)
-    b_lse = tl.where(slots.m_token, (b_max + tl.log2(b_sum)) * 0.6931471805599453, 0.0)
+    m_token = slots.query_window >= 0
+    b_factor = tl.where(m_token, 1.0 / b_sum, 0.0)
+    out = out_rows(p_out, image, place, num_rows, NUM_HEADS, DIM)
+    store_rows(out, b_acc * b_factor[:, None], slots, DIM, HEAD_DIM, GATHERED)
+    b_lse = tl.where(m_token, (b_max + tl.log2(b_sum)) * 0.6931471805599453, 0.0)
     p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows
     tl.store(p_l + slots.row, b_lse, mask=slots.m_write)

@@ -1,7 +1,7 @@
 // The attention and gather kernels as a program: a problem on standard input, the results on
 // standard output. Compiled by a C++ compiler it runs them on the emulator, by nvcc on a GPU.
 // tests/kernels/emulated.py writes the one and reads the other.
-#include "../../csrc/cuda/attention_launch.cuh"
+#include "../../csrc/cuda/attention_kernels.cuh"
 #include "../../csrc/cuda/group_gather.cuh"
 #include "../../csrc/cuda/table_gradient.cuh"
 #include "memory.h"
@@ -24,7 +24,7 @@ namespace {
 // In the order of the Python side.
 struct Header {
   int64_t thread_order, element, head_dim, batch, rows, partitions, groups, slots, heads,
-      table_rows, has_table, has_padding, gathered, apart, need_qkv, need_table, processors,
+      window_slots, table_rows, has_table, has_padding, gathered, apart, need_qkv, need_table, processors,
       shared_bytes;
   double scale;
 };
@@ -88,6 +88,7 @@ void attend(const Header& h, [[maybe_unused]] bool timed) {
   a.slots = int(h.slots);
   a.heads = int(h.heads);
   a.head_dim = int(h.head_dim);
+  a.window_slots = int(h.window_slots);
   a.table_rows = int(h.table_rows);
   a.per_image = h.partitions > 1;
   a.scale = float(h.scale);
@@ -172,6 +173,7 @@ void print_plan(const Header& h) {
   a.slots = int(h.slots);
   a.heads = int(h.heads);
   a.head_dim = D;
+  a.window_slots = int(h.window_slots);
   a.table_rows = int(h.table_rows);
   a.rows = int(h.rows);
   int unread = 0;

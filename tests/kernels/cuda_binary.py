@@ -63,10 +63,16 @@ def short_name(symbol: str) -> str | None:
             parts.append(name)
             break
     parts += re.findall(r"Li(\d+)E", arguments)
-    for flag in re.findall(r"Lb(\d)E", arguments):
-        words = ("scatter", "gather") if found[1] == "row_copy" else ("short", "long")
-        parts.append(words[int(flag)])
-    return "-".join(parts)
+    words = {
+        "row_copy": (("scatter", "gather"),),
+        "attention_forward": (("short", "long"), ("", "general")),
+        "attention_backward": (("", "general"),),
+        "attention_backward_long": (("", "general"),),
+    }
+    flags = re.findall(r"Lb(\d)E", arguments)
+    for pair, flag in zip(words.get(found[1], ()), flags, strict=True):
+        parts.append(pair[int(flag)])
+    return "-".join(filter(None, parts))
 
 
 def first_access(code: list[str]) -> str:
@@ -128,7 +134,7 @@ def shared_memory() -> dict[str, dict[str, int]]:
         for head_dim in (16, 32, 64):
             for slots, window in ((16, 7), (32, 7), (48, 7), (64, 7), (208, 14), (256, 16)):
                 for limit in (LARGE, SMALL):
-                    forward, backward = plan(dtype, head_dim, slots, (2 * window - 1) ** 2, limit)
+                    forward, backward = plan(dtype, head_dim, slots, window, limit)
                     rows[f"{precision}-{head_dim}-{slots}slots-window{window}-of{limit}"] = {
                         "forward": forward["shared_bytes"],
                         "backward": backward["shared_bytes"],

@@ -149,8 +149,8 @@ def copy_rows(rows: Tensor, part: GroupPartition, what: str, order: int = 0) -> 
     """ "gather" [B, N, C] -> [B, G * S, C], or "scatter" back, as the copy kernels do it."""
     slots = part.num_groups * part.group_size
     header = struct.pack(
-        "=18qd", order, rows.element_size(), rows.shape[2], len(rows), part.num_tokens,
-        part.token_index.shape[0], part.num_groups, part.group_size, *[0] * 10, 0.0,
+        "=19qd", order, rows.element_size(), rows.shape[2], len(rows), part.num_tokens,
+        part.token_index.shape[0], part.num_groups, part.group_size, *[0] * 11, 0.0,
     )  # fmt: skip
     data = header + _bytes(rows) + _bytes(part.token_index)
     done = run_binary([build("attention.cu"), what], data)
@@ -162,12 +162,12 @@ def copy_rows(rows: Tensor, part: GroupPartition, what: str, order: int = 0) -> 
 
 
 def plan(
-    dtype: torch.dtype, head_dim: int, slots: int, table_rows: int, shared_bytes: int = LARGE
+    dtype: torch.dtype, head_dim: int, slots: int, window: int, shared_bytes: int = LARGE
 ) -> list[dict[str, int]]:
     """How a launch would be made, forward and backward, for Swin-B's first stage at batch 256."""
     header = struct.pack(
-        "=18qd", 0, ELEMENTS[dtype], head_dim, 256, 768, 1, -(-768 // slots), slots,
-        128 // head_dim, table_rows, *[0] * 6, 132, shared_bytes, 1.0,
+        "=19qd", 0, ELEMENTS[dtype], head_dim, 256, 768, 1, -(-768 // slots), slots,
+        128 // head_dim, window**2, (2 * window - 1) ** 2, *[0] * 6, 132, shared_bytes, 1.0,
     )  # fmt: skip
     done = run_binary([build("attention.cu"), "plan"], header)
     names = ("fits", "is_long", "strips", "share", "shared_bytes")
@@ -177,7 +177,7 @@ def plan(
 
 def images_per_block(batch: int, blocks: int, places: int) -> int:
     """Where a run of images needs `blocks` blocks, and `places` blocks run at the same time."""
-    header = struct.pack("=18qd", 0, 0, 0, batch, 0, 0, blocks, *[0] * 9, places, 0, 1.0)
+    header = struct.pack("=19qd", 0, 0, 0, batch, 0, 0, blocks, *[0] * 10, places, 0, 1.0)
     return int(run_binary([build("attention.cu"), "images"], header).stdout)
 
 
@@ -197,9 +197,9 @@ def encode(inputs: Inputs, launch: Launch) -> bytes:
             )
     head_dim = qkv.shape[-1] // (3 * inputs.num_heads)
     header = struct.pack(
-        "=18qd", launch.thread_order, ELEMENTS[qkv.dtype], head_dim, len(qkv),
+        "=19qd", launch.thread_order, ELEMENTS[qkv.dtype], head_dim, len(qkv),
         _rows(inputs, launch), part.token_index.shape[0], part.num_groups, part.group_size,
-        inputs.num_heads, 0 if inputs.table is None else len(inputs.table),
+        inputs.num_heads, part.window_slots, 0 if inputs.table is None else len(inputs.table),
         inputs.table is not None, inputs.pad_value is not None, launch.gathered, launch.apart,
         launch.need_qkv,
         launch.need_table and inputs.table is not None, launch.processors,

@@ -10,10 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,10 +19,16 @@ import torch.nn.functional as F
 from budget import plain_results
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from kernel_backends import (
+    DEVICE,
+    INTERPRETED,
+    in_the_interpreter,
+    kernel_test,
+    run_in_the_interpreter,
+)
 from torch._dynamo.testing import CompileCounter
 
 import greenmim_kernels as gk
-from greenmim_kernels.backends import triton_interprets
 from greenmim_kernels.functional import VARIANT
 from greenmim_kernels.ops import SCHEMAS, operator
 from greenmim_kernels.testing import (
@@ -39,21 +42,6 @@ from greenmim_kernels.testing import (
 )
 
 DATA = pathlib.Path(__file__).resolve().parents[1] / "data"
-INTERPRETED = triton_interprets()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-
-def kernel_test(test):
-    """A test that runs kernels: here in the interpreter, else marked for a GPU."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
-
-
-@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda", "triton"])
-def backend(request) -> str:
-    """The backend under test."""
-    return request.param
-
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     Case(shifted=True),
@@ -71,26 +59,10 @@ CASES = [
     Case(image_size=(96, 64), stage=2, window_size=7, num_heads=1, batch=1, group_size=300),
 ]
 
-if INTERPRETED:
-    # pytest puts this file's folder on the path, which does not make it a package.
-    from interpreter import repair
 
-    repair()
-
-
-@pytest.mark.skipif(
-    INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process"
-)
+@in_the_interpreter
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = pathlib.Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
 def assert_agrees(inputs, backend):
@@ -499,8 +471,11 @@ def test_no_wait_for_the_device_and_a_cuda_graph(backend):
 
 @kernel_test
 def test_what_it_cannot_do_is_said():
-    inputs = make_inputs(Case(stage=3, head_dim=24), device=DEVICE)
-    with gk.use_backend("triton"), pytest.raises(ValueError, match="head dims 16, 32, 64, not 24"):
+    inputs = make_inputs(Case(stage=3, head_dim=22), device=DEVICE)
+    with (
+        gk.use_backend("triton"),
+        pytest.raises(ValueError, match="multiples of 4 up to 64, not 22"),
+    ):
         run(inputs)
     with gk.use_backend("triton"), pytest.raises(ValueError, match="not float64"):
         run(make_inputs(Case(stage=3, dtype=torch.float64), device=DEVICE))

@@ -1,0 +1,9 @@
+#include "attention_kernels.cuh"
+
+namespace greenmim::cuda {
+
+template AttentionKernel* attention_kernel<float, 16, true>(bool, Pass);
+template AttentionKernel* attention_kernel<float, 32, true>(bool, Pass);
+template AttentionKernel* attention_kernel<float, 64, true>(bool, Pass);
+
+}  // namespace greenmim::cuda

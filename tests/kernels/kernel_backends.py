@@ -1,0 +1,44 @@
+"""Tests of the kernels for a GPU: on one, or Triton's in its interpreter."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from greenmim_kernels.backends import triton_interprets
+
+INTERPRETED = triton_interprets()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+if INTERPRETED:
+    # pytest puts this file's folder on the path, which does not make it a package.
+    from interpreter import repair
+
+    repair()
+
+
+def kernel_test(test):
+    """A test that runs kernels: here in the interpreter, else marked for a GPU."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+in_the_interpreter = pytest.mark.skipif(
+    INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process"
+)
+
+
+def run_in_the_interpreter(file: str) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = pathlib.Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
