@@ -55,12 +55,14 @@ class Buffer {
 
   void fill(const void* content) { copy_to_device(memory_, content, bytes_); }
   void read() {
+    if (bytes_ == 0) return;
     std::vector<char> content(bytes_);
     if (std::fread(content.data(), 1, bytes_, stdin) != bytes_)
       throw std::runtime_error("short input");
     fill(content.data());
   }
   void write() const {
+    if (bytes_ == 0) return;
     std::vector<char> content(bytes_);
     copy_from_device(content.data(), memory_, bytes_);
     if (std::fwrite(content.data(), 1, bytes_, stdout) != bytes_)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import greenmim_kernels as gk
+from greenmim_kernels.ops import _pad_gradient
 from greenmim_kernels.partition import GroupPartition
 from greenmim_kernels.testing import Inputs
 
@@ -231,6 +232,8 @@ def decode(inputs: Inputs, launch: Launch, data: bytes) -> dict[str, Tensor]:
         offset += count
     if offset != len(data):
         raise RuntimeError(f"the emulator wrote {len(data)} bytes where {offset} were expected")
+    if "grad_pad" in results:
+        results["grad_pad"] = _pad_gradient(results["grad_pad"], inputs.pad_value)
     if launch.apart and launch.need_qkv:
         apart = results["grad_qkv"].reshape(3, batch, heads, rows, channels // heads)
         results["grad_qkv"] = apart.permute(1, 3, 0, 2, 4).flatten(2)

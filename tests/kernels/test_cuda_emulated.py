@@ -15,7 +15,6 @@ from window_cases import problems, swin, volume, window_inputs
 
 import greenmim_kernels as gk
 from greenmim_kernels import reference
-from greenmim_kernels.ops import _pad_gradient
 from greenmim_kernels.testing import (
     Case,
     assert_within_budget,
@@ -68,9 +67,7 @@ def agree(actual, inputs, case=None):
     def other_draws():
         return [both(make_inputs(case, seed)) for seed in range(100, 108)]
 
-    checked = {key: actual[key] for key in ("out", "grad_qkv", "grad_table") if key in actual}
-    if "grad_pad" in actual:
-        checked["grad_pad"] = _pad_gradient(actual["grad_pad"], inputs.pad_value)
+    checked = {key: value for key, value in actual.items() if key != "lse"}
     assert_within_budget(checked, *both(inputs), other_draws=None if case is None else other_draws)
 
 

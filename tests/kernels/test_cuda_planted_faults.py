@@ -11,6 +11,7 @@ import pytest
 import torch
 from budget import plain_results
 from emulated import Caught, Launch, build, run_binary
+from window_cases import swin, window_inputs
 
 import greenmim_kernels as gk
 from greenmim_kernels.testing import Case, assert_within_budget, make_inputs, run
@@ -21,6 +22,9 @@ LONG_CASE = Case(image_size=(64, 96), stage=1, window_size=14, batch=2, num_head
 GROUPS_CASE = Case(image_size=(96, 64), window_size=5, shifted=True, num_heads=1, mask_ratio=0.4,
                    group_size=29, dtype=torch.bfloat16)  # fmt: skip
 MANY_CASE = Case(stage=3, batch=64, num_heads=1, per_image=True, dtype=torch.bfloat16)
+# With padding that attends, packed and apart, the last in heads that are no whole tiles.
+PADDED = (window_inputs(swin(), torch.bfloat16, 32, batch=3), False)
+NARROW = (window_inputs(swin(), torch.bfloat16, 20, batch=3), True)
 ONLY = ("ONLY_HEAD_DIM=32", "ONLY_ELEMENT=1")
 
 
@@ -90,14 +94,14 @@ def test_an_access_beyond_shared_memory():
 # --- the kernels themselves ----------------------------------------------------------------------
 
 
-def check(binary: pathlib.Path, case: Case = CASE) -> None:
+def check(binary: pathlib.Path, case: Case | tuple) -> None:
     """Results within the budget and equal in every order, or an exception."""
-    inputs = make_inputs(case)
+    inputs, apart = case if isinstance(case, tuple) else (make_inputs(case), False)
     with gk.use_backend("reference"):
         exact = run(inputs.to(torch.float64))
     plain = plain_results(inputs, saved_output=inputs.part.group_size > 64)
     for order in (0, 1, 7):
-        actual = emulated.run(inputs, Launch(thread_order=order), binary)
+        actual = emulated.run(inputs, Launch(thread_order=order, apart=apart), binary)
         assert_within_budget({name: actual[name] for name in exact}, plain, exact)
 
 
@@ -107,6 +111,13 @@ def test_sanitizers_find_nothing(case, kind):
     inputs = make_inputs(case)
     for gathered in (False, True):
         emulated.run(inputs, Launch(gathered=gathered), build("attention.cu", kind, *ONLY))
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("case", [PADDED, NARROW], ids=["padded", "narrow"])
+def test_sanitizers_find_nothing_in_the_general_kernels(case, kind):
+    inputs, apart = case
+    emulated.run(inputs, Launch(apart=apart), build("attention.cu", kind, *ONLY))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -163,8 +174,8 @@ FAULTS = {
     ),
     "rows of the table added without a barrier": (
         "slots.cuh",
-        "    __syncwarp();\n  }\n}\n\n// The sum of the block's copies",
-        "  }\n}\n\n// The sum of the block's copies",
+        "    __syncwarp();\n  }\n}\n\n// What a block leaves",
+        "  }\n}\n\n// What a block leaves",
         "thread",
         CASE,
     ),
@@ -184,8 +195,8 @@ FAULTS = {
     ),
     "the table read one beyond its end": (
         "slots.cuh",
-        "i < a.table_rows(); i += int(blockDim.x))\n      table[i]",
-        "i <= a.table_rows(); i += int(blockDim.x))\n      table[i]",
+        "i < a.table_rows; i += int(blockDim.x))\n      table[i]",
+        "i <= a.table_rows; i += int(blockDim.x))\n      table[i]",
         "address",
         CASE,
     ),
@@ -240,8 +251,8 @@ FAULTS = {
     ),
     "pieces of a row copied to the places of another": (
         "slots.cuh",
-        "copy_async_16(tile + t * tile_step + Row::offset(slot + i * step, piece)",
-        "copy_async_16(tile + t * tile_step + Row::offset(slot + i * step + 2, piece)",
+        "tile + t * tile_step + Row::offset(slot + i * step, piece)",
+        "tile + t * tile_step + Row::offset(slot + i * step + 2, piece)",
         "plain",
         CASE,
     ),
@@ -261,10 +272,45 @@ FAULTS = {
     ),
     "keys of the next window attended": (
         "slots.cuh",
-        "const bool shared = query.x == key.x;",
-        "const bool shared = query.x >= 0 && key.x >= 0;",
+        "return query.x == key.x;",
+        "return query.x >= 0 && key.x >= 0;",
         "plain",
         CASE,
+    ),
+    "of the padding, the last image's sum alone": (
+        "slots.cuh",
+        "sums[d] += sum;",
+        "sums[d] = sum;",
+        "plain",
+        PADDED,
+    ),
+    "padding without its value": (
+        "slots.cuh",
+        "pads || from[i] >= 0",
+        "from[i] >= 0",
+        "plain",
+        PADDED,
+    ),
+    "v in the rows of k": (
+        FORWARD,
+        "value(a.v, place.head",
+        "value(a.k, place.head",
+        "plain",
+        PADDED,
+    ),
+    "the columns of the next head": (
+        "slots.cuh",
+        "copy_async_8(to + 4, from + 4, valid && columns >= 8);",
+        "copy_async_8(to + 4, from + 4, valid);",
+        "plain",
+        NARROW,
+    ),
+    "results in the next head": (
+        "slots.cuh",
+        "if (int(column) + 4 * half < head_dim)",
+        "",
+        "plain",
+        NARROW,
     ),
 }
 
@@ -277,7 +323,7 @@ def test_a_planted_fault_is_caught(fault, tmp_path):
         shutil.copytree(emulated.ROOT / folder, root / folder)
     source = root / "csrc" / "cuda" / file
     text = source.read_text()
-    assert text.count(before) == 1, f"{file} has changed: plant this fault anew"
+    assert before in text, f"{file} has changed: plant this fault anew"
     source.write_text(text.replace(before, after))
     binary = build("attention.cu", kind, *ONLY, root=root)
     with pytest.raises((AssertionError, Caught)) as caught:
@@ -286,6 +332,8 @@ def test_a_planted_fault_is_caught(fault, tmp_path):
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("case", [CASE, LONG_CASE], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASE, LONG_CASE, PADDED, NARROW], ids=["short", "long", "padded", "narrow"]
+)
 def test_without_a_fault_nothing_is_caught(case):
     check(build("attention.cu", "plain", *ONLY), case)
