@@ -83,6 +83,7 @@ PYTEST = ("-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider")
 WORKERS = ("-n", "6") if importlib.util.find_spec("xdist") else ()
 REPORT = "from greenmim.tools.doctor import report; print(report())"
 KERNELS = "tests/kernels/test_gpu_kernels.py"
+WINDOWS = "tests/kernels/test_gpu_windows.py"
 PROGRAMS = "tests/kernels/test_cuda_on_gpu.py"
 STEPS = ("-m", "benchmarks.steps", "--minutes", "{minutes}", "--problem")
 UNCOMPILED = "cuda-graphed, not compiled"
@@ -122,7 +123,7 @@ FIRST = (
     Part("warm", ("-m", "benchmarks.warm", "table"), 90, ("partition",), nice=True),
     Part("environment", ("-c", REPORT), 30, BUILT, needs_gpu=False),
     stress("cuda", 45, BUILT),
-    Part("tests-cuda", (*PYTEST, *WORKERS, "-m", "gpu", KERNELS, "-k", "not triton"), 45,
+    Part("tests-cuda", (*PYTEST, *WORKERS, "-m", "gpu", KERNELS, WINDOWS, "-k", "not triton"), 45,
          (*BUILT, "tests-triton")),
     Part(
         "operators",
@@ -141,9 +142,12 @@ SECOND = (
          ("partition",), nice=True),
     Part("sanitizer-triton", (*PYTEST, PROGRAMS, "-k", "sanitizer and triton"), 65,
          ("partition",), nice=True),
+    Part("windows-triton",
+         (*PYTEST, *WORKERS, "-m", "gpu", WINDOWS, "-k", "triton and not every_kind"), 65,
+         ("partition",), nice=True),
     # Triton's alone, so it need not wait for the build.
     Part("tune", ("-m", "benchmarks.tune", "--only=-32-16bit", "--minutes", "{minutes}"), 50,
-         ("warm", "sanitizer-cuda", "sanitizer-triton")),
+         ("warm", "sanitizer-cuda", "sanitizer-triton", "windows-triton")),
     Part("model", (*PYTEST, *WORKERS, "-m", "gpu", "tests/model"), 35, (*BUILT, "tune")),
     # Of the launches that were chosen.
     stress("triton", 35, (*BUILT, "tune")),

@@ -21,7 +21,7 @@ FLOORS = [
         "greenmim_kernels.automatic",
         "greenmim_kernels.host_memory",
     ],
-    ["greenmim_kernels.backends"],
+    ["greenmim_kernels.backends", "greenmim_kernels.windows"],
     ["greenmim_kernels._triton"],
     [
         "greenmim_kernels._triton.primitives",
