@@ -1,0 +1,38 @@
+"""The examples learn, in fewer than 60 lines each."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pathlib
+
+import pytest
+import torch
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", ["mixed_images", "masked_volume"])
+def test_it_learns(name, capsys):
+    losses = importlib.import_module(f"examples.{name}").main(steps=60)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert capsys.readouterr().out.startswith("loss 0.")
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("grid", [(3,), (2, 3), (2, 3, 2)])
+def test_patches_are_cut_from_a_whole(grid):
+    """A wave is one across patches: its neighbours' sum is a fixed multiple of it."""
+    from examples.waves import waves
+
+    torch.manual_seed(0)
+    x = waves(grid, 4, 1)[0]
+    whole = torch.empty([4 * side for side in grid])
+    for token, place in enumerate(itertools.product(*map(range, grid))):
+        whole[tuple(slice(4 * p, 4 * p + 4) for p in place)] = x[token].view([4] * len(grid))
+    for axis in range(len(grid)):
+        line = whole.movedim(axis, -1).double()
+        inner = line[..., 1:-1]
+        sums = (line[..., :-2] + line[..., 2:])[inner.abs() > 0.1]
+        ratio = sums / inner[inner.abs() > 0.1]
+        assert ratio.std() < 1e-4 and line.std() > 0.01
