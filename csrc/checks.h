@@ -52,6 +52,16 @@ struct QueryKeyValue {
   bool is_packed() const { return !k; }
 };
 
+// q, k or v, the elements of a head neighbours, and no other axis of their stride: what is made like it
+// is then laid out likewise.
+inline Tensor with_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  bool fits = x.size(last) == 1 || x.stride(last) == 1;
+  for (int64_t axis = 0; fits && axis < last; ++axis)
+    fits = x.size(axis) == 1 || x.size(last) == 1 || x.stride(axis) != 1;
+  return fits ? x : torch::stable::contiguous(x);
+}
+
 // A partition as the operators get it.
 struct PartitionTensors {
   std::optional<Tensor> token_index;  // without: rows are those of gathered groups

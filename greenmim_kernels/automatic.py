@@ -44,7 +44,7 @@ def class_name(
     length = "long" if group_size is not None and group_size > SHORT_GROUP else "short"
     precision = "fp32" if dtype == torch.float32 else "16bit"
     # Compared, not printed: under torch.compile a size may be symbolic.
-    known = next((size for size in HEAD_DIMS if size == head_dim), 32)
+    known = 32 if head_dim is None else next((n for n in HEAD_DIMS if n >= head_dim), 32)
     return f"attention-{length}-{known}-{precision}"
 
 

@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
+from operator import index
 
 import torch
 
@@ -259,7 +260,7 @@ def choose_backend(
         first = automatic.choice(operator, dtype, head_dim, group_size).backend
         names = (first, *names) if first in names else names
     for name in names:
-        reason = _does_not_fit(name, dtype, head_dim, group_size, table_rows)
+        reason = _does_not_fit(name, device, dtype, head_dim, group_size, table_rows)
         if reason is None:
             return name
     raise ValueError(f'{reason}; use another backend or "auto"')
@@ -287,6 +288,7 @@ def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | N
 
 def _does_not_fit(
     name: str,
+    device: torch.device,
     dtype: torch.dtype,
     head_dim: int | None,
     group_size: int | None,
@@ -300,7 +302,12 @@ def _does_not_fit(
             f"the {name} backend takes head dims of multiples of {dims.step} up to {dims[-1]}, not"
             f" {head_dim}"
         )
-    if name == "cuda" and not _cuda_has_room(dtype, head_dim, group_size, table_rows or 0):
+    if name != "cuda":
+        return None
+    # Sizes that may be symbolic while tracing become constants of the trace.
+    sizes = (index(head_dim), index(group_size), index(table_rows or 0))
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if not _cuda_has_room(number, dtype, *sizes):
         return (
             f"the cuda backend has no room on this GPU for groups of {group_size} slots with a bias"
             f" table of {table_rows or 0} rows"
@@ -308,11 +315,17 @@ def _does_not_fit(
     return None
 
 
-# Dynamo takes the answer as a constant of the trace and does not look inside.
+# Dynamo takes the answer as a constant of the trace and does not look inside; nor would it know the
+# mark of a cached function.
 @torch.compiler.assume_constant_result
+def _cuda_has_room(
+    device: int, dtype: torch.dtype, head_dim: int, group_size: int, table_rows: int
+) -> bool:
+    return _cuda_fits(device, dtype, head_dim, group_size, table_rows)
+
+
 @functools.cache
-def _cuda_has_room(dtype: torch.dtype, head_dim: int, group_size: int, table_rows: int) -> bool:
+def _cuda_fits(device: int, dtype: torch.dtype, *sizes: int) -> bool:
     library = ctypes.CDLL(str(_library_file("_C_cuda")))
     element = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
-    sizes = (ctypes.c_int64(n) for n in (head_dim, group_size, table_rows))
-    return bool(library.greenmim_cuda_fits(element, *sizes))
+    return bool(library.greenmim_cuda_fits(device, element, *map(ctypes.c_int64, sizes)))

@@ -62,6 +62,8 @@ def block_diagonal_attention(
 ) -> Tensor:
     """Window attention on gathered groups: a slot attends to the slots of its window, exactly.
 
+    In a partition with padding that attends, its slots are like those of tokens: qkv is read there.
+
     Args:
         qkv: floating point tensor [B, G, S, 3C]; the last axis holds q, k, v blocks of C, each
             num_heads x head_dim. Padding slots are never read.
@@ -112,8 +114,8 @@ def group_window_attention(
             for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
         part: partition with P = 1 or P = B, on the device of `qkv`.
         num_heads: number of heads; divides C.
-        scale: factor of q . k: a number, or a tensor [] or [num_heads], which q is multiplied by
-            (cosine attention); head_dim ** -0.5 if None.
+        scale: factor of q . k: a number, or a tensor [] or [num_heads], by which q is multiplied
+            in its own dtype (cosine attention); head_dim ** -0.5 if None.
         pad_value: [3C], the q, k and v of the padding that attends in a partition made with
             ``pad=True`` (for Swin: the bias of its qkv layer); None: zeros.
 
@@ -142,8 +144,11 @@ def group_window_attention(
         if isinstance(qkv, Tensor):
             qkv = qkv.unflatten(-1, (3, num_heads, head_dim)).unbind(2)
         q, k, v = qkv
-        qkv, scale = ((q * scale.view(-1, 1)).to(q.dtype), k, v), 1.0
-    q, k, v = (qkv, None, None) if isinstance(qkv, Tensor) else map(_with_rows, qkv)
+        qkv, scale = ((q * scale.to(q.device).view(-1, 1)).to(q.dtype), k, v), 1.0
+    if isinstance(qkv, Tensor):
+        q, k, v = qkv.contiguous(), None, None
+    else:
+        q, k, v = map(reference.with_rows, qkv)
     if pad_value is not None:
         if pad_value.shape != (3 * num_heads * head_dim,) or pad_value.device != q.device:
             raise ValueError(
@@ -158,11 +163,6 @@ def group_window_attention(
     if backend == "reference":
         return reference.group_window_attention(*arguments)
     return operator(name, VARIANT[backend])(*arguments)[0]
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """x, the elements of a head neighbours."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _number(scale: float | None, head_dim: int) -> float:
@@ -228,7 +228,10 @@ def _check_three(qkv: tuple[Tensor, Tensor, Tensor], part: GroupPartition, num_h
             f" {', '.join(str(list(x.shape)) for x in qkv)}"
         )
     if any(x.dtype != q.dtype or x.device != q.device for x in qkv):
-        raise ValueError("q, k and v must have one dtype and be on one device")
+        raise ValueError(
+            "q, k and v must have one dtype and be on one device, got"
+            f" {', '.join(f'{x.dtype} on {x.device}' for x in qkv)}; convert them, as with q.to(v)"
+        )
     if q.shape[1] != part.num_tokens:
         raise ValueError(_counts("q", q, part))
     if q.shape[3] == 0:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, with_rows
 
 NAMESPACE = "greenmim"
 _WINDOWS = (
@@ -180,9 +180,12 @@ def _fused_backward_fake(
     *rest,
 ) -> tuple[Tensor, ...]:
     num_heads, _, _, need_qkv, need_table, need_pad = rest[-6:]
-    grads = [
-        q.new_empty(0) if x is None or not need_qkv else torch.empty_like(x) for x in (q, k, v)
-    ]
+    if not need_qkv:
+        grads = [q.new_empty(0)] * 3
+    elif k is None:
+        grads = [q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)]
+    else:
+        grads = [torch.empty_like(with_rows(x)) for x in (q, k, v)]
     table_shape = () if table is None else table.shape
     pad_shape = () if pad_value is None else (2 * pad_value.shape[0] // 3 // num_heads, num_heads)
     return (

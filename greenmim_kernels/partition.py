@@ -156,7 +156,7 @@ def group_partition(
         )
     num_segments = 1
     if segment is not None:
-        segment, num_segments = _segments(segment, visible)
+        segment, num_segments = _segments(segment, visible, axes)
         windows = _num_windows(shape[-axes:], window, shift)
         if windows * num_segments > _INT32_MAX:
             raise ValueError(
@@ -323,8 +323,10 @@ def _on_cpu(array: np.ndarray | Tensor, name: str, expected: str) -> np.ndarray:
     return array
 
 
-def _segments(segment: np.ndarray | Tensor, visible: np.ndarray) -> tuple[np.ndarray, int]:
-    """Labels as int32 numbers from 0 on, in their order, and how many; 0 where hidden."""
+def _segments(
+    segment: np.ndarray | Tensor, visible: np.ndarray, axes: int
+) -> tuple[np.ndarray, int]:
+    """An image's labels as int32 numbers from 0 on, and how many at most; 0 where hidden."""
     segment = _on_cpu(segment, "segment", "integer labels, a NumPy array or torch tensor")
     if segment.dtype.kind not in "iub":
         raise TypeError(f"segment has dtype {segment.dtype}; pass integer labels")
@@ -333,10 +335,13 @@ def _segments(segment: np.ndarray | Tensor, visible: np.ndarray) -> tuple[np.nda
             f"segment has shape {tuple(segment.shape)}, visible {tuple(visible.shape)}; pass one"
             " label per token of the grid"
         )
-    labels, numbers = np.unique(segment[visible], return_inverse=True)
-    numbered = np.zeros(visible.shape, dtype=np.int32)
-    numbered[visible] = numbers
-    return numbered, max(1, len(labels))
+    numbered, most = np.zeros(visible.shape, dtype=np.int32), 1
+    grid = visible.shape[-axes:]
+    images = (x.reshape(-1, *grid) for x in (visible, segment, numbered))
+    for kept, own, to in zip(*images, strict=True):  # each has labels of its own
+        labels, to[kept] = np.unique(own[kept], return_inverse=True)
+        most = max(most, len(labels))
+    return numbered, most
 
 
 def _positive(value: int, name: str) -> int:

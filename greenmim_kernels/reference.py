@@ -21,6 +21,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """q, k or v, the elements of a head neighbours, and no other axis of their stride."""
+    if x.shape[-1] == 1:
+        return x
+    others = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    fits = x.stride(-1) == 1 and not any([size > 1 and stride == 1 for size, stride in others])
+    return x if fits else x.contiguous()
+
+
 def group_gather(x: Tensor, token_index: Tensor) -> Tensor:
     """x [B, N, C], token_index [P, G, S] -> [B, G, S, C]; zeros where token_index is -1."""
     batch, _, channels = x.shape

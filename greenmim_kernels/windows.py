@@ -7,6 +7,7 @@ compiled function.
 from __future__ import annotations
 
 import math
+from operator import index as index_of
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ def partition_from_windows(
             ``prod(2 * M - 1)`` rows, ordered as Swin's.
         segment: integer labels shaped like `token_index`: a token attends to its own label only.
         mask: [W, n, n], 0 where two slots attend to each other and anything else where not (Swin's
-            ``attn_mask``, which is 0 or -100); those that attend to each other must form segments.
+            ``attn_mask``, which is 0 or -100; of a bool mask, True where not); those that attend to
+            each other must form segments. Empty slots do not matter.
         coords: with `window_size`, where a slot is in its window, integers [n, axes], [W, n, axes]
             or [P, W, n, axes]; differences are below M. None: slot i unravelled over `window_size`.
         bias_index: the table's row of each pair, integers [n, n], [n * n] or [W, n, n] (Swin's
@@ -55,7 +57,9 @@ def partition_from_windows(
             do that: q, k and v are then the bias of their layer). Nothing is computed for them.
         num_tokens: N, the tokens of an image; None: one more than the largest index. Given, a
             partition of tensors on a GPU, or inside ``torch.compile(fullgraph=True)``, is made
-            without waiting for the device, and then the values are trusted.
+            without waiting for the device, and then the values are trusted; with `pad` each token
+            must then be in a window, and without `window_size` the table have the rows that
+            `bias_index` names.
 
     Returns:
         A :class:`GroupPartition` on the device of `token_index`.
@@ -79,10 +83,14 @@ def partition_from_windows(
         raise ValueError(
             f"token_index has {windows * slots} slots; an image must have fewer than 2^31"
         )
-    checks = num_tokens is None or not (torch.compiler.is_compiling() or device.type != "cpu")
+    tracing = torch.compiler.is_compiling()
+    checks = num_tokens is None or not (tracing or device.type != "cpu")
+    if num_tokens is not None and not tracing:
+        num_tokens = _count(num_tokens)
     if checks:
         num_tokens = _check_tokens(index, num_tokens)
-    labels = _labels(segment, mask, index, checks)
+    is_slot = torch.ones_like(index[0], dtype=torch.bool) if pad else (index >= 0).any(0)
+    labels = _labels(segment, mask, index, is_slot, checks)
     # A window has room for as many numbers as segments.
     window_id = (torch.arange(windows, device=device) * slots)[:, None]
     if labels is not None:
@@ -96,12 +104,14 @@ def partition_from_windows(
     window_id = torch.where(is_used, window_id, -1)
     query_row, key_row, window, rows = _bias_rows(window_size, coords, bias_index, index, checks)
     query_row, key_row = (torch.where(window_id >= 0, x, 0) for x in (query_row, key_row))
+    if checks and coords is not None:
+        _check_coords(window_id, _integers(coords, "coords").to(device), window)
     if checks and rows:
         _check_rows(window_id, query_row, key_row, rows)
-    lacking = num_tokens  # tokens in no window, at most
-    if checks:
-        lacking -= int((index >= 0).flatten(1).sum(1).min())
-    room = windows * slots + lacking if pad else max(windows * slots, num_tokens)
+    room = max(windows * slots, num_tokens)
+    if pad:  # its slots are not free for tokens in no window
+        fewest = int((index >= 0).flatten(1).sum(1).min()) if checks else num_tokens
+        room = max(room, windows * slots + num_tokens - fewest)
     tensors = _grouped((index, window_id, query_row, key_row), num_tokens, room)
     return GroupPartition(*(x.int().contiguous() for x in tensors), num_tokens, rows, window, slots)
 
@@ -112,8 +122,9 @@ def _grouped(tensors: tuple[Tensor, ...], num_tokens: int, room: int) -> list[Te
     `room`: slots that all of them and the tokens in no window need, which take free ones.
     """
     images, windows, slots = tensors[0].shape
-    size = _windows_per_group(windows, slots) * slots
-    groups = math.ceil(room / size)
+    # Sizes may be symbolic while tracing; slots of a window become a constant of the trace.
+    size = min(_windows_per_group(index_of(slots)), windows) * slots
+    groups = -(-room // size)
     more = (0, groups * size - windows * slots)
     index, window_id, query_row, key_row = (
         torch.nn.functional.pad(x.reshape(images, -1), more, value=value)
@@ -144,9 +155,9 @@ def _with_all_tokens(index: Tensor, is_free: Tensor, num_tokens: int) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def _windows_per_group(windows: int, slots: int) -> int:
+def _windows_per_group(slots: int) -> int:
     """How many windows share a group, at the least cost of a window."""
-    most = max(1, min(windows, _LARGEST_TILE // slots))
+    most = max(1, _LARGEST_TILE // slots)
     return min(range(1, most + 1), key=lambda k: _partition.group_cost(k * slots) / k)
 
 
@@ -158,8 +169,11 @@ def _ranks(labels: Tensor) -> Tensor:
     return torch.empty_like(labels).scatter(-1, order, new.cumsum(-1))
 
 
-def _labels(segment, mask, index: Tensor, checks: bool) -> Tensor | None:
-    """Labels that broadcast to [P, W, n]; None: all tokens of a window attend to each other."""
+def _labels(segment, mask, index: Tensor, is_slot: Tensor, checks: bool) -> Tensor | None:
+    """Labels that broadcast to [P, W, n]; None: all tokens of a window attend to each other.
+
+    is_slot: [W, n], whether it matters what a slot attends to.
+    """
     _, windows, slots = index.shape
     if segment is not None and mask is not None:
         raise ValueError("segment and mask say the same twice; give one of them")
@@ -168,15 +182,16 @@ def _labels(segment, mask, index: Tensor, checks: bool) -> Tensor | None:
         return _shaped(labels, "segment", tuple(index.shape), (2, 3))
     if mask is None:
         return None
-    mask = torch.as_tensor(mask, device=index.device)
+    mask = torch.as_tensor(mask).to(index.device)
     if mask.shape != (windows, slots, slots):
         raise ValueError(
             f"mask has shape {list(mask.shape)}; pass {[windows, slots, slots]}, one per window"
         )
-    attends = mask == 0 if mask.dtype != torch.bool else ~mask
+    attends = (mask == 0) & is_slot[:, None]
     labels = attends.byte().argmax(-1)  # the first slot that a slot attends to
     if checks:
         wrong = (labels[:, :, None] == labels[:, None]) != attends
+        wrong = wrong & is_slot[:, :, None] & is_slot[:, None]
         if wrong.any():
             window, i, j = (int(x) for x in wrong.nonzero()[0])
             raise ValueError(
@@ -226,8 +241,6 @@ def _bias_rows(
     place = index.new_zeros(())
     for axis, side in enumerate(window):
         place = place * (2 * side - 1) + coords[..., axis]
-    if checks and place.abs().max() > _INT32_MAX // 2:
-        raise ValueError("coords are too large; count them from the corner of the window")
     rows = table_rows(window)
     return place + (rows - 1) // 2, -place, window, rows
 
@@ -285,17 +298,38 @@ def _check_tokens(index: Tensor, num_tokens: int | None) -> int:
     return num_tokens
 
 
-def _check_rows(window_id: Tensor, query_row: Tensor, key_row: Tensor, rows: int) -> None:
-    """Every pair of a window has a row of the table, and the keys of a query different ones."""
+def _extent(window_id: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest of x [P, W, n] in each window, by its number; 0 where there is none."""
     images, windows, slots = window_id.shape
     number = (window_id + 1).flatten(1)  # 0: in none
-    ends = []
-    for row in (query_row, key_row):
-        for reduce in ("amin", "amax"):
-            end = row.new_zeros(images, windows * slots + 1)
-            ends.append(end.scatter_reduce(1, number, row.flatten(1), reduce, include_self=False))
-    low, high = ends[0] + ends[2], ends[1] + ends[3]
-    wrong = ((low < 0) | (high >= rows))[:, 1:]
+    x = x.broadcast_to(window_id.shape).flatten(1)
+    nothing = x.new_zeros(images, windows * slots + 1)
+    low, high = (
+        nothing.scatter_reduce(1, number, x, how, include_self=False)[:, 1:]
+        for how in ("amin", "amax")
+    )
+    return low, high
+
+
+def _check_coords(window_id: Tensor, coords: Tensor, window: tuple[int, ...]) -> None:
+    """Slots of a window are less than its side apart, and row numbers fit 32 bits."""
+    for axis, side in enumerate(window):
+        low, high = _extent(window_id, coords[..., axis])
+        if (high - low >= side).any():
+            raise ValueError(
+                f"coords of two slots of one window differ by {int((high - low).max())} on axis"
+                f" {axis}, where the window is {side}"
+            )
+        if max(high.max(), -low.min()) > _INT32_MAX // 2 // table_rows(window):
+            raise ValueError("coords are too large; count them from the corner of the window")
+
+
+def _check_rows(window_id: Tensor, query_row: Tensor, key_row: Tensor, rows: int) -> None:
+    """Every pair of a window has a row of the table, and the keys of a query different ones."""
+    slots = window_id.shape[2]
+    number = (window_id + 1).flatten(1)  # 0: in none
+    of_query, of_key = _extent(window_id, query_row), _extent(window_id, key_row)
+    wrong = (of_query[0] + of_key[0] < 0) | (of_query[1] + of_key[1] >= rows)
     if wrong.any():
         raise ValueError(
             f"two slots of one window are too far apart for the {rows} rows of the bias table"
@@ -322,8 +356,17 @@ def _shaped(x: Tensor, name: str, shape: tuple[int, ...], axes: tuple[int, ...])
     return x
 
 
+def _count(num_tokens: int) -> int:
+    try:
+        return index_of(num_tokens)
+    except TypeError:
+        raise TypeError(f"num_tokens={num_tokens!r} must be an integer") from None
+
+
 def _integers(x: Tensor | np.ndarray, name: str) -> Tensor:
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(x.copy())
     x = torch.as_tensor(x)
-    if x.is_floating_point() or x.is_complex():
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {x.dtype}; pass integers")
     return x.long()

@@ -51,11 +51,6 @@ struct Deleter {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-// Elements of a row one after the other.
-Tensor with_rows(const Tensor& x) {
-  return x.size(x.dim() - 1) == 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
-}
-
 struct Problem {
   QueryKeyValue x;
   std::optional<Tensor> table, pad_value;
@@ -68,7 +63,7 @@ struct Problem {
       QueryKeyValue any, const std::optional<Tensor>& table_any,
       const std::optional<Tensor>& pad_any, PartitionTensors part, int64_t heads, double factor)
       : x(std::move(any)), scale(factor), grouped(!part.token_index) {
-    x.q = grouped ? torch::stable::contiguous(x.q) : with_rows(x.q);
+    x.q = x.is_packed() ? torch::stable::contiguous(x.q) : with_rows(x.q);
     for (std::optional<Tensor>* one : {&x.k, &x.v})
       if (*one) *one = with_rows(**one);
     if (table_any) table = torch::stable::contiguous(*table_any);
@@ -195,12 +190,13 @@ struct Problem {
     for (int which = 0; which < 3; which++) {
       const Rows rows = rows_of(tensors, which);
       const int64_t element = int64_t(tensors.q.element_size());
+      const bool dense = rows.head == shape.head_dim;
+      const int64_t pieces = dense ? 1 : shape.heads;
+      const int64_t bytes = (dense ? shape.channels : shape.head_dim) * element;
       for_each_outside([&](int64_t b, int64_t row) {
-        for (int64_t head = 0; head < shape.heads; head++)
-          std::memset(
-              static_cast<char*>(rows.data) +
-                  (b * rows.image + row * rows.row + head * rows.head) * element,
-              0, shape.head_dim * element);
+        char* first = static_cast<char*>(rows.data) + (b * rows.image + row * rows.row) * element;
+        for (int64_t i = 0; i < pieces; i++)
+          std::memset(first + i * rows.head * element, 0, bytes);
       });
     }
   }

@@ -59,6 +59,7 @@ int attribute(cudaDeviceAttr which, int device) {
 
 struct Problem {
   QueryKeyValue x;
+  QueryKeyValue own_layout;  // as it was given: gradients are laid out like it
   std::optional<Tensor> table, pad_value;
   PartitionTensors part;
   AttentionShape shape;
@@ -68,7 +69,7 @@ struct Problem {
       QueryKeyValue any, const std::optional<Tensor>& table_any,
       const std::optional<Tensor>& pad_any, PartitionTensors part_any, int64_t heads, int64_t window_slots,
       double scale)
-      : x(std::move(any)), part(std::move(part_any)) {
+      : x(any), own_layout(std::move(any)), part(std::move(part_any)) {
     if (table_any) table = to_contiguous(*table_any);
     if (part.token_index) part.token_index = to_contiguous(*part.token_index);
     for (Tensor* indices : {&part.window_id, &part.query_row, &part.key_row})
@@ -233,8 +234,12 @@ Gradients backward(
   const auto like = [&](const Tensor& tensor) {
     return computes ? torch::stable::empty_like(tensor) : none_like(tensor);
   };
-  Gradients grads{{like(x.q), std::nullopt, std::nullopt}, none_like(lse), none_like(lse)};
-  if (!x.is_packed()) grads.x.k = like(*x.k), grads.x.v = like(*x.v);
+  const QueryKeyValue& given = problem.own_layout;
+  Gradients grads{
+      {like(x.is_packed() ? x.q : with_rows(given.q)), std::nullopt, std::nullopt}, none_like(lse),
+      none_like(lse)};
+  if (!x.is_packed())
+    grads.x.k = like(with_rows(*given.k)), grads.x.v = like(with_rows(*given.v));
   const auto sums = [&](bool needed, int64_t programs, int64_t rows) {
     return needed ? torch::stable::new_empty(lse, {programs, a.heads, rows}) : none_like(lse);
   };
@@ -317,10 +322,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_window_attention_backwa
           grads.table, grads.pad};
 }
 
-// Whether a multiprocessor of the current device has room for such a problem, in both passes.
-bool fits(ScalarType type, int64_t head_dim, int64_t slots, int64_t table_rows) {
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
+// Whether a multiprocessor of a device has room for such a problem, in both passes.
+bool fits(int device, ScalarType type, int64_t head_dim, int64_t slots, int64_t table_rows) {
+  const Guard guard(device);
   const Device facts{attribute(cudaDevAttrMultiProcessorCount, device),
                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   float something = 0;
@@ -356,10 +360,10 @@ STABLE_TORCH_LIBRARY_IMPL(greenmim, CUDA, m) {
 
 // For Python, through ctypes. `element`: 0 float32, 1 bfloat16, 2 float16.
 extern "C" __attribute__((visibility("default"))) int greenmim_cuda_fits(
-    int element, int64_t head_dim, int64_t slots, int64_t table_rows) {
+    int device, int element, int64_t head_dim, int64_t slots, int64_t table_rows) {
   using greenmim::ScalarType;
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  return greenmim::cuda::fits(types[element], head_dim, slots, table_rows);
+  return greenmim::cuda::fits(device, types[element], head_dim, slots, table_rows);
 }
 
 // What the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST.

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ..partition import TENSORS
+from ..reference import with_rows
 from . import long_groups as long
 from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
@@ -79,6 +80,8 @@ class _Problem:
 
     def __post_init__(self) -> None:
         packed = self.k is None
+        if not packed:
+            self.q, self.k, self.v = map(with_rows, (self.q, self.k, self.v))
         for name in ("table", "pad_value", *TENSORS, *(("q",) if packed else ())):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.contiguous())
@@ -99,8 +102,9 @@ class _Problem:
         self.qkv = self.rows_of((self.q, self.k, self.v))
         # Offsets within an image, and within a partition, are in 32 bits.
         slots = self.partitions * self.num_groups * self.num_slots
-        largest = max(x.numel() // max(1, len(x)) for x in (self.q, self.k) if x is not None)
-        if max(largest, slots) >= 2**31:
+        tensors = (self.q,) if packed else (self.q, self.k, self.v)
+        reach = max(self.num_rows * x.stride(-2 if packed else 1) for x in tensors)
+        if max(reach, slots) >= 2**31:
             raise ValueError("the triton backend takes images of fewer than 2^31 values of q, k, v")
         self.table_rows = 0 if self.table is None else len(self.table)
         largest = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 
@@ -30,6 +31,14 @@ def test_available_backends():
         assert reason is None or len(reason) > 10
 
 
+@pytest.fixture
+def without_half(monkeypatch):
+    """A cpp backend that cannot do float16."""
+    cpp = dataclasses.replace(backends.BACKENDS["cpp"], dtypes=(torch.float32,))
+    monkeypatch.setitem(backends.BACKENDS, "cpp", cpp)
+
+
+@pytest.mark.usefixtures("without_half")
 def test_auto_takes_the_compiled_kernels_and_falls_back_to_the_reference():
     inputs = make_inputs(Case())
     assert backend_taken(inputs) == "cpp"
@@ -38,6 +47,7 @@ def test_auto_takes_the_compiled_kernels_and_falls_back_to_the_reference():
     assert attention(half).dtype == torch.float16
 
 
+@pytest.mark.usefixtures("without_half")
 def test_a_forced_backend_never_falls_back():
     half = make_inputs(Case(dtype=torch.float16))
     with gk.use_backend("cpp"):
@@ -135,9 +145,10 @@ def test_the_gpu_of_the_tensor_decides_not_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[device])
     monkeypatch.setattr(backends, "load_library", lambda name: None)
     monkeypatch.setattr(backends, "cuda_architectures", lambda: ("8.0", "9.0"))
+    monkeypatch.setattr(backends, "_cuda_fits", lambda *question: True)
     choose = functools.partial(
         backends.choose_backend, "group_window_attention", dtype=torch.bfloat16, head_dim=32,
-        group_size=64, window=7,
+        group_size=64, table_rows=169,
     )  # fmt: skip
     assert choose(device=new) in ("cuda", "triton")
     assert choose(device=old) == "reference"
@@ -161,3 +172,30 @@ def test_what_triton_takes_for_true(monkeypatch):
         assert backends.triton_interprets() == expected, value
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not backends.triton_interprets()
+
+
+def test_what_fits_a_gpu_is_asked_while_tracing(monkeypatch):
+    """The question is the library's, which Dynamo cannot look into."""
+    asked = []
+
+    def fits(*question):
+        asked.append(question)
+        return question[-1] < 1000
+
+    monkeypatch.setattr(backends, "_cuda_fits", fits)
+    device = torch.device("cuda:1")
+
+    def call(x, rows):
+        reason = backends._does_not_fit("cuda", device, x.dtype, 32, 49, rows)
+        return x + 1 if reason is None else x
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    x = torch.zeros(2)
+    assert compiled(x, 169)[0] == 1 and compiled(x, 2000)[0] == 0
+    assert asked[0] == (1, torch.float32, 32, 49, 169)
+    assert backends._does_not_fit("cuda", device, x.dtype, 32, 49, 2000) == (
+        "the cuda backend has no room on this GPU for groups of 49 slots with a bias table of 2000"
+        " rows"
+    )
+    said = backends._does_not_fit("triton", device, x.dtype, 6, 49, 169)
+    assert "multiples of 4 up to 64, not 6" in said

@@ -309,7 +309,7 @@ FAULTS = {
         "slots.cuh",
         "if (int(column) + 4 * half < head_dim)",
         "",
-        "plain",
+        "address",
         NARROW,
     ),
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from window_cases import HEADS, Windows, problems, swin
 
 import greenmim_kernels as gk
+from greenmim_kernels.ops import operator
 from greenmim_kernels.testing import assert_within_budget, relative_error
 
 
@@ -42,7 +43,9 @@ def dense(problem: Windows, q, k, v, table, scale, pad_value) -> Tensor:
     return out[:, :tokens].flatten(2)
 
 
-def results(problem: Windows, attention, dtype=torch.float64, head_dim=4, batch=None, seed=0):
+def results(
+    problem: Windows, attention, dtype=torch.float64, head_dim=4, batch=None, seed=0, **named
+):
     """Output and all gradients for random inputs, which `dtype` holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     batch = batch or len(problem.index)
@@ -58,7 +61,7 @@ def results(problem: Windows, attention, dtype=torch.float64, head_dim=4, batch=
     out = attention(problem, **{"table": None, **leaves})
     grad_out = draw(*out.shape).detach()
     used = [name for name in leaves if problem.pad or name != "pad_value"]
-    grads = torch.autograd.grad(out, [leaves[name] for name in used], grad_out)
+    grads = torch.autograd.grad(out, [leaves[name] for name in used], grad_out, **named)
     return {"out": out.detach(), **dict(zip(used, grads, strict=True))}
 
 
@@ -250,6 +253,153 @@ def test_made_on_a_device_and_while_tracing_without_a_look_at_the_values():
         assert relative_error(compiled(problem.index, mask, x), step(problem.index, mask, x)) < 1e-6
 
 
+def test_another_size_is_another_trace_and_no_error():
+    """The second size makes sizes symbolic, as in a network whose images change."""
+
+    def step(index, mask, x):
+        part = gk.partition_from_windows(index, 4, mask=mask, num_tokens=x.shape[1])
+        return gk.group_window_attention(x, None, part, HEADS)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for windows in (3, 5, 2, 7):
+        index = torch.randperm(16 * windows).view(windows, 16)
+        arguments = index, torch.zeros(windows, 16, 16), torch.randn(2, 16 * windows, 24)
+        assert relative_error(compiled(*arguments), step(*arguments)) < 1e-6
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_each_image_has_windows_labels_and_places_of_its_own(pad):
+    generator = torch.Generator().manual_seed(0)
+    window, images, windows = (3, 4), 3, 5
+    index = torch.stack([torch.randperm(windows * 12, generator=generator) for _ in range(images)])
+    index = torch.where(torch.rand(index.shape, generator=generator) < 0.2, -1, index)
+    index = index.view(images, windows, 12)
+    labels = torch.randint(0, 3, index.shape, generator=generator)
+    order = torch.rand(index.shape, generator=generator).argsort(-1)
+    places = torch.from_numpy(np.stack(np.unravel_index(order.numpy(), window), -1))
+    fixed = {"pad": pad, "num_tokens": windows * 12}
+    part = gk.partition_from_windows(index, window, segment=labels, coords=places, **fixed)
+    x = torch.randn(images, windows * 12, 3 * HEADS * 4, dtype=torch.float64)
+    table = torch.randn(part.table_rows, HEADS, dtype=torch.float64)
+    out = gk.group_window_attention(x, table, part, HEADS)
+    for i in range(images):
+        alone = gk.partition_from_windows(
+            index[i], window, segment=labels[i], coords=places[i], **fixed
+        )
+        expected = gk.group_window_attention(x[i : i + 1], table, alone, HEADS)
+        assert relative_error(out[i : i + 1], expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.uint8, torch.int16, torch.int32])
+def test_indices_of_any_integer_type(kind):
+    expected = gk.partition_from_windows(INDEX, 2, coords=PLACES)
+    if isinstance(kind, torch.dtype):
+        found = gk.partition_from_windows(INDEX.to(kind), 2, coords=PLACES.to(kind))
+    else:
+        index = INDEX.numpy().astype(kind)[:, ::-1].copy()[:, ::-1]
+        index.flags.writeable = False
+        found = gk.partition_from_windows(index, (2, 2), coords=PLACES.numpy().astype(kind))
+    assert all(map(torch.equal, found.tensors, expected.tensors))
+
+
+def test_bool_masks_and_what_empty_slots_say():
+    labels = torch.tensor([[0, 1, 0, 1], [2, 2, 2, 0]])
+    attends = labels[:, :, None] == labels[:, None]
+    expected = gk.partition_from_windows(INDEX, 2, segment=labels)
+    found = gk.partition_from_windows(INDEX, 2, mask=~attends)
+    x = torch.randn(1, 8, 24)
+    outs = [gk.group_window_attention(x, None, part, HEADS) for part in (expected, found)]
+    assert relative_error(*outs) < 1e-6
+    # An empty slot that nobody attends to, itself included, and at a place far away.
+    index, attends = INDEX.clone(), torch.ones(2, 4, 4, dtype=torch.bool)
+    index[0, 2], attends[0, 2], attends[0, :, 2] = -1, False, False
+    far = PLACES.repeat(2, 1, 1)
+    far[0, 2] = 10**12
+    part = gk.partition_from_windows(index, 2, mask=~attends, coords=far)
+    expected = gk.partition_from_windows(index, 2)
+    assert all(map(torch.equal, part.tensors, expected.tensors))
+    # The token that no window holds is there, without a window.
+    assert part.num_tokens == 8 and (part.token_index == 2).sum() == 1
+    assert part.window_id[part.token_index == 2] == -1
+
+
+@pytest.mark.parametrize("only", ["q", "k", "v", "table", "scale", "pad_value"])
+def test_one_gradient_alone(only):
+    problem = swin()
+
+    def alone(problem, **leaves):
+        others = {name: x.detach() for name, x in leaves.items() if name != only}
+        return ours(problem, **{only: leaves[only]}, **others)
+
+    expected = results(problem, ours)
+    found = results(problem, alone, allow_unused=True)
+    assert relative_error(found[only], expected[only]) < 1e-12
+    assert {name for name, grad in found.items() if grad is not None} == {"out", only}
+
+
+def test_overlapping_and_expanded_rows():
+    part = gk.partition_from_windows(torch.arange(12).view(3, 4))
+    base = torch.randn(2, 12 + 7, dtype=torch.float64)
+    overlapping = base.unfold(1, 8, 1)[:, :, None]  # each row one element after the last one
+    expanded = torch.randn(1, 12, 1, 8, dtype=torch.float64).expand(2, -1, -1, -1)
+    for q, k in ((overlapping, expanded), (expanded, overlapping)):
+        found = []
+        for backend in ("reference", "cpp"):
+            leaves = [x.detach().requires_grad_() for x in (q, k, q)]
+            with gk.use_backend(backend):
+                out = gk.group_window_attention(tuple(leaves), None, part, 1)
+            found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for a, b in zip(*found, strict=True):
+            assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("axes", [(1, 2), (0, 1)], ids=["channels first", "tokens first"])
+def test_packed_in_another_layout_compiles(axes):
+    part = gk.partition_from_windows(torch.arange(12).view(3, 4))
+    x = torch.randn(2, 12, 24).transpose(*axes).contiguous().transpose(*axes).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(gk.group_window_attention, fullgraph=True)
+    outs = [f(x, None, part, HEADS) for f in (compiled, gk.group_window_attention)]
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in outs]
+    assert relative_error(*outs) < 1e-6 and relative_error(*grads) < 1e-6
+    arguments = (x.detach(), None, None, None, None, *part.tensors, HEADS, 4, 0.5)
+    torch.library.opcheck(operator("group_window_attention"), arguments)
+    saved = operator("group_window_attention")(*arguments)
+    arguments = (saved[0], *arguments[:5], *saved, *arguments[5:], True, False, False)
+    torch.library.opcheck(operator("group_window_attention_backward"), arguments)
+
+
+def test_float16_on_a_cpu_is_exact_at_its_ends():
+    """Values pass unchanged through windows of one slot: all finite ones, infinities, NaN."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    part = gk.partition_from_windows(torch.arange(2**16).view(-1, 1))
+    zeros = torch.zeros(1, 2**16, 1, 4, dtype=torch.float16)
+    v = values.view(1, -1, 1, 1).expand(-1, -1, -1, 4).contiguous()
+    with gk.use_backend("cpp"):
+        out = gk.group_window_attention((zeros, zeros, v), None, part, 1)[0]
+    number = ~values.isnan()
+    for column in out.T:
+        assert torch.equal(column.isnan(), ~number)
+        assert torch.equal(column[number], values[number])
+
+
+@pytest.mark.parametrize("head_dim", [3, 16])
+def test_float16_rounds_as_pytorch_does(head_dim):
+    """Sums of two values in float32: ties, subnormal and infinite results."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(1, 4000, 1, head_dim, generator=generator)
+    v = (v * 2.0 ** torch.randint(-26, 17, v.shape, generator=generator)).half()
+    part = gk.partition_from_windows(torch.arange(4000).view(-1, 2))
+    zeros = torch.zeros_like(v)
+    with gk.use_backend("cpp"):
+        out = gk.group_window_attention((zeros, zeros, v), None, part, 1)
+    pairs = v.float().view(2000, 2, head_dim)
+    expected = (0.5 * pairs[:, 0] + 0.5 * pairs[:, 1]).half().repeat_interleave(2, 0)
+    # Infinite with either sign is NaN.
+    torch.testing.assert_close(out[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_agrees_with_the_planner_on_whole_windows():
     visible = np.ones((8, 12), bool)
     planned = gk.group_partition(visible, 4)
@@ -270,6 +420,7 @@ def test_small_windows_share_a_group(slots, size):
 
 
 INDEX = torch.arange(8).view(2, 4)
+PLACES = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
 ASYMMETRIC = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 NO_SUM = torch.arange(16).view(4, 4) ** 2
 
@@ -288,8 +439,11 @@ NO_SUM = torch.arange(16).view(4, 4) ** 2
         ({"coords": INDEX}, ValueError, "coords need a window_size"),
         ({"window_size": 2, "coords": INDEX}, ValueError, r"coords has shape \[2, 4\]"),
         ({"window_size": 2, "coords": torch.zeros(4, 2).long()}, ValueError, "at one place"),
-        ({"window_size": 2, "coords": 2 * INDEX.view(4, 2)}, ValueError, "too far apart"),
-        ({"window_size": 2, "coords": 2**30 * INDEX.view(4, 2)}, ValueError, "too large"),
+        ({"window_size": 2, "coords": 2 * INDEX.view(4, 2)}, ValueError, "differ by 12 on axis 0"),
+        ({"window_size": 4, "coords": PLACES * 5}, ValueError, "differ by 5 on axis 0"),
+        ({"window_size": 2, "coords": PLACES + 2**40}, ValueError, "too large"),
+        ({"num_tokens": 8.0}, TypeError, "num_tokens=8.0 must be an integer"),
+        ({"token_index": INDEX > 0}, TypeError, "token_index has dtype torch.bool"),
         ({"window_size": 2, "coords": INDEX, "bias_index": NO_SUM}, ValueError, "twice"),
         ({"bias_index": NO_SUM}, ValueError, "slots 1 and 1 in window 0 is 25, not 16 \\+ 1"),
         ({"bias_index": NO_SUM[:3]}, ValueError, r"bias_index has shape \[3, 4\]"),
