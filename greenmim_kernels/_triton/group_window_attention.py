@@ -68,7 +68,7 @@ def group_attention_fwd_kernel(
             b_v = load_key_rows(v_rows, p_pad, place, slots, 2, NUM_HEADS, DIM, HEAD_DIM)
             b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
             # Padding has no pair at all: a finite pivot keeps it at zero instead of NaN.
-            b_max = tl.where(slots.query_window >= 0, tl.max(b_score, 1), 0.0)
+            b_max = tl.where(slots.m_token, tl.max(b_score, 1), 0.0)
             b_p = tl.exp2(b_score - b_max[:, None])  # [BLOCK, BLOCK]
             b_acc = product(b_p.to(b_v.dtype), b_v, PRECISION)
             write_forward(
@@ -136,7 +136,7 @@ def group_attention_bwd_kernel(
             do_rows = out_rows(p_grad_out, image, place, num_rows, NUM_HEADS, DIM)
             b_do = load_rows(do_rows, slots, DIM, HEAD_DIM)
             p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows
-            b_lse = tl.load(p_l + slots.row, mask=slots.m_read, other=0.0) * 1.4426950408889634
+            b_lse = tl.load(p_l + slots.row, mask=slots.m_token, other=0.0) * 1.4426950408889634
             b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
             b_p = tl.exp2(b_score - b_lse[:, None])  # [BLOCK, BLOCK]
             b_dp = product(b_do, tl.trans(b_v), PRECISION)
@@ -145,7 +145,7 @@ def group_attention_bwd_kernel(
             if b_q.dtype == tl.float32:
                 # Where scores are large, lse is rounded by more than float32's results may be off:
                 # then P does not add up to one, and dS not to zero.
-                b_delta = b_delta / tl.where(slots.query_window >= 0, tl.sum(b_p, 1), 1.0)
+                b_delta = b_delta / tl.where(slots.m_token, tl.sum(b_p, 1), 1.0)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if NEED_TABLE:
                 b_grad_bias += b_ds

@@ -69,7 +69,7 @@ def load_queries(
     b_do = load_rows(do_rows, slots, DIM, HEAD_DIM)
     b_o = load_rows(out_rows(p_out, image, place, num_rows, NUM_HEADS, DIM), slots, DIM, HEAD_DIM)
     p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows
-    b_lse = tl.load(p_l + slots.row, mask=slots.m_read, other=0.0) * 1.4426950408889634
+    b_lse = tl.load(p_l + slots.row, mask=slots.m_token, other=0.0) * 1.4426950408889634
     return Queries(b_q, b_do, b_lse, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1))
 
 

@@ -62,8 +62,8 @@ class Slots(NamedTuple):
     key_window: tl.tensor  # of a token or of padding that attends; -1 where there is none
     query_row: tl.tensor  # the bias table's row of a pair is a query's number and a key's
     key_row: tl.tensor
-    m_read: tl.tensor
-    m_write: tl.tensor  # as zeros: padding of gathered groups, tokens in no window
+    m_token: tl.tensor  # of a window: is read
+    m_write: tl.tensor  # or as zeros: padding of gathered groups, tokens in no window
     low: tl.tensor  # least and greatest window
     high: tl.tensor
     any_row: tl.tensor  # whether any is written
@@ -119,13 +119,10 @@ def load_block(
     m_write = b_row >= 0
     m_token = m_key & m_write
     b_query_window = tl.where(m_token, b_key_window, -2)
-    # A token in no window may be loaded, as nobody attends to it: one mask less in registers.
-    # Padding of gathered groups may hold anything.
-    m_read = m_token if GATHERED else m_write
     low = tl.min(tl.where(m_key, b_key_window, 2147483647), 0)
     high = tl.max(b_key_window, 0)
     return Slots(
-        b_row, b_query_window, b_key_window, b_query_row, b_key_row, m_read, m_write, low, high,
+        b_row, b_query_window, b_key_window, b_query_row, b_key_row, m_token, m_write, low, high,
         tl.max(b_row, 0) >= 0,
     )  # fmt: skip
 
@@ -163,7 +160,7 @@ def out_rows(p_x, image, place, num_rows, NUM_HEADS: tl.constexpr, DIM: tl.const
 def load_rows(x, slots, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The rows of tokens: [BLOCK] -> [BLOCK, HEAD_DIM], zeros elsewhere and beyond DIM."""
     o_d = tl.arange(0, HEAD_DIM)
-    m_x = slots.m_read[:, None]
+    m_x = slots.m_token[:, None]
     if DIM < HEAD_DIM:
         m_x = m_x & (o_d < DIM)[None, :]
     return tl.load(x.p + slots.row[:, None] * x.row + o_d[None, :], mask=m_x, other=0.0)
@@ -209,7 +206,7 @@ def store_rows(
     o_d = tl.arange(0, HEAD_DIM)
     if GATHERED:
         # Beside a token that is not finite, what was computed for padding is NaN.
-        b_value = tl.where(slots.m_read[:, None], b_value, 0.0)
+        b_value = tl.where(slots.m_token[:, None], b_value, 0.0)
     m_x = slots.m_write[:, None]
     if DIM < HEAD_DIM:
         m_x = m_x & (o_d < DIM)[None, :]
@@ -283,10 +280,9 @@ def write_forward(
 ):
     """Output, and the logarithm of the softmax's denominator."""
     # What is in no window has no sum, and is written as zeros.
-    m_token = slots.query_window >= 0
-    b_factor = tl.where(m_token, 1.0 / b_sum, 0.0)
+    b_factor = tl.where(slots.m_token, 1.0 / b_sum, 0.0)
     out = out_rows(p_out, image, place, num_rows, NUM_HEADS, DIM)
     store_rows(out, b_acc * b_factor[:, None], slots, DIM, HEAD_DIM, GATHERED)
-    b_lse = tl.where(m_token, (b_max + tl.log2(b_sum)) * 0.6931471805599453, 0.0)
+    b_lse = tl.where(slots.m_token, (b_max + tl.log2(b_sum)) * 0.6931471805599453, 0.0)
     p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows
     tl.store(p_l + slots.row, b_lse, mask=slots.m_write)
