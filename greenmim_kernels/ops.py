@@ -181,7 +181,7 @@ def _fused_backward_fake(
 ) -> tuple[Tensor, ...]:
     num_heads, _, _, need_qkv, need_table, need_pad = rest[-6:]
     if not need_qkv:
-        grads = [q.new_empty(0)] * 3
+        grads = [q.new_empty(0) for _ in range(3)]
     elif k is None:
         grads = [q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)]
     else:

@@ -28,6 +28,8 @@ def gpu(monkeypatch):
         "_unusable",
         lambda name, device=None: None if name in ("cuda", "triton") else usable(name, device),
     )
+    monkeypatch.setattr(backends, "_cuda_fits", lambda *question: question[-1] <= 31**2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 def chosen(operator="group_window_attention", dtype=torch.bfloat16, **sizes) -> str:
@@ -35,24 +37,27 @@ def chosen(operator="group_window_attention", dtype=torch.bfloat16, **sizes) -> 
 
 
 def test_auto_follows_the_table(gpu):
-    assert chosen(head_dim=32, group_size=64, window=7) == "triton"
-    assert chosen(head_dim=32, group_size=65, window=7) == "cuda"  # long, and not measured
-    assert chosen(head_dim=32, group_size=64, window=7, dtype=torch.float32) == "cuda"
+    assert chosen(head_dim=32, group_size=64, table_rows=169) == "triton"
+    assert chosen(head_dim=32, group_size=65, table_rows=169) == "cuda"  # long, and not measured
+    assert chosen(head_dim=32, group_size=64, table_rows=169, dtype=torch.float32) == "cuda"
     assert chosen("group_gather") == "cuda"
 
 
 def test_auto_passes_over_what_a_backend_cannot_do(gpu):
-    assert chosen(head_dim=32, group_size=128, window=17) == "triton"
-    assert chosen(head_dim=24, group_size=64, window=7) == "reference"
-    assert chosen(head_dim=32, group_size=64, window=7, dtype=torch.float64) == "reference"
+    assert chosen(head_dim=32, group_size=128, table_rows=1089) == "triton"
+    assert chosen(head_dim=22, group_size=64, table_rows=169) == "reference"
+    assert chosen(head_dim=32, group_size=64, table_rows=169, dtype=torch.float64) == "reference"
 
 
 def test_a_forced_backend_does_not_look_at_the_table(gpu):
     for name in ("cuda", "triton"):
         with backends.use_backend(name):
-            assert chosen(head_dim=32, group_size=64, window=7) == name
-    with backends.use_backend("cuda"), pytest.raises(ValueError, match="at most 16 tokens a side"):
-        chosen(head_dim=32, group_size=400, window=20)
+            assert chosen(head_dim=32, group_size=64, table_rows=169) == name
+    with (
+        backends.use_backend("cuda"),
+        pytest.raises(ValueError, match="no room on this GPU for groups of 400"),
+    ):
+        chosen(head_dim=32, group_size=400, table_rows=1521)
 
 
 def test_reasons(gpu):
