@@ -72,7 +72,7 @@ def test_the_shapes_of_a_plan_never_depend_on_the_mask():
 
 
 def test_planning_a_step_is_quick():
-    """As long as a loop in Python over the tokens takes to say which window each is in, or twice."""
+    """No more than a few loops over the tokens in Python that say which window each is in."""
     planner = Planner(ModelConfig())
     rng = np.random.default_rng(0)
 
