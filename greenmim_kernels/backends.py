@@ -297,6 +297,8 @@ def _does_not_fit(
     dims = BACKENDS[name].head_dims
     if head_dim is None or dims is None:
         return None
+    # Sizes that may be symbolic while tracing become constants of the trace.
+    head_dim = index(head_dim)
     if head_dim not in dims:
         return (
             f"the {name} backend takes head dims of multiples of {dims.step} up to {dims[-1]}, not"
@@ -304,13 +306,12 @@ def _does_not_fit(
         )
     if name != "cuda":
         return None
-    # Sizes that may be symbolic while tracing become constants of the trace.
-    sizes = (index(head_dim), index(group_size), index(table_rows or 0))
+    slots, rows = index(group_size), index(table_rows or 0)
     number = torch.cuda.current_device() if device.index is None else device.index
-    if not _cuda_has_room(number, dtype, *sizes):
+    if not _cuda_has_room(number, dtype, head_dim, slots, rows):
         return (
-            f"the cuda backend has no room on this GPU for groups of {group_size} slots with a bias"
-            f" table of {table_rows or 0} rows"
+            f"the cuda backend has no room on this GPU for groups of {slots} slots with a bias"
+            f" table of {rows} rows"
         )
     return None
 
