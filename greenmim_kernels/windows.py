@@ -102,10 +102,12 @@ def partition_from_windows(
         tokens = tokens.scatter_add(1, window_id.flatten(1), is_used.long().flatten(1))
         is_used = tokens.gather(1, window_id.flatten(1)).view_as(index) > 0
     window_id = torch.where(is_used, window_id, -1)
+    if coords is not None:
+        coords = _integers(coords, "coords").to(device)
     query_row, key_row, window, rows = _bias_rows(window_size, coords, bias_index, index, checks)
     query_row, key_row = (torch.where(window_id >= 0, x, 0) for x in (query_row, key_row))
     if checks and coords is not None:
-        _check_coords(window_id, _integers(coords, "coords").to(device), window)
+        _check_coords(window_id, coords, window)
     if checks and rows:
         _check_rows(window_id, query_row, key_row, rows)
     room = max(windows * slots, num_tokens)
@@ -237,7 +239,7 @@ def _bias_rows(
         coords = torch.stack(axes[::-1], -1)
     else:
         shape = (*index.shape, len(window))
-        coords = _shaped(_integers(coords, "coords").to(index.device), "coords", shape, (2, 3, 4))
+        coords = _shaped(coords, "coords", shape, (2, 3, 4))
     place = index.new_zeros(())
     for axis, side in enumerate(window):
         place = place * (2 * side - 1) + coords[..., axis]

@@ -80,9 +80,11 @@ class _Problem:
 
     def __post_init__(self) -> None:
         packed = self.k is None
-        if not packed:
+        if packed:
+            self.q = self.q.contiguous()
+        else:
             self.q, self.k, self.v = map(with_rows, (self.q, self.k, self.v))
-        for name in ("table", "pad_value", *TENSORS, *(("q",) if packed else ())):
+        for name in ("table", "pad_value", *TENSORS):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.contiguous())
         self.channels = self.q.shape[-1] // 3 if packed else self.q.shape[-1] * self.num_heads
