@@ -68,6 +68,7 @@ class Kernel:
         way: cycles of a block for an image that is alone on its processor.
         waits: one after the other, for memory, before the first image is there.
         after: microseconds of what follows the kernel.
+        counted: blocks of a processor that Triton's launch counts on, for every version of it.
     """
 
     threads: int
@@ -79,6 +80,7 @@ class Kernel:
     way: float
     waits: int
     after: float = 0
+    counted: int = 0
 
     @property
     def resident(self) -> int:
@@ -174,7 +176,7 @@ def triton_plan(problem: Problem, kernel: Kernel) -> tuple[int, int]:
     """The same of Triton's launches, whose host guesses how many groups hold tokens."""
     expected = expected_filled(problem.groups, problem.tokens, problem.slots)
     images = images_per_program(
-        problem.batch, problem.heads * expected, kernel.resident * PROCESSORS
+        problem.batch, problem.heads * expected, kernel.counted * PROCESSORS
     )
     return problem.heads * problem.filled * math.ceil(problem.batch / images), images
 
@@ -198,6 +200,7 @@ def triton_kernel(problem: Problem, which: str, version: str = TRITON) -> Kernel
         way=1500 if forward else 2800,
         waits=3,  # for the slots, for the bias and for the first tile
         after=0 if forward else 2.0 + START + 1.5,  # integer additions; the kernel that sums rows
+        counted=launch["resident"],
     )
 
 
