@@ -94,7 +94,15 @@ def _attention_flops(query: Tensor, key: Tensor, *_: object, out_val: object = N
 
 
 def _window_attention_flops(
-    qkv: Tensor, table: Tensor, token_index: Tensor, window_id: Tensor, *_: object, **__: object
+    qkv: Tensor,
+    k: None,
+    v: None,
+    table: Tensor | None,
+    pad_value: None,
+    token_index: Tensor,
+    window_id: Tensor,
+    *_: object,
+    **__: object,
 ) -> int:
     pairs = 0
     for row in window_id:
