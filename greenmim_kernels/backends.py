@@ -214,7 +214,13 @@ def forced_backend() -> str:
     return name
 
 
-# Dynamo takes the answer as a constant of the trace and does not look inside.
+# Dynamo takes the answers as constants of the trace and does not look inside.
+@torch.compiler.assume_constant_result
+def is_forced() -> bool:
+    """Whether a name other than "auto" is in force."""
+    return forced_backend() != "auto"
+
+
 @torch.compiler.assume_constant_result
 def candidates(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends to try on tensors of this device and dtype, best first; one if forced.

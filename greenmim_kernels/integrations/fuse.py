@@ -1,0 +1,330 @@
+"""Which modules of a model the kernels can run, and the exchange of their classes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..windows import partition_from_windows
+from . import attention, blocks
+from .attention import Fused, fused_class, index_matrix
+from .grids import cut
+
+
+@dataclass
+class FusionReport:
+    """What :func:`fuse_window_attention` did.
+
+    Attributes:
+        fused: what was replaced, by the module's name.
+        left: why a module that looks like attention in windows was not, by its name.
+    """
+
+    fused: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.fused and not self.left:
+            return "no attention in windows found; nothing was changed"
+        lines = []
+        for title, entries in (("fused", self.fused), ("left as it is", self.left)):
+            by_text: dict[str, list[str]] = {}
+            for name, text in entries.items():
+                by_text.setdefault(text, []).append(name or "the model itself")
+            for text, names in by_text.items():
+                where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+                lines.append(f"{title}: {len(names)} x {text} ({where})")
+        return "\n".join(lines)
+
+
+def fuse_window_attention(model: nn.Module) -> FusionReport:
+    """Makes the attention in windows of a model run on the fused kernels, in place.
+
+    Parameters, buffers, their names and values stay; :func:`unfuse_window_attention` undoes it.
+    Modules are known by their structure: those of timm's Swin and SwinV2, torchvision's, Hugging
+    Face transformers' and MONAI's SwinUNETR as a whole, with rolling, padding and cutting into
+    windows; else each class with the names and the ``forward(x, mask)`` of Swin's
+    ``WindowAttention``. A copy of each with other weights is asked for its numbers before and
+    after, in float64 on the CPU; where they differ the module is left alone.
+
+    Calls go to the module's own code, with one warning, where the kernels lack something: attention
+    dropout above 0 in training, attention maps asked for, a dtype or head dim. Pairs that a mask
+    excludes are excluded exactly, where libraries add -100.
+
+    Args:
+        model: any module, on any device but "meta"; may be one of these modules itself.
+
+    Returns:
+        A :class:`FusionReport`; print it.
+    """
+    left: dict[str, str] = {}
+    tried: dict[tuple, str | None] = {}
+    for kinds in (ATTENTION, BLOCKS, LAYERS):
+        for name, module in model.named_modules():
+            kind = next((kind for kind in kinds if kind.fits(module)), None)
+            if kind is None or isinstance(module, Fused):
+                continue
+            plain_index = _has_plain_index(module)
+            reason = None if plain_index else _foreign_index(module)
+            if reason is None:
+                # Modules of one class and geometry run the same code.
+                sizes = (str(getattr(module, size, "")) for size in ("window_size", "shift_size"))
+                key = (type(module), plain_index, *sizes)
+                if key not in tried:
+                    tried[key] = _deviation(module, kind, plain_index)
+                reason = tried[key]
+            if reason is None:
+                module.__class__ = fused_class(type(module), kind.ours, plain_index)
+            else:
+                left[name] = f"{type(module).__name__}: {reason}"
+    return _report(model, left)
+
+
+def unfuse_window_attention(model: nn.Module) -> None:
+    """Gives every module that :func:`fuse_window_attention` changed its own class back."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            module.__class__ = module.unfused[0]
+
+
+def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
+    report, inside = FusionReport(left=dict(left)), []
+    for name, module in model.named_modules():
+        if any(name.startswith(outer) for outer in inside):
+            continue
+        label = type(module).__name__
+        if isinstance(module, Fused):
+            extent = next(
+                kind.extent
+                for kind in (*ATTENTION, *BLOCKS, *LAYERS)
+                if kind.ours is module.unfused[1]
+            )
+            report.fused[name] = f"{module.unfused[0].__name__}, {extent}"
+            inside.append(f"{name}." if name else "")
+        elif name not in left and re.search("window.*(attention|msa)$", label, re.IGNORECASE):
+            report.left[name] = f"{label}: not known"
+            inside.append(f"{name}.")
+    return report
+
+
+# --- is it what it looks like? ------------------------------------------------------------------
+
+
+def _has_plain_index(module: nn.Module) -> bool:
+    """Whether its relative_position_index, if it has one, is Swin's for its window."""
+    if not isinstance(getattr(module, "relative_position_index", None), Tensor):
+        return True
+    slots = math.prod(module.window_size)
+    if module.relative_position_index.numel() != slots**2:
+        return False
+    part = partition_from_windows(torch.arange(slots)[None], tuple(module.window_size))
+    index = part.query_row[0, 0, :, None] + part.key_row[0, 0]
+    return torch.equal(index, index_matrix(module).cpu().int())
+
+
+def _foreign_index(module: nn.Module) -> str | None:
+    """None if the index is a number of the query plus a number of the key, else the reason."""
+    index = index_matrix(module).cpu()
+    try:
+        partition_from_windows(torch.arange(len(index))[None], bias_index=index)
+    except ValueError as error:
+        return f"relative_position_index: {error}"
+    return None
+
+
+def _deviation(module: nn.Module, kind: Kind, plain_index: bool) -> str | None:
+    """None if a copy gives the numbers of its original when it is fused, else the reason."""
+    if any(x.is_meta for x in (*module.parameters(), *module.buffers())):
+        return 'it is on the device "meta"; fuse it when it has values'
+    draw = torch.Generator().manual_seed(0)
+    try:
+        original = copy.deepcopy(module).double().cpu().eval()
+        for one in original.modules():
+            one._forward_hooks.clear()
+            one._forward_pre_hooks.clear()
+        with torch.no_grad():
+            for weight in original.parameters():
+                fan_in = weight.shape[-1] if weight.dim() == 2 else 1
+                weight.copy_(
+                    torch.randn(weight.shape, dtype=weight.dtype, generator=draw) / fan_in**0.5
+                )
+            fused = copy.deepcopy(original)
+            fused.__class__ = fused_class(type(fused), kind.ours, plain_index)
+            unfuse_window_attention(original)
+            for arguments in kind.sample(original, draw):
+                one, other = (getattr(m, kind.method)(*arguments) for m in (original, fused))
+                one, other = (x if isinstance(x, Tensor) else x[0] for x in (one, other))
+                if one.shape != other.shape or (one - other).abs().max() > 1e-8 * one.abs().max():
+                    return "its code computes something else"
+    except Exception as error:  # of anybody's code
+        return f"its code could not be tried: {type(error).__name__}: {error}"
+    return None
+
+
+def _windows(ours: type[Fused], layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    """Windows without a mask, and with one; `layer` is one that takes the input."""
+    slots, channels = math.prod(ours.reader.window(m)), m.get_submodule(layer).weight.shape[1]
+    part = torch.arange(slots) % 3
+    mask = torch.zeros(2, slots, slots, dtype=torch.float64)
+    mask[1] = -100.0 * (part[:, None] != part)
+    for one in (None, mask):
+        yield torch.randn(4, slots, channels, dtype=torch.float64, generator=draw), one
+
+
+def _grid(window: tuple[int, ...], channels: int, draw: torch.Generator) -> Tensor:
+    """[1, ..., C], some larger than the window, which does not divide it."""
+    grid = [side + 1 + axis for axis, side in enumerate(window)]
+    return torch.randn(1, *grid, channels, dtype=torch.float64, generator=draw)
+
+
+def _of_timm(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    m.dynamic_mask = True  # else it has one for one size of input
+    yield (_grid(m.window_size, m.attn.qkv.weight.shape[1], draw),)
+
+
+def _of_torchvision(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    yield (_grid(m.window_size, m.qkv.weight.shape[1], draw),)
+
+
+def _of_hugging_face(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    x = _grid((m.window_size,) * 2, m.layernorm_before.weight.shape[0], draw)
+    yield x.flatten(1, 2), tuple(x.shape[1:3])
+
+
+def _of_monai(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    whole = _grid(m.window_size, m.attn.qkv.weight.shape[1], draw)
+    for x in (whole, whole[:, : m.window_size[0] - 1]):
+        window, shift = blocks.window_and_shift(x.shape[1:-1], m.window_size, m.shift_size)
+        _, part = cut(x.shape[1:-1], window, shift, True)
+        part = torch.from_numpy(part)
+        yield x, -100.0 * (part[:, :, None] != part[:, None]).double()
+
+
+def _of_monai_layer(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    channels = m.blocks[0].attn.qkv.weight.shape[1]
+    yield (_grid(m.window_size, channels, draw).movedim(-1, 1),)
+
+
+# --- what is known ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of module.
+
+    Attributes:
+        extent: how much the kernels do of it.
+        ours: the class that runs it.
+        names: attributes that a module of this kind has.
+        sample: arguments for a module of it, with values of the generator.
+        child: the attention that must be fused before, or a list of blocks.
+        method: what is called with the arguments.
+    """
+
+    extent: str
+    ours: type[Fused]
+    names: str
+    sample: Callable[[nn.Module, torch.Generator], Iterator[tuple]]
+    child: str = ""
+    method: str = "forward"
+
+    def fits(self, module: nn.Module) -> bool:
+        if not all(hasattr(module, name) for name in self.names.split()):
+            return False
+        if not self.child:
+            return True
+        try:
+            child = module.get_submodule(self.child)
+        except AttributeError:
+            return False
+        within = child if isinstance(child, nn.ModuleList) else [child]
+        return len(within) > 0 and all(isinstance(one, Fused) for one in within)
+
+
+_INDEXED = "relative_position_index num_heads window_size qkv proj attn_drop proj_drop"
+ATTENTION = [
+    Kind(
+        "attention alone",
+        attention.FusedSwinAttention,
+        f"relative_position_bias_table scale {_INDEXED}",
+        partial(_windows, attention.FusedSwinAttention, "qkv"),
+    ),
+    Kind(
+        "attention alone",
+        attention.FusedSwinV2Attention,
+        f"q_bias logit_scale cpb_mlp relative_coords_table {_INDEXED}",
+        partial(_windows, attention.FusedSwinV2Attention, "qkv"),
+    ),
+    Kind(
+        "attention alone",
+        attention.FusedHuggingFaceSwinAttention,
+        "q_proj k_proj v_proj o_proj relative_position_bias scaling config",
+        partial(_windows, attention.FusedHuggingFaceSwinAttention, "q_proj"),
+    ),
+    Kind(
+        "attention alone",
+        attention.FusedHuggingFaceSwinV2Attention,
+        "query key value logit_scale continuous_position_bias_mlp window_size",
+        partial(_windows, attention.FusedHuggingFaceSwinV2Attention, "query"),
+    ),
+    Kind(
+        "with padding and windows",
+        blocks.FusedTorchvisionV2Attention,
+        "qkv proj logit_scale cpb_mlp relative_coords_table shift_size attention_dropout",
+        _of_torchvision,
+    ),
+    Kind(
+        "with padding and windows",
+        blocks.FusedTorchvisionAttention,
+        "qkv proj relative_position_bias_table shift_size attention_dropout",
+        _of_torchvision,
+    ),
+]
+BLOCKS = [
+    Kind(
+        "with padding and windows",
+        blocks.FusedTimmBlock,
+        "_attn window_size shift_size",
+        _of_timm,
+        child="attn",
+        method="_attn",
+    ),
+    Kind(
+        "with padding and windows",
+        blocks.FusedHuggingFaceSwinLayer,
+        "layernorm_before layernorm_after mlp set_shift_and_window_size window_size shift_size",
+        _of_hugging_face,
+        child="attention",
+    ),
+    Kind(
+        "with padding and windows",
+        blocks.FusedHuggingFaceSwinV2Layer,
+        "layernorm_before layernorm_after intermediate output window_size shift_size",
+        _of_hugging_face,
+        child="attention.self",
+    ),
+    Kind(
+        "with padding and windows",
+        blocks.FusedMonaiBlock,
+        "forward_part1 norm1 window_size shift_size",
+        _of_monai,
+        child="attn",
+        method="forward_part1",
+    ),
+]
+LAYERS = [
+    Kind(
+        "with padding, windows and masks",
+        blocks.FusedMonaiLayer,
+        "no_shift downsample window_size shift_size",
+        _of_monai_layer,
+        child="blocks",
+    ),
+]

@@ -1,0 +1,128 @@
+"""Partitions of whole grids, cut into windows as libraries cut them: rolled, padded, shifted."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import index
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..partition import GroupPartition, table_rows
+from ..windows import partition_from_windows
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GridPartition(GroupPartition):
+    """A partition of a dense grid.
+
+    Attributes:
+        pads: whether the window does not divide the grid, so that padding attends.
+    """
+
+    pads: bool
+
+
+def grid_partition(
+    grid: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    table_window: Sequence[int],
+    device: torch.device,
+    *,
+    pads_first: bool = False,
+) -> GridPartition:
+    """The windows of a dense grid, for every image of a batch; made once per geometry and device.
+
+    Where the window does not divide the grid, padding fills it up at its end and attends. A slot
+    has the place in the bias table that it has when counted through `table_window`.
+
+    Args:
+        grid: tokens per axis; tokens are numbered row-major.
+        window: its sides; may be less than those of the bias table.
+        shift: by how much the grid is rolled back, per axis.
+        table_window: the window that the bias table is for.
+        device: where the partition is wanted.
+        pads_first: whether the grid is padded before it is rolled, or after.
+    """
+    # Sizes may be symbolic while tracing; they become constants of the trace.
+    grid, window, shift, table_window = (
+        tuple([index(x) for x in axes]) for axes in (grid, window, shift, table_window)
+    )
+    rows = _on_device(grid, window, shift, table_window, pads_first, device)
+    num_tokens, slots = math.prod(grid), math.prod(window)
+    pads = any([side % of_window for side, of_window in zip(grid, window, strict=True)])
+    return GridPartition(
+        *rows.unbind(0), num_tokens, table_rows(table_window), table_window, slots, pads
+    )
+
+
+# Dynamo takes the tensor as a constant of the trace.
+@torch.compiler.assume_constant_result
+def _on_device(*geometry_and_device) -> Tensor:
+    *geometry, device = geometry_and_device
+    if torch._C._len_torch_dispatch_stack():
+        # As of a FakeTensorMode, whose tensors must not outlive it.
+        return torch.tensor(_arrays(*geometry), device=device)
+    return _kept(*geometry, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(*geometry_and_device) -> Tensor:
+    *geometry, device = geometry_and_device
+    # Autograd refuses to save tensors made in inference mode.
+    with torch.inference_mode(False):
+        return torch.from_numpy(_arrays(*geometry)).to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def _arrays(
+    grid: tuple[int, ...],
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    table_window: tuple[int, ...],
+    pads_first: bool,
+) -> np.ndarray:
+    """A partition's tensors, int32 [4, 1, G, S]."""
+    token, segment = cut(grid, window, shift, pads_first)
+    with torch.inference_mode(False), _disable_current_modes():
+        part = partition_from_windows(
+            token, table_window, segment=segment, pad=bool((token < 0).any())
+        )
+        return torch.stack(part.tensors).numpy()
+
+
+def cut(
+    grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], pads_first: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens in windows, [windows, slots], -1 in padding; and what part of the grid they are of.
+
+    Where a rolled grid comes round its other end begins another part.
+    """
+    padding = [(0, -side % of_window) for side, of_window in zip(grid, window, strict=True)]
+    token = np.arange(math.prod(grid)).reshape(grid)
+    if pads_first:
+        token = np.pad(token, padding, constant_values=-1)
+    token = np.roll(token, [-by for by in shift], range(len(grid)))
+    if not pads_first:
+        token = np.pad(token, padding, constant_values=-1)
+    part = np.zeros((), np.int64)
+    for place, side, by in zip(np.indices(token.shape), token.shape, shift, strict=True):
+        part = 2 * part + (place >= side - by)
+    return _windows(token, window), _windows(part, window)
+
+
+def _windows(x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
+    """A padded grid -> [windows, slots]."""
+    sizes = [
+        n
+        for side, of_window in zip(x.shape, window, strict=True)
+        for n in (side // of_window, of_window)
+    ]
+    axes = [*range(0, len(sizes), 2), *range(1, len(sizes), 2)]
+    return x.reshape(sizes).transpose(axes).reshape(-1, math.prod(window))
