@@ -217,8 +217,9 @@ def _register_attention(variant: str) -> None:
         if grad_out is not None and any(needed):
             backward = operator("group_window_attention_backward", variant)
             of = any(needed[:3]), *needed[3:]
-            *grads, of_pad = backward(grad_out, *ctx.saved_tensors, *ctx.sizes, *of)
-            grads.append(_pad_gradient(of_pad, ctx.saved_tensors[4]) if needed[4] else None)
+            saved = ctx.saved_tensors  # once: checkpointing does not give them twice
+            *grads, of_pad = backward(grad_out, *saved, *ctx.sizes, *of)
+            grads.append(_pad_gradient(of_pad, saved[4]) if needed[4] else None)
         return _if_needed(grads, needed, ctx.num_inputs)
 
     rules = {

@@ -184,7 +184,7 @@ def _labels(segment, mask, index: Tensor, is_slot: Tensor, checks: bool) -> Tens
         return _shaped(labels, "segment", tuple(index.shape), (2, 3))
     if mask is None:
         return None
-    mask = torch.as_tensor(mask).to(index.device)
+    mask = _tensor(mask).to(index.device)
     if mask.shape != (windows, slots, slots):
         raise ValueError(
             f"mask has shape {list(mask.shape)}; pass {[windows, slots, slots]}, one per window"
@@ -366,9 +366,14 @@ def _count(num_tokens: int) -> int:
 
 
 def _integers(x: Tensor | np.ndarray, name: str) -> Tensor:
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(x.copy())
-    x = torch.as_tensor(x)
+    x = _tensor(x)
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {x.dtype}; pass integers")
     return x.long()
+
+
+def _tensor(x: Tensor | np.ndarray) -> Tensor:
+    """On the device that it is on, whatever the default device."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.from_numpy(np.array(x))

@@ -76,7 +76,7 @@ class Swin:
 
     def heads(self, m) -> tuple[int, int]:
         """How many, and their dim."""
-        return m.num_heads, m.proj.weight.shape[1] // m.num_heads
+        return m.num_heads, m.proj.in_features // m.num_heads
 
     def window(self, m) -> Sequence[int]:
         """The one that the bias table is for."""
@@ -193,9 +193,14 @@ class FusedAttention(Fused):
 
     reader: Swin
 
-    def forward(self, x: Tensor, mask: Tensor | GridPartition | None = None) -> Tensor:
-        out = attend(self, x, mask)
-        return super().forward(x, mask) if out is None else out
+    def forward(self, x: Tensor, mask: Tensor | GridPartition | None = None, *more, **options):
+        if more or options:
+            say_once(self, "it was called with more than windows and a mask")
+        else:
+            out = attend(self, x, mask)
+            if out is not None:
+                return out
+        return super().forward(x, mask, *more, **options)
 
 
 class FusedSwinAttention(FusedAttention):
@@ -261,7 +266,7 @@ def takes(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
         "group_window_attention", x.device, x.dtype, head_dim, part.group_size, part.table_rows
     )
     if backend == "reference" and not is_forced():
-        return say_once(m, f"none takes {x.dtype} and head dim {head_dim} on {x.device.type}")
+        return say_once(m, f"no kernel takes {x.dtype} and head dim {head_dim} on {x.device.type}")
     return True
 
 
@@ -345,7 +350,8 @@ def _cut(m: nn.Module, mask: Tensor | None, slots: int, checked: bool) -> GroupP
         bias_index=index,
         num_tokens=None if checked else windows * slots,
     )
-    return replace(part, table_rows=len(m.reader.table(m)))
+    # Not every row of a table need be in an index.
+    return part if plain_index else replace(part, table_rows=len(m.reader.table(m)))
 
 
 def index_matrix(m: nn.Module) -> Tensor:

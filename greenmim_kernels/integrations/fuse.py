@@ -71,6 +71,9 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
             kind = next((kind for kind in kinds if kind.fits(module)), None)
             if kind is None or isinstance(module, Fused):
                 continue
+            if any(x.is_meta for x in (*module.parameters(), *module.buffers())):
+                left[name] = f'{type(module).__name__}: on the device "meta"; fuse it with values'
+                continue
             plain_index = _has_plain_index(module)
             reason = None if plain_index else _foreign_index(module)
             if reason is None:
@@ -141,8 +144,6 @@ def _foreign_index(module: nn.Module) -> str | None:
 
 def _deviation(module: nn.Module, kind: Kind, plain_index: bool) -> str | None:
     """None if a copy gives the numbers of its original when it is fused, else the reason."""
-    if any(x.is_meta for x in (*module.parameters(), *module.buffers())):
-        return 'it is on the device "meta"; fuse it when it has values'
     draw = torch.Generator().manual_seed(0)
     try:
         original = copy.deepcopy(module).double().cpu().eval()
@@ -161,7 +162,8 @@ def _deviation(module: nn.Module, kind: Kind, plain_index: bool) -> str | None:
             for arguments in kind.sample(original, draw):
                 one, other = (getattr(m, kind.method)(*arguments) for m in (original, fused))
                 one, other = (x if isinstance(x, Tensor) else x[0] for x in (one, other))
-                if one.shape != other.shape or (one - other).abs().max() > 1e-8 * one.abs().max():
+                # Libraries may take the softmax in float32 even so.
+                if one.shape != other.shape or (one - other).abs().max() > 1e-5 * one.abs().max():
                     return "its code computes something else"
     except Exception as error:  # of anybody's code
         return f"its code could not be tried: {type(error).__name__}: {error}"

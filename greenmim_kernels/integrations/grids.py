@@ -54,7 +54,13 @@ def grid_partition(
     grid, window, shift, table_window = (
         tuple([index(x) for x in axes]) for axes in (grid, window, shift, table_window)
     )
-    rows = _on_device(grid, window, shift, table_window, pads_first, device)
+    key = (grid, window, shift, table_window, pads_first, device)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        rows = _as_operator(*key)
+    elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        rows = _lasting(*key)
+    else:
+        rows = _kept(*key)
     num_tokens, slots = math.prod(grid), math.prod(window)
     pads = any([side % of_window for side, of_window in zip(grid, window, strict=True)])
     return GridPartition(
@@ -62,19 +68,37 @@ def grid_partition(
     )
 
 
-# Dynamo takes the tensor as a constant of the trace.
-@torch.compiler.assume_constant_result
-def _on_device(*geometry_and_device) -> Tensor:
-    *geometry, device = geometry_and_device
-    if torch._C._len_torch_dispatch_stack():
-        # As of a FakeTensorMode, whose tensors must not outlive it.
-        return torch.tensor(_arrays(*geometry), device=device)
-    return _kept(*geometry, device)
+# As an operator a graph calls it, and a mode with tensors of its own sees it.
+@torch.library.custom_op("greenmim::grid_partition", mutates_args=())
+def _as_operator(
+    grid: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    table_window: Sequence[int],
+    pads_first: bool,
+    device: torch.device,
+) -> Tensor:
+    sizes = (tuple(x) for x in (grid, window, shift, table_window))
+    # A compiler may use the memory of what it got for something else.
+    return _lasting(*sizes, pads_first, device).clone()
+
+
+@_as_operator.register_fake
+def _(grid, window, shift, table_window, pads_first, device) -> Tensor:
+    sizes = (tuple(x) for x in (grid, window, shift, table_window))
+    shape = _arrays(*sizes, pads_first).shape
+    return torch.empty(shape, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _lasting(*key) -> Tensor:
+    """What a CUDA graph has read must not be given back."""
+    return _kept(*key)
 
 
 @functools.lru_cache(maxsize=256)
-def _kept(*geometry_and_device) -> Tensor:
-    *geometry, device = geometry_and_device
+def _kept(*key) -> Tensor:
+    *geometry, device = key
     # Autograd refuses to save tensors made in inference mode.
     with torch.inference_mode(False):
         return torch.from_numpy(_arrays(*geometry)).to(device)

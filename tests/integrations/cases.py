@@ -1,0 +1,247 @@
+"""Small models of the libraries, and classes that other code bases have copied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timm_swin(**more) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=56, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4))
+    sizes |= dict(window_size=4, num_classes=5, drop_path_rate=0.0)
+    return timm.models.swin_transformer.SwinTransformer(**(sizes | more))
+
+
+def timm_swin_v2(**more) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=56, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4))
+    sizes |= dict(window_size=4, num_classes=5, drop_path_rate=0.0)
+    return timm.models.swin_transformer_v2.SwinTransformerV2(**(sizes | more))
+
+
+def torchvision_swin(version: int = 1, **more) -> nn.Module:
+    models = pytest.importorskip("torchvision").models.swin_transformer
+    sizes = dict(patch_size=[4, 4], embed_dim=16, depths=[2, 2], num_heads=[2, 4])
+    sizes |= dict(window_size=[4, 4], num_classes=5, stochastic_depth_prob=0.0)
+    if version == 2:
+        sizes |= dict(block=models.SwinTransformerBlockV2, downsample_layer=models.PatchMergingV2)
+    return models.SwinTransformer(**(sizes | more))
+
+
+def hugging_face(version: int = 1, **more) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig if version == 1 else transformers.Swinv2Config
+    model = transformers.SwinModel if version == 1 else transformers.Swinv2Model
+    sizes = dict(image_size=36, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4])
+    sizes |= dict(window_size=4, drop_path_rate=0.0)
+    implementation = {"attn_implementation": more.pop("implementation", "eager")}
+    return model._from_config(config(**(sizes | more)), **implementation)
+
+
+def monai(axes: int = 3, **more) -> nn.Module:
+    nets = pytest.importorskip("monai.networks.nets")
+    pytest.importorskip("einops")
+    sizes = dict(in_channels=1, out_channels=2, feature_size=12, depths=(2, 2, 1, 1))
+    sizes |= dict(num_heads=(1, 2, 3, 6), window_size=3, spatial_dims=axes)
+    return nets.SwinUNETR(**(sizes | more))
+
+
+class MonaiEncoder(nn.Module):
+    """SwinUNETR's encoder, whose feature maps it returns as one vector.
+
+    Its decoder magnifies rounding: it normalizes maps of few values.
+    """
+
+    def __init__(self, axes: int, **more) -> None:
+        super().__init__()
+        self.swin = monai(axes, **more).swinViT
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([features.flatten() for features in self.swin(x)])
+
+
+def first(out) -> Tensor:
+    """The tensor of what a model returns."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+@dataclass(frozen=True)
+class Library:
+    make: Callable[..., nn.Module]
+    inputs: tuple[tuple[int, ...], ...]  # shapes; the first is the one the model is made for
+    fused: str  # the class that is replaced
+    is_cosine: bool = False
+
+
+LIBRARIES = {
+    # 14 x 14 and 7 x 7 tokens in windows of 4: padded at both stages, shifted at both.
+    "timm": Library(timm_swin, ((2, 3, 56, 56),), "SwinTransformerBlock"),
+    "timm_v2": Library(timm_swin_v2, ((2, 3, 56, 56),), "SwinTransformerV2Block", True),
+    # Sizes are free here: windows that divide, that do not, and larger ones than the grid.
+    "torchvision": Library(
+        torchvision_swin, ((2, 3, 56, 40), (1, 3, 64, 64), (1, 3, 12, 28)), "ShiftedWindowAttention"
+    ),
+    "torchvision_v2": Library(
+        partial(torchvision_swin, 2),
+        ((2, 3, 56, 40), (1, 3, 12, 28)),
+        "ShiftedWindowAttentionV2",
+        True,
+    ),
+    "hugging_face": Library(hugging_face, ((2, 3, 36, 36),), "SwinLayer"),
+    "hugging_face_sdpa": Library(
+        partial(hugging_face, implementation="sdpa"), ((2, 3, 36, 36),), "SwinLayer"
+    ),
+    "hugging_face_v2": Library(partial(hugging_face, 2), ((2, 3, 36, 36),), "Swinv2Layer", True),
+    # Grids of 24 to 2 a side, in windows of 3.
+    "monai_3d": Library(partial(MonaiEncoder, 3), ((1, 1, 48, 32, 32),), "BasicLayer"),
+    "monai_2d": Library(partial(MonaiEncoder, 2), ((2, 1, 64, 32),), "BasicLayer"),
+}
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """With weights that hide nothing: norms at the end of branches start at zero, tables small."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            drawn = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
+            if "table" in name:
+                weight.copy_(drawn)
+            elif "logit_scale" in name:
+                weight.copy_(math.log(10) + 0.3 * drawn)
+            elif weight.dim() == 1:
+                weight.add_(0.1 * drawn + 0.2)
+    return model
+
+
+# --- classes as other code bases have them: names, buffers and signatures ------------------------
+
+
+def swin_index(window: tuple[int, ...]) -> Tensor:
+    axes = torch.meshgrid(*[torch.arange(side) for side in window], indexing="ij")
+    place = torch.stack([axis.flatten() for axis in axes], -1)
+    apart = place[:, None] - place[None, :]
+    index = torch.zeros(len(place), len(place), dtype=torch.long)
+    for axis, side in enumerate(window):
+        index = index * (2 * side - 1) + apart[..., axis] + side - 1
+    return index
+
+
+class WindowAttention(nn.Module):
+    """Microsoft's Swin and SimMIM."""
+
+    def __init__(self, dim, window_size, num_heads, qkv_bias=True, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        self.dim, self.window_size, self.num_heads = dim, window_size, num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        rows = math.prod(2 * side - 1 for side in window_size)
+        self.relative_position_bias_table = nn.Parameter(torch.randn(rows, num_heads))
+        self.register_buffer("relative_position_index", swin_index(window_size))
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.softmax = nn.Softmax(dim=-1)
+
+    def index(self, slots: int) -> Tensor:
+        return self.relative_position_index
+
+    def forward(self, x, mask=None):
+        windows, slots, channels = x.shape
+        qkv = self.qkv(x).reshape(windows, slots, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        bias = self.relative_position_bias_table[self.index(slots).reshape(-1)]
+        scores = scores + bias.view(slots, slots, -1).permute(2, 0, 1)
+        if mask is not None:
+            scores = scores.view(-1, len(mask), self.num_heads, slots, slots)
+            scores = (scores + mask[:, None]).view(-1, self.num_heads, slots, slots)
+        maps = self.attn_drop(self.softmax(scores))
+        out = (maps @ v).transpose(1, 2).reshape(windows, slots, channels)
+        return self.proj_drop(self.proj(out))
+
+
+class WindowAttention3D(WindowAttention):
+    """Video-Swin's, which cuts its index to the windows it gets."""
+
+    def index(self, slots: int) -> Tensor:
+        return self.relative_position_index[:slots, :slots]
+
+
+class WindowMSA(WindowAttention):
+    """MMDetection's, MMSegmentation's and MMPretrain's."""
+
+    def __init__(self, embed_dims, num_heads, window_size):
+        super().__init__(embed_dims, window_size, num_heads)
+        self.embed_dims = embed_dims
+        high, wide = self.window_size
+        along = torch.arange(wide)[None] + torch.arange(high)[:, None] * (2 * wide - 1)
+        along = along.reshape(1, -1)
+        index = (along + along.T).flip(1).contiguous()
+        self.register_buffer("relative_position_index", index)
+
+
+class WindowAttentionV2(nn.Module):
+    """Microsoft's SwinV2."""
+
+    def __init__(self, dim, window_size, num_heads, qkv_bias=True, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        self.dim, self.window_size, self.num_heads = dim, window_size, num_heads
+        self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(num_heads, 1, 1)))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, 32), nn.ReLU(inplace=True), nn.Linear(32, num_heads, bias=False)
+        )
+        high, wide = window_size
+        axes = torch.meshgrid(torch.arange(1.0 - high, high), torch.arange(1.0 - wide, wide))
+        table = torch.stack([8 * axes[0] / (high - 1), 8 * axes[1] / (wide - 1)], -1)[None]
+        table = table.sign() * torch.log2(table.abs() + 1) / 3
+        self.register_buffer("relative_coords_table", table)
+        self.register_buffer("relative_position_index", swin_index(window_size))
+        self.qkv = nn.Linear(dim, dim * 3, bias=False)
+        self.q_bias = nn.Parameter(torch.randn(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.randn(dim)) if qkv_bias else None
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x, mask=None):
+        windows, slots, channels = x.shape
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = qkv.reshape(windows, slots, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        scores = scores * self.logit_scale.clamp(max=math.log(100)).exp()
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        bias = table[self.relative_position_index.view(-1)].view(slots, slots, -1)
+        scores = scores + 16 * bias.permute(2, 0, 1).sigmoid()
+        if mask is not None:
+            scores = scores.view(-1, len(mask), self.num_heads, slots, slots)
+            scores = (scores + mask[:, None]).view(-1, self.num_heads, slots, slots)
+        maps = self.attn_drop(self.softmax(scores))
+        out = (maps @ v).transpose(1, 2).reshape(windows, slots, channels)
+        return self.proj_drop(self.proj(out))
+
+
+CLASSES = {
+    "microsoft": lambda **more: WindowAttention(16, (4, 4), 2, **more),
+    "microsoft_v2": lambda **more: WindowAttentionV2(16, (4, 4), 2, **more),
+    "video_swin": lambda **more: WindowAttention3D(16, (2, 3, 4), 2, **more),
+    "mmdetection": lambda: WindowMSA(16, 2, (4, 3)),
+}
+
+
+def segment_mask(windows: int, slots: int) -> Tensor:
+    """0 where two slots attend to each other, -100 where not; the first window is whole."""
+    part = (torch.arange(slots)[None] * (torch.arange(windows)[:, None] > 0)) % 3
+    return -100.0 * (part[:, :, None] != part[:, None])

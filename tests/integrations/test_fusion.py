@@ -1,0 +1,364 @@
+"""What people do with a model, they do with a fused one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from greenmim_kernels import use_backend
+from greenmim_kernels.integrations import (
+    attention,
+    fuse_window_attention,
+    grids,
+    unfuse_window_attention,
+)
+
+from .cases import (
+    CLASSES,
+    LIBRARIES,
+    WindowAttention,
+    first,
+    hugging_face,
+    monai,
+    randomized,
+    segment_mask,
+    timm_swin,
+    timm_swin_v2,
+    torchvision_swin,
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_said", set())
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each call of the kernels."""
+    made: list[str] = []
+    real = attention.group_window_attention
+
+    def count(*arguments):
+        made.append("call")
+        return real(*arguments)
+
+    monkeypatch.setattr(attention, "group_window_attention", count)
+    return made
+
+
+def fused_copy(model: nn.Module) -> nn.Module:
+    fused = copy.deepcopy(model)
+    assert fuse_window_attention(fused).fused
+    return fused
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+def close_gradients(one: nn.Module, other: nn.Module) -> None:
+    ours, theirs = (
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        for model in (one, other)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
+
+
+def step(model: nn.Module, x: Tensor, seed: int = 1) -> Tensor:
+    torch.manual_seed(seed)
+    model.zero_grad()
+    out = first(model(x))
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view(out.shape))
+    return out
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_fused_and_undone(name: str, calls: list[str]) -> None:
+    library = LIBRARIES[name]
+    model, x = randomized(library.make()), torch.randn(library.inputs[0])
+    classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
+    before, drawn = step(model, x), torch.get_rng_state()
+    report = fuse_window_attention(model)
+    assert torch.equal(torch.get_rng_state(), drawn)  # nothing was drawn
+    assert list(model.state_dict()) == keys
+    assert str(fuse_window_attention(model)) == str(report)  # a second time changes nothing
+    calls.clear()
+    close(step(model, x), before)
+    assert len(calls) == sum(hasattr(m, "reader") for m in model.modules())
+    unfuse_window_attention(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(step(model, x), before)
+
+
+def test_what_is_reported() -> None:
+    class Odd(WindowAttention):
+        def forward(self, x, mask=None):
+            return 2 * super().forward(x, mask)
+
+    class Broken(WindowAttention):
+        def forward(self, x, mask=None, *, place):
+            return x
+
+    class SomeWindowAttention(nn.Module):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole = nn.Sequential(*(CLASSES["microsoft"]() for _ in range(3)))
+            self.odd, self.broken = Odd(16, (4, 4), 2), Broken(16, (4, 4), 2)
+            self.other = SomeWindowAttention()
+            self.nowhere = WindowAttention(16, (4, 4), 2).to("meta")
+
+    report = fuse_window_attention(Model())
+    assert list(report.fused) == ["whole.0", "whole.1", "whole.2"]
+    assert list(report.left) == ["odd", "broken", "nowhere", "other"]
+    text = str(report)
+    assert "fused: 3 x WindowAttention, attention alone (whole.0 to whole.2)" in text
+    assert "Odd: its code computes something else (odd)" in text
+    assert "Broken: its code could not be tried: TypeError" in text
+    assert 'on the device "meta"' in text and "SomeWindowAttention: not known (other)" in text
+    assert "nothing was changed" in str(fuse_window_attention(nn.Linear(2, 2)))
+
+
+def test_a_block_that_somebody_changed_keeps_its_attention_fused() -> None:
+    model = timm_swin()
+    block = model.layers[0].blocks[0]
+
+    class Changed(type(block)):
+        def _attn(self, x):
+            return super()._attn(x.flip(1))
+
+    block.__class__ = Changed
+    before = model(x := torch.randn(1, 3, 56, 56))
+    report = fuse_window_attention(model)
+    assert "attention alone" in report.fused["layers.0.blocks.0.attn"]
+    assert "computes something else" in report.left["layers.0.blocks.0"]
+    close(model(x), before)
+
+
+def test_hooks_run_and_are_not_called_before() -> None:
+    model, seen = timm_swin(), []
+    for block in (block for layer in model.layers for block in layer.blocks):
+        block.attn.register_forward_hook(lambda m, inputs, out: seen.append(tuple(out.shape)))
+    fuse_window_attention(model)
+    assert not seen
+    model(torch.randn(1, 3, 56, 56))
+    assert seen == [(1, 196, 16), (1, 196, 16), (1, 49, 32), (1, 49, 32)]
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision", "hugging_face", "monai_3d"])
+def test_drop_path_and_checkpointing(name: str) -> None:
+    rate = {
+        "torchvision": {"stochastic_depth_prob": 0.5},
+        "timm": {"drop_path_rate": 0.5},
+        "hugging_face": {"drop_path_rate": 0.5},
+        "monai_3d": {"use_checkpoint": True},
+    }[name]
+    library = LIBRARIES[name]
+    model, x = randomized(library.make(**rate)).train(), torch.randn(library.inputs[0])
+    if name == "timm":
+        model.set_grad_checkpointing(True)
+    if name == "hugging_face":
+        model.gradient_checkpointing_enable()
+    fused = fused_copy(model)
+    close(step(fused, x), step(model, x))
+    close_gradients(fused, model)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm", "timm_v2", "torchvision", "torchvision_v2", "monai_2d", "hugging_face_v2"]
+)
+def test_compiled_as_one_graph(name: str) -> None:
+    library = LIBRARIES[name]
+    model = fused_copy(randomized(library.make()))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        x = torch.randn(library.inputs[0])
+        expected, found = step(model, x), step(compiled, x)
+        close(found, expected)
+    assert counter.frame_count == 1
+
+
+def test_transformers_layers_are_compiled_as_one_graph() -> None:
+    """The model's own outputs are gathered in ways that Dynamo does not trace."""
+    model = fused_copy(randomized(hugging_face()))
+    stage, x = model.encoder.layers[0], torch.randn(2, 324, 16)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(stage, fullgraph=True, backend=counter)
+    for _ in range(2):
+        close(compiled(x, (18, 18))[0], stage(x, (18, 18))[0])
+    assert counter.frame_count == 1
+
+
+def test_inductor_and_changing_sizes() -> None:
+    model = fused_copy(randomized(torchvision_swin(depths=[2], num_heads=[2])))
+    compiled = torch.compile(model, fullgraph=True)
+    for size in ((56, 40), (40, 56)):
+        x = torch.randn(1, 3, *size)
+        close(step(compiled, x), step(model, x))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_attention_alone_is_compiled_with_its_mask(name: str) -> None:
+    model = fused_copy(CLASSES[name]())
+    slots = torch.tensor(model.window_size).prod().item()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(6, slots, 16)
+    for mask in (segment_mask(3, slots), segment_mask(3, slots).flip(0)):
+        close(compiled(x, mask), model(x, mask))
+    assert counter.frame_count == 1
+    close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("make", [timm_swin, timm_swin_v2])
+def test_timm_sizes_that_change(make) -> None:
+    model = randomized(make(strict_img_size=False))
+    fused = fused_copy(model)
+    for size in ((56, 56), (72, 40), (60, 84)):
+        x = torch.randn(1, 3, *size)
+        close(step(fused, x), step(model, x))
+    for one in (model, fused):
+        one.set_input_size((64, 64), window_size=8)
+    x = torch.randn(1, 3, 64, 64)
+    close(step(fused, x), step(model, x))
+    assert type(fused.layers[0].blocks[0]).__name__.startswith("Fused")
+
+
+def test_copied_pickled_saved_and_loaded() -> None:
+    for name in ("timm", "hugging_face", "monai_2d"):
+        library = LIBRARIES[name]
+        model, x = randomized(library.make()), torch.randn(library.inputs[0])
+        fused = fused_copy(model)
+        file = io.BytesIO()
+        torch.save(fused, file)
+        file.seek(0)
+        for again in (copy.deepcopy(fused), torch.load(file, weights_only=False)):
+            assert [type(m) for m in again.modules()] == [type(m) for m in fused.modules()]
+            close(step(again, x), step(model, x))
+        other = library.make()
+        other.load_state_dict(fused.state_dict())  # one way
+        close(first(other(x)), first(model(x)))
+        fused.load_state_dict(randomized(library.make(), 3).state_dict())  # and the other
+
+
+def test_distributed_data_parallel(tmp_path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, x = randomized(timm_swin()), torch.randn(2, 3, 56, 56)
+        parallel = nn.parallel.DistributedDataParallel(fused_copy(model))
+        close(step(parallel, x), step(model, x))
+        close_gradients(parallel, model)
+    finally:
+        dist.destroy_process_group()
+
+
+# --- what the kernels do not do -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: timm_swin(attn_drop_rate=0.3),
+        lambda: torchvision_swin(attention_dropout=0.3),
+        lambda: hugging_face(attention_probs_dropout_prob=0.3),
+        lambda: hugging_face(2, attention_probs_dropout_prob=0.3),
+        lambda: monai(2, attn_drop_rate=0.3),
+    ],
+)
+def test_attention_dropout(make, calls: list[str]) -> None:
+    model = randomized(make()).train()
+    x = torch.randn(2, *((1, 64, 32) if "UNETR" in type(model).__name__ else (3, 36, 36)))
+    if hasattr(model, "layers") and hasattr(model, "set_input_size"):
+        x = torch.randn(2, 3, 56, 56)
+    fused = fused_copy(model)
+    calls.clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(step(fused, x), step(model, x))
+    texts = {str(one.message) for one in said if "fused kernels" in str(one.message)}
+    assert len(texts) == len([one for one in said if "fused kernels" in str(one.message)]) == 1
+    assert "attention dropout is above 0 in training" in texts.pop() and not calls
+    close(first(fused.eval()(x)), first(model.eval()(x)))
+    assert calls
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_attention_maps(version: int, calls: list[str]) -> None:
+    model = randomized(hugging_face(version)).eval()
+    fused, x = fused_copy(model), torch.randn(2, 3, 36, 36)
+    calls.clear()
+    with pytest.warns(UserWarning, match="attention maps are asked for"):
+        found = fused(x, output_attentions=True).attentions
+    expected = model(x, output_attentions=True).attentions
+    assert len(found) == len(expected) > 0 and not calls
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    fused.config.output_attentions = True
+    assert all(torch.equal(*pair) for pair in zip(fused(x).attentions, expected, strict=True))
+    assert not calls
+
+
+def test_masks_of_another_kind(calls: list[str]) -> None:
+    model = CLASSES["microsoft"]()
+    fused, x = fused_copy(model), torch.randn(4, 16, 16)
+    causal = torch.full((16, 16), -100.0).triu(1).expand(2, 16, 16)
+    soft = -torch.rand(2, 16, 16).round()
+    calls.clear()
+    for mask, reason in (
+        (causal, "does not cut windows into segments"),
+        (soft, "values other than 0 and -100"),
+        (torch.zeros(4, 16, 1), r"a mask \[4, 16, 1\] is none of windows \[4, 16\]"),
+    ):
+        with pytest.warns(UserWarning, match=reason):
+            assert torch.equal(fused(x, mask), model(x, mask))
+    assert not calls
+
+
+def test_what_no_backend_takes(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    model, x = randomized(timm_swin()), torch.randn(1, 3, 56, 56)
+    fused = fused_copy(model)
+    with use_backend("reference"):  # a forced backend is used, whichever it is
+        close(fused(x), model(x))
+    assert calls
+    calls.clear()
+    monkeypatch.setattr(attention, "choose_backend", lambda *_: "reference")
+    with pytest.warns(UserWarning, match="no kernel takes torch.float32 and head dim 8 on cpu"):
+        assert torch.equal(fused(x), model(x))
+    assert not calls
+
+
+@pytest.mark.parametrize("mode", ["inference", "fake", "device"])
+def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
+    for cached in (grids._kept, grids._lasting, grids._arrays):
+        cached.cache_clear()
+    model = fused_copy(randomized(timm_swin()))
+    alone, mask = fused_copy(CLASSES["microsoft"]()), segment_mask(2, 16)
+    if mode == "inference":
+        with torch.inference_mode():
+            model(torch.randn(2, 3, 56, 56))
+            alone(torch.randn(4, 16, 16), mask)
+    elif mode == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert model(torch.randn(2, 3, 56, 56)).shape == (2, 5)
+    else:
+        x = torch.randn(2, 3, 56, 56)
+        with torch.device("meta"):
+            model(x)
+    unfused = copy.deepcopy(model)
+    unfuse_window_attention(unfused)
+    close(step(model, x := torch.randn(2, 3, 56, 56)), step(unfused, x))
+    alone(torch.randn(4, 16, 16), mask).sum().backward()

@@ -1,0 +1,138 @@
+"""Fused models give the numbers of the libraries: outputs, and gradients of all they learn."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from greenmim_kernels.integrations import fuse_window_attention
+
+from .cases import CLASSES, LIBRARIES, first, randomized, segment_mask
+
+
+def results(model: nn.Module, x: Tensor, *more) -> dict[str, Tensor]:
+    """Output and gradients, in float64."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = first(model(x, *more))
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.dtype)
+    (out * weight).sum().backward()
+    found = {"output": out, "input": x.grad}
+    for name, parameter in model.named_parameters():
+        # What a model does not use, it does not use when fused.
+        found[name] = parameter.grad
+    return {name: None if x is None else x.detach().double() for name, x in found.items()}
+
+
+def errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+    """Of the output, of the input's gradient and the worst of the parameters', relative.
+
+    Each relative to its largest value, or to a thousandth of the largest of all parameters: the
+    gradient of the keys' bias is zero but for rounding.
+    """
+    assert {name for name, x in found.items() if x is None} == {
+        name for name, x in true.items() if x is None
+    }
+    off = {name: (found[name] - x).abs().max() for name, x in true.items() if x is not None}
+    largest = {name: x.abs().max() for name, x in true.items() if x is not None}
+    floor = max(x for name, x in largest.items() if name not in ("output", "input")) / 1e3
+    parameters = [off[name] / max(largest[name], floor) for name in off]
+    return {
+        "output": float(off["output"] / largest["output"]),
+        "input": float(off["input"] / largest["input"]),
+        "parameters": float(max(parameters[2:])),
+    }
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_library(name: str) -> None:
+    library = LIBRARIES[name]
+    original = randomized(library.make()).double()
+    fused = copy.deepcopy(original)
+    report = fuse_window_attention(fused)
+    assert report.fused and not report.left
+    assert all(text.startswith(library.fused + ",") for text in report.fused.values())
+    assert list(fused.state_dict()) == list(original.state_dict())
+    # The softmax of transformers' eager attention is in float32 in any case.
+    double = 1e-6 if name == "hugging_face" else 1e-12
+    budget = {"output": 2e-6, "input": 5e-6, "parameters": 1e-5}
+    for shape in library.inputs:
+        x = torch.randn(shape, dtype=torch.float64)
+        true = results(original, x)
+        assert max(errors(results(fused, x), true).values()) < double
+        single = errors(results(copy.deepcopy(fused).float(), x.float()), true)
+        if library.is_cosine:
+            theirs = errors(results(copy.deepcopy(original).float(), x.float()), true)
+            budget = {key: max(limit, 2 * theirs[key]) for key, limit in budget.items()}
+        assert all(single[key] < limit for key, limit in budget.items()), (single, budget)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_class_from_its_structure(name: str, masked: bool) -> None:
+    original = randomized(CLASSES[name]()).double()
+    fused = copy.deepcopy(original)
+    assert "attention alone" in fuse_window_attention(fused).fused[""]
+    high, *others = original.window_size
+    counts = [high * torch.tensor(others).prod().item()]
+    if name == "video_swin":
+        counts.append(counts[0] // 2)  # of a clip with fewer frames
+    for slots in counts:
+        x = torch.randn(6, slots, 16, dtype=torch.float64)
+        mask = segment_mask(3, slots).double() if masked else None
+        for _ in range(2):  # with a mask that is known the second time
+            assert max(errors(results(fused, x, mask), results(original, x, mask)).values()) < 1e-12
+
+
+def test_a_mask_is_read_again_after_it_was_written_to() -> None:
+    original = CLASSES["microsoft"]().double()
+    fused = copy.deepcopy(original)
+    fuse_window_attention(fused)
+    x, mask = torch.randn(4, 16, 16, dtype=torch.float64), segment_mask(2, 16).double()
+    for change in (lambda: None, lambda: mask.zero_(), lambda: mask.copy_(segment_mask(2, 16))):
+        change()
+        torch.testing.assert_close(fused(x, mask), original(x, mask), atol=1e-12, rtol=1e-12)
+    for other in (segment_mask(4, 16).double(), segment_mask(1, 16).double(), None):
+        torch.testing.assert_close(fused(x, other), original(x, other), atol=1e-12, rtol=1e-12)
+
+
+def test_an_index_of_another_kind() -> None:
+    """Any that is a number of the query plus a number of the key; with others nothing is done."""
+    original = CLASSES["microsoft"]().double()
+    original.relative_position_index.copy_(original.relative_position_index.T.clone())
+    fused = copy.deepcopy(original)
+    assert fuse_window_attention(fused).fused
+    for mask in (None, segment_mask(2, 16).double()):
+        x = torch.randn(4, 16, 16, dtype=torch.float64)
+        assert max(errors(results(fused, x, mask), results(original, x, mask)).values()) < 1e-12
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, mask), original(x, mask), atol=1e-12, rtol=1e-12)
+    original.relative_position_index[0, 1] = 0
+    report = fuse_window_attention(original)
+    assert "no number of the query plus a number of the key" in report.left[""]
+    assert type(original).__name__ == "WindowAttention"
+
+
+@pytest.mark.parametrize("name", ["timm", "monai_3d"])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision(name: str, precision: torch.dtype) -> None:
+    """`model.half()`, and autocast: no further from float64 than the library is, or hardly."""
+    library = LIBRARIES[name]
+    original = randomized(library.make())
+    fused = copy.deepcopy(original)
+    fuse_window_attention(fused)
+    x = torch.randn(library.inputs[0])
+    with torch.no_grad():
+        true = first(copy.deepcopy(original).double()(x.double()))
+        off = []
+        for model in (fused, original):
+            cast = first(copy.deepcopy(model).to(precision)(x.to(precision)))
+            with torch.autocast("cpu", precision):
+                automatic = first(model(x))
+            assert cast.dtype == automatic.dtype == precision or name == "monai_3d"
+            off.append([(out.double() - true).abs().max() for out in (cast, automatic)])
+    assert all(ours < 1.5 * theirs for ours, theirs in zip(*off, strict=True)), off
