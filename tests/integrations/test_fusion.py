@@ -36,12 +36,6 @@ from .cases import (
 )
 
 
-@pytest.fixture(autouse=True)
-def nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_said", set())
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with each call of the kernels."""
