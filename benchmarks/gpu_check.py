@@ -86,6 +86,7 @@ KERNELS = "tests/kernels/test_gpu_kernels.py"
 WINDOWS = "tests/kernels/test_gpu_windows.py"
 PROGRAMS = "tests/kernels/test_cuda_on_gpu.py"
 STEPS = ("-m", "benchmarks.steps", "--minutes", "{minutes}", "--problem")
+SWAP = ("-m", "benchmarks.swap", "--device", "cuda", "--batch", "64", "--problem")
 UNCOMPILED = "cuda-graphed, not compiled"
 
 
@@ -148,7 +149,8 @@ SECOND = (
     # Triton's alone, so it need not wait for the build.
     Part("tune", ("-m", "benchmarks.tune", "--only=-32-16bit", "--minutes", "{minutes}"), 50,
          ("warm", "sanitizer-cuda", "sanitizer-triton", "windows-triton")),
-    Part("model", (*PYTEST, *WORKERS, "-m", "gpu", "tests/model"), 35, (*BUILT, "tune")),
+    Part("model", (*PYTEST, *WORKERS, "-m", "gpu", "tests/model", "tests/integrations"), 35,
+         (*BUILT, "tune")),
     # Of the launches that were chosen.
     stress("triton", 35, (*BUILT, "tune")),
     Part("choose", ("-m", "benchmarks.choose", "--minutes", "{minutes}"), 25,
@@ -160,6 +162,7 @@ SECOND = (
     Part("steps-512", (*STEPS, "base-512", "--variant", UNCOMPILED, "naive"), 30, ("counters",)),
     # Of programs that were compiled with those of the sanitizer.
     Part("switches", (*PYTEST, PROGRAMS, "-k", "switches_cost"), 15, ("steps-512",)),
+    Part("swap", (*SWAP, "timm-swin-b-224", "timm-swin-t-256-padded"), 20, ("switches",)),
 )  # fmt: skip
 CALLS = {"first": (FIRST, 5.0), "second": (SECOND, 6.0)}
 

@@ -16,7 +16,6 @@ from . import predicted, tables
 from .environment import MEASURED_CODE, RESULTS, ROOT, changed_since
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 HEADER = """\
 Forward + backward of one attention layer of Swin-B (window 7, three quarters hidden) on {device},
 {threads} threads ({cpu_capability}), {system}, torch {torch}, commit {commit:.9}. *Naive* is
@@ -45,6 +44,7 @@ CODE = {
     "cpu_attention.json": MEASURED_CODE,
     "steps.json": STEP_CODE,
     "step_profile.json": STEP_CODE,
+    "swap.json": (*MEASURED_CODE, "benchmarks/swap.py"),
     "loader.json": ("greenmim/data", "greenmim/planning.py", "greenmim/masking.py"),
 }
 SLOWER = 1.15  # a row this many times the old one's time is slower, if the spread allows it
@@ -90,11 +90,21 @@ def readme_tables(results: pathlib.Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
+def swap_tables(results: pathlib.Path = RESULTS) -> str:
+    """The tables of other people's models, in the order of the devices' names."""
+    found = [json.loads(file.read_text()) for file in sorted(results.glob("*/swap.json"))]
+    return "\n".join(
+        f"{tables.where(result['environment'])}\n{tables.swap_table(result)}" for result in found
+    )
+
+
 def with_tables(readme: str) -> str:
     """The README's text with the tables between its marks."""
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{readme_tables()}{END}{after}"
+    for name, made in (("measured", readme_tables), ("swap", swap_tables)):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{made()}{end}{rest.split(end)[1]}"
+    return readme
 
 
 def page(folder: pathlib.Path) -> str:

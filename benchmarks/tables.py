@@ -139,6 +139,28 @@ def steps_table(result: dict) -> str:
     return "".join(lines)
 
 
+def swap_table(result: dict) -> str:
+    """Other people's models before and after: the fastest setting of the library, and fused."""
+    lines = [
+        _line(["model", "batch", "precision", "pass", "before", "fused", "faster", "20 to 80 %"]),
+        _line(["---", "---:", "---", "---", *["---:"] * 4]),
+    ]
+    for row in result["rows"]:
+        before, fused = row["times"][row["before"]], row["times"]["fused"]
+        version = result["libraries"][row["library"]]
+        compiled = ", compiled" if row["compiled"] else ""
+        lines.append(
+            _line([
+                f"{row['problem']} ({row['library']} {version})", str(row["batch"]),
+                row["precision"], row["pass"] + compiled,
+                f"{_three_digits(before['ms'])} ms ({row['before']})",
+                f"{_three_digits(fused['ms'])} ms", f"{row['faster']:.2f}x",
+                f"{row['faster_p20']:.2f} to {row['faster_p80']:.2f}",
+            ])
+        )  # fmt: skip
+    return "".join(lines)
+
+
 def profile_table(result: dict) -> str:
     """Where the time of a step goes."""
     names = list(result["steps"])

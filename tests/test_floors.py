@@ -38,6 +38,11 @@ FLOORS = [
     ["greenmim_kernels.ops"],
     ["greenmim_kernels.functional"],
     ["greenmim_kernels.modules", "greenmim_kernels.testing"],
+    ["greenmim_kernels.integrations.grids"],
+    ["greenmim_kernels.integrations.attention"],
+    ["greenmim_kernels.integrations.blocks"],
+    ["greenmim_kernels.integrations.fuse"],
+    ["greenmim_kernels.integrations"],
     ["greenmim_kernels"],
     ["greenmim.config", "greenmim.masking", "greenmim.messages"],
     ["greenmim.planning"],
@@ -159,6 +164,7 @@ def test_an_upward_import_is_seen():
     ("module", "unwanted"),
     [
         ("greenmim_kernels", ["timm", "torchvision", "jsonargparse", "tensorboard", "matplotlib"]),
+        ("greenmim_kernels.integrations", ["timm", "torchvision", "transformers", "monai"]),
         ("greenmim_kernels.testing", ["timm", "jsonargparse", "tensorboard", "matplotlib"]),
         ("greenmim", ["jsonargparse", "tensorboard", "matplotlib", "tqdm.rich"]),
         ("benchmarks.cpu_attention", ["timm", "jsonargparse", "tensorboard", "matplotlib"]),
@@ -177,6 +183,7 @@ def test_an_upward_import_is_seen():
                 "benchmarks.choose",
                 "benchmarks.warm",
                 "benchmarks.counters",
+                "benchmarks.swap",
                 "tests.kernels.stress",
             )
         ),

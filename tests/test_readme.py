@@ -21,6 +21,15 @@ def test_the_example_runs():
     assert names["qkv"].grad.isfinite().all() and names["table"].grad.isfinite().all()
 
 
+def test_the_swap_runs():
+    """What people paste into their code, and what the README says that it prints."""
+    (example,) = re.findall(r"```python\n(import timm\n.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+    (said,) = re.findall(r"print\(.*# (.*)", example)
+    assert done.stdout.startswith(said.rstrip(" .")), done.stdout
+
+
 def test_every_figure_stands_in_a_result_file():
     command = [sys.executable, "-m", "benchmarks.report", "--check"]
     assert subprocess.run(command, cwd=ROOT).returncode == 0, "run python -m benchmarks.report"
@@ -28,7 +37,7 @@ def test_every_figure_stands_in_a_result_file():
         environment = json.loads(file.read_text())["environment"]
         assert environment["device"] and environment["commit"] and not environment["dirty"], file
     # Outside the generated tables the README claims no speed.
-    outside = re.sub(r"<!-- measured:begin -->.*<!-- measured:end -->", "", README, flags=re.DOTALL)
+    outside = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", README, flags=re.DOTALL)
     assert not re.findall(r"\d+(?:\.\d+)?(?:x\b| ?ms\b| img/s)", outside)
 
 

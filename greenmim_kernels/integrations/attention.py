@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..backends import choose_backend, is_forced
 from ..functional import group_window_attention
 from ..partition import GroupPartition
+from ..reference import accumulation_dtype
 from ..windows import partition_from_windows
 from .grids import GridPartition, grid_partition
 
@@ -95,13 +96,14 @@ class SwinV2(Swin):
         if m.q_bias is not None:
             bias = torch.cat((m.q_bias, torch.zeros_like(m.v_bias), m.v_bias))
         qkv = F.linear(x, m.qkv.weight, bias)
-        return with_cosine(*qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(-3)), bias
+        q, k, v = qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(-3)
+        return (of_length(q, m.logit_scale), of_length(k), v), bias
 
     def table(self, m) -> Tensor:
         return bias_of_mlp(m.cpb_mlp(m.relative_coords_table), m.num_heads)
 
-    def scale(self, m) -> Tensor:
-        return scale_of_logits(m.logit_scale)
+    def scale(self, m) -> float:
+        return 1.0
 
 
 class HuggingFaceSwin(Swin):
@@ -136,14 +138,15 @@ class HuggingFaceSwinV2(HuggingFaceSwin):
 
     def qkv_and_bias(self, m, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         layers = m.query, m.key, m.value
-        return with_cosine(*[self._by_head(m, layer(x)) for layer in layers]), joined_bias(layers)
+        q, k, v = (self._by_head(m, layer(x)) for layer in layers)
+        return (of_length(q, m.logit_scale), of_length(k), v), joined_bias(layers)
 
     def table(self, m) -> Tensor:
         table = m.continuous_position_bias_mlp(m.relative_coords_table)
         return bias_of_mlp(table, m.num_attention_heads)
 
-    def scale(self, m) -> Tensor:
-        return scale_of_logits(m.logit_scale)
+    def scale(self, m) -> float:
+        return 1.0
 
     def output(self, m, x: Tensor) -> Tensor:
         return x
@@ -158,14 +161,44 @@ class HuggingFaceSwinV2(HuggingFaceSwin):
         return m.dropout.p
 
 
-def with_cosine(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k [..., D] of length 1, in the dtype of v: autocast gives norms in float32."""
-    return F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v
+def of_length(x: Tensor, logit_scale: Tensor | None = None) -> Tensor:
+    """x [..., heads, D] with rows of length 1; or exp of SwinV2's parameter [heads, 1, 1]."""
+    length = None if logit_scale is None else logit_scale.view(-1, 1).clamp(max=math.log(100)).exp()
+    return _OfLength.apply(x, length)[0]
 
 
-def scale_of_logits(parameter: Tensor) -> Tensor:
-    """SwinV2's parameter [heads, 1, 1] -> a scale per head, at most 100."""
-    return parameter.flatten().clamp(max=math.log(100)).exp()
+class _OfLength(torch.autograd.Function):
+    """In a third of the passes over memory that `F.normalize` and a product take."""
+
+    @staticmethod
+    def forward(x: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp_min(1e-12)
+        factor = norm.reciprocal() if length is None else length.to(dtype) / norm
+        return (x * factor).to(x.dtype), factor
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, length = inputs
+        y, factor = output
+        ctx.mark_non_differentiable(factor)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, factor, length)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, _):
+        y, factor, length = ctx.saved_tensors
+        if grad is None:
+            return None, None
+        dtype = grad.dtype
+        grad = grad.to(factor.dtype)
+        along, of_length = (grad * y).sum(-1, keepdim=True), None
+        if length is not None:
+            if ctx.needs_input_grad[1]:
+                of_length = (along.flatten(0, -3).sum(0) / length).to(length.dtype)
+            along = along / length.to(along.dtype) ** 2
+        across = torch.addcmul(grad, y.to(grad.dtype), along, value=-1)
+        return (across * factor).to(dtype), of_length
 
 
 def bias_of_mlp(table: Tensor, num_heads: int) -> Tensor:

@@ -16,10 +16,9 @@ from .attention import (
     Swin,
     attend_in,
     bias_of_mlp,
-    scale_of_logits,
+    of_length,
     takes,
     wants_maps,
-    with_cosine,
 )
 from .grids import GridPartition, grid_partition
 
@@ -70,7 +69,7 @@ def _of_layer(
 ) -> GridPartition | None:
     """None if the layer's own code is to run."""
     window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
-    if window != tuple(attention.reader.window(attention)) or wants_maps(layer, maps):
+    if window != tuple(attention.reader.window(attention)) or wants_maps(attention, maps):
         return None
     part = grid_partition(grid, window, shift, window, x.device, pads_first=True)
     return part if takes(attention, x, part) else None
@@ -135,13 +134,14 @@ class TorchvisionV2(Torchvision):
             q, k, v = bias.chunk(3)
             bias = torch.cat((q, torch.zeros_like(k), v))
         qkv = F.linear(x, m.qkv.weight, bias)
-        return with_cosine(*qkv.unflatten(-1, (3, *self.heads(m))).unbind(-3)), bias
+        q, k, v = qkv.unflatten(-1, (3, *self.heads(m))).unbind(-3)
+        return (of_length(q, m.logit_scale), of_length(k), v), bias
 
     def table(self, m) -> Tensor:
         return bias_of_mlp(m.cpb_mlp(m.relative_coords_table), m.num_heads)
 
-    def scale(self, m) -> Tensor:
-        return scale_of_logits(m.logit_scale)
+    def scale(self, m) -> float:
+        return 1.0
 
 
 class FusedTorchvisionAttention(Fused):

@@ -59,7 +59,8 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
     excludes are excluded exactly, where libraries add -100.
 
     Args:
-        model: any module, on any device but "meta"; may be one of these modules itself.
+        model: any module, on any device but "meta", before FSDP shards it; may be one of these
+            modules itself.
 
     Returns:
         A :class:`FusionReport`; print it.
@@ -91,10 +92,19 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
 
 
 def unfuse_window_attention(model: nn.Module) -> None:
-    """Gives every module that :func:`fuse_window_attention` changed its own class back."""
-    for module in model.modules():
-        if isinstance(module, Fused):
-            module.__class__ = module.unfused[0]
+    """Gives every module that :func:`fuse_window_attention` changed its own class back.
+
+    Raises:
+        RuntimeError: something else, such as FSDP, has changed a fused module's class since.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, Fused):
+            continue
+        if type(module) is not fused_class(*module.unfused):
+            raise RuntimeError(
+                f"{name} has become a {type(module).__name__} since it was fused; undo that first"
+            )
+        module.__class__ = module.unfused[0]
 
 
 def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
