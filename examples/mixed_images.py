@@ -24,9 +24,8 @@ class Mixed(nn.Module):
         self.place = nn.Parameter(0.02 * torch.randn(GRID[0] * GRID[1], WIDTH))
         self.mask_token = nn.Parameter(torch.zeros(WIDTH))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
-        self.attentions = nn.ModuleList(
-            GroupWindowAttention(WIDTH, WINDOW, HEADS) for _ in range(3)
-        )
+        layers = (GroupWindowAttention(WIDTH, WINDOW, HEADS) for _ in range(3))
+        self.attentions = nn.ModuleList(layers)
 
     def forward(self, images: tuple[Tensor, Tensor], shown: np.ndarray) -> Tensor:
         """images [B, tokens, pixels] each, shown int [H, W]: which of them -> the loss."""

@@ -2,8 +2,8 @@
 
     python -m examples.simmim_step
 
-After SimMIM (Xie et al., CVPR 2022): the encoder sees every place, a linear layer tells the pixels of
-the hidden ones. It computes four times what GreenMIM does, on the same kernels.
+After SimMIM (Xie et al., CVPR 2022): the encoder sees every place, a linear layer tells the pixels
+of the hidden ones. It computes four times what GreenMIM does, on the same kernels.
 """
 
 import timm

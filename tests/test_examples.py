@@ -12,12 +12,17 @@ import torch
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", ["mixed_images", "masked_volume"])
+@pytest.mark.parametrize("name", ["mixed_images", "masked_volume", "simmim_step", "monai_step"])
 def test_it_learns(name, capsys):
+    if name == "monai_step":
+        pytest.importorskip("monai")
+        pytest.importorskip("einops")
     losses = importlib.import_module(f"examples.{name}").main(steps=60)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    assert capsys.readouterr().out.startswith("loss 0.")
-    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("loss 0.")
+    assert ("fused: 4 x" in said) == name.endswith("_step")
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
 
 
 @pytest.mark.parametrize("grid", [(3,), (2, 3), (2, 3, 2)])
