@@ -70,10 +70,13 @@ def _hugging_face(version: int, implementation: str, image: int, window: int) ->
     return kind._from_config(config(**sizes), attn_implementation=implementation)
 
 
-def _monai(whole: bool) -> nn.Module:
+def _monai(whole: bool, sdpa: bool = False) -> nn.Module:
     from monai.networks.nets import SwinUNETR
 
     model = SwinUNETR(in_channels=1, out_channels=14, feature_size=24, spatial_dims=3)
+    for module in model.modules():
+        if hasattr(module, "use_flash_attention"):
+            module.use_flash_attention = sdpa  # it takes it in inference alone
     return model if whole else model.swinViT
 
 
@@ -112,8 +115,15 @@ PROBLEMS = {
     "transformers-swinv2-t-256": Problem(
         "transformers", {"eager": _of(_hugging_face, 2, "eager", 256, 8)}, (3, 256, 256)
     ),
-    "monai-swinvit-64": Problem("monai", {"eager": _of(_monai, False)}, (1, 64, 64, 64), 4),
-    "monai-swinunetr-64": Problem("monai", {"eager": _of(_monai, True)}, (1, 64, 64, 64), 4),
+    **{
+        name: Problem(
+            "monai",
+            {key: _of(_monai, whole, sdpa) for key, sdpa in (("eager", False), ("sdpa", True))},
+            (1, 64, 64, 64),
+            share=4,
+        )
+        for name, whole in (("monai-swinvit-64", False), ("monai-swinunetr-64", True))
+    },
 }
 # What a GPU is for; on a CPU they take long.
 GPU_PROBLEMS = {

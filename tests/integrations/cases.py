@@ -199,7 +199,8 @@ class WindowAttentionV2(nn.Module):
             nn.Linear(2, 32), nn.ReLU(inplace=True), nn.Linear(32, num_heads, bias=False)
         )
         high, wide = window_size
-        axes = torch.meshgrid(torch.arange(1.0 - high, high), torch.arange(1.0 - wide, wide))
+        sides = (torch.arange(1.0 - side, side) for side in window_size)
+        axes = torch.meshgrid(*sides, indexing="ij")
         table = torch.stack([8 * axes[0] / (high - 1), 8 * axes[1] / (wide - 1)], -1)[None]
         table = table.sign() * torch.log2(table.abs() + 1) / 3
         self.register_buffer("relative_coords_table", table)

@@ -136,3 +136,19 @@ def test_half_precision(name: str, precision: torch.dtype) -> None:
             assert cast.dtype == automatic.dtype == precision or name == "monai_3d"
             off.append([(out.double() - true).abs().max() for out in (cast, automatic)])
     assert all(ours < 1.5 * theirs for ours, theirs in zip(*off, strict=True)), off
+
+
+def test_a_logit_scale_at_its_limit() -> None:
+    """Its gradient is the difference of large numbers."""
+    original = CLASSES["microsoft_v2"]()
+    with torch.no_grad():
+        original.logit_scale.fill_(4.6)
+    fused = copy.deepcopy(original)
+    fuse_window_attention(fused)
+    double, off = copy.deepcopy(original).double(), []
+    for _ in range(8):
+        x = torch.randn(64, 16, 16)
+        true = results(double, x.double())["logit_scale"]
+        off.append([(results(m, x)["logit_scale"] - true).norm() for m in (fused, original)])
+    ours, theirs = torch.tensor(off).norm(dim=0)
+    assert ours < 3 * theirs
