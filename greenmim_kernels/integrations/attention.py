@@ -133,20 +133,18 @@ class HuggingFaceSwin(Swin):
         return m.attention_dropout
 
 
-class HuggingFaceSwinV2(HuggingFaceSwin):
-    """Without the projection, which is another module's."""
+class HuggingFaceSelfAttention(HuggingFaceSwin):
+    """Swin before transformers 5, Donut's, MaskFormer's and CLAP's: the projection is elsewhere."""
 
     def qkv_and_bias(self, m, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         layers = m.query, m.key, m.value
-        q, k, v = (self._by_head(m, layer(x)) for layer in layers)
-        return (of_length(q, m.logit_scale), of_length(k), v), joined_bias(layers)
+        return tuple(self._by_head(m, layer(x)) for layer in layers), joined_bias(layers)
 
     def table(self, m) -> Tensor:
-        table = m.continuous_position_bias_mlp(m.relative_coords_table)
-        return bias_of_mlp(table, m.num_attention_heads)
+        return m.relative_position_bias_table
 
     def scale(self, m) -> float:
-        return 1.0
+        return m.attention_head_size**-0.5
 
     def output(self, m, x: Tensor) -> Tensor:
         return x
@@ -159,6 +157,19 @@ class HuggingFaceSwinV2(HuggingFaceSwin):
 
     def dropout(self, m) -> float:
         return m.dropout.p
+
+
+class HuggingFaceSwinV2(HuggingFaceSelfAttention):
+    def qkv_and_bias(self, m, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        (q, k, v), bias = super().qkv_and_bias(m, x)
+        return (of_length(q, m.logit_scale), of_length(k), v), bias
+
+    def table(self, m) -> Tensor:
+        table = m.continuous_position_bias_mlp(m.relative_coords_table)
+        return bias_of_mlp(table, m.num_attention_heads)
+
+    def scale(self, m) -> float:
+        return 1.0
 
 
 def of_length(x: Tensor, logit_scale: Tensor | None = None) -> Tensor:
@@ -227,9 +238,7 @@ class FusedAttention(Fused):
     reader: Swin
 
     def forward(self, x: Tensor, mask: Tensor | GridPartition | None = None, *more, **options):
-        if more or options:
-            say_once(self, "it was called with more than windows and a mask")
-        else:
+        if not asks_more(self, *more, *options.values()):
             out = attend(self, x, mask)
             if out is not None:
                 return out
@@ -248,22 +257,39 @@ class FusedHuggingFaceSwinAttention(Fused):
     reader = HuggingFaceSwin()
 
     def forward(self, hidden_states, attention_mask=None, **options):
-        if not wants_maps(self, options.get("output_attentions") or self.config.output_attentions):
+        if not asks_more(self, asked_maps(self, options)):
             out = attend(self, hidden_states, attention_mask)
             if out is not None:
                 return out, None
         return super().forward(hidden_states, attention_mask, **options)
 
 
-class FusedHuggingFaceSwinV2Attention(Fused):
-    reader = HuggingFaceSwinV2()
+class FusedHuggingFaceSelfAttention(Fused):
+    reader = HuggingFaceSelfAttention()
 
-    def forward(self, hidden_states, attention_mask=None, output_attentions=False):
-        if not wants_maps(self, output_attentions):
+    def forward(self, hidden_states, attention_mask=None, *more, **options):
+        if not asks_more(self, *more, *options.values()):
             out = attend(self, hidden_states, attention_mask)
             if out is not None:
                 return (out,)
-        return super().forward(hidden_states, attention_mask, output_attentions)
+        return super().forward(hidden_states, attention_mask, *more, **options)
+
+
+class FusedHuggingFaceSwinV2Attention(FusedHuggingFaceSelfAttention):
+    reader = HuggingFaceSwinV2()
+
+
+def asked_maps(m: nn.Module, options: dict) -> bool | None:
+    """Whether transformers' options or configuration ask for attention maps."""
+    return options.get("output_attentions") or getattr(m.config, "output_attentions", False)
+
+
+def asks_more(m: nn.Module, *given: object) -> bool:
+    """Whether a call asks for what the kernels do not do, such as attention maps; says so."""
+    asked = any([one is not None and one is not False for one in given])
+    return asked and not say_once(
+        m, "attention maps, or more than windows and a mask, are asked for"
+    )
 
 
 def attend(m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None) -> Tensor | None:
@@ -301,11 +327,6 @@ def takes(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
     if backend == "reference" and not is_forced():
         return say_once(m, f"no kernel takes {x.dtype} and head dim {head_dim} on {x.device.type}")
     return True
-
-
-def wants_maps(m: nn.Module, asked: bool | None) -> bool:
-    """Whether attention maps are asked for, which the kernels do not have."""
-    return bool(asked) and not say_once(m, "attention maps are asked for")
 
 
 _said: set[tuple[type, str]] = set()

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from .attention import (
     Fused,
     Swin,
+    asked_maps,
+    asks_more,
     attend_in,
     bias_of_mlp,
     of_length,
     takes,
-    wants_maps,
 )
 from .grids import GridPartition, grid_partition
 
@@ -38,26 +39,42 @@ class FusedTimmBlock(Fused):
 class FusedHuggingFaceSwinLayer(Fused):
     """transformers' SwinLayer: padded, then rolled."""
 
-    def forward(self, hidden_states, input_dimensions, always_partition=False, **options):
+    def forward(self, hidden_states, input_dimensions, *more, always_partition=False, **options):
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
-        maps = options.get("output_attentions") or self.attention.config.output_attentions
-        part = _of_layer(self, self.attention, hidden_states, input_dimensions, maps)
+        asked = (*more, asked_maps(self.attention, options))
+        part = _of_layer(self, self.attention, hidden_states, input_dimensions, asked)
         if part is None:
-            return super().forward(hidden_states, input_dimensions, always_partition, **options)
+            options["always_partition"] = always_partition
+            return super().forward(hidden_states, input_dimensions, *more, **options)
         x, maps = self.attention(self.layernorm_before(hidden_states), part, **options)
         x = hidden_states + self.drop_path(self.dropout(x))
         return x + self.dropout(self.mlp(self.layernorm_after(x))), maps
 
 
+class FusedHuggingFacePreNormLayer(Fused):
+    """Before transformers 5, Donut's and MaskFormer's: the same, with an MLP in two modules."""
+
+    def forward(self, hidden_states, input_dimensions, *more, **options):
+        if hasattr(self, "set_shift_and_window_size"):
+            self.set_shift_and_window_size(input_dimensions)
+        attention, asked = self.attention.self, (*more, *options.values())
+        part = _of_layer(self, attention, hidden_states, input_dimensions, asked)
+        if part is None:
+            return super().forward(hidden_states, input_dimensions, *more, **options)
+        (x,) = self.attention(self.layernorm_before(hidden_states), part)
+        x = hidden_states + self.drop_path(x)
+        return (x + self.output(self.intermediate(self.layernorm_after(x))),)
+
+
 class FusedHuggingFaceSwinV2Layer(Fused):
     """transformers' Swinv2Layer, with its norms behind the branches."""
 
-    def forward(self, hidden_states, input_dimensions, output_attentions=False):
-        attention = self.attention.self
-        part = _of_layer(self, attention, hidden_states, input_dimensions, output_attentions)
+    def forward(self, hidden_states, input_dimensions, *more, **options):
+        attention, asked = self.attention.self, (*more, *options.values())
+        part = _of_layer(self, attention, hidden_states, input_dimensions, asked)
         if part is None:
-            return super().forward(hidden_states, input_dimensions, output_attentions)
+            return super().forward(hidden_states, input_dimensions, *more, **options)
         (x,) = self.attention(hidden_states, part)
         x = hidden_states + self.drop_path(self.layernorm_before(x))
         y = self.output(self.intermediate(x))
@@ -65,11 +82,11 @@ class FusedHuggingFaceSwinV2Layer(Fused):
 
 
 def _of_layer(
-    layer: nn.Module, attention: nn.Module, x: Tensor, grid: tuple[int, int], maps: bool | None
+    layer: nn.Module, attention: nn.Module, x: Tensor, grid: tuple[int, int], asked: tuple
 ) -> GridPartition | None:
     """None if the layer's own code is to run."""
     window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
-    if window != tuple(attention.reader.window(attention)) or wants_maps(attention, maps):
+    if window != tuple(attention.reader.window(attention)) or asks_more(attention, *asked):
         return None
     part = grid_partition(grid, window, shift, window, x.device, pads_first=True)
     return part if takes(attention, x, part) else None

@@ -48,11 +48,11 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
     """Makes the attention in windows of a model run on the fused kernels, in place.
 
     Parameters, buffers, their names and values stay; :func:`unfuse_window_attention` undoes it.
-    Modules are known by their structure: those of timm's Swin and SwinV2, torchvision's, Hugging
-    Face transformers' and MONAI's SwinUNETR as a whole, with rolling, padding and cutting into
-    windows; else each class with the names and the ``forward(x, mask)`` of Swin's
-    ``WindowAttention``. A copy of each with other weights is asked for its numbers before and
-    after, in float64 on the CPU; where they differ the module is left alone.
+    Modules are known by their structure: the Swins of timm, torchvision, transformers and MONAI
+    with rolling, padding and cutting into windows; else each class with the names and the
+    ``forward(x, mask)`` of Swin's ``WindowAttention``. A copy of each with other weights is asked
+    for its numbers before and after, in float64 on the CPU; where they differ the module is left
+    alone.
 
     Calls go to the module's own code, with one warning, where the kernels lack something: attention
     dropout above 0 in training, attention maps asked for, a dtype or head dim. Pairs that a mask
@@ -69,24 +69,22 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
     tried: dict[tuple, str | None] = {}
     for kinds in (ATTENTION, BLOCKS, LAYERS):
         for name, module in model.named_modules():
-            kind = next((kind for kind in kinds if kind.fits(module)), None)
-            if kind is None or isinstance(module, Fused):
+            found = [kind for kind in kinds if kind.fits(module)]
+            if not found or isinstance(module, Fused):
                 continue
-            if any(x.is_meta for x in (*module.parameters(), *module.buffers())):
-                left[name] = f'{type(module).__name__}: on the device "meta"; fuse it with values'
-                continue
-            plain_index = _has_plain_index(module)
-            reason = None if plain_index else _foreign_index(module)
-            if reason is None:
+            reason = _foreign(module)
+            for kind in found if reason is None else ():
                 # Modules of one class and geometry run the same code.
                 sizes = (str(getattr(module, size, "")) for size in ("window_size", "shift_size"))
-                key = (type(module), plain_index, *sizes)
+                unfused = (type(module), kind.ours, _has_plain_index(module))
+                key = (*unfused, *sizes)
                 if key not in tried:
-                    tried[key] = _deviation(module, kind, plain_index)
+                    tried[key] = _deviation(module, kind, unfused)
                 reason = tried[key]
-            if reason is None:
-                module.__class__ = fused_class(type(module), kind.ours, plain_index)
-            else:
+                if reason is None:
+                    module.__class__ = fused_class(*unfused)
+                    break
+            if reason is not None:
                 left[name] = f"{type(module).__name__}: {reason}"
     return _report(model, left)
 
@@ -121,10 +119,16 @@ def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
             )
             report.fused[name] = f"{module.unfused[0].__name__}, {extent}"
             inside.append(f"{name}." if name else "")
-        elif name not in left and re.search("window.*(attention|msa)$", label, re.IGNORECASE):
+        elif _looks_like_it(module) and not any(name.startswith(f"{outer}.") for outer in left):
             report.left[name] = f"{label}: not known"
             inside.append(f"{name}.")
     return report
+
+
+def _looks_like_it(module: nn.Module) -> bool:
+    name = type(module).__name__
+    is_called_so = re.search("window.*(attention|msa)$", name, re.IGNORECASE) is not None
+    return is_called_so or hasattr(module, "relative_position_index")
 
 
 # --- is it what it looks like? ------------------------------------------------------------------
@@ -142,8 +146,12 @@ def _has_plain_index(module: nn.Module) -> bool:
     return torch.equal(index, index_matrix(module).cpu().int())
 
 
-def _foreign_index(module: nn.Module) -> str | None:
-    """None if the index is a number of the query plus a number of the key, else the reason."""
+def _foreign(module: nn.Module) -> str | None:
+    """None if a module of a known kind can be tried, else the reason."""
+    if any(x.is_meta for x in (*module.parameters(), *module.buffers())):
+        return 'on the device "meta"; fuse it with values'
+    if _has_plain_index(module):
+        return None
     index = index_matrix(module).cpu()
     try:
         partition_from_windows(torch.arange(len(index))[None], bias_index=index)
@@ -152,7 +160,7 @@ def _foreign_index(module: nn.Module) -> str | None:
     return None
 
 
-def _deviation(module: nn.Module, kind: Kind, plain_index: bool) -> str | None:
+def _deviation(module: nn.Module, kind: Kind, unfused: tuple) -> str | None:
     """None if a copy gives the numbers of its original when it is fused, else the reason."""
     draw = torch.Generator().manual_seed(0)
     try:
@@ -167,7 +175,7 @@ def _deviation(module: nn.Module, kind: Kind, plain_index: bool) -> str | None:
                     torch.randn(weight.shape, dtype=weight.dtype, generator=draw) / fan_in**0.5
                 )
             fused = copy.deepcopy(original)
-            fused.__class__ = fused_class(type(fused), kind.ours, plain_index)
+            fused.__class__ = fused_class(*unfused)
             unfuse_window_attention(original)
             for arguments in kind.sample(original, draw):
                 one, other = (getattr(m, kind.method)(*arguments) for m in (original, fused))
@@ -287,6 +295,13 @@ ATTENTION = [
         partial(_windows, attention.FusedHuggingFaceSwinV2Attention, "query"),
     ),
     Kind(
+        "attention alone",
+        attention.FusedHuggingFaceSelfAttention,
+        "query key value relative_position_bias_table relative_position_index window_size"
+        " attention_head_size dropout",
+        partial(_windows, attention.FusedHuggingFaceSelfAttention, "query"),
+    ),
+    Kind(
         "with padding and windows",
         blocks.FusedTorchvisionV2Attention,
         "qkv proj logit_scale cpb_mlp relative_coords_table shift_size attention_dropout",
@@ -314,6 +329,13 @@ BLOCKS = [
         "layernorm_before layernorm_after mlp set_shift_and_window_size window_size shift_size",
         _of_hugging_face,
         child="attention",
+    ),
+    Kind(
+        "with padding and windows",
+        blocks.FusedHuggingFacePreNormLayer,
+        "layernorm_before layernorm_after intermediate output window_size shift_size",
+        _of_hugging_face,
+        child="attention.self",
     ),
     Kind(
         "with padding and windows",

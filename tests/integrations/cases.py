@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,14 @@ def hugging_face(version: int = 1, **more) -> nn.Module:
     return model._from_config(config(**(sizes | more)), **implementation)
 
 
+def donut(**more) -> nn.Module:
+    """Attention as transformers had it in Swin before version 5."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(image_size=36, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4])
+    sizes |= dict(window_size=4, drop_path_rate=0.0)
+    return transformers.DonutSwinModel(transformers.DonutSwinConfig(**(sizes | more)))
+
+
 def monai(axes: int = 3, **more) -> nn.Module:
     nets = pytest.importorskip("monai.networks.nets")
     pytest.importorskip("einops")
@@ -68,6 +77,17 @@ class MonaiEncoder(nn.Module):
         return torch.cat([features.flatten() for features in self.swin(x)])
 
 
+def _version(package: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(x) for x in importlib.metadata.version(package).split(".")[:3])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ()
+
+
+# Before, timm's SwinV2 had no mask for a grid that its window does not divide.
+PADS_V2 = _version("timm") >= (1, 0, 31)
+
+
 def first(out) -> Tensor:
     """The tensor of what a model returns."""
     return out if isinstance(out, Tensor) else out[0]
@@ -84,7 +104,12 @@ class Library:
 LIBRARIES = {
     # 14 x 14 and 7 x 7 tokens in windows of 4: padded at both stages, shifted at both.
     "timm": Library(timm_swin, ((2, 3, 56, 56),), "SwinTransformerBlock"),
-    "timm_v2": Library(timm_swin_v2, ((2, 3, 56, 56),), "SwinTransformerV2Block", True),
+    "timm_v2": Library(
+        partial(timm_swin_v2, img_size=56 if PADS_V2 else 64),
+        ((2, 3, 56, 56) if PADS_V2 else (2, 3, 64, 64),),
+        "SwinTransformerV2Block",
+        True,
+    ),
     # Sizes are free here: windows that divide, that do not, and larger ones than the grid.
     "torchvision": Library(
         torchvision_swin, ((2, 3, 56, 40), (1, 3, 64, 64), (1, 3, 12, 28)), "ShiftedWindowAttention"
@@ -100,6 +125,7 @@ LIBRARIES = {
         partial(hugging_face, implementation="sdpa"), ((2, 3, 36, 36),), "SwinLayer"
     ),
     "hugging_face_v2": Library(partial(hugging_face, 2), ((2, 3, 36, 36),), "Swinv2Layer", True),
+    "hugging_face_donut": Library(donut, ((2, 3, 36, 36),), "DonutSwinLayer"),
     # Grids of 24 to 2 a side, in windows of 3.
     "monai_3d": Library(partial(MonaiEncoder, 3), ((1, 1, 48, 32, 32),), "BasicLayer"),
     "monai_2d": Library(partial(MonaiEncoder, 2), ((2, 1, 64, 32),), "BasicLayer"),
