@@ -141,7 +141,7 @@ def _setup_attention(ctx, inputs, output) -> None:
 
 
 def _lse_like(x: Tensor, num_heads: int, rows: int) -> Tensor:
-    return x.new_empty(len(x), num_heads, rows, dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape[0], num_heads, rows, dtype=accumulation_dtype(x.dtype))
 
 
 def _sums_like(x: Tensor, shape: tuple[int, ...], needed: bool) -> Tensor:

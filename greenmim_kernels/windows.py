@@ -98,7 +98,7 @@ def partition_from_windows(
     window_id = window_id.broadcast_to(index.shape)
     is_used = index >= 0
     if pad:  # what no token attends to is nothing
-        tokens = index.new_zeros(len(index), windows * slots)
+        tokens = index.new_zeros(index.shape[0], windows * slots)
         tokens = tokens.scatter_add(1, window_id.flatten(1), is_used.long().flatten(1))
         is_used = tokens.gather(1, window_id.flatten(1)).view_as(index) > 0
     window_id = torch.where(is_used, window_id, -1)
@@ -147,7 +147,7 @@ def _grouped(tensors: tuple[Tensor, ...], num_tokens: int, room: int) -> list[Te
 
 def _with_all_tokens(index: Tensor, is_free: Tensor, num_tokens: int) -> Tensor:
     """index [P, T] with the tokens that it lacks in slots that are in no window."""
-    stands = index.new_zeros(len(index), num_tokens + 1)
+    stands = index.new_zeros(index.shape[0], num_tokens + 1)
     stands = stands.scatter(1, torch.where(index >= 0, index, num_tokens), 1)[:, :num_tokens]
     # Lacking tokens first, free slots first: the k-th of the one to the k-th of the other.
     token = stands.argsort(dim=1, stable=True)

@@ -1,9 +1,9 @@
 """Attention modules of other libraries on the fused operator.
 
 A fused module is its original with another class, made of one from here and the original's.
-Parameters, buffers, keys and hooks stay what they are; what the kernels do not do goes to the
-original's own ``forward``. How a library names things is in a reader, so that no name of ours gets
-in the way of one of theirs.
+Parameters, buffers and keys stay what they are; what the kernels do not do goes to the original's
+own ``forward``. How a library names things is in a reader, so that no name of ours gets in the way
+of one of theirs.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends import choose_backend, is_forced
+from ..backends import candidates, choose_backend, is_forced
 from ..functional import group_window_attention
 from ..partition import GroupPartition
 from ..reference import accumulation_dtype
 from ..windows import partition_from_windows
-from .grids import GridPartition, grid_partition
+from .grids import GridPartition, grid_partition, is_capturing
 
 
 class Fused:
-    """What every fused module is; `unfused`: the original's class, ours, and `plain_index`."""
+    """What every fused module is; `unfused` is what its class was made by."""
 
-    unfused: tuple[type[nn.Module], type[Fused], bool]
+    unfused: tuple[type[nn.Module], type[Fused], bool, bool]
 
     def __reduce_ex__(self, protocol):
         # The class is made while running, so that a pickle cannot name it.
@@ -40,13 +41,14 @@ class Fused:
 
 @functools.cache
 def fused_class(
-    original: type[nn.Module], ours: type[Fused], plain_index: bool = True
+    original: type[nn.Module], ours: type[Fused], plain_index: bool = True, partial: bool = False
 ) -> type[nn.Module]:
     """The class of a module of class `original` that runs by `ours`.
 
     plain_index: whether the module's ``relative_position_index`` is Swin's for its window.
+    partial: whether it takes windows with fewer slots, which are the first of a whole one.
     """
-    members = {"unfused": (original, ours, plain_index)}
+    members = {"unfused": (original, ours, plain_index, partial)}
     return type(f"Fused{original.__name__}", (ours, original), members)
 
 
@@ -61,9 +63,13 @@ def _new(*unfused) -> nn.Module:
 class Swin:
     """Microsoft's Swin and SimMIM, timm, MONAI, Video-Swin, MMDetection."""
 
-    def qkv_and_bias(self, m, x: Tensor) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
-        """x [B, N, C] -> what the operator takes as qkv; and its value in padding, [3C]."""
-        return m.qkv(x), m.qkv.bias
+    def qkv(self, m, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, C] -> what the operator takes."""
+        return m.qkv(x)
+
+    def of_padding(self, m, x: Tensor) -> Tensor | None:
+        """qkv where x is zero, [3C]; None: zeros."""
+        return at_zero(m.qkv, x)
 
     def table(self, m) -> Tensor:
         """[rows, heads]"""
@@ -87,17 +93,24 @@ class Swin:
         """That of the attention's probabilities."""
         return m.attn_drop.p
 
+    def shows_maps(self, m) -> bool:
+        """Whether somebody looks at the attention maps inside of the module."""
+        return any([has_hooks(getattr(m, name, None)) for name in ("softmax", "attn_drop")])
+
 
 class SwinV2(Swin):
     """Microsoft's and timm's: cosine attention, and a bias that an MLP computes."""
 
-    def qkv_and_bias(self, m, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        bias = None
-        if m.q_bias is not None:
-            bias = torch.cat((m.q_bias, torch.zeros_like(m.v_bias), m.v_bias))
-        qkv = F.linear(x, m.qkv.weight, bias)
+    def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias = self.of_padding(m, x)
+        qkv = m.qkv(x) if bias is None else F.linear(x, m.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(-3)
-        return (of_length(q, m.logit_scale), of_length(k), v), bias
+        return of_length(q, m.logit_scale), of_length(k), v
+
+    def of_padding(self, m, x: Tensor) -> Tensor | None:
+        if m.q_bias is None:
+            return None
+        return torch.cat((m.q_bias, torch.zeros_like(m.v_bias), m.v_bias))
 
     def table(self, m) -> Tensor:
         return bias_of_mlp(m.cpb_mlp(m.relative_coords_table), m.num_heads)
@@ -107,12 +120,18 @@ class SwinV2(Swin):
 
 
 class HuggingFaceSwin(Swin):
-    def qkv_and_bias(self, m, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        layers = m.q_proj, m.k_proj, m.v_proj
-        return tuple(self._by_head(m, layer(x)) for layer in layers), joined_bias(layers)
+    def _layers(self, m) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return m.q_proj, m.k_proj, m.v_proj
 
-    def _by_head(self, m, x: Tensor) -> Tensor:
-        return x.unflatten(-1, self.heads(m))
+    def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple([layer(x).unflatten(-1, self.heads(m)) for layer in self._layers(m)])
+
+    def of_padding(self, m, x: Tensor) -> Tensor | None:
+        given = [at_zero(layer, x) for layer in self._layers(m)]
+        if all([bias is None for bias in given]):
+            return None
+        zeros = x.new_zeros(math.prod(self.heads(m)))
+        return torch.cat([zeros if bias is None else bias for bias in given])
 
     def table(self, m) -> Tensor:
         return m.relative_position_bias.relative_position_bias_table
@@ -132,13 +151,16 @@ class HuggingFaceSwin(Swin):
     def dropout(self, m) -> float:
         return m.attention_dropout
 
+    def shows_maps(self, m) -> bool:
+        # Eager attention returns them, and a hook sees what is returned.
+        return m.config._attn_implementation == "eager" and has_hooks(m)
+
 
 class HuggingFaceSelfAttention(HuggingFaceSwin):
     """Swin before transformers 5, Donut's, MaskFormer's and CLAP's: the projection is elsewhere."""
 
-    def qkv_and_bias(self, m, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        layers = m.query, m.key, m.value
-        return tuple(self._by_head(m, layer(x)) for layer in layers), joined_bias(layers)
+    def _layers(self, m) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return m.query, m.key, m.value
 
     def table(self, m) -> Tensor:
         return m.relative_position_bias_table
@@ -158,11 +180,14 @@ class HuggingFaceSelfAttention(HuggingFaceSwin):
     def dropout(self, m) -> float:
         return m.dropout.p
 
+    def shows_maps(self, m) -> bool:
+        return has_hooks(m.dropout)
+
 
 class HuggingFaceSwinV2(HuggingFaceSelfAttention):
-    def qkv_and_bias(self, m, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        (q, k, v), bias = super().qkv_and_bias(m, x)
-        return (of_length(q, m.logit_scale), of_length(k), v), bias
+    def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().qkv(m, x)
+        return of_length(q, m.logit_scale), of_length(k), v
 
     def table(self, m) -> Tensor:
         table = m.continuous_position_bias_mlp(m.relative_coords_table)
@@ -170,6 +195,18 @@ class HuggingFaceSwinV2(HuggingFaceSelfAttention):
 
     def scale(self, m) -> float:
         return 1.0
+
+
+def at_zero(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """What a linear layer gives where its input is zero; None: zeros."""
+    bias = layer.bias
+    if bias is None or type(bias) in (Tensor, nn.Parameter):
+        return bias
+    return layer(x.new_zeros(1, x.shape[-1]))[0]  # one that is quantised or sharded
+
+
+def has_hooks(m: nn.Module | None) -> bool:
+    return m is not None and bool(m._forward_hooks or m._forward_pre_hooks)
 
 
 def of_length(x: Tensor, logit_scale: Tensor | None = None) -> Tensor:
@@ -190,40 +227,31 @@ class _OfLength(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, length = inputs
-        y, factor = output
-        ctx.mark_non_differentiable(factor)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, factor, length)
+        ctx.save_for_backward(*output, inputs[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, _):
+    def backward(ctx, grad: Tensor | None, grad_factor: Tensor | None):
+        """A gradient of the factor comes only from another backward pass."""
         y, factor, length = ctx.saved_tensors
-        if grad is None:
+        if grad is None and grad_factor is None:
             return None, None
-        dtype = grad.dtype
-        grad = grad.to(factor.dtype)
+        dtype, y = y.dtype, y.to(factor.dtype)
+        grad = torch.zeros_like(y) if grad is None else grad.to(factor.dtype)
         along, of_length = (grad * y).sum(-1, keepdim=True), None
+        if grad_factor is not None:
+            along = along + grad_factor * factor
         if length is not None:
             if ctx.needs_input_grad[1]:
                 of_length = (along.flatten(0, -3).sum(0) / length).to(length.dtype)
             along = along / length.to(along.dtype) ** 2
-        across = torch.addcmul(grad, y.to(grad.dtype), along, value=-1)
+        across = torch.addcmul(grad, y, along, value=-1)
         return (across * factor).to(dtype), of_length
 
 
 def bias_of_mlp(table: Tensor, num_heads: int) -> Tensor:
     """SwinV2's table [1, rows per axis ..., heads] -> [rows, heads] between 0 and 16."""
     return 16 * table.view(-1, num_heads).sigmoid()
-
-
-def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
-    """The biases of the q, k and v layers, [3C], with zeros where one has none."""
-    given = [layer.bias for layer in layers]
-    if all(bias is None for bias in given):
-        return None
-    zeros = torch.zeros_like(next(bias for bias in given if bias is not None))
-    return torch.cat([zeros if bias is None else bias for bias in given])
 
 
 # --- fused modules ------------------------------------------------------------------------------
@@ -243,6 +271,13 @@ class FusedAttention(Fused):
             if out is not None:
                 return out
         return super().forward(x, mask, *more, **options)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        original, _, plain_index, _ = self.unfused
+        if has_plain_index(self) != plain_index:
+            say_once(self, "another relative_position_index was loaded; fuse it again")
+            self.__class__ = original
 
 
 class FusedSwinAttention(FusedAttention):
@@ -279,6 +314,58 @@ class FusedHuggingFaceSwinV2Attention(FusedHuggingFaceSelfAttention):
     reader = HuggingFaceSwinV2()
 
 
+def attend(m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None) -> Tensor | None:
+    """A fused module's attention; None, and says why, if the kernels do not do it."""
+    if isinstance(mask, GridPartition):
+        return attend_in(m, x, mask, mask.pads)
+    if not may_take(m, x):
+        return None
+    part = _partition(m, x, mask)
+    if part is None or not takes(m, x, part):
+        return None
+    windows, slots, channels = x.shape
+    together = 1 if mask is None else mask.shape[0]
+    out = attend_in(m, x.reshape(windows // together, together * slots, channels), part)
+    return out.reshape(windows, slots, -1)
+
+
+def attend_in(m: nn.Module, x: Tensor, part: GroupPartition, pads: bool = False) -> Tensor:
+    """x [B, N, C] -> [B, N, C]; pads: whether there is padding that attends."""
+    read = m.reader
+    number, _ = read.heads(m)
+    padding = read.of_padding(m, x) if pads else None
+    qkv, table, scale = read.qkv(m, x), read.table(m), read.scale(m)
+    return read.output(m, group_window_attention(qkv, table, part, number, scale, padding))
+
+
+# --- what the kernels do not do -----------------------------------------------------------------
+
+
+def may_take(m: nn.Module, x: Tensor) -> bool:
+    """Whether the kernels do a fused module's call, if a partition of it fits; says why not."""
+    if isinstance(x, torch.fx.Proxy):
+        return False  # the library's code is what is traced
+    if m.training and m.reader.dropout(m) > 0:
+        return say_once(m, "attention dropout is above 0 in training")
+    if m.reader.shows_maps(m):
+        return say_once(m, "a hook looks at attention maps")
+    usable = candidates("group_window_attention", x.device, x.dtype)
+    if usable == ("reference",) and not is_forced():
+        return say_once(m, "no backend takes its dtype on its device")
+    return True
+
+
+def takes(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
+    """Whether a kernel has room for its heads and groups; says so if not."""
+    _, head_dim = m.reader.heads(m)
+    backend = choose_backend(
+        "group_window_attention", x.device, x.dtype, head_dim, part.group_size, part.table_rows
+    )
+    if backend == "reference" and not is_forced():
+        return say_once(m, "no backend takes its head dim and window")
+    return True
+
+
 def asked_maps(m: nn.Module, options: dict) -> bool | None:
     """Whether transformers' options or configuration ask for attention maps."""
     return options.get("output_attentions") or getattr(m.config, "output_attentions", False)
@@ -292,54 +379,21 @@ def asks_more(m: nn.Module, *given: object) -> bool:
     )
 
 
-def attend(m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None) -> Tensor | None:
-    """A fused module's attention; None, and says why, if the kernels do not do it."""
-    if isinstance(mask, GridPartition):
-        return attend_in(m, x, mask, mask.pads)
-    part = _partition(m, x, mask)
-    if part is None or not takes(m, x, part):
-        return None
-    windows, slots, channels = x.shape
-    together = 1 if mask is None else len(mask)
-    out = attend_in(m, x.reshape(windows // together, together * slots, channels), part)
-    return out.reshape(windows, slots, -1)
+_said: set[tuple[str, str]] = set()
 
 
-def attend_in(m: nn.Module, x: Tensor, part: GroupPartition, pads: bool = False) -> Tensor:
-    """x [B, N, C] -> [B, N, C]; pads: whether there is padding that attends."""
-    read = m.reader
-    qkv, bias = read.qkv_and_bias(m, x)
-    number, _ = read.heads(m)
-    out = group_window_attention(
-        qkv, read.table(m), part, number, read.scale(m), bias if pads else None
-    )
-    return read.output(m, out)
-
-
-def takes(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
-    """Whether the kernels do a call of a fused module; says why not."""
-    if m.training and m.reader.dropout(m) > 0:
-        return say_once(m, "attention dropout is above 0 in training")
-    _, head_dim = m.reader.heads(m)
-    backend = choose_backend(
-        "group_window_attention", x.device, x.dtype, head_dim, part.group_size, part.table_rows
-    )
-    if backend == "reference" and not is_forced():
-        return say_once(m, f"no kernel takes {x.dtype} and head dim {head_dim} on {x.device.type}")
-    return True
-
-
-_said: set[tuple[type, str]] = set()
-
-
-def say_once(m: nn.Module, reason: str) -> bool:
+def say_once(m: nn.Module, reason: str, detail: str = "") -> bool:
     """Warns that calls go to the original's code; returns False."""
-    if not torch.compiler.is_compiling() and (type(m), reason) not in _said:
-        _said.add((type(m), reason))
-        warnings.warn(
-            f"{m.unfused[0].__name__} runs its own code, not the fused kernels: {reason}",
-            stacklevel=5,
-        )
+    return _say(m.unfused[0].__name__, reason, detail)
+
+
+# Dynamo takes the answer as a constant, so that it is said while tracing.
+@torch.compiler.assume_constant_result
+def _say(name: str, reason: str, detail: str) -> bool:
+    if (name, reason) not in _said:
+        _said.add((name, reason))
+        text = f"{name} runs its own code, not the fused kernels: {reason}"
+        warnings.warn(f"{text} ({detail})" if detail else text, stacklevel=6)
     return False
 
 
@@ -349,51 +403,81 @@ def say_once(m: nn.Module, reason: str) -> bool:
 @dataclass(frozen=True)
 class _Last:
     mask: weakref.ref | None
-    version: int | None
+    versions: tuple[int | None, int | None]  # of the mask and of the index
     slots: int
     part: GroupPartition
 
 
 # The partition of each module's last mask.
 _last: weakref.WeakKeyDictionary[nn.Module, _Last] = weakref.WeakKeyDictionary()
+_captured: list[GroupPartition] = []  # what CUDA graphs read
 
 
 def _partition(m: nn.Module, x: Tensor, mask: Tensor | None) -> GroupPartition | None:
-    slots = x.shape[1]
-    _, _, plain_index = m.unfused
-    if mask is None and plain_index:
-        return grid_partition((slots,), (slots,), (0,), m.reader.window(m), x.device)
-    if mask is not None and (mask.shape[1:] != (slots, slots) or len(x) % len(mask)):
-        say_once(m, f"a mask {list(mask.shape)} is none of windows {list(x.shape[:2])}")
+    slots, window = x.shape[1], m.reader.window(m)
+    _, _, plain_index, partial = m.unfused
+    if slots > math.prod(window) or (slots < math.prod(window) and not partial):
+        say_once(m, "windows of other sizes than its bias is for")
         return None
+    if mask is None and plain_index:
+        return grid_partition((slots,), (slots,), (0,), window, x.device)
+    if mask is not None:
+        if mask.shape[1:] != (slots, slots) or x.shape[0] % mask.shape[0]:
+            say_once(m, "a mask that is not [windows, n, n]")
+            return None
+        if mask.requires_grad:
+            say_once(m, "a mask that learns")
+            return None
+        if isinstance(mask, FakeTensor) and not torch.compiler.is_compiling():
+            return None
     if torch.compiler.is_compiling():
-        return _cut(m, mask, slots, checked=False)
+        return _cut(m, mask, slots, trusted=True)
     try:
         return _last_or_cut(m, mask, slots)
     except ValueError as error:
-        say_once(m, str(error))
+        say_once(m, "a mask of another kind", str(error))
         return None
 
 
 def _last_or_cut(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartition:
     last = _last.get(m)
-    version = 0 if mask is None else None if mask.is_inference() else mask._version
-    if last is not None and last.slots == slots and last.version == version is not None:
-        if mask is None and last.mask is None or last.mask is not None and last.mask() is mask:
+    versions = _version(mask), _version(None if m.unfused[2] else m.relative_position_index)
+    if last is not None and (last.slots, last.versions) == (slots, versions):
+        is_same = (
+            last.mask is None if mask is None else last.mask is not None and last.mask() is mask
+        )
+        if is_same and None not in versions:
             return last.part
-    # On a GPU a check waits for the device: a module's masks after the first are trusted.
+    # On a GPU a check in Python waits for the device: a module's masks after the first are trusted.
     on_cpu = mask is None or mask.device.type == "cpu"
+    trusted = not on_cpu and last is not None and last.slots == slots
     with torch.inference_mode(False):  # autograd refuses to save tensors made in it
-        part = _cut(m, mask, slots, on_cpu or last is None or last.slots != slots)
-    _last[m] = _Last(None if mask is None else weakref.ref(mask), version, slots, part)
+        part = _cut(m, mask, slots, trusted)
+    _last[m] = _Last(None if mask is None else weakref.ref(mask), versions, slots, part)
+    if is_capturing(part.token_index.device):
+        _captured.append(part)
     return part
 
 
-def _cut(m: nn.Module, mask: Tensor | None, slots: int, checked: bool) -> GroupPartition:
-    if checked and mask is not None and not ((mask == 0) | (mask <= -50)).all():
-        raise ValueError("its mask has values other than 0 and -100")
-    window, index, windows = tuple(m.reader.window(m)), None, 1 if mask is None else len(mask)
-    _, _, plain_index = m.unfused
+def _version(x: Tensor | None) -> int | None:
+    """It grows when x is written to; None: nobody knows, as in inference mode."""
+    return 0 if x is None else None if x.is_inference() else x._version
+
+
+def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupPartition:
+    """trusted: a mask that cuts no windows into segments fails later, on its device."""
+    window, index, windows = tuple(m.reader.window(m)), None, 1
+    if mask is not None:
+        windows, attends = mask.shape[0], mask == 0
+        # A lesser value is a bias of its own.
+        excludes = (attends | (mask <= -50)).all()
+        if trusted:
+            segment = attends.byte().argmax(-1)  # the first that a slot attends to
+            is_cut = ((segment[:, :, None] == segment[:, None]) == attends).all()
+            torch._assert_async(excludes & is_cut, "the mask cuts no windows into segments")
+        elif not excludes:
+            raise ValueError("it has values other than 0 and -100")
+    _, _, plain_index, _ = m.unfused
     if not plain_index:
         window, index = None, index_matrix(m)[:slots, :slots]
     token = torch.arange(windows * slots, device=(index if mask is None else mask).device)
@@ -402,10 +486,22 @@ def _cut(m: nn.Module, mask: Tensor | None, slots: int, checked: bool) -> GroupP
         window,
         mask=mask,
         bias_index=index,
-        num_tokens=None if checked else windows * slots,
+        num_tokens=windows * slots if trusted else None,
     )
     # Not every row of a table need be in an index.
-    return part if plain_index else replace(part, table_rows=len(m.reader.table(m)))
+    return part if plain_index else replace(part, table_rows=m.reader.table(m).shape[0])
+
+
+def has_plain_index(m: nn.Module) -> bool:
+    """Whether its relative_position_index, if it has one, is Swin's for its window."""
+    if not isinstance(getattr(m, "relative_position_index", None), Tensor):
+        return True
+    slots = math.prod(m.window_size)
+    if m.relative_position_index.numel() != slots**2 or m.relative_position_index.is_meta:
+        return False
+    part = partition_from_windows(torch.arange(slots)[None], tuple(m.window_size))
+    index = part.query_row[0, 0, :, None] + part.key_row[0, 0]
+    return torch.equal(index, index_matrix(m).cpu().int())
 
 
 def index_matrix(m: nn.Module) -> Tensor:

@@ -18,94 +18,25 @@ from .attention import (
     asks_more,
     attend_in,
     bias_of_mlp,
+    may_take,
     of_length,
     takes,
 )
 from .grids import GridPartition, grid_partition
 
 
-class FusedTimmBlock(Fused):
-    """timm's Swin and SwinV2: rolled, then padded."""
-
-    def _attn(self, x: Tensor) -> Tensor:
-        part = grid_partition(
-            x.shape[1:3], self.window_size, self.shift_size, self.attn.window_size, x.device
-        )
-        if not takes(self.attn, x, part):
-            return super()._attn(x)
-        return self.attn(x.flatten(1, 2), part).view(x.shape)
-
-
-class FusedHuggingFaceSwinLayer(Fused):
-    """transformers' SwinLayer: padded, then rolled."""
-
-    def forward(self, hidden_states, input_dimensions, *more, always_partition=False, **options):
-        if not always_partition:
-            self.set_shift_and_window_size(input_dimensions)
-        asked = (*more, asked_maps(self.attention, options))
-        part = _of_layer(self, self.attention, hidden_states, input_dimensions, asked)
-        if part is None:
-            options["always_partition"] = always_partition
-            return super().forward(hidden_states, input_dimensions, *more, **options)
-        x, maps = self.attention(self.layernorm_before(hidden_states), part, **options)
-        x = hidden_states + self.drop_path(self.dropout(x))
-        return x + self.dropout(self.mlp(self.layernorm_after(x))), maps
-
-
-class FusedHuggingFacePreNormLayer(Fused):
-    """Before transformers 5, Donut's and MaskFormer's: the same, with an MLP in two modules."""
-
-    def forward(self, hidden_states, input_dimensions, *more, **options):
-        if hasattr(self, "set_shift_and_window_size"):
-            self.set_shift_and_window_size(input_dimensions)
-        attention, asked = self.attention.self, (*more, *options.values())
-        part = _of_layer(self, attention, hidden_states, input_dimensions, asked)
-        if part is None:
-            return super().forward(hidden_states, input_dimensions, *more, **options)
-        (x,) = self.attention(self.layernorm_before(hidden_states), part)
-        x = hidden_states + self.drop_path(x)
-        return (x + self.output(self.intermediate(self.layernorm_after(x))),)
-
-
-class FusedHuggingFaceSwinV2Layer(Fused):
-    """transformers' Swinv2Layer, with its norms behind the branches."""
-
-    def forward(self, hidden_states, input_dimensions, *more, **options):
-        attention, asked = self.attention.self, (*more, *options.values())
-        part = _of_layer(self, attention, hidden_states, input_dimensions, asked)
-        if part is None:
-            return super().forward(hidden_states, input_dimensions, *more, **options)
-        (x,) = self.attention(hidden_states, part)
-        x = hidden_states + self.drop_path(self.layernorm_before(x))
-        y = self.output(self.intermediate(x))
-        return (x + self.drop_path(self.layernorm_after(y)),)
-
-
-def _of_layer(
-    layer: nn.Module, attention: nn.Module, x: Tensor, grid: tuple[int, int], asked: tuple
+def _part_of(
+    attention: nn.Module,
+    x: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    pads_first: bool,
 ) -> GridPartition | None:
-    """None if the layer's own code is to run."""
-    window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
-    if window != tuple(attention.reader.window(attention)) or asks_more(attention, *asked):
-        return None
-    part = grid_partition(grid, window, shift, window, x.device, pads_first=True)
+    """A partition of the grid; None, and says why, if the kernels do not do the call."""
+    table_window = attention.reader.window(attention)
+    part = grid_partition(grid, window, shift, table_window, x.device, pads_first=pads_first)
     return part if takes(attention, x, part) else None
-
-
-class FusedMonaiBlock(Fused):
-    """MONAI's and Video-Swin's: padded, then rolled; on a smaller grid the window is the grid."""
-
-    def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
-        part = _of_block(self, x)
-        if not takes(self.attn, x, part):
-            return super().forward_part1(x, mask_matrix)
-        return self.attn(self.norm1(x).flatten(1, -2), part).view(x.shape)
-
-
-def _of_block(block: nn.Module, x: Tensor) -> GridPartition:
-    window, shift = window_and_shift(x.shape[1:-1], block.window_size, block.shift_size)
-    table_window = block.attn.window_size
-    return grid_partition(x.shape[1:-1], window, shift, table_window, x.device, pads_first=True)
 
 
 def window_and_shift(
@@ -119,12 +50,95 @@ def window_and_shift(
     )
 
 
+class FusedTimmBlock(Fused):
+    """timm's Swin and SwinV2: rolled, then padded."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        part = None
+        if may_take(self.attn, x):
+            part = _part_of(self.attn, x, x.shape[1:3], self.window_size, self.shift_size, False)
+        if part is None:
+            return super()._attn(x)
+        return self.attn(x.flatten(1, 2), part).view(x.shape)
+
+
+# --- transformers: padded, then rolled ----------------------------------------------------------
+
+
+class FusedHuggingFaceSwinLayer(Fused):
+    """SwinLayer."""
+
+    def forward(self, hidden_states, input_dimensions, always_partition=False, **options):
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+        maps = asked_maps(self.attention, options)
+        part = _part_of_layer(self, self.attention, hidden_states, input_dimensions, maps)
+        if part is None:
+            return super().forward(hidden_states, input_dimensions, always_partition, **options)
+        x, maps = self.attention(self.layernorm_before(hidden_states), part, **options)
+        x = hidden_states + self.drop_path(self.dropout(x))
+        return x + self.dropout(self.mlp(self.layernorm_after(x))), maps
+
+
+class FusedHuggingFacePreNormLayer(Fused):
+    """SwinLayer before transformers 5, Donut's and MaskFormer's, with an MLP in two modules."""
+
+    def forward(self, hidden_states, input_dimensions, *more, **options):
+        asked, attention = (*more, *options.values()), self.attention.self
+        if hasattr(self, "set_shift_and_window_size") and not any(asked):
+            self.set_shift_and_window_size(input_dimensions)
+        part = _part_of_layer(self, attention, hidden_states, input_dimensions, *asked)
+        if part is None:
+            return super().forward(hidden_states, input_dimensions, *more, **options)
+        (x,) = self.attention(self.layernorm_before(hidden_states), part)
+        x = hidden_states + self.drop_path(x)
+        return (x + self.output(self.intermediate(self.layernorm_after(x))),)
+
+
+class FusedHuggingFaceSwinV2Layer(Fused):
+    """Swinv2Layer, with its norms behind the branches."""
+
+    def forward(self, hidden_states, input_dimensions, *more, **options):
+        asked, attention = (*more, *options.values()), self.attention.self
+        part = _part_of_layer(self, attention, hidden_states, input_dimensions, *asked)
+        if part is None:
+            return super().forward(hidden_states, input_dimensions, *more, **options)
+        (x,) = self.attention(hidden_states, part)
+        x = hidden_states + self.drop_path(self.layernorm_before(x))
+        y = self.output(self.intermediate(x))
+        return (x + self.drop_path(self.layernorm_after(y)),)
+
+
+def _part_of_layer(
+    layer: nn.Module, attention: nn.Module, x: Tensor, grid: tuple[int, int], *asked: object
+) -> GridPartition | None:
+    if asks_more(attention, *asked) or not may_take(attention, x):
+        return None
+    window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
+    if window != tuple(attention.reader.window(attention)):
+        return None  # the layer's own code says what is wrong
+    return _part_of(attention, x, grid, window, shift, True)
+
+
+# --- MONAI: padded, then rolled; on a smaller grid the window is the grid ------------------------
+
+
+class FusedMonaiBlock(Fused):
+    """SwinTransformerBlock, and Video-Swin's."""
+
+    def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
+        part = _part_of_block(self, x)
+        if part is None:
+            return super().forward_part1(x, mask_matrix)
+        return self.attn(self.norm1(x).flatten(1, -2), part).view(x.shape)
+
+
 class FusedMonaiLayer(Fused):
-    """MONAI's BasicLayer, which makes a mask for its blocks; fused ones do not read it."""
+    """BasicLayer, which makes a mask for its blocks; fused ones do not read it."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.movedim(1, -1)
-        if not all([takes(block.attn, y, _of_block(block, y)) for block in self.blocks]):
+        if any([_part_of_block(block, y) is None for block in self.blocks]):
             return super().forward(x)
         for block in self.blocks:
             y = block(y, None)
@@ -133,9 +147,29 @@ class FusedMonaiLayer(Fused):
         return y.movedim(-1, 1)
 
 
+def _part_of_block(block: nn.Module, x: Tensor) -> GridPartition | None:
+    if not may_take(block.attn, x):
+        return None
+    grid = x.shape[1:-1]
+    window, shift = window_and_shift(grid, block.window_size, block.shift_size)
+    return _part_of(block.attn, x, grid, window, shift, True)
+
+
+# --- torchvision: padded, then rolled -----------------------------------------------------------
+
+
 class Torchvision(Swin):
+    """It takes the weights of its layers, not the layers."""
+
+    def qkv(self, m, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        return F.linear(x, m.qkv.weight, self.of_padding(m, x))
+
+    def of_padding(self, m, x: Tensor) -> Tensor | None:
+        return m.qkv.bias
+
     def output(self, m, x: Tensor) -> Tensor:
-        return F.dropout(m.proj(x), p=m.dropout, training=m.training)
+        x = F.linear(x, m.proj.weight, m.proj.bias)
+        return F.dropout(x, p=m.dropout, training=m.training)
 
     def scale(self, m) -> float:
         return self.heads(m)[1] ** -0.5
@@ -143,16 +177,20 @@ class Torchvision(Swin):
     def dropout(self, m) -> float:
         return m.attention_dropout
 
+    def shows_maps(self, m) -> bool:
+        return False
+
 
 class TorchvisionV2(Torchvision):
-    def qkv_and_bias(self, m, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        bias = m.qkv.bias
-        if bias is not None:  # that of the keys counts for nothing
-            q, k, v = bias.chunk(3)
-            bias = torch.cat((q, torch.zeros_like(k), v))
-        qkv = F.linear(x, m.qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, *self.heads(m))).unbind(-3)
-        return (of_length(q, m.logit_scale), of_length(k), v), bias
+    def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().qkv(m, x).unflatten(-1, (3, *self.heads(m))).unbind(-3)
+        return of_length(q, m.logit_scale), of_length(k), v
+
+    def of_padding(self, m, x: Tensor) -> Tensor | None:
+        if m.qkv.bias is None:
+            return None
+        q, k, v = m.qkv.bias.chunk(3)
+        return torch.cat((q, torch.zeros_like(k), v))  # that of the keys counts for nothing
 
     def table(self, m) -> Tensor:
         return bias_of_mlp(m.cpb_mlp(m.relative_coords_table), m.num_heads)
@@ -162,17 +200,21 @@ class TorchvisionV2(Torchvision):
 
 
 class FusedTorchvisionAttention(Fused):
-    """torchvision's ShiftedWindowAttention, [B, H, W, C]: padded, then rolled."""
+    """ShiftedWindowAttention, [B, H, W, C]; and that of volumes, [B, D, H, W, C]."""
 
     reader = Torchvision()
 
     def forward(self, x: Tensor) -> Tensor:
-        grid, window = x.shape[1:3], self.window_size
-        _, shift = window_and_shift(grid, window, self.shift_size)
-        part = grid_partition(grid, window, shift, window, x.device, pads_first=True)
-        if not takes(self, x, part):
+        part = None
+        if may_take(self, x):
+            grid = x.shape[1:-1]
+            window, shift = window_and_shift(grid, self.window_size, self.shift_size)
+            if len(window) == 2:  # is padded to it where it is larger than the grid
+                window = self.window_size
+            part = _part_of(self, x, grid, window, shift, True)
+        if part is None:
             return super().forward(x)
-        return attend_in(self, x.flatten(1, 2), part, part.pads).view(x.shape)
+        return attend_in(self, x.flatten(1, -2), part, part.pads).view(x.shape)
 
 
 class FusedTorchvisionV2Attention(FusedTorchvisionAttention):

@@ -55,12 +55,8 @@ def grid_partition(
         tuple([index(x) for x in axes]) for axes in (grid, window, shift, table_window)
     )
     key = (grid, window, shift, table_window, pads_first, device)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        rows = _as_operator(*key)
-    elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        rows = _lasting(*key)
-    else:
-        rows = _kept(*key)
+    in_a_graph = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    rows = (_as_operator if in_a_graph else _kept_as_long_as_needed)(*key)
     num_tokens, slots = math.prod(grid), math.prod(window)
     pads = any([side % of_window for side, of_window in zip(grid, window, strict=True)])
     return GridPartition(
@@ -80,7 +76,7 @@ def _as_operator(
 ) -> Tensor:
     sizes = (tuple(x) for x in (grid, window, shift, table_window))
     # A compiler may use the memory of what it got for something else.
-    return _lasting(*sizes, pads_first, device).clone()
+    return _kept_as_long_as_needed(*sizes, pads_first, device).clone()
 
 
 @_as_operator.register_fake
@@ -90,9 +86,17 @@ def _(grid, window, shift, table_window, pads_first, device) -> Tensor:
     return torch.empty(shape, dtype=torch.int32, device=device)
 
 
+def _kept_as_long_as_needed(*key) -> Tensor:
+    return (_lasting if is_capturing(key[-1]) else _kept)(*key)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is made: what it has read must not be given back."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _lasting(*key) -> Tensor:
-    """What a CUDA graph has read must not be given back."""
     return _kept(*key)
 
 

@@ -37,6 +37,13 @@ def torchvision_swin(version: int = 1, **more) -> nn.Module:
     return models.SwinTransformer(**(sizes | more))
 
 
+def torchvision_3d(**more) -> nn.Module:
+    models = pytest.importorskip("torchvision").models.video.swin_transformer
+    sizes = dict(patch_size=[2, 4, 4], embed_dim=16, depths=[2, 2], num_heads=[2, 4])
+    sizes |= dict(window_size=[3, 4, 4], num_classes=5, stochastic_depth_prob=0.0)
+    return models.SwinTransformer3d(**(sizes | more))
+
+
 def hugging_face(version: int = 1, **more) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.SwinConfig if version == 1 else transformers.Swinv2Config
@@ -119,6 +126,9 @@ LIBRARIES = {
         ((2, 3, 56, 40), (1, 3, 12, 28)),
         "ShiftedWindowAttentionV2",
         True,
+    ),
+    "torchvision_3d": Library(
+        torchvision_3d, ((2, 3, 16, 56, 40), (1, 3, 4, 32, 12)), "ShiftedWindowAttention3d"
     ),
     "hugging_face": Library(hugging_face, ((2, 3, 36, 36),), "SwinLayer"),
     "hugging_face_sdpa": Library(

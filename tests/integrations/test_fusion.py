@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 import warnings
 
 import pytest
@@ -25,6 +26,7 @@ from .cases import (
     CLASSES,
     LIBRARIES,
     WindowAttention,
+    donut,
     first,
     hugging_face,
     monai,
@@ -103,8 +105,20 @@ def test_what_is_reported() -> None:
         def forward(self, x, mask=None, *, place):
             return x
 
+    class Gated(WindowAttention):
+        gate = False
+
+        def forward(self, x, mask=None):
+            return super().forward(x, mask) * (2 if self.gate else 1)
+
     class SomeWindowAttention(nn.Module):
         pass
+
+    class Holder:
+        lock = threading.Lock()
+
+        def look(self, *_):
+            pass
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -113,12 +127,30 @@ def test_what_is_reported() -> None:
             self.odd, self.broken = Odd(16, (4, 4), 2), Broken(16, (4, 4), 2)
             self.other = SomeWindowAttention()
             self.nowhere = WindowAttention(16, (4, 4), 2).to("meta")
+            self.gated = nn.ModuleList(Gated(16, (4, 4), 2) for _ in range(2))
+            self.gated[1].gate = True
+            self.patched = WindowAttention(16, (4, 4), 2)
+            self.patched.forward = lambda x, mask=None: x
+            self.strange = WindowAttention(16, (4, 4), 2)
+            self.strange.window_size = 4
+            self.watched = WindowAttention(16, (4, 4), 2)
+            holder = Holder()
+            holder.lock = threading.Lock()  # cannot be copied
+            self.watched.register_forward_hook(holder.look)
 
-    report = fuse_window_attention(Model())
-    assert list(report.fused) == ["whole.0", "whole.1", "whole.2"]
-    assert list(report.left) == ["odd", "broken", "nowhere", "other"]
+    with torch.device("meta"), use_backend("reference"), torch.inference_mode():  # whatever is on
+        with torch.device("cpu"):
+            model = Model()
+        report = fuse_window_attention(model)
+    fused = ["whole.0", "whole.1", "whole.2", "gated.0", "watched"]
+    assert list(report.fused) == fused
+    left = ["odd", "broken", "nowhere", "gated.1", "patched", "strange", "other"]
+    assert list(report.left) == left
     text = str(report)
-    assert "fused: 3 x WindowAttention, attention alone (whole.0 to whole.2)" in text
+    assert "Gated: its code computes something else (gated.1)" in text
+    assert "WindowAttention: its forward was replaced (patched)" in text
+    assert "WindowAttention: its code could not be tried: TypeError" in text
+    assert "fused: 4 x WindowAttention, attention alone (whole.0 to watched)" in text
     assert "Odd: its code computes something else (odd)" in text
     assert "Broken: its code could not be tried: TypeError" in text
     assert 'on the device "meta"' in text and "SomeWindowAttention: not known (other)" in text
@@ -139,6 +171,29 @@ def test_a_block_that_somebody_changed_keeps_its_attention_fused() -> None:
     assert "attention alone" in report.fused["layers.0.blocks.0.attn"]
     assert "computes something else" in report.left["layers.0.blocks.0"]
     close(model(x), before)
+
+
+def test_undone_whole_or_not_at_all() -> None:
+    model = nn.Sequential(CLASSES["microsoft"](), CLASSES["microsoft"]())
+    fuse_window_attention(model)
+    fused = type(model[1])
+    model[1].__class__ = type("Sharded", (fused,), {})
+    with pytest.raises(RuntimeError, match="1 has become a Sharded since it was fused"):
+        unfuse_window_attention(model)
+    assert type(model[0]) is fused
+    model[1].__class__ = fused
+    unfuse_window_attention(model)
+    assert type(model[0]) is type(model[1]) is WindowAttention
+
+
+def test_traced_by_fx() -> None:
+    """What is traced is the library's code."""
+    extraction = pytest.importorskip("torchvision").models.feature_extraction
+    model, x = randomized(torchvision_swin()).eval(), torch.randn(1, 3, 56, 40)
+    fused = fused_copy(model)
+    expected = extraction.create_feature_extractor(model, ["features.1"])(x)
+    found = extraction.create_feature_extractor(fused, ["features.1"])(x)
+    assert torch.equal(found["features.1"], expected["features.1"])
 
 
 def test_hooks_run_and_are_not_called_before() -> None:
@@ -170,30 +225,21 @@ def test_drop_path_and_checkpointing(name: str) -> None:
     close_gradients(fused, model)
 
 
-@pytest.mark.parametrize(
-    "name", ["timm", "timm_v2", "torchvision", "torchvision_v2", "monai_2d", "hugging_face_v2"]
-)
+COMPILED = ["timm", "timm_v2", "torchvision", "monai_2d", "hugging_face", "hugging_face_v2"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_as_one_graph(name: str) -> None:
+    """Once, and once more for all other batches."""
     library = LIBRARIES[name]
     model = fused_copy(randomized(library.make()))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for _ in range(3):
-        x = torch.randn(library.inputs[0])
-        expected, found = step(model, x), step(compiled, x)
-        close(found, expected)
-    assert counter.frame_count == 1
-
-
-def test_transformers_layers_are_compiled_as_one_graph() -> None:
-    """The model's own outputs are gathered in ways that Dynamo does not trace."""
-    model = fused_copy(randomized(hugging_face()))
-    stage, x = model.encoder.layers[0], torch.randn(2, 324, 16)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(stage, fullgraph=True, backend=counter)
-    for _ in range(2):
-        close(compiled(x, (18, 18))[0], stage(x, (18, 18))[0])
-    assert counter.frame_count == 1
+    _, *shape = library.inputs[0]
+    for batch, frames in ((2, 1), (2, 1), (3, 2), (5, 2)):
+        x = torch.randn(batch, *shape)
+        close(step(compiled, x), step(model, x))
+        assert counter.frame_count == frames
 
 
 def test_inductor_and_changing_sizes() -> None:
@@ -215,6 +261,8 @@ def test_attention_alone_is_compiled_with_its_mask(name: str) -> None:
         close(compiled(x, mask), model(x, mask))
     assert counter.frame_count == 1
     close(compiled(x), model(x))
+    with pytest.raises(RuntimeError, match="the mask cuts no windows into segments"):
+        compiled(x, segment_mask(3, slots).tril())
 
 
 @pytest.mark.parametrize("make", [timm_swin, timm_swin_v2])
@@ -301,6 +349,14 @@ def test_attention_maps(version: int, calls: list[str]) -> None:
     assert len(found) == len(expected) > 0 and not calls
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+    seen = []
+    layer = fused.encoder.layers[0].blocks[0].attention
+    layer = layer if version == 1 else layer.self.dropout
+    hook = layer.register_forward_hook(lambda m, inputs, out: seen.append(out[1]))
+    fused(x)
+    assert seen[0] is not None
+    hook.remove()
+    calls.clear()
     fused.config.output_attentions = True
     assert all(torch.equal(*pair) for pair in zip(fused(x).attentions, expected, strict=True))
     assert not calls
@@ -313,12 +369,42 @@ def test_masks_of_another_kind(calls: list[str]) -> None:
     soft = -torch.rand(2, 16, 16).round()
     calls.clear()
     for mask, reason in (
-        (causal, "does not cut windows into segments"),
-        (soft, "values other than 0 and -100"),
-        (torch.zeros(4, 16, 1), r"a mask \[4, 16, 1\] is none of windows \[4, 16\]"),
+        (causal, "of another kind .*does not cut windows into segments"),
+        (torch.zeros(4, 16, 1), r"that is not \[windows, n, n\]"),
+        (torch.zeros(2, 16, 16).requires_grad_(), "a mask that learns"),
     ):
         with pytest.warns(UserWarning, match=reason):
             assert torch.equal(fused(x, mask), model(x, mask))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that masks are of another kind was said
+        for mask in (soft, soft.flip(1)):
+            assert torch.equal(fused(x, mask), model(x, mask))
+    assert not calls
+
+
+def test_maps_that_hooks_look_at(calls: list[str]) -> None:
+    utils = pytest.importorskip("timm").utils
+    if not hasattr(utils, "AttentionExtract"):
+        pytest.skip("this timm has no AttentionExtract")
+    model, x = randomized(timm_swin()).eval(), torch.randn(1, 3, 56, 56)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    fused = fused_copy(model)
+    calls.clear()
+    names = ["*softmax"]
+    expected = utils.AttentionExtract(model, names=names, method="hook")(x)
+    with pytest.warns(UserWarning, match="a hook looks at attention maps"):
+        found = utils.AttentionExtract(fused, names=names, method="hook")(x)
+    assert len(found) == len(expected) > 0 and not calls
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_is_left_to_the_library_while_tracing(calls: list[str]) -> None:
+    model = fused_copy(CLASSES["microsoft"](attn_drop=0.5)).train()
+    calls.clear()
+    with pytest.warns(UserWarning, match="attention dropout is above 0"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(2, 16, 16))
     assert not calls
 
 
@@ -330,7 +416,10 @@ def test_what_no_backend_takes(monkeypatch: pytest.MonkeyPatch, calls: list[str]
     assert calls
     calls.clear()
     monkeypatch.setattr(attention, "choose_backend", lambda *_: "reference")
-    with pytest.warns(UserWarning, match="no kernel takes torch.float32 and head dim 8 on cpu"):
+    fused.to("meta")(x.to("meta"))  # as the library's
+    fused = fused_copy(model)
+    calls.clear()
+    with pytest.warns(UserWarning, match="no backend takes its head dim and window"):
         assert torch.equal(fused(x), model(x))
     assert not calls
 
@@ -348,6 +437,8 @@ def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
     elif mode == "fake":
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert model(torch.randn(2, 3, 56, 56)).shape == (2, 5)
+            x = torch.randn(4, 16, 16)
+            assert alone(x, torch.zeros(2, 16, 16)).shape == x.shape
     else:
         x = torch.randn(2, 3, 56, 56)
         with torch.device("meta"):
@@ -356,3 +447,17 @@ def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
     unfuse_window_attention(unfused)
     close(step(model, x := torch.randn(2, 3, 56, 56)), step(unfused, x))
     alone(torch.randn(4, 16, 16), mask).sum().backward()
+
+
+def test_a_window_that_may_not_follow_the_grid() -> None:
+    """always_partition, by position and by name."""
+    for make, grid in ((hugging_face, (3, 9)), (donut, (3, 9))):
+        model = make().eval()
+        fused = fused_copy(model)
+        x = torch.randn(1, 27, 16)
+        for one in (model, fused):
+            layer = one.encoder.layers[0].blocks[1]
+            more = (True,) if make is hugging_face else (False, True)
+            layer(x, grid, *more)
+            layer(x, grid, always_partition=True)
+            assert (layer.window_size, layer.shift_size) == (4, 2)
