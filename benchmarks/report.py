@@ -93,8 +93,10 @@ def readme_tables(results: pathlib.Path = RESULTS) -> str:
 def swap_tables(results: pathlib.Path = RESULTS) -> str:
     """The tables of other people's models, in the order of the devices' names."""
     found = [json.loads(file.read_text()) for file in sorted(results.glob("*/swap.json"))]
-    return "\n".join(
-        f"{tables.where(result['environment'])}\n{tables.swap_table(result)}" for result in found
+    parts = [f"{tables.where(x['environment'])}{tables.swap_table(x)}" for x in found]
+    return (
+        "Before: the fastest setting of the library. A ratio is the median over rounds in which the"
+        " two take turns. Training: forward, backward and AdamW.\n\n" + "\n".join(parts)
     )
 
 
@@ -145,6 +147,11 @@ def page(folder: pathlib.Path) -> str:
             f"### Where a step's time goes\n\n{tables.where(result['environment'])}\n"
             f"{result['problem']}, batch {result['batch']}, {result['precision']}, in PyTorch's"
             f" profiler, which takes some time itself.\n\n{tables.profile_table(result)}"
+        )
+    if result := found.get("swap.json"):
+        parts.append(
+            "## Other people's models before and after\n\n"
+            f"{tables.where(result['environment'])}\n{tables.swap_table(result)}"
         )
     if result := found.get("loader.json"):
         parts.append(

@@ -266,7 +266,6 @@ def main(argv: list[str] | None = None) -> None:
         for row in measured(found, options.device, options.rounds):
             row = {
                 "problem": name,
-                "library": problem.library,
                 "batch": len(found["fused"].x),
                 "precision": str(precision).removeprefix("torch."),
                 "compiled": options.compile,

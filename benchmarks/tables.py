@@ -141,18 +141,18 @@ def steps_table(result: dict) -> str:
 
 def swap_table(result: dict) -> str:
     """Other people's models before and after: the fastest setting of the library, and fused."""
+    versions = [f"{name} {number}" for name, number in result["libraries"].items() if number]
     lines = [
-        _line(["model", "batch", "precision", "pass", "before", "fused", "faster", "20 to 80 %"]),
-        _line(["---", "---:", "---", "---", *["---:"] * 4]),
+        f"{', '.join(versions)}; {result['rows'][0]['precision']}\n\n",
+        _line(["model", "batch", "pass", "before", "fused", "faster", "20 to 80 %"]),
+        _line(["---", "---:", "---", *["---:"] * 4]),
     ]
     for row in result["rows"]:
         before, fused = row["times"][row["before"]], row["times"]["fused"]
-        version = result["libraries"][row["library"]]
         compiled = ", compiled" if row["compiled"] else ""
         lines.append(
             _line([
-                f"{row['problem']} ({row['library']} {version})", str(row["batch"]),
-                row["precision"], row["pass"] + compiled,
+                row["problem"], str(row["batch"]), row["pass"] + compiled,
                 f"{_three_digits(before['ms'])} ms ({row['before']})",
                 f"{_three_digits(fused['ms'])} ms", f"{row['faster']:.2f}x",
                 f"{row['faster_p20']:.2f} to {row['faster_p80']:.2f}",
