@@ -156,13 +156,13 @@ SECOND = (
     Part("choose", ("-m", "benchmarks.choose", "--minutes", "{minutes}"), 25,
          ("model", "stress-triton")),
     # The one that is compiled comes last.
-    Part("steps", (*STEPS, "base-224", "--variant", "naive", "simmim", "cuda-graphed"), 70,
+    Part("steps", (*STEPS, "base-224", "--variant", "naive", "simmim", "cuda-graphed"), 60,
          ("choose",)),
     Part("counters", ("-m", "benchmarks.counters"), 20, ("steps",)),
-    Part("steps-512", (*STEPS, "base-512", "--variant", UNCOMPILED, "naive"), 30, ("counters",)),
+    Part("steps-512", (*STEPS, "base-512", "--variant", UNCOMPILED, "naive"), 25, ("counters",)),
     # Of programs that were compiled with those of the sanitizer.
     Part("switches", (*PYTEST, PROGRAMS, "-k", "switches_cost"), 15, ("steps-512",)),
-    Part("swap", (*SWAP, "timm-swin-b-224", "timm-swin-t-256-padded"), 20, ("switches",)),
+    Part("swap", (*SWAP, "timm-swin-b-224"), 15, ("switches",)),
 )  # fmt: skip
 CALLS = {"first": (FIRST, 5.0), "second": (SECOND, 6.0)}
 

@@ -173,7 +173,7 @@ def test_what_measures_runs_alone(call):
     for part in parts:
         before[part.name] = set(part.after).union(*(before[name] for name in part.after))
     others = set(before) - {part.name for part in gpu_check.BUILDS}  # those need no GPU
-    for name in {"operators", "steps", "tune", "choose", "counters", "steps-512"} & others:
+    for name in {"operators", "steps", "tune", "choose", "counters", "steps-512", "swap"} & others:
         for other in others - {name}:
             assert other in before[name] or name in before[other], (name, other)
 
