@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -240,7 +241,7 @@ def measured(found: dict[str, Variant], device: str, rounds: int) -> Iterator[di
         }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problem", nargs="+", choices=[*PROBLEMS, *GPU_PROBLEMS])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -249,7 +250,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="every variant by torch.compile")
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be measured")
     options = parser.parse_args(argv)
+    if options.dry_run:
+        for name in options.problem or PROBLEMS:
+            library = (PROBLEMS | GPU_PROBLEMS)[name].library
+            print(f"{name}: {library} {version_of(library) or 'is not installed'}")
+        return 0
     torch.set_num_threads(options.threads)
     precision = torch.float32 if options.device == "cpu" else torch.bfloat16
     known = PROBLEMS if options.device == "cpu" else PROBLEMS | GPU_PROBLEMS
@@ -276,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}, {row['pass']}: {times}; {row['faster']:.2f}x", flush=True)
         if not options.no_save:
             write_json(file, result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
