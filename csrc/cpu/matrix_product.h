@@ -36,10 +36,14 @@ GREENMIM_INLINE void product_block(
     for (int v = 0; v < V; v++) store<A>(c + r * c_row + v * W, sum[r][v]);
 }
 
+// A's three numbers one by one: a Tile by value goes through memory, where it is read at once in
+// pieces unlike those it was written in, which waits for all that was written before.
 template <class A, int V>
 static void product_columns(
-    Tile<A> a, const A* b, long b_row, A* c, long c_row, int m_size, int k_size) {
+    const A* a_data, long a_row, long a_column, const A* b, long b_row, A* c, long c_row, int m_size,
+    int k_size) {
   constexpr int R = 6;
+  Tile<A> a{a_data, a_row, a_column};
   int m = 0;
   for (; m + R <= m_size; m += R, a.data += R * a.row, c += R * c_row)
     product_block<A, R, V>(a, b, b_row, c, c_row, k_size);
@@ -53,17 +57,27 @@ static void product_columns(
 }
 
 template <class A>
-static void product(
+GREENMIM_INLINE void product(
     Tile<A> a, const A* b, long b_row, A* c, long c_row, int m_size, int n_size, int k_size) {
   constexpr int W = Vector<A>::width;
   // 6 x 4 sums fill the 32 registers of AVX-512, 6 x 2 the 16 of AVX2.
   constexpr int V = GREENMIM_VECTOR_REGISTERS >= 32 ? 4 : 2;
   int n = 0;
   for (; n + V * W <= n_size; n += V * W)
-    product_columns<A, V>(a, b + n, b_row, c + n, c_row, m_size, k_size);
+    product_columns<A, V>(
+        a.data, a.row, a.column, b + n, b_row, c + n, c_row, m_size, k_size);
   switch ((n_size - n) / W) {
-    case 1: product_columns<A, 1>(a, b + n, b_row, c + n, c_row, m_size, k_size); break;
-    case 2: product_columns<A, 2>(a, b + n, b_row, c + n, c_row, m_size, k_size); break;
-    case 3: product_columns<A, 3>(a, b + n, b_row, c + n, c_row, m_size, k_size); break;
+    case 1:
+      product_columns<A, 1>(
+          a.data, a.row, a.column, b + n, b_row, c + n, c_row, m_size, k_size);
+      break;
+    case 2:
+      product_columns<A, 2>(
+          a.data, a.row, a.column, b + n, b_row, c + n, c_row, m_size, k_size);
+      break;
+    case 3:
+      product_columns<A, 3>(
+          a.data, a.row, a.column, b + n, b_row, c + n, c_row, m_size, k_size);
+      break;
   }
 }

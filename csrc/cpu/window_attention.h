@@ -139,6 +139,7 @@ void forward(const WindowTask& task, void* scratch) {
   load_padding<A, T>(task, t);
   for (int64_t b = task.first_image; b < task.last_image; b++) {
     const int64_t next = b + 1 < task.last_image ? b + 1 : b;
+    const T *next_q = q.of(next), *next_k = k.of(next), *next_v = v.of(next);
     T* out = (T*)task.out + b * task.rows_per_image * channels + task.head * head_dim;
     A* lse = (A*)task.lse + (b * task.num_heads + task.head) * task.rows_per_image;
     load_rows<A>(t.q, t.dp, q.of(b), q.row, task.rows, m, head_dim, A(task.scale));
@@ -150,9 +151,9 @@ void forward(const WindowTask& task, void* scratch) {
       A* row = t.scores + i * t.np;
       const A* bias = t.bias + i * t.np;
       prefetch_row(out + task.rows[i] * channels, head_dim, true);
-      prefetch_row(q.of(next) + task.rows[i] * q.row, head_dim, false);
-      prefetch_row(k.of(next) + task.rows[i] * k.row, head_dim, false);
-      prefetch_row(v.of(next) + task.rows[i] * v.row, head_dim, false);
+      prefetch_row(next_q + task.rows[i] * q.row, head_dim, false);
+      prefetch_row(next_k + task.rows[i] * k.row, head_dim, false);
+      prefetch_row(next_v + task.rows[i] * v.row, head_dim, false);
       Vec<A> largest = broadcast<A>(-__builtin_inf());
       for (int64_t j = 0; j < t.np; j += W) {
         const Vec<A> score = load<A>(row + j) + load<A>(bias + j);
@@ -202,6 +203,7 @@ void backward(const WindowTask& task, void* scratch) {
   for (int64_t j = 0; j < m * t.np; j++) t.grad_bias[j] = 0;
   for (int64_t b = task.first_image; b < task.last_image; b++) {
     const int64_t next = b + 1 < task.last_image ? b + 1 : b;
+    const T *next_q = q.of(next), *next_k = k.of(next), *next_v = v.of(next);
     const T* grad_out = (const T*)task.grad_out + b * image + task.head * head_dim;
     const T* next_grad_out = grad_out + (next - b) * image;
     const A* lse = (const A*)task.lse + (b * task.num_heads + task.head) * task.rows_per_image;
@@ -220,9 +222,9 @@ void backward(const WindowTask& task, void* scratch) {
       A* grad_bias = t.grad_bias + i * t.np;
       const A normaliser = lse[task.rows[i]];
       prefetch_row(next_grad_out + task.rows[i] * channels, head_dim, false);
-      prefetch_row(q.of(next) + task.rows[i] * q.row, head_dim, false);
-      prefetch_row(k.of(next) + task.rows[i] * k.row, head_dim, false);
-      prefetch_row(v.of(next) + task.rows[i] * v.row, head_dim, false);
+      prefetch_row(next_q + task.rows[i] * q.row, head_dim, false);
+      prefetch_row(next_k + task.rows[i] * k.row, head_dim, false);
+      prefetch_row(next_v + task.rows[i] * v.row, head_dim, false);
       // delta = sum_j P dP, which is sum_d out grad_out without the rounding of `out`. Divided by the
       // sum of P: where scores are large that differs from 1 by the rounding of the normaliser, and a
       // gradient whose rows do not add up to zero would be wrong by as much of delta.
