@@ -38,7 +38,7 @@ FLOORS = [
     ["greenmim_kernels.ops"],
     ["greenmim_kernels.functional"],
     ["greenmim_kernels.modules", "greenmim_kernels.testing"],
-    ["greenmim_kernels.integrations.grids"],
+    ["greenmim_kernels.integrations.grids", "greenmim_kernels.integrations.readers"],
     ["greenmim_kernels.integrations.attention"],
     ["greenmim_kernels.integrations.blocks"],
     ["greenmim_kernels.integrations.fuse"],

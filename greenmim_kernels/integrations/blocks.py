@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import (
     Fused,
-    Swin,
     asked_maps,
     asks_more,
     attend_in,
-    bias_of_mlp,
     may_take,
-    of_length,
     takes,
 )
 from .grids import GridPartition, grid_partition
+from .readers import Torchvision, TorchvisionV2
 
 
 def _part_of(
@@ -156,47 +152,6 @@ def _part_of_block(block: nn.Module, x: Tensor) -> GridPartition | None:
 
 
 # --- torchvision: padded, then rolled -----------------------------------------------------------
-
-
-class Torchvision(Swin):
-    """It takes the weights of its layers, not the layers."""
-
-    def qkv(self, m, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        return F.linear(x, m.qkv.weight, self.of_padding(m, x))
-
-    def of_padding(self, m, x: Tensor) -> Tensor | None:
-        return m.qkv.bias
-
-    def output(self, m, x: Tensor) -> Tensor:
-        x = F.linear(x, m.proj.weight, m.proj.bias)
-        return F.dropout(x, p=m.dropout, training=m.training)
-
-    def scale(self, m) -> float:
-        return self.heads(m)[1] ** -0.5
-
-    def dropout(self, m) -> float:
-        return m.attention_dropout
-
-    def shows_maps(self, m) -> bool:
-        return False
-
-
-class TorchvisionV2(Torchvision):
-    def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().qkv(m, x).unflatten(-1, (3, *self.heads(m))).unbind(-3)
-        return of_length(q, m.logit_scale), of_length(k), v
-
-    def of_padding(self, m, x: Tensor) -> Tensor | None:
-        if m.qkv.bias is None:
-            return None
-        q, k, v = m.qkv.bias.chunk(3)
-        return torch.cat((q, torch.zeros_like(k), v))  # that of the keys counts for nothing
-
-    def table(self, m) -> Tensor:
-        return bias_of_mlp(m.cpb_mlp(m.relative_coords_table), m.num_heads)
-
-    def scale(self, m) -> float:
-        return 1.0
 
 
 class FusedTorchvisionAttention(Fused):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from greenmim_kernels import use_backend
 from greenmim_kernels.integrations import fuse_window_attention
-from greenmim_kernels.integrations.attention import of_length
+from greenmim_kernels.integrations.readers import of_length
 
 from .cases import CLASSES, LIBRARIES, first, randomized, segment_mask
 
