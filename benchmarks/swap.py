@@ -82,23 +82,19 @@ def _monai(whole: bool, sdpa: bool = False) -> nn.Module:
 
 
 _of = functools.partial
+
+
+def _timm_swin(name: str, image: int) -> Problem:
+    settings = {
+        key: _of(_timm, name, sdpa, img_size=image)
+        for key, sdpa in (("eager", False), ("sdpa", True))
+    }
+    return Problem("timm", settings, (3, image, image))
+
+
 PROBLEMS = {
-    "timm-swin-t-224": Problem(
-        "timm",
-        {
-            name: _of(_timm, "swin_tiny_patch4_window7_224", sdpa)
-            for name, sdpa in (("eager", False), ("sdpa", True))
-        },
-        (3, 224, 224),
-    ),
-    "timm-swin-t-256-padded": Problem(
-        "timm",
-        {
-            name: _of(_timm, "swin_tiny_patch4_window7_224", sdpa, img_size=256)
-            for name, sdpa in (("eager", False), ("sdpa", True))
-        },
-        (3, 256, 256),
-    ),
+    "timm-swin-t-224": _timm_swin("swin_tiny_patch4_window7_224", 224),
+    "timm-swin-t-256-padded": _timm_swin("swin_tiny_patch4_window7_224", 256),
     "timm-swinv2-t-256": Problem(
         "timm", {"eager": _of(_timm, "swinv2_tiny_window8_256")}, (3, 256, 256)
     ),
@@ -127,16 +123,7 @@ PROBLEMS = {
     },
 }
 # What a GPU is for; on a CPU they take long.
-GPU_PROBLEMS = {
-    "timm-swin-b-224": Problem(
-        "timm",
-        {
-            name: _of(_timm, "swin_base_patch4_window7_224", sdpa)
-            for name, sdpa in (("eager", False), ("sdpa", True))
-        },
-        (3, 224, 224),
-    ),
-}
+GPU_PROBLEMS = {"timm-swin-b-224": _timm_swin("swin_base_patch4_window7_224", 224)}
 
 
 def main_output(out) -> Tensor:

@@ -2,8 +2,7 @@
 
 A fused module is its original with another class, made of one from here and the original's.
 Parameters, buffers and keys stay what they are; what the kernels do not do goes to the original's
-own ``forward``. How a library names things is in a reader, so that no name of ours gets in the way
-of one of theirs.
+own ``forward``.
 """
 
 from __future__ import annotations
@@ -79,8 +78,10 @@ class FusedAttention(Fused):
                 return out
         return super().forward(x, mask, *more, **options)
 
-    def _load_from_state_dict(self, *arguments) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *more) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        if f"{prefix}relative_position_index" not in state_dict:
+            return
         original, _, plain_index, _ = self.unfused
         if has_plain_index(self) != plain_index:
             say_once(self, "another relative_position_index was loaded; fuse it again")

@@ -73,8 +73,9 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
             found = [kind for kind in kinds if kind.fits(module)]
             if not found or isinstance(module, Fused):
                 continue
+            code = _code_of(module)
             for kind in found:
-                key = (kind.ours, _code_of(module))
+                key = (kind.ours, code)
                 if key not in tried:
                     tried[key] = _try(module, kind)
                 if isinstance(tried[key], tuple):

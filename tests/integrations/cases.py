@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def timm_swin(**more) -> nn.Module:
-    timm = pytest.importorskip("timm")
+def _of_timm(make: Callable[..., nn.Module], more: dict) -> nn.Module:
     sizes = dict(img_size=56, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4))
     sizes |= dict(window_size=4, num_classes=5, drop_path_rate=0.0)
-    return timm.models.swin_transformer.SwinTransformer(**(sizes | more))
+    return make(**(sizes | more))
+
+
+def timm_swin(**more) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return _of_timm(timm.models.swin_transformer.SwinTransformer, more)
 
 
 def timm_swin_v2(**more) -> nn.Module:
     timm = pytest.importorskip("timm")
-    sizes = dict(img_size=56, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4))
-    sizes |= dict(window_size=4, num_classes=5, drop_path_rate=0.0)
-    return timm.models.swin_transformer_v2.SwinTransformerV2(**(sizes | more))
+    return _of_timm(timm.models.swin_transformer_v2.SwinTransformerV2, more)
 
 
 def torchvision_swin(version: int = 1, **more) -> nn.Module:
@@ -170,6 +172,15 @@ def swin_index(window: tuple[int, ...]) -> Tensor:
     return index
 
 
+def attended(m: nn.Module, scores: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What both versions do with scores [B windows, heads, n, n] and v [..., n, D]."""
+    if mask is not None:
+        masked = scores.view(-1, len(mask), *scores.shape[1:]) + mask[:, None]
+        scores = masked.view(scores.shape)
+    maps = m.attn_drop(m.softmax(scores))
+    return m.proj_drop(m.proj((maps @ v).transpose(1, 2).flatten(2)))
+
+
 class WindowAttention(nn.Module):
     """Microsoft's Swin and SimMIM."""
 
@@ -190,18 +201,13 @@ class WindowAttention(nn.Module):
         return self.relative_position_index
 
     def forward(self, x, mask=None):
-        windows, slots, channels = x.shape
+        windows, slots, _ = x.shape
         qkv = self.qkv(x).reshape(windows, slots, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         scores = (q * self.scale) @ k.transpose(-2, -1)
         bias = self.relative_position_bias_table[self.index(slots).reshape(-1)]
         scores = scores + bias.view(slots, slots, -1).permute(2, 0, 1)
-        if mask is not None:
-            scores = scores.view(-1, len(mask), self.num_heads, slots, slots)
-            scores = (scores + mask[:, None]).view(-1, self.num_heads, slots, slots)
-        maps = self.attn_drop(self.softmax(scores))
-        out = (maps @ v).transpose(1, 2).reshape(windows, slots, channels)
-        return self.proj_drop(self.proj(out))
+        return attended(self, scores, v, mask)
 
 
 class WindowAttention3D(WindowAttention):
@@ -250,7 +256,7 @@ class WindowAttentionV2(nn.Module):
         self.softmax = nn.Softmax(dim=-1)
 
     def forward(self, x, mask=None):
-        windows, slots, channels = x.shape
+        windows, slots, _ = x.shape
         bias = None
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
@@ -262,12 +268,7 @@ class WindowAttentionV2(nn.Module):
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
         bias = table[self.relative_position_index.view(-1)].view(slots, slots, -1)
         scores = scores + 16 * bias.permute(2, 0, 1).sigmoid()
-        if mask is not None:
-            scores = scores.view(-1, len(mask), self.num_heads, slots, slots)
-            scores = (scores + mask[:, None]).view(-1, self.num_heads, slots, slots)
-        maps = self.attn_drop(self.softmax(scores))
-        out = (maps @ v).transpose(1, 2).reshape(windows, slots, channels)
-        return self.proj_drop(self.proj(out))
+        return attended(self, scores, v, mask)
 
 
 CLASSES = {
