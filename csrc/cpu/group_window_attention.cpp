@@ -57,6 +57,7 @@ struct Problem {
   AttentionShape shape;
   double scale;
   bool grouped;
+  int64_t column_rows;  // of the table as kernels read it
   Windows windows;
 
   Problem(
@@ -78,6 +79,11 @@ struct Problem {
          part.key_row.const_data_ptr<int32_t>(), shape.partitions, shape.groups, shape.slots},
         shape.rows, shape.table_rows);
     if (!pad_value) zeros.assign(size_t(3 * shape.channels * x.q.element_size()), 0);
+    column_rows = shape.table_rows + kPiece;
+    if (table && table->scalar_type() == ScalarType::Double)
+      make_columns(table->const_data_ptr<double>());
+    else if (table)
+      make_columns(table->const_data_ptr<float>());
     cut();
   }
 
@@ -120,7 +126,7 @@ struct Problem {
 
   int64_t blocks() const { return (int64_t(window_blocks.size()) - 1) * image_blocks; }
 
-  // Runs `kernel` for every window, head and image. `grad_table` [blocks, heads, table_rows] and
+  // Runs `kernel` for every window, head and image. `grad_table` [blocks, heads, column_rows] and
   // `grad_pad` [blocks, heads, 2 head_dim], or null.
   template <class Configure>
   void run(
@@ -147,9 +153,9 @@ struct Problem {
         WindowTask task{};
         task.storage = storage;
         task.q = rows_of(x, 0), task.k = rows_of(x, 1), task.v = rows_of(x, 2);
-        if (table) task.table = static_cast<const char*>(table->const_data_ptr()) + head * element;
+        if (table) task.table = columns.data() + head * column_rows * element;
         if (grad_table != nullptr)
-          task.grad_table = static_cast<char*>(grad_table) + i * shape.table_rows * element;
+          task.grad_table = static_cast<char*>(grad_table) + i * column_rows * element;
         if (grad_pad != nullptr)
           task.grad_pad = static_cast<char*>(grad_pad) + i * 2 * shape.head_dim * element;
         task.pad_k = pad + (shape.channels + head * shape.head_dim) * stored;
@@ -165,6 +171,8 @@ struct Problem {
           task.rows = windows.rows.data() + window.start;
           task.query_row = windows.query_row.data() + window.start;
           task.key_row = windows.key_row.data() + window.start;
+          task.runs = window.num_runs > 0 ? windows.runs.data() + window.first_run : nullptr;
+          task.num_runs = window.num_runs;
           task.size = window.size;
           task.tokens = window.tokens;
           task.first_image =
@@ -221,7 +229,18 @@ struct Problem {
     }
   }
 
-  std::vector<char> zeros;  // in the place of pad_value
+  // columns[head, row] = table[last - row, head], and kPiece rows to be read beyond it.
+  template <class A>
+  void make_columns(const A* from) {
+    columns.assign(size_t(shape.heads * column_rows) * sizeof(A), 0);
+    A* to = reinterpret_cast<A*>(columns.data());
+    for (int64_t row = 0; row < shape.table_rows; row++)
+      for (int64_t head = 0; head < shape.heads; head++)
+        to[head * column_rows + shape.table_rows - 1 - row] = from[row * shape.heads + head];
+  }
+
+  std::vector<char> columns;  // the table as kernels read it
+  std::vector<char> zeros;    // in the place of pad_value
   std::vector<int64_t> window_blocks, work;  // first window of a block; work before a task
   int64_t image_blocks, images_per_partition;
 };
@@ -242,27 +261,31 @@ std::tuple<Tensor, Tensor> forward(const Problem& problem) {
   return {out, lse};
 }
 
-// sums[row, head] = sum over blocks of partial[block, head, row], in the order of blocks.
+// sums[row, head] = sum over blocks of partial[block, head, row], in the order of blocks; or, of columns
+// as kernels read them, partial[block, head, rows - 1 - row].
 template <class A>
-void reduce(const A* partial, A* sums, int64_t blocks, int64_t heads, int64_t rows) {
+void reduce(const Tensor& partial, int64_t rows, bool last_first, A* sums) {
+  const int64_t blocks = partial.size(0), heads = partial.size(1), stride = partial.size(2);
+  const A* from = partial.const_data_ptr<A>();
   torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; head++)
-      for (int64_t row = 0; row < rows; row++) {
-        A sum = 0;
-        for (int64_t block = 0; block < blocks; block++)
-          sum += partial[(block * heads + head) * rows + row];
-        sums[row * heads + head] = sum;
-      }
+    std::vector<A> column(rows);
+    for (int64_t head = begin; head < end; head++) {
+      std::fill(column.begin(), column.end(), A(0));
+      for (int64_t block = 0; block < blocks; block++)
+        for (int64_t row = 0; row < rows; row++)
+          column[row] += from[(block * heads + head) * stride + row];
+      for (int64_t row = 0; row < rows; row++)
+        sums[row * heads + head] = column[last_first ? rows - 1 - row : row];
+    }
   });
 }
 
-Tensor reduced(const Tensor& partial) {
-  const int64_t blocks = partial.size(0), heads = partial.size(1), rows = partial.size(2);
-  Tensor sums = torch::stable::new_empty(partial, {rows, heads});
+Tensor reduced(const Tensor& partial, int64_t rows, bool last_first) {
+  Tensor sums = torch::stable::new_empty(partial, {rows, partial.size(1)});
   if (partial.scalar_type() == ScalarType::Double)
-    reduce(partial.const_data_ptr<double>(), sums.mutable_data_ptr<double>(), blocks, heads, rows);
+    reduce(partial, rows, last_first, sums.mutable_data_ptr<double>());
   else
-    reduce(partial.const_data_ptr<float>(), sums.mutable_data_ptr<float>(), blocks, heads, rows);
+    reduce(partial, rows, last_first, sums.mutable_data_ptr<float>());
   return sums;
 }
 
@@ -293,7 +316,8 @@ Gradients backward(
     return torch::stable::new_zeros(
         lse, needed ? std::vector<int64_t>{problem.blocks(), shape.heads, rows} : none);
   };
-  Tensor table = partial(need_table, shape.table_rows), pad = partial(need_pad, 2 * shape.head_dim);
+  Tensor table = partial(need_table, problem.column_rows);
+  Tensor pad = partial(need_pad, 2 * shape.head_dim);
   problem.run(
       kernels().backward, need_table ? table.mutable_data_ptr() : nullptr,
       need_pad ? pad.mutable_data_ptr() : nullptr, [&](WindowTask& task) {
@@ -304,8 +328,8 @@ Gradients backward(
         task.grad_k = problem.rows_of(grads.x, 1);
         task.grad_v = problem.rows_of(grads.x, 2);
       });
-  if (need_table) grads.table = reduced(table);
-  if (need_pad) grads.pad = reduced(pad);
+  if (need_table) grads.table = reduced(table, shape.table_rows, true);
+  if (need_pad) grads.pad = reduced(pad, 2 * shape.head_dim, false);
   return grads;
 }
 

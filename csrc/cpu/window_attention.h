@@ -1,16 +1,19 @@
 // Attention of one window and one head, for the images that share the window. Included by kernels.h.
 //
-// With n slots of which m are tokens, head dim D, and np, dp their multiples of the vector width, the
-// tiles are
-//   q (times scale), grad_out [m, dp];  k, v [n, dp];  k_t, v_t [dp, np];  result [n, dp];
-//   bias, scores, grad_scores, grad_bias [m, np].
-// The bias tile, with -inf in the columns beyond n, is made once for all images; the gradient of
-// the bias is summed in a tile over them and added to the table once.
+// Queries are taken kQueries at a time, so that the tiles of their scores stay in the second cache.
+// With n slots of which m are tokens, m' = min(m, kQueries), head dim D, and np, dp the multiples of n
+// and D of the vector width, the tiles are
+//   q (times scale), grad_out, result [m', dp];  k, v, grad_k, grad_v [n, dp];  k_t, v_t [dp, np];
+//   bias, scores, grad_scores, grad_bias [m', np].
+// The bias tile has -inf in the columns beyond n. Where m' = m it is made once for all images, and the
+// gradient of the bias is summed in a tile over them and added to the table once.
+constexpr int kQueries = 64;
 
 template <class A>
 struct Tiles {
   A *bias, *scores, *grad_scores, *grad_bias;
-  A *q, *k, *v, *grad_out, *result;
+  A *q, *grad_out, *result;
+  A *k, *v, *grad_k, *grad_v;
   A *k_t, *v_t;
   int64_t np, dp;
   int64_t bytes = 0;
@@ -25,10 +28,11 @@ struct Tiles {
       bytes += (elements * int64_t(sizeof(A)) + 63) / 64 * 64;
       return tile;
     };
-    bias = take(n * np), scores = take(n * np);
-    grad_scores = take(n * np), grad_bias = take(n * np);
-    q = take(n * dp), k = take(n * dp), v = take(n * dp);
-    grad_out = take(n * dp), result = take(n * dp);
+    const int64_t queries = n < kQueries ? n : kQueries;
+    bias = take(queries * np), scores = take(queries * np);
+    grad_scores = take(queries * np), grad_bias = take(queries * np);
+    q = take(queries * dp), grad_out = take(queries * dp), result = take(queries * dp);
+    k = take(n * dp), v = take(n * dp), grad_k = take(n * dp), grad_v = take(n * dp);
     k_t = take(dp * np), v_t = take(dp * np);
   }
 };
@@ -93,16 +97,61 @@ GREENMIM_INLINE void prefetch_row(const T* row, int head_dim, bool to_write) {
              : __builtin_prefetch((const char*)row + byte, 0, 2);
 }
 
+// kPiece elements of a column, and as many integers.
 template <class A>
-GREENMIM_INLINE void make_bias(const WindowTask& task, const Tiles<A>& t) {
-  const A* table = (const A*)task.table;
+struct Piece {
+  typedef A type __attribute__((vector_size(kPiece * sizeof(A)), aligned(sizeof(A)), may_alias));
+  typedef decltype((type){} < (type){}) integer;
+  static constexpr integer lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+};
+
+// Of `count` queries from `first` on.
+template <class A>
+GREENMIM_INLINE void make_bias(const WindowTask& task, const Tiles<A>& t, int first, int count) {
+  using P = typename Piece<A>::type;
   const int n = task.size;
-  for (int i = 0; i < task.tokens; i++) {
+  for (int i = 0; i < count; i++) {
     A* row = t.bias + i * t.np;
-    const int32_t first = task.query_row[i];
-    for (int j = 0; j < n; j++)
-      row[j] = table == nullptr ? A(0) : table[int64_t(first + task.key_row[j]) * task.num_heads];
+    const A* column = (const A*)task.table;
+    if (column == nullptr) {
+      for (int j = 0; j < n; j++) row[j] = 0;
+    } else if (column += task.query_row[first + i]; task.runs == nullptr) {
+      for (int j = 0; j < n; j++) row[j] = column[task.key_row[j]];
+    } else {
+      // In whole pieces: what is behind a run is written by the next one, or by the next row.
+      const Run* end = task.runs + task.num_runs;
+      for (const Run* run = task.runs; run < end; run++) {
+        const int count = run->count;
+        A* to = row + run->slot;
+        const A* from = column + run->key_row;
+        for (int j = 0; j < count; j += kPiece) *(P*)(to + j) = *(const P*)(from + j);
+      }
+    }
     for (int64_t j = n; j < t.np; j++) row[j] = -__builtin_inf();
+  }
+}
+
+// The gradient of the bias likewise, added to the sums for the table.
+template <class A>
+GREENMIM_INLINE void add_grad_bias(
+    const WindowTask& task, const Tiles<A>& t, int first, int count) {
+  using P = typename Piece<A>::type;
+  using I = typename Piece<A>::integer;
+  for (int i = 0; i < count; i++) {
+    A* column = (A*)task.grad_table + task.query_row[first + i];
+    const A* row = t.grad_bias + i * t.np;
+    if (task.runs == nullptr) {
+      for (int j = 0; j < task.size; j++) column[task.key_row[j]] += row[j];
+      continue;
+    }
+    const Run* end = task.runs + task.num_runs;
+    for (const Run* run = task.runs; run < end; run++) {
+      const int count = run->count;
+      A* to = column + run->key_row;
+      const A* from = row + run->slot;
+      for (int j = 0; j < count; j += kPiece)
+        *(P*)(to + j) += (P)((I)*(const P*)(from + j) & (Piece<A>::lanes < count - j));
+    }
   }
 }
 
@@ -135,54 +184,60 @@ void forward(const WindowTask& task, void* scratch) {
   const int64_t channels = int64_t(task.num_heads) * head_dim;
   const HeadRows<T> q(task.q, task.head), k(task.k, task.head), v(task.v, task.head);
   const Tiles<A> t(scratch, n, head_dim);
-  make_bias(task, t);
+  const bool at_once = m <= kQueries;
+  if (at_once) make_bias(task, t, 0, m);
   load_padding<A, T>(task, t);
   for (int64_t b = task.first_image; b < task.last_image; b++) {
     const int64_t next = b + 1 < task.last_image ? b + 1 : b;
     const T *next_q = q.of(next), *next_k = k.of(next), *next_v = v.of(next);
     T* out = (T*)task.out + b * task.rows_per_image * channels + task.head * head_dim;
     A* lse = (A*)task.lse + (b * task.num_heads + task.head) * task.rows_per_image;
-    load_rows<A>(t.q, t.dp, q.of(b), q.row, task.rows, m, head_dim, A(task.scale));
     load_rows<A>(t.k, t.dp, k.of(b), k.row, task.rows, m, head_dim, A(1));
     load_rows<A>(t.v, t.dp, v.of(b), v.row, task.rows, m, head_dim, A(1));
     transpose<A>(t.k_t, t.np, t.k, t.dp, n);
-    product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, m, t.np, head_dim);
-    for (int i = 0; i < m; i++) {
-      A* row = t.scores + i * t.np;
-      const A* bias = t.bias + i * t.np;
-      prefetch_row(out + task.rows[i] * channels, head_dim, true);
-      prefetch_row(next_q + task.rows[i] * q.row, head_dim, false);
-      prefetch_row(next_k + task.rows[i] * k.row, head_dim, false);
-      prefetch_row(next_v + task.rows[i] * v.row, head_dim, false);
-      Vec<A> largest = broadcast<A>(-__builtin_inf());
-      for (int64_t j = 0; j < t.np; j += W) {
-        const Vec<A> score = load<A>(row + j) + load<A>(bias + j);
-        largest = score > largest ? score : largest;
-        store<A>(row + j, score);
+    for (int first = 0; first < m; first += kQueries) {
+      const int32_t* rows = task.rows + first;
+      const int count = m - first < kQueries ? m - first : kQueries;
+      if (!at_once) make_bias(task, t, first, count);
+      load_rows<A>(t.q, t.dp, q.of(b), q.row, rows, count, head_dim, A(task.scale));
+      product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, count, t.np, head_dim);
+      A factors[kQueries];
+      for (int i = 0; i < count; i++) {
+        A* row = t.scores + i * t.np;
+        const A* bias = t.bias + i * t.np;
+        prefetch_row(out + rows[i] * channels, head_dim, true);
+        prefetch_row(next_q + rows[i] * q.row, head_dim, false);
+        prefetch_row(next_k + rows[i] * k.row, head_dim, false);
+        prefetch_row(next_v + rows[i] * v.row, head_dim, false);
+        Vec<A> largest = broadcast<A>(-__builtin_inf());
+        for (int64_t j = 0; j < t.np; j += W) {
+          const Vec<A> score = load<A>(row + j) + load<A>(bias + j);
+          largest = score > largest ? score : largest;
+          store<A>(row + j, score);
+        }
+        const A maximum = horizontal_max<A>(largest);
+        Vec<A> sums{};
+        for (int64_t j = 0; j < t.np; j += W) {
+          const Vec<A> p = exponential(load<A>(row + j) - maximum);
+          sums += p;
+          store<A>(row + j, p);
+        }
+        const A sum = horizontal_sum<A>(sums);
+        lse[rows[i]] = maximum + A(__builtin_log(sum));
+        factors[i] = A(1) / sum;
       }
-      const A maximum = horizontal_max<A>(largest);
-      Vec<A> sums{};
-      for (int64_t j = 0; j < t.np; j += W) {
-        const Vec<A> p = exponential(load<A>(row + j) - maximum);
-        sums += p;
-        store<A>(row + j, p);
-      }
-      const A sum = horizontal_sum<A>(sums);
-      lse[task.rows[i]] = maximum + A(__builtin_log(sum));
-      // Dividing the row of probabilities costs the same as dividing the output, and less code.
-      const Vec<A> factor = broadcast<A>(A(1) / sum);
-      for (int64_t j = 0; j < t.np; j += W) store<A>(row + j, load<A>(row + j) * factor);
+      product<A>({t.scores, t.np, 1}, t.v, t.dp, t.result, t.dp, count, t.dp, n);
+      for (int i = 0; i < count; i++)
+        store_rows<A>(out, channels, rows + i, t.result + i * t.dp, t.dp, 1, head_dim, factors[i]);
     }
-    product<A>({t.scores, t.np, 1}, t.v, t.dp, t.result, t.dp, m, t.dp, n);
-    store_rows<A>(out, channels, task.rows, t.result, t.dp, m, head_dim, A(1));
   }
 }
 
-// sums[d] += rows of padding of a result.
+// sums[d] += rows of padding of a gradient.
 template <class A>
-GREENMIM_INLINE void add_padding(A* sums, const WindowTask& task, const Tiles<A>& t) {
+GREENMIM_INLINE void add_padding(A* sums, const WindowTask& task, const A* grad, int64_t dp) {
   for (int i = task.tokens; i < task.size; i++)
-    for (int d = 0; d < task.head_dim; d++) sums[d] += t.result[i * t.dp + d];
+    for (int d = 0; d < task.head_dim; d++) sums[d] += grad[i * dp + d];
 }
 
 template <class T>
@@ -196,73 +251,80 @@ void backward(const WindowTask& task, void* scratch) {
   const HeadRows<T> grad_q(task.grad_q, task.head), grad_k(task.grad_k, task.head),
       grad_v(task.grad_v, task.head);
   A* grad_pad = (A*)task.grad_pad;
-  const bool need_qkv = task.grad_q.data != nullptr;
+  const bool need_qkv = task.grad_q.data != nullptr, need_table = task.grad_table != nullptr;
+  const bool at_once = m <= kQueries;
   const Tiles<A> t(scratch, n, head_dim);
-  make_bias(task, t);
+  if (at_once) make_bias(task, t, 0, m);
   load_padding<A, T>(task, t);
-  for (int64_t j = 0; j < m * t.np; j++) t.grad_bias[j] = 0;
+  const auto clear_grad_bias = [&](int count) {
+    for (int64_t j = 0; j < count * t.np; j++) t.grad_bias[j] = 0;
+  };
+  if (at_once) clear_grad_bias(m);
   for (int64_t b = task.first_image; b < task.last_image; b++) {
     const int64_t next = b + 1 < task.last_image ? b + 1 : b;
     const T *next_q = q.of(next), *next_k = k.of(next), *next_v = v.of(next);
     const T* grad_out = (const T*)task.grad_out + b * image + task.head * head_dim;
     const T* next_grad_out = grad_out + (next - b) * image;
     const A* lse = (const A*)task.lse + (b * task.num_heads + task.head) * task.rows_per_image;
-    load_rows<A>(t.q, t.dp, q.of(b), q.row, task.rows, m, head_dim, A(task.scale));
     load_rows<A>(t.k, t.dp, k.of(b), k.row, task.rows, m, head_dim, A(1));
     load_rows<A>(t.v, t.dp, v.of(b), v.row, task.rows, m, head_dim, A(1));
-    load_rows<A>(t.grad_out, t.dp, grad_out, channels, task.rows, m, head_dim, A(1));
     transpose<A>(t.k_t, t.np, t.k, t.dp, n);
     transpose<A>(t.v_t, t.np, t.v, t.dp, n);
-    product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, m, t.np, head_dim);
-    product<A>({t.grad_out, t.dp, 1}, t.v_t, t.np, t.grad_scores, t.np, m, t.np, head_dim);
-    for (int i = 0; i < m; i++) {
-      A* row = t.scores + i * t.np;
-      A* grad_row = t.grad_scores + i * t.np;
-      const A* bias = t.bias + i * t.np;
-      A* grad_bias = t.grad_bias + i * t.np;
-      const A normaliser = lse[task.rows[i]];
-      prefetch_row(next_grad_out + task.rows[i] * channels, head_dim, false);
-      prefetch_row(next_q + task.rows[i] * q.row, head_dim, false);
-      prefetch_row(next_k + task.rows[i] * k.row, head_dim, false);
-      prefetch_row(next_v + task.rows[i] * v.row, head_dim, false);
-      // delta = sum_j P dP, which is sum_d out grad_out without the rounding of `out`. Divided by the
-      // sum of P: where scores are large that differs from 1 by the rounding of the normaliser, and a
-      // gradient whose rows do not add up to zero would be wrong by as much of delta.
-      Vec<A> deltas{}, sums{};
-      for (int64_t j = 0; j < t.np; j += W) {
-        const Vec<A> p = exponential(load<A>(row + j) + load<A>(bias + j) - normaliser);
-        deltas += p * load<A>(grad_row + j);
-        sums += p;
-        store<A>(row + j, p);
+    for (int first = 0; first < m; first += kQueries) {
+      const int32_t* rows = task.rows + first;
+      const int count = m - first < kQueries ? m - first : kQueries;
+      if (!at_once) make_bias(task, t, first, count), clear_grad_bias(count);
+      load_rows<A>(t.q, t.dp, q.of(b), q.row, rows, count, head_dim, A(task.scale));
+      load_rows<A>(t.grad_out, t.dp, grad_out, channels, rows, count, head_dim, A(1));
+      product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, count, t.np, head_dim);
+      product<A>({t.grad_out, t.dp, 1}, t.v_t, t.np, t.grad_scores, t.np, count, t.np, head_dim);
+      for (int i = 0; i < count; i++) {
+        A* row = t.scores + i * t.np;
+        A* grad_row = t.grad_scores + i * t.np;
+        const A* bias = t.bias + i * t.np;
+        A* grad_bias = t.grad_bias + i * t.np;
+        const A normaliser = lse[rows[i]];
+        prefetch_row(next_grad_out + rows[i] * channels, head_dim, false);
+        prefetch_row(next_q + rows[i] * q.row, head_dim, false);
+        prefetch_row(next_k + rows[i] * k.row, head_dim, false);
+        prefetch_row(next_v + rows[i] * v.row, head_dim, false);
+        // delta = sum_j P dP, which is sum_d out grad_out without the rounding of `out`. Divided by the
+        // sum of P: where scores are large that differs from 1 by the rounding of the normaliser, and a
+        // gradient whose rows do not add up to zero would be wrong by as much of delta.
+        Vec<A> deltas{}, sums{};
+        for (int64_t j = 0; j < t.np; j += W) {
+          const Vec<A> p = exponential(load<A>(row + j) + load<A>(bias + j) - normaliser);
+          deltas += p * load<A>(grad_row + j);
+          sums += p;
+          store<A>(row + j, p);
+        }
+        const A delta = horizontal_sum<A>(deltas) / horizontal_sum<A>(sums);
+        for (int64_t j = 0; j < t.np; j += W) {
+          const Vec<A> grad = load<A>(row + j) * (load<A>(grad_row + j) - delta);
+          store<A>(grad_row + j, grad);
+          store<A>(grad_bias + j, load<A>(grad_bias + j) + grad);
+        }
       }
-      const A delta = horizontal_sum<A>(deltas) / horizontal_sum<A>(sums);
-      for (int64_t j = 0; j < t.np; j += W) {
-        const Vec<A> grad = load<A>(row + j) * (load<A>(grad_row + j) - delta);
-        store<A>(grad_row + j, grad);
-        store<A>(grad_bias + j, load<A>(grad_bias + j) + grad);
+      if (!at_once && need_table) add_grad_bias(task, t, first, count);
+      if (need_qkv) {
+        product<A>({t.grad_scores, t.np, 1}, t.k, t.dp, t.result, t.dp, count, t.dp, n);
+        store_rows<A>(
+            grad_q.of(b), grad_q.row, rows, t.result, t.dp, count, head_dim, A(task.scale));
       }
+      if (!need_qkv && grad_pad == nullptr) continue;
+      // t.q carries the scale already.
+      const bool add = first > 0, all = first + count == m;
+      product<A>({t.grad_scores, 1, t.np}, t.q, t.dp, t.grad_k, t.dp, n, t.dp, count, add);
+      if (all && need_qkv)
+        store_rows<A>(grad_k.of(b), grad_k.row, task.rows, t.grad_k, t.dp, m, head_dim, A(1));
+      if (all && grad_pad != nullptr) add_padding(grad_pad, task, t.grad_k, t.dp);
+      product<A>({t.scores, 1, t.np}, t.grad_out, t.dp, t.grad_v, t.dp, n, t.dp, count, add);
+      if (all && need_qkv)
+        store_rows<A>(grad_v.of(b), grad_v.row, task.rows, t.grad_v, t.dp, m, head_dim, A(1));
+      if (all && grad_pad != nullptr) add_padding(grad_pad + head_dim, task, t.grad_v, t.dp);
     }
-    if (!need_qkv && grad_pad == nullptr) continue;
-    if (need_qkv) {
-      product<A>({t.grad_scores, t.np, 1}, t.k, t.dp, t.result, t.dp, m, t.dp, n);
-      store_rows<A>(
-          grad_q.of(b), grad_q.row, task.rows, t.result, t.dp, m, head_dim, A(task.scale));
-    }
-    // t.q carries the scale already.
-    product<A>({t.grad_scores, 1, t.np}, t.q, t.dp, t.result, t.dp, n, t.dp, m);
-    if (need_qkv)
-      store_rows<A>(grad_k.of(b), grad_k.row, task.rows, t.result, t.dp, m, head_dim, A(1));
-    if (grad_pad != nullptr) add_padding(grad_pad, task, t);
-    product<A>({t.scores, 1, t.np}, t.grad_out, t.dp, t.result, t.dp, n, t.dp, m);
-    if (need_qkv)
-      store_rows<A>(grad_v.of(b), grad_v.row, task.rows, t.result, t.dp, m, head_dim, A(1));
-    if (grad_pad != nullptr) add_padding(grad_pad + head_dim, task, t);
   }
-  if (task.grad_table == nullptr) return;
-  A* grad_table = (A*)task.grad_table;
-  for (int i = 0; i < m; i++)
-    for (int j = 0; j < n; j++)
-      grad_table[task.query_row[i] + task.key_row[j]] += t.grad_bias[i * t.np + j];
+  if (at_once && need_table) add_grad_bias(task, t, 0, m);
 }
 
 void forward_any(const WindowTask& task, void* scratch) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../checks.h"
+#include "capability.h"
 
 #include <algorithm>
 #include <numeric>
@@ -14,13 +15,17 @@ struct Window {
   int64_t start;      // its first slot in the lists below
   int32_t size;       // slots: tokens, then padding that attends
   int32_t tokens;
+  int64_t first_run;
+  int32_t num_runs;  // 0 where runs are too short to be worth it
 };
 
 struct Windows {
   std::vector<Window> list;
   std::vector<int32_t> rows;       // row of a token within its image; -1 of padding
-  std::vector<int32_t> query_row;  // the bias table's row of a pair is a query's number and a key's
-  std::vector<int32_t> key_row;
+  // A pair's row of the bias table, counted from the last one, is a query's number and a key's. The
+  // keys along a grid's line then count up, and the line is a piece of the table.
+  std::vector<int32_t> query_row, key_row;
+  std::vector<Run> runs;
   int32_t largest = 0;             // slots of the fullest window
   // Rows that are in no window, and zero in every result: rows of one partition after the other.
   std::vector<int32_t> outside;
@@ -32,6 +37,22 @@ struct PartitionSlots {
   const int32_t *window_id, *query_row, *key_row;
   int64_t partitions, groups, slots;
 };
+
+// The runs of a window's keys, where there are two keys in one at the least on average.
+inline void find_runs(Windows& windows, Window& window) {
+  window.first_run = int64_t(windows.runs.size());
+  const int32_t* key_row = windows.key_row.data() + window.start;
+  for (int32_t slot = 0; slot < window.size; slot++) {
+    if (slot > 0 && key_row[slot] == key_row[slot - 1] + 1)
+      windows.runs.back().count++;
+    else
+      windows.runs.push_back({slot, 1, key_row[slot]});
+  }
+  window.num_runs = int32_t(windows.runs.size() - window.first_run);
+  if (2 * window.num_runs <= window.size) return;
+  windows.runs.resize(window.first_run);
+  window.num_runs = 0;
+}
 
 // table_rows: 0 without a table.
 inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_t table_rows) {
@@ -71,7 +92,7 @@ inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_
         std::stable_sort(order.begin(), last, by_window);
       }
       for (auto slot = order.begin(); slot != last;) {
-        Window window{p, int64_t(windows.rows.size()), 0, 0};
+        Window window{p, int64_t(windows.rows.size()), 0, 0, 0, 0};
         const int32_t id = window_id[*slot];
         const auto end =
             std::find_if(slot, last, [&](int64_t other) { return window_id[other] != id; });
@@ -86,8 +107,8 @@ inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_
           }
           const bool token = is_token(*slot);
           windows.rows.push_back(token ? row_of(*slot) : -1);
-          windows.query_row.push_back(ends[0]);
-          windows.key_row.push_back(ends[1]);
+          windows.query_row.push_back(int32_t(table_rows) - 1 - ends[0]);
+          windows.key_row.push_back(-ends[1]);
           window.tokens += token;
         }
         STD_TORCH_CHECK(
@@ -96,6 +117,7 @@ inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_
             "query_row + key_row of window ", id, " lies outside the ", table_rows,
             " rows of the bias table");
         if (window.tokens == 0) continue;  // nobody asks
+        if (table_rows > 0) find_runs(windows, window);
         windows.largest = std::max(windows.largest, window.size);
         windows.list.push_back(window);
       }
