@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
-from window_cases import HEADS, Windows, problems, swin
+from window_cases import HEADS, Windows, problems, swin, volume
 
 import greenmim_kernels as gk
 from greenmim_kernels.ops import operator
@@ -103,6 +103,19 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("head_dim", [4, 7, 32])
 def test_swin_on_a_grid_that_its_window_does_not_divide(head_dim, pad, dtype):
     agree(swin(pad=pad), "cpp", dtype, head_dim=head_dim, batch=3)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "window"), [((4, 7, 10), (4, 7, 7)), ((11, 12), (11, 12)), ((130,), (65,))]
+)
+def test_windows_with_more_queries_than_are_taken_at_once(window, grid, pad, dtype):
+    """Lines of 7, 12 and 65 keys; one query is left over of 65; images that share the windows."""
+    problem = volume(grid, window)
+    problem.pad = pad
+    agree(problem, "cpp", dtype, head_dim=8, batch=2)
 
 
 def test_padding_is_worth_saying():
