@@ -58,7 +58,6 @@ PATHS = {
     "decoded whole, uint8": {"decode": "full", "augment_on_device": True},
     "reduced, float32": {"decode": "reduced", "augment_on_device": False},
     "reduced, uint8": {"decode": "reduced", "augment_on_device": True},
-    "bytes alone, decoded on the device": {"decode": "device"},
 }
 # Those other than a folder are read by the path of a run on a GPU.
 SOURCES = {"folder": "{}", "a tar": "tar/{}/all.tar", "shards": "wds/{}/{{0..3}}.tar"}

@@ -35,7 +35,8 @@ STEP_CODE = (
     *(f"benchmarks/{name}.py" for name in ("steps", "step_variants", "step_processes", "costs")),
     "benchmarks/measure.py",
     *(f"greenmim/{name}" for name in ("encoders", "mim.py", "decoder.py", "planning.py")),
-    *(f"greenmim/training/{name}.py" for name in ("passes", "parallel", "onednn")),
+    *(f"greenmim/training/{name}.py" for name in ("passes", "parallel")),
+    "greenmim_kernels/onednn.py",
     "benchmarks/naive_model.py",
     "benchmarks/simmim_model.py",
 )

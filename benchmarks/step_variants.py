@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import greenmim_kernels as gk
 from greenmim import GreenMIM, ModelConfig
+from greenmim.encoders.swin import VisibleBlock
 from greenmim.masking import random_visible
 from greenmim.training.distributed import Processes
-from greenmim.training.onednn import use_onednn
 from greenmim.training.parallel import recompute_pointwise
 from greenmim.training.passes import GraphedPasses, Passes
 from greenmim.training.world import World
+from greenmim_kernels.onednn import use_onednn
 
 from .naive_model import NaiveGreenMIM
 from .simmim_model import SimMIM
@@ -182,7 +183,7 @@ class Step:
             plans = variant.kind == "naive-planning"
             forward = self.model if variant.kind == "ours" else Naive(self.model, plans)
         if variant.onednn and problem.precision == "fp32":
-            use_onednn(self.model)
+            use_onednn(self.model, VisibleBlock)
         self.inputs = self._inputs(forward)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = sum(p.numel() for p in self.trained.values())

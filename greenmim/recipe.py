@@ -41,8 +41,8 @@ class DataConfig:
         crop_scale: Least and greatest share of the image's area in a random crop.
         crop_ratio: Least and greatest width / height of a random crop, before it is resized.
         flip: Probability of a horizontal flip.
-        decode: How JPEGs are decoded: full, reduced (at a fraction of the size where the crop is
-            large enough), or device (whole, by torchvision on the GPU). The crops are the same.
+        decode: How JPEGs are decoded: full, or reduced (at a fraction of the size where the crop is
+            large enough). The crops are the same.
         augment_on_device: Flip and normalise on the device: images travel there in 8 bits. null
             does so on a GPU.
         mean: Mean of each RGB channel, in 0 to 1.
@@ -57,7 +57,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
-    decode: Literal["full", "reduced", "device"] = "reduced"
+    decode: Literal["full", "reduced"] = "reduced"
     augment_on_device: bool | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD

@@ -11,7 +11,6 @@ import io
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,13 +36,6 @@ class Crop(NamedTuple):
     def box(self) -> tuple[int, int, int, int]:
         """(left, top, right, bottom), as Pillow has it."""
         return self.left, self.top, self.left + self.width, self.top + self.height
-
-
-class Encoded(NamedTuple):
-    """A JPEG file, uint8 [bytes], to be decoded on the device, and its crop."""
-
-    data: torch.Tensor
-    crop: Crop
 
 
 def draw_crop(height: int, width: int, config: DataConfig) -> Crop:
@@ -123,26 +115,8 @@ def read_crop(
     return F.pil_to_tensor(scaled), crop.flip
 
 
-def read_encoded(
-    file: str | os.PathLike | io.BytesIO, draw: Callable[[int, int], Crop]
-) -> Encoded | None:
-    """The bytes of a JPEG that a GPU can decode, and its crop; None where it cannot.
-
-    Upright, and in grey or YCbCr: others are for `read_crop`.
-    """
-    data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        plain = image.mode in ("RGB", "L") and orientation(image) == 1
-        if image.format != "JPEG" or not plain:
-            return None
-        crop = draw(image.height, image.width)
-    return Encoded(torch.frombuffer(bytearray(data), dtype=torch.uint8), crop)
-
-
 def finishes_in_loader(config: DataConfig, device: torch.device) -> bool:
     """Whether images leave the loader finished, or in 8 bits to be finished on the device."""
-    if config.decode == "device":
-        return False
     # A GPU does in no time what would keep a loader process from loading the next image.
     later = config.augment_on_device
     return device.type != "cuda" if later is None else not later

@@ -6,12 +6,12 @@ What is random is a function of the run's seed and a place in the run, see `seed
 from __future__ import annotations
 
 import warnings
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-from greenmim.data.augment import Crop, Encoded, draw_crop, read_crop, read_encoded
+from greenmim.data.augment import Crop, draw_crop, read_crop
 from greenmim.data.errors import hopeless, patiently, reason_of
 from greenmim.data.sampler import Item
 from greenmim.data.sources import Source
@@ -28,18 +28,16 @@ class Sample(NamedTuple):
 
     Attributes:
         item: Its place in the run.
-        image: uint8 [3, H, W], or a JPEG to be decoded on the device; None: see `stop`.
+        image: uint8 [3, H, W]; None: see `stop`.
         flip: Whether to flip it.
         failures: (path, reason) of files that could not be read.
-        path: The file of a JPEG that is still to be decoded.
         stop: Why the run cannot go on.
     """
 
     item: Item
-    image: torch.Tensor | Encoded | None
+    image: torch.Tensor | None
     flip: bool
     failures: tuple[tuple[str, str], ...]
-    path: str = ""
     stop: str | None = None
 
 
@@ -77,34 +75,23 @@ class AugmentedImages(Dataset):
         Raises:
             UserError: the first files are all corrupt, or nothing could be.
         """
-        if stop := self._sample(Item(0, 0, 0, 0), self.config.decode, []).stop:
+        if stop := self[Item(0, 0, 0, 0)].stop:
             raise UserError(stop)
         return self.source.notes()
 
     def __getitem__(self, item: Item) -> Sample:
-        return self._sample(item, self.config.decode, [])
-
-    def instead(self, item: Item, failure: tuple[str, str]) -> Sample:
-        """What takes the place of an image that could not be decoded on the device."""
-        return self._sample(item, "reduced", [failure])
-
-    def _sample(
-        self,
-        item: Item,
-        decode: Literal["full", "reduced", "device"],
-        failures: list[tuple[str, str]],
-    ) -> Sample:
-        """The sample of an image or of one that stands in; `failures`: of those tried before.
+        """The sample of an image or of one that stands in.
 
         Nothing is remembered of a file that failed: it may have been the network.
         """
+        failures: list[tuple[str, str]] = []
         index = self._index(item)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
-            for step in range(len(failures), min(len(self), MAX_BAD_IN_A_ROW)):
+            for step in range(min(len(self), MAX_BAD_IN_A_ROW)):
                 candidate = self.source.stand_in(index, step)
                 try:
-                    sample = patiently(lambda chosen=candidate: self._read(chosen, item, decode))
+                    sample = patiently(lambda chosen=candidate: self._read(chosen, item))
                     return sample._replace(failures=tuple(failures))
                 except Exception as error:  # decoders raise anything on a broken file
                     path = self.source.path(candidate)
@@ -118,7 +105,7 @@ class AugmentedImages(Dataset):
         )
         return Sample(item, None, False, tuple(failures), stop=why)
 
-    def _read(self, index: int, item: Item, decode: str) -> Sample:
+    def _read(self, index: int, item: Item) -> Sample:
         """The crop of an image of the source for a place in the run."""
 
         def draw(height: int, width: int) -> Crop:
@@ -133,10 +120,8 @@ class AugmentedImages(Dataset):
                 torch.set_rng_state(before)
 
         file = self.source.open(index)
-        if decode == "device" and (encoded := read_encoded(file, draw)):
-            path = self.source.path(index)
-            return Sample(item, encoded, encoded.crop.flip, (), path)
-        return Sample(item, *read_crop(file, self.image_size, draw, decode == "reduced"), ())
+        reduce = self.config.decode == "reduced"
+        return Sample(item, *read_crop(file, self.image_size, draw, reduce), ())
 
     def _index(self, item: Item) -> int:
         repeat, position = divmod(item.position, len(self))

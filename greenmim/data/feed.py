@@ -1,4 +1,4 @@
-"""The batches of a loader, on the device: waited for, copied beside the update before, decoded."""
+"""The batches of a loader, on the device: waited for, copied beside the update before."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from greenmim.data.augment import Finish
-from greenmim.data.dataset import AugmentedImages
-from greenmim.data.device_decode import decode_into
 from greenmim.data.loader import Batch
 from greenmim.recipe import UserError
 
@@ -48,7 +46,6 @@ class Feed:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0
         self.failures: list[tuple[str, str]] = []
-        self._dataset: AugmentedImages = loader.dataset
         self._finish = Finish(loader.dataset.config, device)
         others = set(multiprocessing.active_children())
         self._batches = iter(loader)
@@ -110,27 +107,13 @@ class Feed:
 
     def _to_device(self, batch: Batch) -> Batch:
         if self._copies is None:
-            return self._decode(batch.to(self.device))
+            return batch.to(self.device)
         with torch.cuda.stream(self._copies):
-            batch = self._decode(batch.to(self.device, non_blocking=True))
+            batch = batch.to(self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._copies)
         batch.record_stream(current)
         return batch
-
-    def _decode(self, batch: Batch) -> Batch:
-        if batch.encoded is None:
-            return batch
-        encoded = batch.encoded
-        for number, reason in decode_into(batch.images, encoded):
-            sample = self._dataset.instead(encoded.items[number], (encoded.paths[number], reason))
-            self._name(sample.failures)
-            if sample.stop:
-                raise UserError(sample.stop)
-            place = encoded.places[number]
-            batch.images[place] = sample.image.to(self.device)
-            batch.flips[place] = sample.flip
-        return replace(batch, encoded=None)
 
     def _name(self, failures: tuple[tuple[str, str], ...]) -> None:
         for path, reason in failures:

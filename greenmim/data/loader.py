@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader
 
 from greenmim.config import UNIT_PIXELS
 from greenmim.data import shared
-from greenmim.data.augment import Encoded, Finish
+from greenmim.data.augment import Finish
 from greenmim.data.dataset import AugmentedImages, Sample
-from greenmim.data.device_decode import EncodedBatch
 from greenmim.data.sampler import PLACES, EpochSampler
 from greenmim.guards import StopSignal
 from greenmim.masking import block_visible, random_visible
@@ -44,7 +43,6 @@ class Batch:
         plan: Of the masks.
         failures: (path, reason) of files that could not be read.
         flips: bool [B], which images to flip; None where all is done.
-        encoded: Images still to be decoded.
         stop: Why the run cannot go on: as text, for an error loses its sentence between processes.
     """
 
@@ -52,11 +50,10 @@ class Batch:
     plan: Plan | None
     failures: tuple[tuple[str, str], ...]
     flips: torch.Tensor | None = None
-    encoded: EncodedBatch | None = None
     stop: str | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """The batch on a device; what is to be decoded stays."""
+        """The batch on a device."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -114,10 +111,9 @@ class Collate:
         # Crops are channels last, and are left so.
         images = shared.empty((len(samples), height, width, 3), torch.uint8).permute(0, 3, 1, 2)
         for place, sample in enumerate(samples):
-            if not isinstance(sample.image, Encoded):
-                images[place] = sample.image
+            images[place] = sample.image
         flips = shared.copied(torch.tensor([sample.flip for sample in samples]))
-        return Batch(images, plan, failures, flips, join_encoded(samples))
+        return Batch(images, plan, failures, flips)
 
     def _plan(self, rng: np.random.Generator, count: int) -> Plan:
         """The plan of masks for so many images."""
@@ -126,30 +122,10 @@ class Collate:
         return Plan(shared.copied(plan.memory), plan.layout)
 
     def batch_bytes(self, count: int) -> int:
-        """What a batch of so many images takes; of JPEGs that are not decoded yet, about."""
+        """What a batch of so many images takes."""
         pixels = count * 3 * math.prod(side * UNIT_PIXELS for side in self.planner.unit_grid)
         images = pixels * (1 if self.finish is None else 4)
         return images + self._plan(generator(self.seed, MASK), count).memory.nbytes
-
-
-def join_encoded(samples: list[Sample]) -> EncodedBatch | None:
-    """The images that are still files, in one piece of memory; None if there is none."""
-    found = [
-        (place, sample) for place, sample in enumerate(samples) if isinstance(sample.image, Encoded)
-    ]
-    if not found:
-        return None
-    files = [sample.image.data for _, sample in found]
-    sizes = [len(file) for file in files]
-    data = shared.empty((sum(sizes),), torch.uint8)
-    return EncodedBatch(
-        data=torch.cat(files, out=data),
-        sizes=sizes,
-        places=[place for place, _ in found],
-        crops=[sample.image.crop for _, sample in found],
-        items=[sample.item for _, sample in found],
-        paths=[sample.path for _, sample in found],
-    )
 
 
 def draw_visible(

@@ -16,17 +16,16 @@ from torch.utils.data import DataLoader
 import greenmim
 from greenmim.data.augment import Finish, finishes_in_loader
 from greenmim.data.dataset import AugmentedImages
-from greenmim.data.device_decode import check_device
 from greenmim.data.loader import Collate, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import Source, find_source
+from greenmim.encoders.swin import VisibleBlock
 from greenmim.masking import num_visible_units
 from greenmim.messages import first_line
 from greenmim.mim import GreenMIM
 from greenmim.planning import Planner
 from greenmim.recipe import Recipe, UserError
 from greenmim.training.distributed import Processes
-from greenmim.training.onednn import use_onednn
 from greenmim.training.parallel import distribute, whole_weights
 from greenmim.training.passes import GraphedPasses, Passes
 from greenmim.training.resume import (
@@ -47,6 +46,7 @@ from greenmim.training.trackers import check_trackers
 from greenmim.training.world import World
 from greenmim_kernels import use_backend
 from greenmim_kernels.host_memory import keep_freed_memory
+from greenmim_kernels.onednn import use_onednn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Weights and two moments in float32.
@@ -121,9 +121,6 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     with processes.agreed():
         precision = precision_of(recipe, device)
         check_trackers(recipe)
-        if recipe.data.decode == "device":
-            with user_errors():
-                check_device(device)
         with user_errors(), chosen_backend(recipe):
             num_visible_units(recipe.model.num_units, recipe.mask.ratio)
     if recipe.threads:
@@ -162,7 +159,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     if device.type == "cpu":
         keep_freed_memory()
         if precision == torch.float32:
-            use_onednn(model)
+            use_onednn(model, VisibleBlock)
     forward = distribute(model, recipe, processes.alone)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

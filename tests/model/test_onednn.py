@@ -13,7 +13,8 @@ from timm.layers import Mlp
 from torch import nn
 
 import greenmim_kernels as gk
-from greenmim.training.onednn import OneDNNBlock, OneDNNLinear, OneDNNMlp, available, use_onednn
+from greenmim.encoders.swin import VisibleBlock
+from greenmim_kernels.onednn import OneDNNBlock, OneDNNLinear, OneDNNMlp, available, use_onednn
 
 from .conftest import images_for, small, some_visible
 
@@ -146,7 +147,7 @@ def test_a_second_derivative_is_refused(module):
 def test_without_the_kernels_for_a_processor_nothing_is_changed():
     """As attention, which then runs in the reference."""
     program = (
-        "from torch import nn; from greenmim.training.onednn import use_onednn;"
+        "from torch import nn; from greenmim_kernels.onednn import use_onednn;"
         "layers = nn.Sequential(nn.Linear(2, 3)); use_onednn(layers);"
         "print(type(layers[0]).__name__)"
     )
@@ -159,7 +160,7 @@ def test_without_the_kernels_for_a_processor_nothing_is_changed():
 def test_a_model_that_sees_everything_trains_with_it():
     """Its decoder predicts no unit: products of no rows."""
     model = small().float()
-    use_onednn(model)
+    use_onednn(model, VisibleBlock)
     plan = model.plan(np.ones(model.config.num_units, dtype=bool))
     loss = model(images_for(model), plan=plan, loss_only=True).loss
     loss.backward()
@@ -180,7 +181,7 @@ def test_every_gradient_of_a_model_is_the_exact_one(masks, way):
     exact, model = small(), small()
     exact.load_state_dict(model.state_dict())
     model.float()
-    use_onednn(model)
+    use_onednn(model, VisibleBlock)
     images = images_for(exact)
     plan = model.plan(some_visible(exact, None if masks == "shared" else len(images)))
     expected = whole_gradients(exact, images, plan)
@@ -201,7 +202,7 @@ def test_every_gradient_of_a_model_is_the_exact_one(masks, way):
 
 def block_call(model):
     """A call of a block of the third stage, in training."""
-    use_onednn(model)
+    use_onednn(model, VisibleBlock)
     block = model.encoder.layers[2].blocks[0]
     part = model.plan(some_visible(model)).partitions[2][0]
     channels = block.norm1.weight.shape[0]
@@ -215,7 +216,7 @@ def is_one_node(out):
 
 def test_a_block_is_one_node_where_it_may_be():
     block, x, part = block_call(small().float())
-    assert type(block) is OneDNNBlock and is_one_node(block(x, part))
+    assert isinstance(block, OneDNNBlock) and is_one_node(block(x, part))
     with gk.use_backend("reference"):
         other = block(x, part)
     assert not is_one_node(other)
@@ -280,11 +281,11 @@ def test_what_is_changed_inside_a_block_later_counts(how):
 
 def test_a_block_keeps_its_stochastic_depth():
     model = small(drop_path=0.5).float()
-    use_onednn(model)
+    use_onednn(model, VisibleBlock)
     block = model.encoder.layers[3].blocks[0]
     part = model.plan(some_visible(model)).partitions[3][0]
     x = torch.randn(2, part.num_tokens, block.norm1.weight.shape[0], requires_grad=True)
-    assert type(block) is OneDNNBlock and not is_one_node(block(x, part))
+    assert isinstance(block, OneDNNBlock) and not is_one_node(block(x, part))
     assert is_one_node(block.eval()(x, part))
 
 
@@ -311,7 +312,7 @@ def test_a_model_trains_and_compiles_with_it():
     images, plan = images_for(model), model.plan(some_visible(model))
     names = list(model.state_dict())
     expected = model(images, plan=plan).loss
-    use_onednn(model)
+    use_onednn(model, VisibleBlock)
     assert list(model.state_dict()) == names
     blocks = [*model.encoder.blocks(), *model.decoder_blocks]
     assert all(type(block.mlp) is OneDNNMlp for block in blocks)

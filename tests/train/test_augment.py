@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,15 @@ from torchvision.transforms import RandomResizedCrop, v2
 from train_pictures import picture
 
 from greenmim.cli import main
-from greenmim.data import augment, device_decode
+from greenmim.data import augment
 from greenmim.data.augment import (
     Crop,
-    Encoded,
     Finish,
     draw_crop,
     finishes_in_loader,
     read_crop,
-    read_encoded,
 )
 from greenmim.data.dataset import AugmentedImages
-from greenmim.data.device_decode import check_device
 from greenmim.data.feed import Feed
 from greenmim.data.loader import Batch, Collate, make_loader
 from greenmim.data.sampler import EpochSampler
@@ -205,17 +201,11 @@ def test_a_batch_finished_on_the_device_is_the_batch(jpegs):
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "decode", "in_loader"),
-    [
-        ("cpu", None, "reduced", True),
-        ("cuda", None, "reduced", False),
-        ("cpu", True, "reduced", False),
-        ("cuda", False, "full", True),
-        ("cuda", False, "device", False),
-    ],
+    ("device", "asked", "in_loader"),
+    [("cpu", None, True), ("cuda", None, False), ("cpu", True, False), ("cuda", False, True)],
 )
-def test_where_images_are_finished(device, asked, decode, in_loader):
-    config = DataConfig(augment_on_device=asked, decode=decode)
+def test_where_images_are_finished(device, asked, in_loader):
+    config = DataConfig(augment_on_device=asked)
     assert finishes_in_loader(config, torch.device(device)) == in_loader
 
 
@@ -243,68 +233,6 @@ def test_images_travel_in_eight_bits(jpegs):
     assert batch.images.is_contiguous(memory_format=torch.channels_last)  # as crops come
 
 
-def test_decoding_on_the_device_gives_the_same_crops(jpegs):
-    """The decoders differ in rounding, the antialiased scaling at the edges."""
-    here, there = batches(jpegs), batches(jpegs, decode="device")
-    assert not here[1] and not there[1]
-    for a, b in zip(here[0], there[0], strict=True):
-        assert a.images.shape == b.images.shape
-        assert (a.images - b.images).square().mean().sqrt() < 0.12
-
-
-def test_what_a_gpu_cannot_decode_is_decoded_before(jpegs):
-    kinds = {
-        path.name: read_encoded(str(path), middle) is not None for path in sorted(jpegs.iterdir())
-    }
-    assert kinds == {**{f"{i}.jpg": True for i in range(5)}, "5.png": False, "6.jpg": False}
-    assert isinstance(read_encoded(str(jpegs / "0.jpg"), middle), Encoded)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])  # 1: there is no good image beside it
-def test_what_the_device_cannot_decode_has_the_stand_in_of_every_other_way(jpegs, batch_size):
-    spoilt = jpegs / "2.jpg"
-    data = bytearray(spoilt.read_bytes())
-    table = data.index(b"\xff\xc4")  # the first Huffman table; the header before it stays whole
-    data[table + 5 : table + 60] = b"\xee" * 55
-    spoilt.write_bytes(data)
-    expected, _ = batches(jpegs, batch_size=batch_size)
-    found, failures = batches(jpegs, batch_size=batch_size, decode="device")
-    assert [path for path, reason in failures if reason] == [str(spoilt)]
-    a, b = (torch.cat([batch.images for batch in each]) for each in (expected, found))
-    assert (a - b).square().mean((1, 2, 3)).sqrt().max() < 0.2
-    items = [item for batch in EpochSampler(7, batch_size, repeats=2, seed=5) for item in batch]
-    spoilt_places = [place for place, item in enumerate(items) if item.position % 7 == 2]
-    assert spoilt_places and all(torch.equal(a[place], b[place]) for place in spoilt_places)
-
-
-def test_time_spent_decoding_is_time_spent_waiting(jpegs, monkeypatch):
-    real = device_decode._decode
-
-    def slow(files, device):
-        time.sleep(0.1)
-        return real(files, device)
-
-    monkeypatch.setattr(device_decode, "_decode", slow)
-    feed = feed_of(jpegs, decode="device")
-    feed.next()
-    assert feed.waited >= 0.1
-
-
-def test_the_device_has_to_be_a_gpu(tiny, photos, tmp_path, capsys):
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        check_device(torch.device("cpu"))
-    arguments = [
-        "--config",
-        str(tiny),
-        "--data.root",
-        str(photos),
-        "--work-dir",
-        str(tmp_path / "r"),
-    ]
-    assert main(["pretrain", *arguments, "--data.decode", "device"]) == 2
-    assert "--data.decode device needs a CUDA GPU" in capsys.readouterr().err
-
-
 def test_a_run_finished_on_the_device_is_the_run(tiny, photos, tmp_path):
     losses = []
     for name in ("true", "false"):
@@ -315,15 +243,3 @@ def test_a_run_finished_on_the_device_is_the_run(tiny, photos, tmp_path):
         lines = (work / "log.jsonl").read_text().splitlines()
         losses.append([line.split('"loss"')[1][:24] for line in lines if '"loss"' in line])
     assert losses[0] == losses[1] and len(losses[0]) > 3
-
-
-def test_what_torchvision_cannot_decode_is_left_to_pillow(jpegs, monkeypatch):
-    def refuse(files, device):
-        raise RuntimeError("no such colours")
-
-    expected, _ = batches(jpegs)
-    monkeypatch.setattr(device_decode, "_decode", refuse)
-    found, failures = batches(jpegs, decode="device")
-    assert not failures
-    for a, b in zip(expected, found, strict=True):
-        assert (a.images - b.images).square().mean().sqrt() < 0.12

@@ -162,7 +162,7 @@ def test_a_batch_that_shared_memory_has_no_room_for_ends_the_run(most, photos, m
         feed.next()
 
 
-@pytest.mark.parametrize("data", [{}, {"augment_on_device": True}, {"decode": "device"}])
+@pytest.mark.parametrize("data", [{}, {"augment_on_device": True}])
 def test_everything_that_travels_is_made_in_shared_memory(data, tmp_path, monkeypatch) -> None:
     """What is not would be brought there by the thread whose errors are lost."""
     for index in range(7):
@@ -171,9 +171,7 @@ def test_everything_that_travels_is_made_in_shared_memory(data, tmp_path, monkey
     feed = feed_of(tmp_path, **data)
     batch = next(feed._batches)
     parts = [batch.images, batch.plan.memory, batch.flips]
-    parts += [batch.encoded.data] if batch.encoded else []
     assert all(part.is_shared() for part in parts if part is not None)
-    assert (batch.encoded is None) == ("decode" not in data)
 
 
 def shm(monkeypatch, free: int, blocks: int = 10**6) -> None:

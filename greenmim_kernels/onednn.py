@@ -6,20 +6,23 @@ less time on an AMD EPYC. An MLP is one operator, whose GELU costs no pass of it
 operators are in csrc/cpu/linear.cpp. A block is one node of autograd: between two products, which
 fill the caches with weights, Python is several times slower than in a loop of its own.
 
+    use_onednn(model)  # any model with nn.Linear, before its first step
+
 Calls that are not in float32, not on a CPU or under autocast are the layers' own.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from greenmim.encoders.swin import VisibleBlock
-from greenmim_kernels import GroupPartition, available_backends
-from greenmim_kernels.backends import choose_backend
-from greenmim_kernels.ops import operator
+from .backends import available_backends, choose_backend
+from .ops import operator
+from .partition import GroupPartition
 
 _linear, _linear_backward = operator("onednn_linear"), operator("onednn_linear_backward")
 _mlp, _mlp_backward = operator("onednn_mlp"), operator("onednn_mlp_backward")
@@ -64,8 +67,11 @@ class OneDNNMlp(Mlp):
         return not drops and _is_plain(self) and not any(map(_has_hooks, modules))
 
 
-class OneDNNBlock(VisibleBlock):
-    """A Swin block that is one node of autograd, of such layers."""
+class OneDNNBlock:
+    """A Swin block that is one node of autograd, of such layers.
+
+    A base of a class beside the block's own, which has `_run(x, part)` and the names of timm's.
+    """
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
         if not self._takes(x, part):
@@ -112,11 +118,15 @@ class OneDNNBlock(VisibleBlock):
         return choose_backend("group_window_attention", x.device, x.dtype, *sizes) == "cpp"
 
 
-def use_onednn(model: nn.Module) -> None:
+def use_onednn(model: nn.Module, block_class: type[nn.Module] | None = None) -> None:
     """Make every nn.Linear of a float32 model on a CPU an `OneDNNLinear`, where available.
 
-    A timm Mlp with the exact GELU becomes an `OneDNNMlp`, and a block of the encoder with these an
-    `OneDNNBlock`. What is changed inside of them later, or has hooks there, runs layer by layer.
+    A timm Mlp with the exact GELU becomes an `OneDNNMlp`. What is changed inside of one later, or
+    has hooks there, runs layer by layer. Parameters, names and the state dict stay.
+
+    Args:
+        model: Changed in place.
+        block_class: Blocks of exactly this class, of such layers, become an `OneDNNBlock`, too.
     """
     if not available():
         return
@@ -127,8 +137,13 @@ def use_onednn(model: nn.Module) -> None:
         if type(module) is Mlp and _is_plain(module):
             module.__class__ = OneDNNMlp
     for module in list(model.modules()):
-        if type(module) is VisibleBlock and _has_onednn(module):
-            module.__class__ = OneDNNBlock
+        if type(module) is block_class and _has_onednn(module):
+            module.__class__ = _one_node(block_class)
+
+
+@functools.cache
+def _one_node(block_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"OneDNN{block_class.__name__}", (OneDNNBlock, block_class), {})
 
 
 def _is_plain(mlp: Mlp) -> bool:
@@ -137,7 +152,7 @@ def _is_plain(mlp: Mlp) -> bool:
     return layers and exact and type(mlp.norm) is nn.Identity
 
 
-def _has_onednn(block: VisibleBlock) -> bool:
+def _has_onednn(block: nn.Module) -> bool:
     linear = type(block.attn.qkv) is type(block.attn.proj) is OneDNNLinear
     norms = type(block.norm1) is type(block.norm2) is nn.LayerNorm
     return linear and norms and type(block.mlp) is OneDNNMlp
