@@ -12,20 +12,22 @@ kernel or a pass needs while it runs, the fragments of an allocator, gradients.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import greenmim_kernels as gk
 from greenmim import GreenMIM, ModelConfig
 from greenmim.config import model_config
 from greenmim.masking import random_visible
-from greenmim.training.estimate import autocast_as_on, counting_kept
 from greenmim.training.parallel import recompute_pointwise
 
 from .step_variants import Dense, Naive
@@ -53,6 +55,43 @@ class Kept:
     def total(self, batch: int) -> int:
         """Bytes when the forward pass is done."""
         return self.per_image * batch + self.fixed + self.state
+
+
+@contextlib.contextmanager
+def autocast_as_on(device: str, precision: torch.dtype) -> Iterator[None]:
+    """Autocast on the CPU with the types that autocast has on a device.
+
+    On CUDA norms give float32, and what is added to their input is float32 from then on.
+    """
+    original = F.layer_norm
+
+    def layer_norm(x: Tensor, *arguments: object, **options: object) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return original(x.float(), *arguments, **options)
+
+    enabled = precision != torch.float32
+    as_it_is = contextlib.nullcontext()
+    norms = mock.patch.object(F, "layer_norm", layer_norm) if device == "cuda" else as_it_is
+    with norms, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        yield
+
+
+@contextlib.contextmanager
+def counting_kept(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Counts what is kept for the backward pass meanwhile, weights left out: bytes by address."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    held = []  # the tensors, so that no address comes twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights and address not in kept:
+            held.append(tensor)
+            kept[address] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 def kept_by_all(config: ModelConfig, mask_ratio: float) -> Iterator[Kept]:
@@ -91,7 +130,7 @@ def _kept(
         images = torch.zeros(count, 3, *size)
         with autocast_as_on("cuda", torch.bfloat16), counting_kept(model) as kept:
             loss(images)
-        totals.append(kept.total)
+        totals.append(sum(kept.values()))
     one, two = totals
     weights = sum(p.numel() for p in model.parameters())
     return Kept(name, two - one, 2 * one - two, STATE_BYTES * weights)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import costs
+from benchmarks.kept import autocast_as_on
 from greenmim import GreenMIM, ModelConfig, create_model
 from greenmim.masking import random_visible
-from greenmim.training.estimate import autocast_as_on
 
 SIZES = ModelConfig(
     image_size=(96, 128), window_size=3, embed_dim=16, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8),

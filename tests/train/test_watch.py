@@ -29,11 +29,9 @@ from greenmim.data.sources import Folder
 from greenmim.mim import GreenMIM
 from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.tools.loading import load_model
-from greenmim.training.estimate import autocast_as_on, forward_flops, kept_bytes
+from greenmim.training.dry_run import forward_flops
 from greenmim.training.log_file import read_log
 from greenmim.training.pictures import HIDDEN_GREY, Album
-
-F_LAYER_NORM = nn.functional.layer_norm
 
 # ---- TensorBoard, wandb, the bar ----------------------------------------------------------------
 
@@ -189,7 +187,6 @@ def test_dry_run_says_it_all_and_writes_nothing(
         "steps per epoch  2, 4 in 2 epochs; 0 images left out",
         "images/update    6 = 3 x 2 accumulated x 1 processes",
         "learning rate 0.001 (as given)",
-        "memory estimate  0.0",
         "GFLOPs           0.0",
         "batch_size: 3",
     ):
@@ -237,48 +234,6 @@ def test_flops_of_linear_layers_agree_with_torch_alone() -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 96, 64), plan=plan)
     assert counter.get_total_flops() < forward_flops(model, plan) < 1.2 * counter.get_total_flops()
-
-
-def test_kept_bytes_grow_with_the_batch_and_count_each_tensor_once() -> None:
-    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
-
-    class Model(nn.Module):
-        config = TINY
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.encoder = model, types.SimpleNamespace(blocks=lambda: iter(()))
-            self.decoder_blocks: list = []
-
-        def forward(self, batch, plan, loss_only):
-            return self.inner(torch.ones(len(batch), 8)).sum()
-
-    one, two = (kept_bytes(Model(), None, n) for n in (1, 2))
-    assert one.total == 4 * (8 + 16 + 16) and two.total == 2 * one.total
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_activation_checkpointing_keeps_little_more_than_the_blocks_inputs(precision) -> None:
-    model = GreenMIM(model_config("greenmim_swin_tiny_patch4_window7_224")).train()
-    plan = model.plan(np.arange(49) % 4 == 0)
-    with autocast_as_on("cuda", precision):
-        plain = kept_bytes(model, plan, 2)
-        model.set_grad_checkpointing()
-        little = kept_bytes(model, plan, 2)
-    assert little.total < plain.total / 2
-    estimate = plain.total - plain.blocks + plain.inputs
-    assert little.total == pytest.approx(estimate, rel=0.25)
-
-
-def test_norms_are_in_float32_as_on_cuda_and_the_sums_they_take() -> None:
-    norm, x = nn.LayerNorm(8), torch.ones(2, 8, dtype=torch.bfloat16)
-    types = {}
-    for device in ("cpu", "cuda"):
-        with autocast_as_on(device, torch.bfloat16):
-            types[device] = norm(x).dtype, nn.functional.linear(norm(x), torch.ones(8, 8)).dtype
-    assert types["cuda"] == (torch.float32, torch.bfloat16)
-    assert types["cpu"] == (torch.bfloat16, torch.bfloat16)
-    assert norm(x.float()).dtype == torch.float32 and nn.functional.layer_norm is F_LAYER_NORM
 
 
 # ---- export -------------------------------------------------------------------------------------
