@@ -130,7 +130,8 @@ inline AttentionShape check_attention(
   shape.channels = heads * shape.head_dim;
   if (table) {
     STD_TORCH_CHECK(
-        table->dim() == 2 && table->size(1) == heads, "the bias table must be [rows, ", heads, "]");
+        table->dim() == 2 && table->size(0) > 0 && table->size(1) == heads,
+        "the bias table must be [rows, ", heads, "], with a row at the least");
     STD_TORCH_CHECK(
         table->scalar_type() == table_type, "the bias table must be in fp32 (fp64 for fp64)");
     shape.table_rows = table->size(0);

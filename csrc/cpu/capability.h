@@ -15,14 +15,15 @@ struct Rows {
   int64_t image, row, head;
 };
 
-// Elements that are taken from or added to a column of the bias table at a time: the keys of a grid's
-// line in one step, without reaching into the next line's, which a processor would wait for.
+// Elements that are taken from or added to a column of the bias table at a time. Most lines of a window
+// are one piece; a longer one would reach far into what the line before has just written, for which a
+// processor waits.
 constexpr int kPiece = 8;
 
-// Keys of a window of which the numbers go up by one from slot to slot.
+// Keys of a window of which the places go up by one from slot to slot.
 struct Run {
   int32_t slot, count;
-  int32_t key_row;  // of the first
+  int32_t key_place;  // of the first
 };
 
 // One window, one head, and the images that share them. Slots are tokens first, then padding that
@@ -36,12 +37,12 @@ struct WindowTask {
   const void* grad_out;      // backward only; [images, rows_per_image, heads, head_dim]
   void* out;                 // forward only; the same
   void* lse;                 // [images, heads, rows_per_image], arithmetic type
-  const void* table;         // column of this head, last row first, or null; readable for kPiece more
-  void* grad_table;          // sums of this task likewise, or null
+  const void* table;         // column of this head, last row first, or null; kPiece rows more are read
+  void* grad_table;          // sums of this task likewise, or null; to kPiece rows more zeros are added
   void* grad_pad;            // [2, head_dim] likewise, of pad_k and pad_v, or null
   const int32_t* rows;       // [tokens]
-  const int32_t* query_row;  // [size]; a pair's place in the column is the query's number and the key's
-  const int32_t* key_row;    // [size]
+  const int32_t* query_place;  // [size]; a pair's place in the column is the sum of two
+  const int32_t* key_place;    // [size]
   const Run* runs;           // of the keys; or null where they are short
   int32_t num_runs;
   int32_t size;              // slots in the window

@@ -21,8 +21,8 @@ namespace greenmim::cpu {
 
 namespace {
 
-// Enough tasks to balance many threads. No more: a bias tile is made, and its gradient added to the
-// table, once per task, so that a task should hold as many images of a window as it can. The number
+// Enough tasks to balance many threads. No more: a bias tile of up to 64 tokens is made, and its gradient
+// added to the table, once per task, so that a task should hold as many images of a window as it can. The number
 // does not depend on the threads, so that the sums do not either.
 constexpr int64_t kTasks = 128;
 // Multiply-adds worth a thread of its own.
@@ -169,8 +169,8 @@ struct Problem {
         for (int64_t w = window_blocks[window_block]; w < window_blocks[window_block + 1]; w++) {
           const Window& window = windows.list[w];
           task.rows = windows.rows.data() + window.start;
-          task.query_row = windows.query_row.data() + window.start;
-          task.key_row = windows.key_row.data() + window.start;
+          task.query_place = windows.query_place.data() + window.start;
+          task.key_place = windows.key_place.data() + window.start;
           task.runs = window.num_runs > 0 ? windows.runs.data() + window.first_run : nullptr;
           task.num_runs = window.num_runs;
           task.size = window.size;

@@ -1,6 +1,7 @@
 // Attention of one window and one head, for the images that share the window. Included by kernels.h.
 //
-// Queries are taken kQueries at a time, so that the tiles of their scores stay in the second cache.
+// Queries are taken kQueries at a time at most, so that the tiles of their scores stay in the second
+// cache.
 // With n slots of which m are tokens, m' = min(m, kQueries), head dim D, and np, dp the multiples of n
 // and D of the vector width, the tiles are
 //   q (times scale), grad_out, result [m', dp];  k, v, grad_k, grad_v [n, dp];  k_t, v_t [dp, np];
@@ -8,6 +9,12 @@
 // The bias tile has -inf in the columns beyond n. Where m' = m it is made once for all images, and the
 // gradient of the bias is summed in a tile over them and added to the table once.
 constexpr int kQueries = 64;
+
+// Queries to take at a time: m in as few pieces as can be, of one size.
+GREENMIM_INLINE int queries_at_a_time(int m) {
+  const int pieces = (m + kQueries - 1) / kQueries;
+  return (m + pieces - 1) / pieces;
+}
 
 template <class A>
 struct Tiles {
@@ -112,19 +119,19 @@ GREENMIM_INLINE void make_bias(const WindowTask& task, const Tiles<A>& t, int fi
   const int n = task.size;
   for (int i = 0; i < count; i++) {
     A* row = t.bias + i * t.np;
-    const A* column = (const A*)task.table;
+    const A* column = task.table == nullptr ? nullptr : (const A*)task.table + task.query_place[first + i];
     if (column == nullptr) {
       for (int j = 0; j < n; j++) row[j] = 0;
-    } else if (column += task.query_row[first + i]; task.runs == nullptr) {
-      for (int j = 0; j < n; j++) row[j] = column[task.key_row[j]];
+    } else if (task.runs == nullptr) {
+      for (int j = 0; j < n; j++) row[j] = column[task.key_place[j]];
     } else {
       // In whole pieces: what is behind a run is written by the next one, or by the next row.
       const Run* end = task.runs + task.num_runs;
       for (const Run* run = task.runs; run < end; run++) {
-        const int count = run->count;
+        const int length = run->count;
         A* to = row + run->slot;
-        const A* from = column + run->key_row;
-        for (int j = 0; j < count; j += kPiece) *(P*)(to + j) = *(const P*)(from + j);
+        const A* from = column + run->key_place;
+        for (int j = 0; j < length; j += kPiece) *(P*)(to + j) = *(const P*)(from + j);
       }
     }
     for (int64_t j = n; j < t.np; j++) row[j] = -__builtin_inf();
@@ -138,19 +145,19 @@ GREENMIM_INLINE void add_grad_bias(
   using P = typename Piece<A>::type;
   using I = typename Piece<A>::integer;
   for (int i = 0; i < count; i++) {
-    A* column = (A*)task.grad_table + task.query_row[first + i];
+    A* column = (A*)task.grad_table + task.query_place[first + i];
     const A* row = t.grad_bias + i * t.np;
     if (task.runs == nullptr) {
-      for (int j = 0; j < task.size; j++) column[task.key_row[j]] += row[j];
+      for (int j = 0; j < task.size; j++) column[task.key_place[j]] += row[j];
       continue;
     }
     const Run* end = task.runs + task.num_runs;
     for (const Run* run = task.runs; run < end; run++) {
-      const int count = run->count;
-      A* to = column + run->key_row;
+      const int length = run->count;
+      A* to = column + run->key_place;
       const A* from = row + run->slot;
-      for (int j = 0; j < count; j += kPiece)
-        *(P*)(to + j) += (P)((I)*(const P*)(from + j) & (Piece<A>::lanes < count - j));
+      for (int j = 0; j < length; j += kPiece)
+        *(P*)(to + j) += (P)((I)*(const P*)(from + j) & (Piece<A>::lanes < length - j));
     }
   }
 }
@@ -184,8 +191,10 @@ void forward(const WindowTask& task, void* scratch) {
   const int64_t channels = int64_t(task.num_heads) * head_dim;
   const HeadRows<T> q(task.q, task.head), k(task.k, task.head), v(task.v, task.head);
   const Tiles<A> t(scratch, n, head_dim);
-  const bool at_once = m <= kQueries;
-  if (at_once) make_bias(task, t, 0, m);
+  const int most = queries_at_a_time(m);
+  const bool at_once = most == m;
+  const bool one_bias = at_once || task.table == nullptr;
+  if (one_bias) make_bias(task, t, 0, most);
   load_padding<A, T>(task, t);
   for (int64_t b = task.first_image; b < task.last_image; b++) {
     const int64_t next = b + 1 < task.last_image ? b + 1 : b;
@@ -195,10 +204,10 @@ void forward(const WindowTask& task, void* scratch) {
     load_rows<A>(t.k, t.dp, k.of(b), k.row, task.rows, m, head_dim, A(1));
     load_rows<A>(t.v, t.dp, v.of(b), v.row, task.rows, m, head_dim, A(1));
     transpose<A>(t.k_t, t.np, t.k, t.dp, n);
-    for (int first = 0; first < m; first += kQueries) {
+    for (int first = 0; first < m; first += most) {
       const int32_t* rows = task.rows + first;
-      const int count = m - first < kQueries ? m - first : kQueries;
-      if (!at_once) make_bias(task, t, first, count);
+      const int count = m - first < most ? m - first : most;
+      if (!one_bias) make_bias(task, t, first, count);
       load_rows<A>(t.q, t.dp, q.of(b), q.row, rows, count, head_dim, A(task.scale));
       product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, count, t.np, head_dim);
       A factors[kQueries];
@@ -224,7 +233,7 @@ void forward(const WindowTask& task, void* scratch) {
         }
         const A sum = horizontal_sum<A>(sums);
         lse[rows[i]] = maximum + A(__builtin_log(sum));
-        factors[i] = A(1) / sum;
+        factors[i] = A(1) / sum;  // of the output's row, which is shorter than the scores'
       }
       product<A>({t.scores, t.np, 1}, t.v, t.dp, t.result, t.dp, count, t.dp, n);
       for (int i = 0; i < count; i++)
@@ -252,14 +261,16 @@ void backward(const WindowTask& task, void* scratch) {
       grad_v(task.grad_v, task.head);
   A* grad_pad = (A*)task.grad_pad;
   const bool need_qkv = task.grad_q.data != nullptr, need_table = task.grad_table != nullptr;
-  const bool at_once = m <= kQueries;
+  const int most = queries_at_a_time(m);
+  const bool at_once = most == m;
+  const bool one_bias = at_once || task.table == nullptr;
   const Tiles<A> t(scratch, n, head_dim);
-  if (at_once) make_bias(task, t, 0, m);
+  if (one_bias) make_bias(task, t, 0, most);
   load_padding<A, T>(task, t);
   const auto clear_grad_bias = [&](int count) {
     for (int64_t j = 0; j < count * t.np; j++) t.grad_bias[j] = 0;
   };
-  if (at_once) clear_grad_bias(m);
+  if (at_once || !need_table) clear_grad_bias(most);
   for (int64_t b = task.first_image; b < task.last_image; b++) {
     const int64_t next = b + 1 < task.last_image ? b + 1 : b;
     const T *next_q = q.of(next), *next_k = k.of(next), *next_v = v.of(next);
@@ -270,10 +281,11 @@ void backward(const WindowTask& task, void* scratch) {
     load_rows<A>(t.v, t.dp, v.of(b), v.row, task.rows, m, head_dim, A(1));
     transpose<A>(t.k_t, t.np, t.k, t.dp, n);
     transpose<A>(t.v_t, t.np, t.v, t.dp, n);
-    for (int first = 0; first < m; first += kQueries) {
+    for (int first = 0; first < m; first += most) {
       const int32_t* rows = task.rows + first;
-      const int count = m - first < kQueries ? m - first : kQueries;
-      if (!at_once) make_bias(task, t, first, count), clear_grad_bias(count);
+      const int count = m - first < most ? m - first : most;
+      if (!one_bias) make_bias(task, t, first, count);
+      if (!at_once && need_table) clear_grad_bias(count);
       load_rows<A>(t.q, t.dp, q.of(b), q.row, rows, count, head_dim, A(task.scale));
       load_rows<A>(t.grad_out, t.dp, grad_out, channels, rows, count, head_dim, A(1));
       product<A>({t.q, t.dp, 1}, t.k_t, t.np, t.scores, t.np, count, t.np, head_dim);

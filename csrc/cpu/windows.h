@@ -22,9 +22,9 @@ struct Window {
 struct Windows {
   std::vector<Window> list;
   std::vector<int32_t> rows;       // row of a token within its image; -1 of padding
-  // A pair's row of the bias table, counted from the last one, is a query's number and a key's. The
-  // keys along a grid's line then count up, and the line is a piece of the table.
-  std::vector<int32_t> query_row, key_row;
+  // A pair's row of the bias table, counted from the last one, is the sum of a query's place and a
+  // key's. Places of keys along a grid's line then count up, and the line is a piece of the table.
+  std::vector<int32_t> query_place, key_place;
   std::vector<Run> runs;
   int32_t largest = 0;             // slots of the fullest window
   // Rows that are in no window, and zero in every result: rows of one partition after the other.
@@ -41,12 +41,12 @@ struct PartitionSlots {
 // The runs of a window's keys, where there are two keys in one at the least on average.
 inline void find_runs(Windows& windows, Window& window) {
   window.first_run = int64_t(windows.runs.size());
-  const int32_t* key_row = windows.key_row.data() + window.start;
+  const int32_t* place = windows.key_place.data() + window.start;
   for (int32_t slot = 0; slot < window.size; slot++) {
-    if (slot > 0 && key_row[slot] == key_row[slot - 1] + 1)
+    if (slot > 0 && place[slot] == place[slot - 1] + 1)
       windows.runs.back().count++;
     else
-      windows.runs.push_back({slot, 1, key_row[slot]});
+      windows.runs.push_back({slot, 1, place[slot]});
   }
   window.num_runs = int32_t(windows.runs.size() - window.first_run);
   if (2 * window.num_runs <= window.size) return;
@@ -54,12 +54,22 @@ inline void find_runs(Windows& windows, Window& window) {
   window.num_runs = 0;
 }
 
+// Of a window's numbers for the table, of which all sums are rows of it: its places. Numbers alone may
+// be of any size.
+inline void find_places(
+    Windows& windows, const Window& window, int64_t lowest_key, int64_t table_rows) {
+  for (int64_t i = window.start; i < window.start + window.size; i++) {
+    windows.query_place[i] = int32_t(table_rows - 1 - lowest_key - windows.query_place[i]);
+    windows.key_place[i] = int32_t(lowest_key - windows.key_place[i]);
+  }
+}
+
 // table_rows: 0 without a table.
 inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_t table_rows) {
   const int32_t *token_index = part.token_index, *window_id = part.window_id;
   const int64_t partitions = part.partitions, groups = part.groups, slots = part.slots;
   Windows windows;
-  for (auto* list : {&windows.rows, &windows.query_row, &windows.key_row})
+  for (auto* list : {&windows.rows, &windows.query_place, &windows.key_place})
     list->reserve(partitions * groups * slots);
   windows.first_outside.push_back(0);
   std::vector<int64_t> order(slots);
@@ -107,8 +117,8 @@ inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_
           }
           const bool token = is_token(*slot);
           windows.rows.push_back(token ? row_of(*slot) : -1);
-          windows.query_row.push_back(int32_t(table_rows) - 1 - ends[0]);
-          windows.key_row.push_back(-ends[1]);
+          windows.query_place.push_back(ends[0]);
+          windows.key_place.push_back(ends[1]);
           window.tokens += token;
         }
         STD_TORCH_CHECK(
@@ -117,7 +127,10 @@ inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_
             "query_row + key_row of window ", id, " lies outside the ", table_rows,
             " rows of the bias table");
         if (window.tokens == 0) continue;  // nobody asks
-        if (table_rows > 0) find_runs(windows, window);
+        if (table_rows > 0) {
+          find_places(windows, window, lowest[1], table_rows);
+          find_runs(windows, window);
+        }
         windows.largest = std::max(windows.largest, window.size);
         windows.list.push_back(window);
       }
