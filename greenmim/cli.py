@@ -199,6 +199,8 @@ def _pretrain_parser() -> ArgumentParser:
 
 
 def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from greenmim.training.slurm import submit
     from greenmim.training.train import pretrain
 
@@ -213,7 +215,8 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
     if options.mask_per_image:
         recipe.mask.per_image = True
     if options.launcher == "none" and not options.dry_run:
-        return pretrain(recipe, options.resume).exit_code
+        # What it raises, torchrun shows as the cause.
+        return record(pretrain)(recipe, options.resume).exit_code
     job = SlurmJob(**job) if options.launcher == "slurm" else None
     _say_what_would_run(recipe, options, job)
     if job is not None and not options.dry_run:

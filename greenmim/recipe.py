@@ -180,8 +180,8 @@ class Recipe:
         threads: CPU threads of the training process; null leaves the choice to PyTorch.
         max_skipped: Stop after this many updates in a row with a loss or gradient that is not
             finite.
-        hang_minutes: With several processes: end the run when they wait so long for one of them
-            in an update (three times as long for the first, for saving and for pictures); null
+        hang_minutes: With several processes: end the run when one waits so long for another, be
+            it for an update, a save or a picture (the limit of Gloo's and NCCL's collectives); null
             waits for ever.
         model: The network.
         data: The images.
@@ -205,7 +205,7 @@ class Recipe:
     backend: Literal["auto", "reference", "cpp", "cuda", "triton"] = "auto"
     threads: int | None = None
     max_skipped: int = 20
-    hang_minutes: float | None = 10.0
+    hang_minutes: float | None = 30.0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)

@@ -1,6 +1,8 @@
 """The processes of a run: how they meet, what they tell each other, how one's error becomes all's.
 
-With one process everything here does nothing, so a run reads the same for any number of them.
+Who died or hangs is left to those who know best: torchrun and ``srun --kill-on-bad-exit=1`` end the
+others, Gloo and NCCL end a wait that is too long. With one process everything here does nothing, so
+a run reads the same for any number of them.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -15,16 +19,15 @@ import torch
 import torch.distributed as dist
 
 from greenmim.guards import PeerError
-from greenmim.messages import first_line, one_line
+from greenmim.messages import first_line
 from greenmim.recipe import UserError
-from greenmim.training.meeting import meet
-from greenmim.training.peers import PeerWatch
-from greenmim.training.world import World, run_name
+from greenmim.training.world import World, set_meeting_point
 
 T = TypeVar("T")
-# How long a collective waits. The watch finds deaths and hangs long before; and a job may be
-# suspended for hours, which this limit counts and the watch does not.
-COLLECTIVE_HOURS = 24
+# How long a process waits to say that a collective failed: the launcher, which sees who died, has
+# the first word, and often ends this process meanwhile.
+LAUNCHER_SECONDS = 2.0
+_MINUTES_PER_YEAR = 525_600.0  # in the place of no limit
 _OF_A_COLLECTIVE = re.compile(
     r"gloo|nccl|connection|broken pipe|socket|timed? ?out|process group", re.IGNORECASE
 )
@@ -41,7 +44,7 @@ class Processes:
         world: Which of them this is.
         device: Where this process computes, or what finds it on entry and raises a UserError where
             it cannot. CUDA tensors go through NCCL, CPU tensors through Gloo.
-        hang_minutes: As for `PeerWatch`.
+        hang_minutes: How long a collective waits for a process; None for ever.
 
     Attributes:
         device: Where this process computes.
@@ -57,13 +60,13 @@ class Processes:
         device: torch.device | Callable[[], torch.device],
         hang_minutes: float | None = None,
     ) -> None:
-        self.world, self.hang_minutes = world, hang_minutes
+        self.world = world
         if isinstance(device, torch.device):
             self.device = device
             self._find_device = lambda: device
         else:
             self._find_device = device
-        self.watch: PeerWatch | None = None
+        self._timeout = datetime.timedelta(minutes=hang_minutes or _MINUTES_PER_YEAR)
 
     @property
     def alone(self) -> bool:
@@ -71,59 +74,52 @@ class Processes:
         return self.world.size == 1
 
     def __enter__(self) -> Processes:
-        if self.alone:
-            self.device = self._find_device()
-            return self
-        rank, size = self.world.rank, self.world.size
+        problem = None
         try:
-            store, self.device, wrong = meet(self.world, self._find_device)
-            if wrong is not None:
-                raise self.common_error(wrong)
+            self.device = self._find_device()
+            torch.zeros((), device=self.device)
+        except UserError as error:
+            problem = str(error)
+        except RuntimeError as error:
+            problem = f"The device cannot be used: {first_line(error)}"
+        if self.alone:
+            if problem:
+                raise UserError(problem)
+            return self
+        on_gpu = problem is None and self.device.type == "cuda"
+        try:
+            set_meeting_point()
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                store=dist.PrefixStore(f"{run_name()}/group", store),
-                rank=rank,
-                world_size=size,
-                timeout=datetime.timedelta(hours=COLLECTIVE_HOURS),
-                device_id=self.device if self.device.type == "cuda" else None,
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                rank=self.world.rank,
+                world_size=self.world.size,
+                timeout=self._timeout,
             )
+            kind, version = "cuda" if on_gpu else "cpu", str(torch.__version__)
+            problem = _why_not(self.gather((problem, kind, version, socket.gethostname())))
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"Process {rank} of {size} cannot meet the others: {first_line(error)}"
+                f"Process {self.world.rank} of {self.world.size} cannot meet the others:"
+                f" {first_line(error)}"
             ) from error
-        watched = dist.PrefixStore(f"{run_name()}/watch", store.clone())
-        self.watch = PeerWatch(watched, rank, size, self.hang_minutes)
-        self.watch.start()
+        if problem:
+            dist.destroy_process_group()
+            raise self.common_error(problem)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.watch is None:
+        if self.alone:
             return
         if error is None:
-            dist.barrier()  # the main process serves the store: it goes last
+            self.gather(None)  # the main process may serve the others' store: none goes before
         if error is None or isinstance(error, AgreedError):
-            self.watch.leave()
             dist.destroy_process_group()
         elif isinstance(error, RuntimeError) and _OF_A_COLLECTIVE.search(str(error)):
-            # Most likely the trace of another's death, which the watch knows or soon finds out.
-            cause = self.watch.wait_for_cause()
-            self.watch.report(first_line(error))
-            if cause:
-                raise PeerError(f"{cause}; process {self.world.rank} ends too.") from error
-        else:
-            self.watch.report(one_line(error))
-
-    def at(self, step: int, phase: str) -> None:
-        """Tell the watch that this process comes to a phase of an update (see `peers.PHASES`).
-
-        All processes come to the same phases in the same order.
-        """
-        if self.watch is not None:
-            self.watch.at(step, phase)
-
-    def finishing(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, this process does what needs no other one and is worth finishing if one dies."""
-        return contextlib.nullcontext() if self.watch is None else self.watch.finishing()
+            time.sleep(LAUNCHER_SECONDS)
+            raise PeerError(
+                f"Process {self.world.rank} waited in vain for another one, which died or hangs"
+                f" ({first_line(error)}); its own output or the launcher's says why."
+            ) from error
 
     def from_main(self, make: Callable[[], T]) -> T:
         """`make()` in the main process alone; what it gives, or its UserError, in all.
@@ -184,3 +180,22 @@ class Processes:
         if not self.alone:
             dist.all_reduce(tensor)
         return tensor
+
+
+def _why_not(facts: list[tuple[str | None, str, str, str]]) -> str | None:
+    """Why processes that say (problem, device, version of torch, host) cannot start together."""
+    for rank, (problem, *_, host) in enumerate(facts):
+        if problem:
+            return f"Process {rank} on {host}: {problem}" if rank else problem
+    advice = {
+        "device": "--device cuda says why there is no GPU, --device cpu takes none anywhere",
+        "torch": "install one version everywhere",
+    }
+    for place, (name, what) in enumerate(advice.items(), start=1):
+        kinds = {fact[place]: (rank, fact[3]) for rank, fact in enumerate(facts)}
+        if len(kinds) > 1:
+            which = " and ".join(
+                f"{kind} in process {rank} on {host}" for kind, (rank, host) in kinds.items()
+            )
+            return f"The processes do not have the same {name}: {which}; {what}."
+    return None

@@ -132,7 +132,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
 
     def find() -> tuple[Path | None, list[str]]:
         nonlocal state
-        folder.lease.check_free()
+        folder.check_free()
         folder.note_found()
         found = find_checkpoint(folder, resume)
         state = found.state  # stays here: the others read it themselves

@@ -11,22 +11,30 @@ anew at the same place of the schedule when a run goes on with another number of
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from greenmim.checkpoint import load_checkpoint, save_atomic, save_text, sync_folder
 from greenmim.messages import first_line
 from greenmim.recipe import CheckpointConfig, Recipe, UserError
 from greenmim.training.distributed import Processes
-from greenmim.training.lease import Lease
 from greenmim.training.training_state import moments_sizes
 
+# How long a command that was killed may need to be gone.
+SECONDS_TO_DIE = 2.0
+# How long a network file system may hide a new file from another machine.
+HIDDEN_SECONDS = 60.0
 RUN_FORMAT = "greenmim.pretrain"
 RUN_VERSION = 2
 _STEP_FILE = re.compile(r"step_(\d+)\.pth")
@@ -44,7 +52,8 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.pth"
-        self.lease = Lease(self.path)
+        self.holder = self.path / "in_use.json"  # who holds the lock, for people and other machines
+        self._lock = FileLock(self.path / ".lock")
         self.notes: list[str] = []  # on what went wrong without harm, for the user
         self._told: set[str] = set()
         self._epochs: dict[Path, float] = {}
@@ -57,13 +66,87 @@ class RunFolder:
         Raises:
             UserError: another command runs in it, or the processes see different folders.
         """
-        token = processes.from_main(self.lease.acquire)
+        shown = processes.from_main(self._acquire)
         try:
             with processes.agreed():
-                self.lease.must_be_seen(token)
+                self._must_show(shown)
             yield
         finally:
-            self.lease.release()
+            if self._lock.is_locked:
+                self.holder.unlink(missing_ok=True)
+                self._lock.release()
+
+    def check_free(self) -> None:
+        """Find out, without writing, whether another command of this machine holds the folder.
+
+        Raises:
+            UserError: one does.
+        """
+        if self.holder.exists() and not self._requeued():
+            with contextlib.suppress(OSError):  # `held` says why
+                self._take(SECONDS_TO_DIE)
+                self._lock.release()
+
+    def _acquire(self) -> str:
+        """Hold the folder from here on; what its holder's file shows."""
+        shown = json.dumps(
+            {
+                "process": os.getpid(),
+                "host": socket.gethostname(),
+                "job": os.environ.get("SLURM_JOB_ID"),
+                "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+                "token": secrets.token_hex(8),
+            }
+        )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._requeued():
+                # What the job was before has ended, though a file server may not know of it yet.
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._take(SECONDS_TO_DIE)
+            save_text(shown, self.holder)
+        except OSError as error:
+            raise UserError(
+                f"--work-dir {self.path} cannot be written: {_reason(error)}."
+            ) from error
+        return shown
+
+    def _take(self, seconds: float) -> None:
+        try:
+            self._lock.acquire(timeout=seconds)
+        except Timeout as error:
+            who = self._shown()
+            name = f"process {who['process']} on {who['host']}" if who else "another process"
+            job = f" (Slurm job {who['job']})" if who.get("job") else ""
+            raise UserError(
+                f"--work-dir {self.path} is in use by {name}{job}; two commands must not share a"
+                " folder: wait for that one, end it, or choose another folder."
+            ) from error
+
+    def _requeued(self) -> bool:
+        """Whether the holder is this Slurm job before it went back into the queue."""
+        who, restarts = self._shown(), os.environ.get("SLURM_RESTART_COUNT", "0")
+        return bool(who.get("job")) and (
+            who["job"] == os.environ.get("SLURM_JOB_ID") and who["restarts"] != restarts
+        )
+
+    def _shown(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.holder.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _must_show(self, shown: str) -> None:
+        """In every process of a run: the folder is the one that the main process holds."""
+        end = time.monotonic() + HIDDEN_SECONDS
+        while self._shown() != json.loads(shown):
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--work-dir {self.path} on {socket.gethostname()} is not the folder that the"
+                    " main process writes to; it has to be on a file system that all machines of"
+                    " the run share."
+                )
+            time.sleep(0.1)
 
     def note_found(self) -> None:
         """Remember what is here: `start` refuses when it has changed."""
@@ -153,11 +236,9 @@ class RunFolder:
             folder gone), if so; older ones are untouched then.
 
         Raises:
-            UserError: another command took the folder over.
         """
         path = self.checkpoints / f"step_{state['updates']:08d}.pth"
         moments = moments_folder(path)
-        processes.from_main(self.lease.check)
         problem = processes.from_main(self._remove_left_overs)
         if problem is None:
             try:
@@ -165,13 +246,7 @@ class RunFolder:
             except OSError as error:
                 problem = _reason(error)
         if problem is None:
-
-            def commit() -> str | None:
-                # What the others had to write is written: the death of one must not end this.
-                with processes.finishing():
-                    return self._commit(state, path)
-
-            problem = processes.from_main(commit)
+            problem = processes.from_main(lambda: self._commit(state, path))
         if problem is None:
             processes.from_main(lambda: self._remove_old(keep))
         else:
@@ -189,7 +264,6 @@ class RunFolder:
             sync_folder(moments)
             # Fails where another machine wrote its part elsewhere.
             whole = {**state, "moments": moments_sizes(moments)}
-            self.lease.check()  # the moments may have taken long
             save_atomic(whole, path)
         except OSError as error:
             return _reason(error)
@@ -197,7 +271,6 @@ class RunFolder:
         return None
 
     def _undo(self, path: Path) -> None:
-        self.lease.check()  # what is there now may be another command's
         if not path.exists():
             shutil.rmtree(moments_folder(path), ignore_errors=True)
 

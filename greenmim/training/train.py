@@ -173,14 +173,12 @@ class Trainer:
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
             if last or now or self.stop_asked or self._save_due(step):
-                run.processes.at(step, "saving")
                 self.save(step, final=last or now or self.stop_asked)
                 # A signal that came meanwhile has got its save.
                 self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
             if self.stop_asked and not last:
                 return self.stopped(step)
             if not self.stop_asked and (last or self._due(step, recipe.log.pictures_every_epochs)):
-                run.processes.at(step, "drawing")
                 with run.autocast():
                     self.draw(step)
         self.finish()
@@ -199,13 +197,11 @@ class Trainer:
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses, first = [], step == run.first_step + 1
+        losses = []
         for part in range(recipe.optim.accumulate):
-            run.processes.at(step, "first update" if first else "loading")
             batch = self.feed.next()
             if batch is None:
                 return False
-            run.processes.at(step, "first update" if first else "computing")
             # For stochastic depth, the one thing that a forward pass draws.
             torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, run.sampler.micro(part)))
             losses.append(self.passes.run(batch.images, batch.plan, part))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 _TORCHRUN = {"rank": "RANK", "local_rank": "LOCAL_RANK", "size": "WORLD_SIZE"}
@@ -32,11 +32,9 @@ class World:
         """torchrun's RANK, LOCAL_RANK and WORLD_SIZE, else those of srun; else one process.
 
         Raises:
-            ValueError: a value is no number or is missing, the rank is not below the size, or
-                something else started several processes.
+            ValueError: a value is no number or is missing, or the rank is not below the size.
         """
         names = dict(_SRUN if _under_srun(environment) else _TORCHRUN)
-        _refuse_mpirun(environment)
         if "RANK" in environment and not environment.get("LOCAL_RANK", "").strip():
             names["local_rank"] = _SRUN["local_rank"]  # started by srun with variables set by hand
         found = {}
@@ -63,35 +61,19 @@ class World:
         return world
 
 
-def meeting_point(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Host and port where the processes meet: MASTER_ADDR and MASTER_PORT, else those of srun.
+def set_meeting_point(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Say in MASTER_ADDR and MASTER_PORT where srun's processes meet, as torchrun does for its own.
 
-    Under srun the host is the first of the step's nodes, and the port follows from job and step, so
-    that those on one node keep apart.
-
-    Raises:
-        ValueError: nothing says where, or the port is no number.
+    The host is the first of the step's nodes; the port follows from job and step, so that those on
+    one node keep apart. Where they are set already, they stay.
     """
-    host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
-    if _under_srun(environment):
-        host = host or first_host(environment["SLURM_STEP_NODELIST"])
-        port = port or str(_FIRST_PORT + zlib.crc32(run_name(environment).encode()) % _NUM_PORTS)
-    if not host or not port:
-        raise ValueError(
-            "MASTER_ADDR and MASTER_PORT do not say where to meet; start through torchrun or srun"
-        )
-    if not port.isdigit():
-        raise ValueError(f"MASTER_PORT is {port!r}; it has to be a whole number")
-    return host, int(port)
-
-
-def run_name(environment: Mapping[str, str] = os.environ) -> str:
-    """A name that the processes of one start share: of a job's step, or of torchrun's run."""
-    if _under_srun(environment):
-        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    else:
-        names = ("TORCHELASTIC_RUN_ID",)
-    return ".".join(environment.get(name, "") for name in names)
+    if not _under_srun(environment):
+        return
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    step = ".".join(environment.get(name, "") for name in names)
+    environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+    port = _FIRST_PORT + zlib.crc32(step.encode()) % _NUM_PORTS
+    environment.setdefault("MASTER_PORT", str(port))
 
 
 def launcher_note(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -111,23 +93,6 @@ def first_host(nodes: str) -> str:
     """First name of Slurm's list: ``gpu[03-05,9],login1`` -> ``gpu03``."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
-
-
-def _refuse_mpirun(environment: Mapping[str, str]) -> None:
-    # Every process would take itself for the only one, and all would write to one folder. Under
-    # Slurm mpirun starts its own processes through srun, whose variables do not count then; but
-    # srun's own protocol sets PMI_SIZE.
-    if "RANK" in environment:
-        return
-    names = ["OMPI_COMM_WORLD_SIZE"] + ([] if _under_srun(environment) else ["PMI_SIZE"])
-    for name in names:
-        size = environment.get(name, "")
-        if size.isdigit() and int(size) > 1:
-            raise ValueError(
-                f"mpirun started {size} processes ({name}), but not as those of one run; start"
-                " through torchrun or srun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and"
-                " MASTER_PORT for each."
-            )
 
 
 def _under_srun(environment: Mapping[str, str]) -> bool:

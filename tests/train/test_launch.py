@@ -22,8 +22,7 @@ from greenmim.training.world import (
     World,
     first_host,
     launcher_note,
-    meeting_point,
-    run_name,
+    set_meeting_point,
 )
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,12 +36,21 @@ SRUN = {
 }
 
 
+def meeting_point(environment: dict[str, str]) -> tuple[str, int]:
+    environment = dict(environment)
+    set_meeting_point(environment)
+    return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+
+
 def test_srun_says_who_and_where() -> None:
     assert World.from_environment(SRUN) == World(9, 1, 16)
     host, port = meeting_point(SRUN)
     assert host == "gpu03" and 20000 <= port < 32768
     chosen = {**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "5000"}
     assert meeting_point(chosen) == ("head", 5000)
+    torchrun = {"RANK": "0"}
+    set_meeting_point(torchrun)
+    assert torchrun == {"RANK": "0"}
 
 
 def test_steps_on_one_node_keep_apart() -> None:
@@ -53,7 +61,6 @@ def test_steps_on_one_node_keep_apart() -> None:
     ]
     ports = [meeting_point(step)[1] for step in steps]
     assert len(set(ports)) == len(ports) and all(20000 <= port < 32768 for port in ports)
-    assert len(set(map(run_name, steps))) == len(steps)
 
 
 def test_a_local_rank_that_nobody_says() -> None:
@@ -64,17 +71,6 @@ def test_a_local_rank_that_nobody_says() -> None:
     with pytest.raises(ValueError, match="WORLD_SIZE is 8 but RANK is not set"):
         World.from_environment({"LOCAL_RANK": "1", "WORLD_SIZE": "8"})
     assert World.from_environment({"RANK": "0", "WORLD_SIZE": "1"}) == World()
-
-
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_mpirun_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="mpirun started 4 processes .* torchrun or srun"):
-        World.from_environment({name: "4"})
-    assert World.from_environment({name: "1"}) == World()
-    ranked = {name: "4", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
-    assert World.from_environment(ranked) == World(1, 1, 4)
-    if name == "PMI_SIZE":  # of srun's own protocol
-        assert World.from_environment({**SRUN, name: "16"}).size == 16
 
 
 def test_what_torchrun_does_to_a_run_that_is_to_stop() -> None:
@@ -94,13 +90,6 @@ def test_torchrun_under_srun_wins_and_a_batch_script_is_one_process() -> None:
     assert World.from_environment(SRUN | torchrun) == World(3, 3, 8)
     script = {name: value for name, value in SRUN.items() if "STEP" not in name}
     assert World.from_environment(script | {"SLURM_PROCID": "0"}) == World()
-
-
-def test_nobody_says_where_to_meet() -> None:
-    with pytest.raises(ValueError, match="start through torchrun or srun"):
-        meeting_point({"RANK": "0", "WORLD_SIZE": "2"})
-    with pytest.raises(ValueError, match="MASTER_PORT is 'x'"):
-        meeting_point({"MASTER_ADDR": "a", "MASTER_PORT": "x"})
 
 
 @pytest.mark.parametrize(
