@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from greenmim import cli
+from greenmim.guards import EXIT_STOPPED
 from greenmim.training.log_file import read_log
 
 # The photographs among the wheel's pictures; drawings, text and test patterns are left out.
@@ -69,6 +71,8 @@ def demo(
     print("greenmim", *arguments, flush=True)
     started = time.perf_counter()
     if code := cli.main(arguments):
+        if code == EXIT_STOPPED:
+            print("to go on:", shlex.join(["greenmim", *arguments, "--resume"]))
         return code
     seconds = time.perf_counter() - started
 

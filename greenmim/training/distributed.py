@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -88,9 +89,9 @@ class Processes:
             return self
         on_gpu = problem is None and self.device.type == "cuda"
         try:
-            set_meeting_point()
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=self._meet(),
                 rank=self.world.rank,
                 world_size=self.world.size,
                 timeout=self._timeout,
@@ -120,6 +121,33 @@ class Processes:
                 f"Process {self.world.rank} waited in vain for another one, which died or hangs"
                 f" ({first_line(error)}); its own output or the launcher's says why."
             ) from error
+
+    def _meet(self) -> dist.Store:
+        """A store that these processes share, and nobody before them.
+
+        torchrun's outlives those that it restarts, and would tell where they could be reached. So
+        each calls with a number of its own, which the main process answers with the name of a part.
+        """
+        set_meeting_point()
+        rank, size, mine = self.world.rank, self.world.size, secrets.token_hex(8)
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=self._timeout))
+        store.set(f"call/{rank}", mine)
+        if rank > 0:
+            store.wait([f"answer/{mine}"], self._timeout)
+            name = store.get(f"answer/{mine}").decode()
+            store.set(f"heard/{name}/{rank}", "")
+            return dist.PrefixStore(name, store)
+        others, end = set(range(1, size)), time.monotonic() + self._timeout.total_seconds()
+        while others:
+            if time.monotonic() > end:
+                raise RuntimeError(f"process {min(others)} did not come")
+            for other in list(others):
+                if store.check([f"call/{other}"]):
+                    store.set(f"answer/{store.get(f'call/{other}').decode()}", mine)
+                if store.check([f"heard/{mine}/{other}"]):
+                    others.discard(other)
+            time.sleep(0.02)
+        return dist.PrefixStore(mine, store)
 
     def from_main(self, make: Callable[[], T]) -> T:
         """`make()` in the main process alone; what it gives, or its UserError, in all.

@@ -95,13 +95,15 @@ def test_torchrun_restarts_what_was_killed_and_it_goes_on(
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        for attempt, victim in enumerate((1, 0)):
-            done = len(records(run, "checkpoint"))
-            wait_for(lambda n=done: process.poll() is not None or (
-                len(records(run, "checkpoint")) > n))  # fmt: skip
-            os.kill(int((tmp_path / f"pid_{attempt}_{victim}").read_text()), signal.SIGKILL)
-            wait_for((tmp_path / f"pid_{attempt + 1}_0").exists)
-        text = process.communicate(timeout=90)[0]
+        try:
+            for attempt, victim in enumerate((1, 0)):
+                done = len(records(run, "checkpoint"))
+                wait_for(lambda n=done: len(records(run, "checkpoint")) > n)
+                os.kill(int((tmp_path / f"pid_{attempt}_{victim}").read_text()), signal.SIGKILL)
+                wait_for((tmp_path / f"pid_{attempt + 1}_0").exists)
+            text = process.communicate(timeout=90)[0]
+        finally:
+            process.terminate()
     assert process.returncode == 0, text
     starts = [r["step"] for r in records(run, "start")]
     assert len(starts) == 3 and starts[0] == 0 < starts[1] <= starts[2], text
