@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,12 +15,13 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PEER, PeerError
+from greenmim.messages import silence
 from greenmim.presets import preset_names, resolve_config
 from greenmim.recipe import Recipe, SlurmJob, UserError
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 bad input, told in one line; 3 stopped because losses were not finite;"
-    " 4 another process of the run died, or one hung; 75 stopped by SIGTERM, SIGHUP, SIGUSR1 or"
+    " 4 another process of the run died or hung; 75 stopped by SIGTERM, SIGHUP, SIGUSR1 or"
     " SIGUSR2 after saving, repeat the command with --resume; 130 the same after Ctrl-C; 1 an error"
     " of greenmim itself, with its traceback"
 )
@@ -31,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; None takes those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may hold bytes that no encoding has.
+        with contextlib.suppress(AttributeError):  # no file of the system's
+            stream.reconfigure(errors="backslashreplace")
     arguments = [_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments or os.environ.get("GREENMIM_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -48,10 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("greenmim: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        silence(sys.stdout)
+        return 0
     except argparse.ArgumentError as error:
         if debug:
             raise
-        return _complain(_in_our_words(error))
+        return _complain_once(_in_our_words(error))
     except UserError as error:
         if debug:
             raise
@@ -65,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(message: str, code: int = EXIT_BAD_INPUT) -> int:
     print(f"greenmim: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _complain_once(message: str) -> int:
+    """What all processes of a run find, told by the main one."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return _complain(message) if rank == "0" else EXIT_BAD_INPUT
 
 
 def _in_our_words(error: argparse.ArgumentError) -> str:

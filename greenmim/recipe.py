@@ -238,6 +238,7 @@ class SlurmJob:
         cpus_per_gpu: CPU cores for each process, for its loader workers.
         account: Account to charge, where the cluster wants one.
         qos: Quality of service, where the cluster wants one.
+        sbatch: Any other options of sbatch by their names, such as '{"mem": "200G"}'.
     """
 
     nodes: int = 1
@@ -247,6 +248,7 @@ class SlurmJob:
     cpus_per_gpu: int = 10
     account: str | None = None
     qos: str | None = None
+    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "hours"):
@@ -263,6 +265,15 @@ class SlurmJob:
     def processes(self) -> int:
         """Processes of the run."""
         return self.nodes * self.gpus_per_node
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under names with dots, as on the command line."""
+    found = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
 
 
 def _plain(value: Any) -> Any:

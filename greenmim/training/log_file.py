@@ -24,7 +24,9 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove what a broken-off try logged after the checkpoint that the run goes on from.
+    """Take out what a broken-off try logged after the checkpoint that the run goes on from.
+
+    The whole is set aside, as log.1.jsonl and so on.
 
     Args:
         path: The file; it need not be there.
@@ -38,8 +40,16 @@ def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    whole = path.read_text(encoding="utf-8")
     kept = [record for record in read_log(path) if record.get("step", 0) <= step]
-    save_text("".join(json.dumps(record) + "\n" for record in kept), path)
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if text == whole:
+        return kept
+    number = 1
+    while (aside := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    save_text(whole, aside)
+    save_text(text, path)
     return kept
 
 

@@ -137,13 +137,17 @@ class GraphedPasses(Passes):
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """Give all parameters gradients that are views of one vector of zeros, which is returned."""
+    """Give all parameters gradients that are views of one vector of zeros, which is returned.
+
+    Each begins at a multiple of 64 bytes, as tensors of their own would: kernels take whole vectors
+    of memory only there.
+    """
     first = parameters[0]
-    vector = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    for parameter, part in zip(
-        parameters, vector.split([p.numel() for p in parameters]), strict=True
-    ):
-        parameter.grad = part.view_as(parameter)
+    step = 64 // first.element_size()
+    sizes = [-(-p.numel() // step) * step for p in parameters]
+    vector = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+    for parameter, piece in zip(parameters, vector.split(sizes), strict=True):
+        parameter.grad = piece[: parameter.numel()].view_as(parameter)
     return vector
 
 

@@ -13,11 +13,14 @@ from greenmim.config import ModelConfig
 from greenmim.data.sampler import EpochSampler
 from greenmim.messages import first_line
 from greenmim.mim import GreenMIM
-from greenmim.recipe import Recipe, UserError
+from greenmim.recipe import Recipe, UserError, flat
 from greenmim.training.distributed import Processes
 from greenmim.training.log_file import read_log
 from greenmim.training.run_folder import RunFolder, moments_folder, read_run_checkpoint
 from greenmim.training.training_state import moments_sizes, read_moments
+
+# Parts of a recipe that change no number of a run.
+UNIMPORTANT = ("work_dir", "log", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Found:
     """
     folder.check_usable()
     if resume is None:
-        if folder.holds_run():
+        # What ended before its first save, for want of memory perhaps, is begun anew.
+        unknown = folder.config.exists() and not folder.log.exists()
+        if folder.by_step() or unknown or _lost(folder):
             raise UserError(
                 f"--work-dir {folder.path} already holds a run; add --resume to go on with it, or"
                 " choose another folder."
@@ -162,9 +167,11 @@ def place_of(state: dict[str, Any], sampler: EpochSampler, notes: list[str]) -> 
 
 def changes(before: dict[str, Any], recipe: Recipe) -> list[str]:
     """A line on what differs from the recipe of the checkpoint, if anything does."""
-    now = recipe.to_dict()
-    ignored = ("work_dir", "log", "checkpoint")
+    before, now = flat(before), flat(recipe.to_dict())
     # An option that the version before did not have stands as that version worked.
-    known = (name for name in now if name in before and name not in ignored)
-    changed = [name for name in known if before[name] != now[name]]
+    changed = [
+        f"{name} {before[name]} -> {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value and name.split(".")[0] not in UNIMPORTANT
+    ]
     return [f"changed since the checkpoint: {', '.join(changed)}"] if changed else []

@@ -24,7 +24,7 @@ from greenmim.masking import num_visible_units
 from greenmim.messages import first_line
 from greenmim.mim import GreenMIM
 from greenmim.planning import Planner
-from greenmim.recipe import Recipe, UserError
+from greenmim.recipe import CheckpointConfig, Recipe, UserError
 from greenmim.training.distributed import Processes
 from greenmim.training.parallel import distribute, whole_weights
 from greenmim.training.passes import GraphedPasses, Passes
@@ -152,7 +152,7 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
             model.load_state_dict(state["model"])
         dataset = AugmentedImages(source, recipe.data, recipe.model.image_hw, recipe.seed)
         notes += dataset.check_readable()
-    processes.from_main(lambda: _check_room(folder, model, recipe.checkpoint.keep_last))
+    processes.from_main(lambda: _check_room(folder, model, recipe.checkpoint))
 
     notes = [*_facts(recipe, model, processes, precision, sampler), *notes]
     model.to(device)
@@ -328,10 +328,10 @@ def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
-def _check_room(folder: RunFolder, model: GreenMIM, keep_last: int) -> None:
+def _check_room(folder: RunFolder, model: GreenMIM, keep: CheckpointConfig) -> None:
     one = _CHECKPOINT_BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
     # The new one is whole before the oldest is removed.
-    more = max(keep_last + 1 - len(folder.by_step()), 1)
+    more = max(keep.keep_last + 1 - len(folder.removable(keep)), 1)
     free = folder.free_bytes()
     if free is not None and free < more * one:
         raise UserError(

@@ -152,10 +152,6 @@ class RunFolder:
         """Remember what is here: `start` refuses when it has changed."""
         self._found = set(self.by_step())
 
-    def holds_run(self) -> bool:
-        """Whether a run was started here."""
-        return self.config.exists() or self.log.exists() or bool(self.by_step())
-
     def owns(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this run, set aside or not."""
         return self.checkpoints.resolve() in checkpoint.resolve().parents
@@ -171,6 +167,14 @@ class RunFolder:
             return {}
         found = ((_STEP_FILE.fullmatch(file.name), file) for file in self.checkpoints.iterdir())
         return {int(match[1]): file for match, file in found if match}
+
+    def removable(self, keep: CheckpointConfig) -> dict[int, Path]:
+        """Those that newer ones will replace."""
+        return {
+            step: file
+            for step, file in self.by_step().items()
+            if not self._is_milestone(file, keep.keep_every_epochs)
+        }
 
     def check_usable(self) -> None:
         """Find out without writing anything whether the folder can be made and written to.
@@ -315,11 +319,11 @@ class RunFolder:
 
     def _remove_old(self, keep: CheckpointConfig) -> None:
         try:
-            files = self.by_step()
-            for step in sorted(files)[: -keep.keep_last]:
-                if not self._is_milestone(files[step], keep.keep_every_epochs):
-                    files[step].unlink()  # before its moments: see the module's head
-                    shutil.rmtree(moments_folder(files[step]), ignore_errors=True)
+            newest = sorted(self.by_step())[-keep.keep_last :]
+            for step, file in self.removable(keep).items():
+                if step not in newest:
+                    file.unlink()  # before its moments: see the module's head
+                    shutil.rmtree(moments_folder(file), ignore_errors=True)
         except OSError as error:
             self._tell("old", f"an old checkpoint could not be removed: {error}")
 

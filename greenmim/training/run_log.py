@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 
-from greenmim.messages import one_line
+from greenmim.messages import one_line, silence
 from greenmim.recipe import UserError
 from greenmim.training.log_file import LogFile, cut_log
 from greenmim.training.run_folder import RunFolder
@@ -76,7 +76,7 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._show(self._bar.close, sys.stderr)
         self._tell_trackers(lambda tracker: tracker.close())
         if self._file is not None:
             lost = self._file.close()
@@ -86,9 +86,17 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line for the reader."""
         if self._bar is not None:
-            self._bar.write(text)
+            self._show(lambda: self._bar.write(text))
         elif self._file is not None:
-            print(text, flush=True)
+            self._show(lambda: print(text, flush=True))
+
+    def _show(self, write: Callable[[], object], stream: TextIO | None = None) -> None:
+        """To a reader who may have gone: the run goes on, and log.jsonl has it all."""
+        try:
+            write()
+        except OSError as error:
+            silence(stream or sys.stdout)
+            self.event("output_lost", reason=one_line(error))
 
     def event(self, name: str, **values: Any) -> None:
         """A line for machines, in log.jsonl."""
@@ -104,7 +112,7 @@ class RunLog:
     def step_done(self) -> None:
         """One update is done."""
         if self._bar is not None:
-            self._bar.update(1)
+            self._show(lambda: self._bar.update(1), sys.stderr)
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """The figures after `step` updates."""
@@ -117,12 +125,11 @@ class RunLog:
             memory = f"{values['peak_memory_gib']:.1f} GiB"
             self._bar.set_postfix_str(f"{loss}, {speed}, {wait}, {memory}", refresh=False)
         elif self._file is not None:
-            print(
+            self.say(
                 f"step {self.number(step):>6}/{self.number(self.total_steps)}"
                 f"  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
                 f"  grad {values['grad_norm']:.2f}"
-                f"  {speed}  {wait}  mem {values['peak_memory_gib']:.2f} GiB",
-                flush=True,
+                f"  {speed}  {wait}  mem {values['peak_memory_gib']:.2f} GiB"
             )
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:

@@ -10,8 +10,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
+from greenmim.guards import EXIT_BAD_INPUT
 from greenmim.messages import first_line
 from greenmim.recipe import Recipe, SlurmJob, UserError
 from greenmim.training.run_folder import RunFolder
@@ -29,10 +31,19 @@ class Piece:
         self.recipe, self.resume = recipe, resume
 
     def __call__(self) -> int:
-        result = pretrain(self.recipe, self.where_to_resume())
-        if result.signal in _WARNINGS and os.environ.get("SLURM_PROCID") == "0":
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-        return result.exit_code
+        """Ends the process where the run did not go well: only so does Slurm see it."""
+        try:
+            result = pretrain(self.recipe, self.where_to_resume())
+        except UserError as error:
+            print(f"greenmim: error: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_BAD_INPUT)
+        if result.signal in _WARNINGS:
+            if os.environ.get("SLURM_PROCID") == "0":
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+            return 0
+        if result.exit_code:
+            sys.exit(result.exit_code)
+        return 0
 
     def where_to_resume(self) -> str:
         """From the run's own checkpoints, once it has some; before, from where it was told to."""
@@ -86,7 +97,8 @@ def submit(recipe: Recipe, resume: str | None, job: SlurmJob) -> tuple[str, Path
         cpus_per_task=job.cpus_per_gpu,
         timeout_min=max(round(60 * job.hours), 1),
         slurm_signal_delay_s=_WARNING_SECONDS,
-        slurm_additional_parameters={"requeue": True, "open-mode": "append"},
+        slurm_additional_parameters={"requeue": True, "open-mode": "append", **job.sbatch},
+        slurm_srun_args=["--kill-on-bad-exit=1"],
         **{name: value for name, value in wanted.items() if value is not None},
     )
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from greenmim.checkpoint import save_text
 from greenmim.messages import one_line
-from greenmim.recipe import Recipe, UserError
+from greenmim.recipe import Recipe, UserError, flat
 from greenmim.training.run_folder import RunFolder
 
 
@@ -43,7 +43,7 @@ class TensorBoard:
             raise UserError(
                 f"--log.tensorboard: {folder.tensorboard} cannot be written: {error.strerror}."
             ) from error
-        rows = [f"| {key} | {value} |" for key, value in _flat(recipe.to_dict()).items()]
+        rows = [f"| {key} | {value} |" for key, value in flat(recipe.to_dict()).items()]
         if kept == 0:
             table = "\n".join(["| value | |", "|---|---|", *rows])
             self._writer.add_text("recipe", table, 0)
@@ -128,11 +128,3 @@ def make_trackers(folder: RunFolder, recipe: Recipe, kept: int) -> list[Tracker]
     """
     wanted = {WandB: bool(recipe.log.wandb), TensorBoard: recipe.log.tensorboard}
     return [kind(folder, recipe, kept) for kind, asked in wanted.items() if asked]
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat

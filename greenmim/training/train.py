@@ -18,6 +18,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ import torch
 import greenmim
 from greenmim.data.feed import Feed
 from greenmim.guards import EXIT_DIVERGED, StopSignal, exit_code_of
-from greenmim.recipe import Recipe
+from greenmim.messages import first_line
+from greenmim.recipe import Recipe, UserError
 from greenmim.seeds import FORWARD, torch_seed
 from greenmim.training.distributed import Processes
 from greenmim.training.pictures import Painter
@@ -47,6 +49,8 @@ from greenmim.training.world import World, launcher_note
 
 # A run ends when so many checkpoints in a row could not be written.
 FAILED_SAVES = 3
+# So many images of a skipped update are named in log.jsonl.
+NAMED_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
             with log, chosen_backend(recipe):
                 _introduce(run, log)
                 trainer = Trainer(run, log, stop)
-                with contextlib.closing(trainer.feed):
+                with contextlib.closing(trainer.feed), told_of_memory(run.device):
                     return trainer.train()
 
 
@@ -143,7 +147,7 @@ class Trainer:
         self.reports = Reports(run.processes, run.device, run.recipe.optim.accumulate)
         self.painter = Painter(run.model, run.recipe, run.dataset, run.processes, log.say)
         self.checkpoint: Path | None = None
-        self.saved, self.failed_saves = run.first_step, 0
+        self.saved, self.failed_saves, self.save_owed = run.first_step, 0, False
         self.skipped, self.skipped_in_a_row = run.skipped, 0
         self.stop_asked = self.diverged = False
         self.unlogged: list[Report] = []
@@ -172,8 +176,10 @@ class Trainer:
             self.take_note(step if last or now else step - LAG)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
-            if last or now or self.stop_asked or self._save_due(step):
+            if last or now or self.stop_asked or self.save_owed or self._save_due(step):
                 self.save(step, final=last or now or self.stop_asked)
+                if self.diverged:
+                    return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
                 # A signal that came meanwhile has got its save.
                 self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
             if self.stop_asked and not last:
@@ -249,12 +255,18 @@ class Trainer:
     def save(self, step: int, final: bool = False) -> None:
         """Write a checkpoint; everything before it is read and logged first.
 
+        From a skipped update on it waits until one is applied again: what made it skip may be in
+        the weights already, and older checkpoints go as new ones come. The run's end does not wait.
+
         Raises:
             UserError: it could not be written, and this was the `final` one or one of many: until
                 then, the run goes on and tries again when the next one is due.
         """
         run = self.run
         self.take_note(step)
+        self.save_owed = self.skipped_in_a_row > 0 and step < run.total_steps
+        if self.save_owed or self.diverged:
+            return
         started = time.perf_counter()
         alone = run.processes.alone
         path, problem = run.folder.save(
@@ -296,6 +308,8 @@ class Trainer:
         received = next(name for name in names if name is not None)
         self.log.event("stopped", step=step, signal=received.name)
         saved = f"saved {self.checkpoint}" if self.checkpoint else "there was nothing to save yet"
+        if self.save_owed:
+            saved = f"updates were being skipped, {self.checkpoint or 'nothing'} is the last save"
         self.log.say(f"{received.name} received: {saved}; the same command with --resume goes on.")
         return Result(exit_code_of(received), step, self.checkpoint, received)
 
@@ -348,15 +362,36 @@ class Trainer:
                 for index in micro
                 for item in run.sampler.items(report.step - 1, index)
             ]
-            self.log.event("skipped", step=report.step, micro_batches=micro, files=files)
+            self.log.event(
+                "skipped",
+                step=report.step,
+                micro_batches=micro,
+                images=len(files),
+                files=files[:NAMED_FILES],
+            )
             self.log.say(
                 f"update {self.log.number(report.step)} was skipped: its loss or gradient is not"
-                f" finite ({len(files)} images, the first {files[0]}; all in log.jsonl)"
+                f" finite ({len(files)} images, the first {files[0]}; more in log.jsonl)"
             )
         if self.skipped_in_a_row >= run.recipe.max_skipped:
             self.diverged = True
             self.log.event("diverged", step=report.step, skipped=self.skipped)
             self.log.say(_diverged_advice(run, self.log.number(report.step)))
+
+
+@contextlib.contextmanager
+def told_of_memory(device: torch.device) -> Iterator[None]:
+    """Memory that runs out inside is a UserError, which says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"The memory of {device} ran out ({first_line(error)}); lower --data.batch-size and"
+            " raise --optim.accumulate by as much, which leaves the update as it is, or take"
+            " --activation-checkpointing true."
+        ) from error
 
 
 def _diverged_advice(run: Run, step: int) -> str:

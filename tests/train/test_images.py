@@ -15,7 +15,7 @@ from test_augment import large, saved, sizes_decoded
 from test_faults import powerless
 from train_pictures import picture
 
-from greenmim.data.augment import Crop, read_crop, read_encoded
+from greenmim.data.augment import Crop, read_crop
 from greenmim.data.errors import reason_of
 from greenmim.data.images import Names, find_images, open_rgb, upright
 from greenmim.recipe import UserError
@@ -78,7 +78,6 @@ def test_the_first_picture_of_a_phones_file_is_decoded_at_a_reduced_scale(monkey
     sizes = sizes_decoded(monkeypatch)
     read_crop(file, (60, 80), everything, reduce=True)
     assert sizes == [(80, 60)]
-    assert read_encoded(io.BytesIO(file.getvalue()), everything) is None
 
 
 # ---- what cannot be opened ----------------------------------------------------------------------

@@ -16,8 +16,10 @@ from crew import command, free_port, losses, run_crew
 
 from greenmim.cli import main
 from greenmim.recipe import DataConfig, Recipe, UserError
+from greenmim.training import slurm as slurm_module
 from greenmim.training.log_file import read_log
 from greenmim.training.run import choose_device
+from greenmim.training.train import Result
 from greenmim.training.world import (
     World,
     first_host,
@@ -171,15 +173,17 @@ def test_a_slurm_job_runs_stops_at_its_limit_and_goes_on(
     run = tmp_path / "run"
     more = ("--launcher", "slurm", "--partition", "gpu", "--nodes", "1", "--gpus-per-node", "2")
     argv = command(tiny, photos, run, "--epochs", "20", *more)
-    assert main([*argv, "--hours", "2", "--account", "lab"]) == 0
+    more = ("--sbatch", '{"mem": "200G", "exclusive": true}')
+    assert main([*argv, "--hours", "2", "--account", "lab", *more]) == 0
     text = capsys.readouterr().out
     assert "submitted job 42" in text and "steps per epoch  2" in text
     job = (slurm / "job.sh").read_text()
     for wanted in (
         *("partition=gpu", "nodes=1", "ntasks-per-node=2", "time=120", "account=lab"),
-        *("signal=USR2@180", "requeue", "cpus-per-task=10"),
+        *("signal=USR2@180", "requeue", "cpus-per-task=10", "mem=200G", "exclusive"),
     ):
         assert f"#SBATCH --{wanted}\n" in job
+    assert "--kill-on-bad-exit=1" in job
     assert "gpus-per-node" not in job  # the tiny recipe is for the CPU
 
     step = {
@@ -205,6 +209,24 @@ def test_a_slurm_job_runs_stops_at_its_limit_and_goes_on(
     starts = [r["step"] for r in read_log(run / "log.jsonl") if r["event"] == "start"]
     assert starts == [0, stopped["step"]]
     assert (slurm / "requeued").read_text() == "requeue 42\n"  # finished: not again
+
+
+@pytest.mark.parametrize("ends", [0, 3, 75, UserError("no images")])
+def test_slurm_sees_how_a_run_ended(ends, tiny: Path, photos: Path, monkeypatch, capsys) -> None:
+    def pretrain(recipe, resume):
+        if isinstance(ends, UserError):
+            raise ends
+        return Result(ends, 1, None)
+
+    monkeypatch.setattr(slurm_module, "pretrain", pretrain)
+    piece = slurm_module.Piece(Recipe(work_dir="x", data=DataConfig(root="x")), "auto")
+    if ends == 0:
+        assert piece() == 0
+        return
+    with pytest.raises(SystemExit) as left:
+        piece()
+    assert left.value.code == (2 if isinstance(ends, UserError) else ends)
+    assert ("greenmim: error: no images" in capsys.readouterr().err) == (left.value.code == 2)
 
 
 def outputs(slurm: Path) -> str:

@@ -90,6 +90,14 @@ def test_gradients_of_a_pass_alone_are_its_own(monkeypatch):
     assert GraphedPasses(TwoAlike(), *arguments, 1).gradient is not None
 
 
+def test_gradients_in_one_vector_begin_where_those_of_their_own_would():
+    trained = [p for p in GreenMIM(CONFIG).parameters() if p.requires_grad]
+    vector = passes.flat_gradients(trained)
+    assert any(p.numel() % 16 for p in trained)
+    assert all(p.grad.data_ptr() % 64 == vector.data_ptr() % 64 for p in trained)
+    assert all(p.grad.shape == p.shape for p in trained)
+
+
 def test_losses_of_a_graph_are_kept_when_it_runs_again(monkeypatch):
     monkeypatch.setattr(passes, "record", lambda work, prepare: work)
     losses, _, _ = train(functools.partial(GraphedPasses, Processes(World(), torch.device("cpu"))))

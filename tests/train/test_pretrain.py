@@ -83,6 +83,7 @@ def _config(state: dict) -> ModelConfig:
 
 def test_files_of_a_run(finished_run: Path) -> None:
     assert sorted(p.name for p in finished_run.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "log.jsonl",
@@ -344,7 +345,8 @@ def test_new_values_on_resume_count_and_are_told(
     more = ("--resume", chosen, "--optim.weight-decay", "0.2", "--data.batch-size", "6")
     assert main(command(tiny, photos, tmp_path / "new", *more)) == 0
     text = capsys.readouterr().out
-    assert "changed since the checkpoint: data, optim" in text
+    changed = "data.batch_size 3 -> 6, optim.weight_decay 0.05 -> 0.2"
+    assert f"changed since the checkpoint: {changed}\n" in text
     assert "2 updates now, 4 in the checkpoint" in text and "epoch 1.00" in text
     state = torch.load(tmp_path / "new" / "checkpoints" / "last.pth", weights_only=True)
     assert state["step"] == 4 and state["recipe"]["optim"]["weight_decay"] == 0.2
@@ -466,7 +468,7 @@ def poison(monkeypatch: pytest.MonkeyPatch):
 def test_an_update_that_is_not_finite_is_skipped(
     tiny: Path, photos: Path, tmp_path: Path, poison
 ) -> None:
-    poison(3, 6)
+    poison(3, 8)  # the last one, too: the end of a run is saved whatever happened
     more = ("--checkpoint.every-steps", "1", "--checkpoint.keep-last", "8")
     assert main(command(tiny, photos, tmp_path / "run", *more)) == 0
 
@@ -479,13 +481,14 @@ def test_an_update_that_is_not_finite_is_skipped(
         found = moments(tmp_path / "run", step).items()
         return {float(t) for key, t in found if key.endswith("/step")}
 
-    before, after, later = state(2)["model"], state(3)["model"], state(4)["model"]
+    before, after, earlier = state(7)["model"], state(8)["model"], state(6)["model"]
     assert all(torch.equal(w, after[name]) for name, w in before.items())
-    assert any(not torch.equal(w, later[name]) for name, w in after.items())
-    assert steps(2) == steps(3) == {2.0} and steps(8) == {6.0}
+    assert any(not torch.equal(w, earlier[name]) for name, w in before.items())
+    assert steps(2) == {2.0} and steps(4) == {3.0} and steps(7) == steps(8) == {6.0}
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000003.pth").exists()
     assert all(torch.isfinite(w).all() for w in state(8)["model"].values())
     records = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r["event"] == "train"]
-    assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 1, 1, 2]
     assert records[2]["loss"] is None and records[3]["loss"] is not None
     for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -498,7 +501,24 @@ def test_a_run_stops_after_many_in_a_row_with_advice(
     assert main(command(tiny, photos, tmp_path / "run", "--max-skipped", "3")) == 3
     text = capsys.readouterr().out
     assert "stopped after update 6: 3 updates in a row" in text and "--optim.base-lr" in text
-    assert "step_00000004.pth is from before it" in text
+    # Not that of the fourth update, at the end of an epoch.
+    assert "step_00000002.pth" not in text and "is from before it" not in text
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.pth"))
+
+
+def test_a_run_that_diverges_keeps_its_sound_checkpoints(
+    tiny: Path, photos: Path, tmp_path: Path, poison, capsys
+) -> None:
+    """It goes on to skip for long, and saves nothing of it; a lone skip delays a save."""
+    argv = command(tiny, photos, tmp_path / "run", "--epochs", "8", "--max-skipped", "9")
+    argv += ["--checkpoint.every-steps", "2", "--checkpoint.keep-last", "2"]
+    poison(4, *range(10, 33))
+    assert main(argv) == 3
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*.pth"))
+    assert names == ["step_00000006.pth", "step_00000008.pth"]
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    assert [r["step"] for r in records if r["event"] == "checkpoint"] == [2, 5, 6, 8]
+    assert "step_00000008.pth is from before it, --resume goes on there" in capsys.readouterr().out
 
 
 # ---- parts --------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from greenmim.recipe import CheckpointConfig, DataConfig, Recipe, UserError
 from greenmim.training import run_folder, train
 from greenmim.training.distributed import Processes
 from greenmim.training.log_file import LogFile, cut_log, read_log
-from greenmim.training.resume import check_same_model, find_checkpoint
+from greenmim.training.resume import Found, check_same_model, find_checkpoint
 from greenmim.training.run import _check_room
 from greenmim.training.run_folder import RunFolder
 from greenmim.training.run_log import RunLog
@@ -460,16 +460,19 @@ def test_a_log_is_cut_beside_and_on_the_disk_before_it_is_replaced(
     assert [r["step"] for r in cut_log(log, 2)] == [1, 2]
     assert log.read_text() == "".join(lines[:2])
     assert done[:2] == ["fsync", "replace"]
+    assert (tmp_path / "log.1.jsonl").read_text() == "".join(lines) + '{"event": "tr'
+    assert len(cut_log(log, 2)) == 2 and not (tmp_path / "log.2.jsonl").exists()  # nothing to cut
+    assert len(cut_log(log, 1)) == 1 and (tmp_path / "log.2.jsonl").exists()
 
 
 def test_room_for_the_checkpoints_that_are_there_at_once(tmp_path: Path, monkeypatch) -> None:
-    model, folder = torch.nn.Linear(1000, 100), RunFolder(tmp_path)
+    model, folder, every = torch.nn.Linear(1000, 100), RunFolder(tmp_path), None
     one = 12 * 100_100
 
     def check(free: float) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=free * one)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        _check_room(folder, model, keep_last=2)
+        _check_room(folder, model, CheckpointConfig(keep_last=2, keep_every_epochs=every))
 
     check(3.0)
     with pytest.raises(UserError, match="needs room for 3"):
@@ -480,6 +483,13 @@ def test_room_for_the_checkpoints_that_are_there_at_once(tmp_path: Path, monkeyp
         check(needed)
         with pytest.raises(UserError, match=f"needs room for {needed} "):
             check(needed - 0.1)
+    every = 1  # the last of them stays for good, being the end of an epoch
+    check(1.0)
+    with pytest.raises(UserError, match="needs room for 1 "):
+        check(0.9)
+    save(folder, 6, CheckpointConfig(keep_last=9))
+    files = RunFolder(tmp_path).removable(CheckpointConfig(keep_every_epochs=1))
+    assert list(files) == [1, 2]
 
 
 # ---- trackers -----------------------------------------------------------------------------------
@@ -505,4 +515,4 @@ def test_a_tracker_that_refuses_ends_all_processes_before_the_folder_is_a_run(
         assert crew.wait() == [2, 2], crew.text() + crew.text(1)
     assert "api_key not configured; log in (wandb login)" in crew.text()
     assert "error" not in crew.text(1)
-    assert not RunFolder(tmp_path / "run").holds_run()  # the command can be repeated as it is
+    assert find_checkpoint(RunFolder(tmp_path / "run"), None) == Found()  # it can be repeated
