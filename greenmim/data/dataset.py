@@ -75,11 +75,14 @@ class AugmentedImages(Dataset):
         Raises:
             UserError: the first files are all corrupt, or nothing could be.
         """
-        if stop := self[Item(0, 0, 0, 0)].stop:
+        if stop := self._sample(Item(0, 0, 0, 0)).stop:
             raise UserError(stop)
         return self.source.notes()
 
     def __getitem__(self, item: Item) -> Sample:
+        return self._sample(item)
+
+    def _sample(self, item: Item) -> Sample:
         """The sample of an image or of one that stands in.
 
         Nothing is remembered of a file that failed: it may have been the network.

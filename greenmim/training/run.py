@@ -330,10 +330,13 @@ def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def _check_room(folder: RunFolder, model: GreenMIM, keep: CheckpointConfig) -> None:
     one = _CHECKPOINT_BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
-    # The new one is whole before the oldest is removed.
-    more = max(keep.keep_last + 1 - len(folder.removable(keep)), 1)
     free = folder.free_bytes()
-    if free is not None and free < more * one:
+    # The new one is whole before the oldest is removed.
+    most = keep.keep_last + 1
+    if free is None or free >= most * one:
+        return
+    more = max(most - folder.num_removable(keep), 1)
+    if free < more * one:
         raise UserError(
             f"--work-dir {folder.path}: a checkpoint takes {one / 1e6:.0f} MB, the run needs room"
             f" for {more} and the disk has {free / 1e6:.0f} MB left; make room, choose another"

@@ -168,13 +168,10 @@ class RunFolder:
         found = ((_STEP_FILE.fullmatch(file.name), file) for file in self.checkpoints.iterdir())
         return {int(match[1]): file for match, file in found if match}
 
-    def removable(self, keep: CheckpointConfig) -> dict[int, Path]:
-        """Those that newer ones will replace."""
-        return {
-            step: file
-            for step, file in self.by_step().items()
-            if not self._is_milestone(file, keep.keep_every_epochs)
-        }
+    def num_removable(self, keep: CheckpointConfig) -> int:
+        """How many checkpoints newer ones will replace."""
+        files = self.by_step().values()
+        return sum(not self._is_milestone(file, keep.keep_every_epochs) for file in files)
 
     def check_usable(self) -> None:
         """Find out without writing anything whether the folder can be made and written to.
@@ -319,11 +316,11 @@ class RunFolder:
 
     def _remove_old(self, keep: CheckpointConfig) -> None:
         try:
-            newest = sorted(self.by_step())[-keep.keep_last :]
-            for step, file in self.removable(keep).items():
-                if step not in newest:
-                    file.unlink()  # before its moments: see the module's head
-                    shutil.rmtree(moments_folder(file), ignore_errors=True)
+            files = self.by_step()
+            for step in sorted(files)[: -keep.keep_last]:
+                if not self._is_milestone(files[step], keep.keep_every_epochs):
+                    files[step].unlink()  # before its moments: see the module's head
+                    shutil.rmtree(moments_folder(files[step]), ignore_errors=True)
         except OSError as error:
             self._tell("old", f"an old checkpoint could not be removed: {error}")
 

@@ -488,8 +488,7 @@ def test_room_for_the_checkpoints_that_are_there_at_once(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="needs room for 1 "):
         check(0.9)
     save(folder, 6, CheckpointConfig(keep_last=9))
-    files = RunFolder(tmp_path).removable(CheckpointConfig(keep_every_epochs=1))
-    assert list(files) == [1, 2]
+    assert RunFolder(tmp_path).num_removable(CheckpointConfig(keep_every_epochs=1)) == 2
 
 
 # ---- trackers -----------------------------------------------------------------------------------
