@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("greenmim: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # of `| head`, which has seen enough
+    except BrokenPipeError:  # of `| head`, which has seen enough; a run looks after itself
+        if arguments[:1] == ["pretrain"] and not {"-h", "--help", "--dry_run"} & set(arguments):
+            raise
         silence(sys.stdout)
         return 0
     except argparse.ArgumentError as error:
@@ -72,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int = EXIT_BAD_INPUT) -> int:
-    print(f"greenmim: error: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        print(f"greenmim: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it: the code still tells
+        silence(sys.stderr)
     return code
 
 

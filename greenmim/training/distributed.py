@@ -98,6 +98,8 @@ class Processes:
             )
             kind, version = "cuda" if on_gpu else "cpu", str(torch.__version__)
             problem = _why_not(self.gather((problem, kind, version, socket.gethostname())))
+            if on_gpu and problem is None:
+                self.sum_(torch.zeros((), device=self.device))  # NCCL's own errors come here
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"Process {self.world.rank} of {self.world.size} cannot meet the others:"
@@ -105,22 +107,34 @@ class Processes:
             ) from error
         if problem:
             dist.destroy_process_group()
-            raise self.common_error(problem)
+            error = self.common_error(problem)
+            self._let_main_speak(error)
+            raise error
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.alone:
             return
-        if error is None:
-            self.gather(None)  # the main process may serve the others' store: none goes before
         if error is None or isinstance(error, AgreedError):
-            dist.destroy_process_group()
-        elif isinstance(error, RuntimeError) and _OF_A_COLLECTIVE.search(str(error)):
+            try:
+                # None goes before the main process has closed its files: srun would end it.
+                self.gather(None)
+                dist.destroy_process_group()
+                self._let_main_speak(error)
+                return
+            except RuntimeError as lost:
+                error = lost
+        if isinstance(error, RuntimeError) and _OF_A_COLLECTIVE.search(str(error)):
             time.sleep(LAUNCHER_SECONDS)
             raise PeerError(
                 f"Process {self.world.rank} waited in vain for another one, which died or hangs"
                 f" ({first_line(error)}); its own output or the launcher's says why."
             ) from error
+
+    def _let_main_speak(self, error: BaseException | None) -> None:
+        # The first process that ends with a code may have the launcher end the rest.
+        if isinstance(error, AgreedError) and error.quiet:
+            time.sleep(LAUNCHER_SECONDS)
 
     def _meet(self) -> dist.Store:
         """A store that these processes share, and nobody before them.

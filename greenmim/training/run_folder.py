@@ -54,6 +54,7 @@ class RunFolder:
         self.last = self.checkpoints / "last.pth"
         self.holder = self.path / "in_use.json"  # who holds the lock, for people and other machines
         self._lock = FileLock(self.path / ".lock")
+        self._mine: dict[str, Any] | None = None  # what the holder's file shows while it is held
         self.notes: list[str] = []  # on what went wrong without harm, for the user
         self._told: set[str] = set()
         self._epochs: dict[Path, float] = {}
@@ -66,15 +67,18 @@ class RunFolder:
         Raises:
             UserError: another command runs in it, or the processes see different folders.
         """
-        shown = processes.from_main(self._acquire)
         try:
+            shown = processes.from_main(self._acquire)
             with processes.agreed():
                 self._must_show(shown)
             yield
         finally:
             if self._lock.is_locked:
-                self.holder.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    if self._is_ours():
+                        self.holder.unlink()
                 self._lock.release()
+                self._mine = None
 
     def check_free(self) -> None:
         """Find out, without writing, whether another command of this machine holds the folder.
@@ -105,11 +109,24 @@ class RunFolder:
                 Path(self._lock.lock_file).unlink(missing_ok=True)
             self._take(SECONDS_TO_DIE)
             save_text(shown, self.holder)
+            self._mine = json.loads(shown)
         except OSError as error:
             raise UserError(
                 f"--work-dir {self.path} cannot be written: {_reason(error)}."
             ) from error
         return shown
+
+    def _is_ours(self) -> bool:
+        return self._mine is None or self._shown() in (self._mine, {})
+
+    def _check_ours(self) -> None:
+        """Find out whether the folder is still ours: its file server may have given it away."""
+        if not self._is_ours():
+            who = self._shown()
+            raise UserError(
+                f"--work-dir {self.path} was taken over by process {who['process']} on"
+                f" {who['host']}; this one ends without writing, the checkpoints are whole."
+            )
 
     def _take(self, seconds: float) -> None:
         try:
@@ -120,7 +137,8 @@ class RunFolder:
             job = f" (Slurm job {who['job']})" if who.get("job") else ""
             raise UserError(
                 f"--work-dir {self.path} is in use by {name}{job}; two commands must not share a"
-                " folder: wait for that one, end it, or choose another folder."
+                " folder: wait for that one, end it, or choose another folder (of one that is known"
+                f" to be gone, remove {self._lock.lock_file})."
             ) from error
 
     def _requeued(self) -> bool:
@@ -218,7 +236,7 @@ class RunFolder:
     def save(
         self,
         state: dict[str, Any],
-        keep: CheckpointConfig,
+        keep: CheckpointConfig | None,
         write_moments: Callable[[Path], None],
         processes: Processes,
     ) -> tuple[Path, str | None]:
@@ -228,7 +246,7 @@ class RunFolder:
 
         Args:
             state: Content of the file; used in the main process only.
-            keep: What is kept.
+            keep: What is kept; None removes nothing.
             write_moments: Writes the optimiser's state into a new folder; a collective.
             processes: The processes of the run.
 
@@ -248,9 +266,9 @@ class RunFolder:
                 problem = _reason(error)
         if problem is None:
             problem = processes.from_main(lambda: self._commit(state, path))
-        if problem is None:
+        if problem is None and keep is not None:
             processes.from_main(lambda: self._remove_old(keep))
-        else:
+        elif problem is not None:
             processes.from_main(lambda: self._undo(path))
         return path, problem
 
@@ -265,6 +283,7 @@ class RunFolder:
             sync_folder(moments)
             # Fails where another machine wrote its part elsewhere.
             whole = {**state, "moments": moments_sizes(moments)}
+            self._check_ours()  # the moments may have taken long
             save_atomic(whole, path)
         except OSError as error:
             return _reason(error)
@@ -315,6 +334,7 @@ class RunFolder:
             self.last.unlink(missing_ok=True)
 
     def _remove_old(self, keep: CheckpointConfig) -> None:
+        self._check_ours()
         try:
             files = self.by_step()
             for step in sorted(files)[: -keep.keep_last]:
@@ -337,6 +357,7 @@ class RunFolder:
 
     def _remove_left_overs(self) -> str | None:
         """What saves that were killed left: folders without their file, and temporary files."""
+        self._check_ours()
         try:
             for entry in self.checkpoints.iterdir():
                 if _MOMENTS_FOLDER.fullmatch(entry.name):

@@ -35,7 +35,8 @@ class Piece:
         try:
             result = pretrain(self.recipe, self.where_to_resume())
         except UserError as error:
-            print(f"greenmim: error: {error}", file=sys.stderr, flush=True)
+            if not error.quiet:
+                print(f"greenmim: error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_BAD_INPUT)
         if result.signal in _WARNINGS:
             if os.environ.get("SLURM_PROCID") == "0":

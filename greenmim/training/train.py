@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import greenmim
 from greenmim.data.feed import Feed
@@ -256,7 +257,8 @@ class Trainer:
         """Write a checkpoint; everything before it is read and logged first.
 
         From a skipped update on it waits until one is applied again: what made it skip may be in
-        the weights already, and older checkpoints go as new ones come. The run's end does not wait.
+        the weights already, and older checkpoints go as new ones come. The `final` one does not
+        wait: it takes no older one's place, and is not written where a weight is not finite.
 
         Raises:
             UserError: it could not be written, and this was the `final` one or one of many: until
@@ -264,14 +266,17 @@ class Trainer:
         """
         run = self.run
         self.take_note(step)
-        self.save_owed = self.skipped_in_a_row > 0 and step < run.total_steps
+        trouble = self.skipped_in_a_row > 0
+        self.save_owed = trouble and not final
+        if final and trouble and not self.diverged and not self._sound():
+            self._diverge(step)
         if self.save_owed or self.diverged:
             return
         started = time.perf_counter()
         alone = run.processes.alone
         path, problem = run.folder.save(
             run_state(run, step, self.skipped),
-            run.recipe.checkpoint,
+            None if trouble else run.recipe.checkpoint,
             lambda folder: write_moments(run.model, run.optimizer, folder, alone),
             run.processes,
         )
@@ -304,12 +309,12 @@ class Trainer:
         """The end of a run that a signal stopped."""
         if self.saved < step:  # it stopped between updates, or could not save
             self.save(step, final=True)
+            if self.diverged:
+                return Result(EXIT_DIVERGED, step, self.run.folder.newest_checkpoint())
         names = self.run.processes.gather(self.stop.received)
         received = next(name for name in names if name is not None)
         self.log.event("stopped", step=step, signal=received.name)
         saved = f"saved {self.checkpoint}" if self.checkpoint else "there was nothing to save yet"
-        if self.save_owed:
-            saved = f"updates were being skipped, {self.checkpoint or 'nothing'} is the last save"
         self.log.say(f"{received.name} received: {saved}; the same command with --resume goes on.")
         return Result(exit_code_of(received), step, self.checkpoint, received)
 
@@ -374,9 +379,18 @@ class Trainer:
                 f" finite ({len(files)} images, the first {files[0]}; more in log.jsonl)"
             )
         if self.skipped_in_a_row >= run.recipe.max_skipped:
-            self.diverged = True
-            self.log.event("diverged", step=report.step, skipped=self.skipped)
-            self.log.say(_diverged_advice(run, self.log.number(report.step)))
+            self._diverge(report.step)
+
+    def _diverge(self, step: int) -> None:
+        self.diverged = True
+        self.log.event("diverged", step=step, skipped=self.skipped)
+        advice = _diverged_advice(self.run, self.log.number(step), self.skipped_in_a_row)
+        self.log.say(advice)
+
+    def _sound(self) -> bool:
+        """Whether all weights are finite. A collective."""
+        own = (p.to_local() if isinstance(p, DTensor) else p for p in self.run.model.parameters())
+        return all(self.run.processes.gather(all(bool(p.isfinite().all()) for p in own)))
 
 
 @contextlib.contextmanager
@@ -384,8 +398,11 @@ def told_of_memory(device: torch.device) -> Iterator[None]:
     """Memory that runs out inside is a UserError, which says what to do."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # The allocator of a GPU has an error of its own, that of the CPU and libraries have not.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            words in str(error) for words in ("out of memory", "can't allocate memory")
+        ):
             raise
         raise UserError(
             f"The memory of {device} ran out ({first_line(error)}); lower --data.batch-size and"
@@ -394,14 +411,15 @@ def told_of_memory(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _diverged_advice(run: Run, step: int) -> str:
+def _diverged_advice(run: Run, step: int, in_a_row: int) -> str:
     newest = run.folder.newest_checkpoint()
     advice = (
         "lower the learning rate (--optim.base-lr or --optim.lr), clip (--optim.clip 1), or use"
         " --precision bf16 or fp32"
     )
     again = f"; {newest} is from before it, --resume goes on there" if newest else ""
+    updates = f"{in_a_row} updates" if in_a_row > 1 else "update"
     return (
-        f"stopped after update {step}: {run.recipe.max_skipped} updates in a row had a loss or"
-        f" gradient that is not finite. To go on, {advice}{again}."
+        f"stopped after update {step}: the loss or gradient of the last {updates} was not finite. To"
+        f" go on, {advice}{again}."
     )

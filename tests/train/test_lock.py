@@ -14,7 +14,7 @@ import torch
 from crew import Crew, command, context, losses, wait_for
 
 from greenmim.cli import main
-from greenmim.recipe import UserError
+from greenmim.recipe import CheckpointConfig, UserError
 from greenmim.training import run_folder
 from greenmim.training.distributed import Processes
 from greenmim.training.run_folder import RunFolder
@@ -117,6 +117,20 @@ def test_the_folder_is_held_while_a_run_goes_on(tiny: Path, photos: Path, tmp_pa
         crew.processes[0].terminate()
         assert crew.wait() == [75], crew.text()
     assert not (run / "in_use.json").exists()
+
+
+def test_a_folder_that_was_given_away_is_left_alone(tmp_path: Path) -> None:
+    """To the requeued job, say, by a file server that took this process for dead."""
+    folder = RunFolder(tmp_path)
+    with folder.held(ALONE):
+        folder.checkpoints.mkdir()
+        other = {"process": 11, "host": "gpu7", "job": None, "restarts": "0", "token": "0123"}
+        folder.holder.write_text(json.dumps(other))
+        before = content(tmp_path)
+        state = {"updates": 1, "step": 1, "steps_per_epoch": 3}
+        with pytest.raises(UserError, match="taken over by process 11 on gpu7"):
+            folder.save(state, CheckpointConfig(), lambda path: path.mkdir(), ALONE)
+    assert content(tmp_path) == before
 
 
 def apart(rank: int) -> None:

@@ -500,7 +500,10 @@ def test_a_run_stops_after_many_in_a_row_with_advice(
     poison(2, 4, 5, 6)
     assert main(command(tiny, photos, tmp_path / "run", "--max-skipped", "3")) == 3
     text = capsys.readouterr().out
-    assert "stopped after update 6: 3 updates in a row" in text and "--optim.base-lr" in text
+    assert (
+        "stopped after update 6: the loss or gradient of the last 3 updates was" in text
+        and "--optim.base-lr" in text
+    )
     # Not that of the fourth update, at the end of an epoch.
     assert "step_00000002.pth" not in text and "is from before it" not in text
     assert not list((tmp_path / "run" / "checkpoints").glob("*.pth"))
@@ -519,6 +522,48 @@ def test_a_run_that_diverges_keeps_its_sound_checkpoints(
     records = read_log(tmp_path / "run" / "log.jsonl")
     assert [r["step"] for r in records if r["event"] == "checkpoint"] == [2, 5, 6, 8]
     assert "step_00000008.pth is from before it, --resume goes on there" in capsys.readouterr().out
+
+
+def test_a_stop_at_a_skipped_update_is_saved_and_removes_nothing(
+    tiny: Path, photos: Path, tmp_path: Path, poison, monkeypatch
+) -> None:
+    poison(3)
+    real = train.Trainer.update
+
+    def update(self, step: int, lr: float) -> bool:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step, lr)
+
+    monkeypatch.setattr(train.Trainer, "update", update)
+    argv = command(tiny, photos, tmp_path / "run", "--checkpoint.every-steps", "1")
+    assert main([*argv, "--checkpoint.keep-last", "1"]) == 75
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*.pth"))
+    assert names == ["step_00000002.pth", "step_00000003.pth"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    tiny: Path, photos: Path, tmp_path: Path, poison, monkeypatch, capsys
+) -> None:
+    """At the last update, which is saved though it was skipped."""
+    poison(8)
+    real = train.Trainer.update
+
+    def update(self, step: int, lr: float) -> bool:
+        done = real(self, step, lr)
+        if step == 8:
+            next(self.run.model.parameters()).data.fill_(float("nan"))
+        return done
+
+    monkeypatch.setattr(train.Trainer, "update", update)
+    assert main(command(tiny, photos, tmp_path / "run", "--checkpoint.keep-last", "1")) == 3
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*.pth")]
+    assert names == ["step_00000004.pth"]
+    text = capsys.readouterr().out
+    assert (
+        "stopped after update 8: the loss or gradient of the last update was" in text
+        and "step_00000004.pth is from before it" in text
+    )
 
 
 # ---- parts --------------------------------------------------------------------------------------

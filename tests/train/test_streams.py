@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from crew import command, losses, records
 from test_launch import environment
 
 from greenmim.cli import main
-from greenmim.training.train import Trainer
+from greenmim.training.train import Trainer, told_of_memory
 
 GREENMIM = [sys.executable, "-m", "greenmim"]
 
@@ -95,6 +96,20 @@ def test_memory_that_runs_out(
     assert (tmp_path / "run" / "log.1.jsonl").exists()
     capsys.readouterr()
     assert main(argv) == 2 and "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind", [dist.DistBackendError, torch.AcceleratorError, NotImplementedError]
+)
+def test_other_errors_are_not_taken_for_want_of_memory(kind) -> None:
+    with pytest.raises(kind), told_of_memory(torch.device("cpu")):
+        raise kind("NCCL communicator was aborted")
+
+
+def test_an_error_on_a_full_disk_keeps_its_code(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    argv = [*GREENMIM, *command(tiny, photos, tmp_path / "run", "--data.batch-size", "50")]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(argv, env=environment(), stderr=full, timeout=60).returncode == 2
 
 
 def test_wrong_options_are_told_by_one_process(capsys, monkeypatch) -> None:
