@@ -420,6 +420,6 @@ def _diverged_advice(run: Run, step: int, in_a_row: int) -> str:
     again = f"; {newest} is from before it, --resume goes on there" if newest else ""
     updates = f"{in_a_row} updates" if in_a_row > 1 else "update"
     return (
-        f"stopped after update {step}: the loss or gradient of the last {updates} was not finite. To"
-        f" go on, {advice}{again}."
+        f"stopped after update {step}: the loss or gradient of the last {updates} was not finite."
+        f" To go on, {advice}{again}."
     )
