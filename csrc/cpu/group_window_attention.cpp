@@ -21,9 +21,9 @@ namespace greenmim::cpu {
 
 namespace {
 
-// Enough tasks to balance many threads. No more: a bias tile of up to 64 tokens is made, and its gradient
-// added to the table, once per task, so that a task should hold as many images of a window as it can. The number
-// does not depend on the threads, so that the sums do not either.
+// Enough tasks to balance many threads. No more: a bias tile of up to 64 tokens is made, and its
+// gradient added to the table, once per task, so that a task should hold as many images of a window as
+// it can. The number does not depend on the threads, so that the sums do not either.
 constexpr int64_t kTasks = 128;
 // Multiply-adds worth a thread of its own.
 constexpr int64_t kWorkPerThread = 1 << 15;

@@ -1,6 +1,6 @@
-// C[M, N] (+)= A[M, K] B[K, N] on small row-major tiles that lie in the first cache, or the second. A may be
-// strided both ways, so that a transposed A costs nothing; N is a multiple of the vector width. With
-// `add` the product is added to what C holds.
+// C[M, N] (+)= A[M, K] B[K, N] on small row-major tiles that lie in the first cache, or the second.
+// A may be strided both ways, so that a transposed A costs nothing; N is a multiple of the vector width.
+// With `add` the product is added to what C holds.
 // Included per capability, after vector.h.
 
 template <class A>

@@ -91,25 +91,23 @@ class RunFolder:
                 self._take(SECONDS_TO_DIE)
                 self._lock.release()
 
-    def _acquire(self) -> str:
+    def _acquire(self) -> dict[str, Any]:
         """Hold the folder from here on; what its holder's file shows."""
-        shown = json.dumps(
-            {
-                "process": os.getpid(),
-                "host": socket.gethostname(),
-                "job": os.environ.get("SLURM_JOB_ID"),
-                "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
-                "token": secrets.token_hex(8),
-            }
-        )
+        shown = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+            "token": secrets.token_hex(8),
+        }
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._requeued():
                 # What the job was before has ended, though a file server may not know of it yet.
                 Path(self._lock.lock_file).unlink(missing_ok=True)
             self._take(SECONDS_TO_DIE)
-            save_text(shown, self.holder)
-            self._mine = json.loads(shown)
+            save_text(json.dumps(shown), self.holder)
+            self._mine = shown
         except OSError as error:
             raise UserError(
                 f"--work-dir {self.path} cannot be written: {_reason(error)}."
@@ -154,10 +152,10 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
-    def _must_show(self, shown: str) -> None:
+    def _must_show(self, shown: dict[str, Any]) -> None:
         """In every process of a run: the folder is the one that the main process holds."""
         end = time.monotonic() + HIDDEN_SECONDS
-        while self._shown() != json.loads(shown):
+        while self._shown() != shown:
             if time.monotonic() > end:
                 raise UserError(
                     f"--work-dir {self.path} on {socket.gethostname()} is not the folder that the"
