@@ -205,7 +205,7 @@ def test_a_gradient_that_is_never_finite_ends_a_run_with_a_scaler(
     assert main(argv) == 3
     # 2^16 is 17 halvings above 1/2: those may be the search for a scale.
     assert [r["step"] for r in records(tmp_path / "run", "skipped")] == [18, 19, 20]
-    assert "3 updates in a row" in capsys.readouterr().out
+    assert "the last 3 updates was not finite" in capsys.readouterr().out
 
 
 # ---- the command line ---------------------------------------------------------------------------
