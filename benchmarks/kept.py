@@ -28,7 +28,7 @@ import greenmim_kernels as gk
 from greenmim import GreenMIM, ModelConfig
 from greenmim.config import model_config
 from greenmim.masking import random_visible
-from greenmim.training.parallel import recompute_pointwise
+from greenmim.training.passes import recompute_pointwise
 
 from .step_variants import Dense, Naive
 

@@ -30,14 +30,14 @@ from PIL import Image
 
 from greenmim import ModelConfig, create_model
 from greenmim.config import model_config
-from greenmim.data.augment import Finish, finishes_in_loader
-from greenmim.data.dataset import AugmentedImages
+from greenmim.data.dataset import AugmentedImages, Finish, finishes_in_loader
 from greenmim.data.images import open_rgb
 from greenmim.data.loader import Collate, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import find_source
+from greenmim.guards import UserError
 from greenmim.planning import Planner
-from greenmim.recipe import DataConfig, MaskConfig, UserError
+from greenmim.recipe import DataConfig, MaskConfig
 
 from . import costs
 from .environment import describe, folder_of, write_json

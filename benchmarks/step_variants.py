@@ -14,11 +14,10 @@ from torch import Tensor, nn
 import greenmim_kernels as gk
 from greenmim import GreenMIM, ModelConfig
 from greenmim.encoders.swin import VisibleBlock
+from greenmim.launch import World
 from greenmim.masking import random_visible
-from greenmim.training.distributed import Processes
-from greenmim.training.parallel import recompute_pointwise
-from greenmim.training.passes import GraphedPasses, Passes
-from greenmim.training.world import World
+from greenmim.training.passes import GraphedPasses, Passes, recompute_pointwise
+from greenmim.training.processes import Processes
 from greenmim_kernels.onednn import use_onednn
 
 from .naive_model import NaiveGreenMIM
@@ -114,7 +113,7 @@ class Variant:
     Attributes:
         backend: of the kernels; None where there are none.
         kind: ours, naive, naive-planning or dense.
-        recompute: pointwise work in the backward pass (see `greenmim.training.parallel`).
+        recompute: pointwise work in the backward pass (see `greenmim.training.passes`).
         keeps_memory: on a CPU, as the trainer does (see `greenmim_kernels.host_memory`).
         onednn: on a CPU, for linear layers, as the trainer does.
     """
@@ -214,7 +213,7 @@ class Step:
         for parameter in self.trained.values():
             state[parameter]["step"].zero_()
         group["lr"] = rate
-        self.passes.clear(self.optimizer)
+        self.passes.zero_grad(self.optimizer)
 
     def _inputs(self, forward: nn.Module) -> list[tuple[Tensor, object]]:
         problem, rng = self.problem, np.random.default_rng(0)
@@ -237,24 +236,24 @@ class Step:
         images, plan = self.inputs[self.count % BATCHES]
         self.count += 1
         with gk.use_backend(self.variant.backend or "auto"):
-            return self.passes.run(images, plan, 0)
+            return self.passes.forward_backward(images, plan, 0)
 
     def __call__(self) -> None:
         self.loss()
-        self.passes.finish(self.optimizer, float("inf"))  # the norm, which a run logs
+        self.passes.clip(self.optimizer, float("inf"))  # the norm, which a run logs
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.passes.clear(self.optimizer)
+        self.passes.zero_grad(self.optimizer)
 
     def errors(self, expected: Expected) -> Errors:
         """Of the checked batch, after those before it. For a step that was not called yet."""
         for _ in range(CHECKED):
             self.loss()
-            self.passes.clear(self.optimizer)
+            self.passes.zero_grad(self.optimizer)
         loss = self.loss().item()
         scale = self.scaler.get_scale()
         found = {name: p.grad.cpu() / scale for name, p in self.trained.items()}
-        self.passes.clear(self.optimizer)
+        self.passes.zero_grad(self.optimizer)
         tables = [name for name in found if name.endswith("relative_position_bias_table")]
         return Errors(
             abs(loss - expected.loss) / abs(expected.loss),

@@ -28,7 +28,7 @@ from PIL import Image
 
 from greenmim import cli
 from greenmim.guards import EXIT_STOPPED
-from greenmim.training.log_file import read_log
+from greenmim.training.log import read_log
 
 # The photographs among the wheel's pictures; drawings, text and test patterns are left out.
 PHOTOGRAPHS = (

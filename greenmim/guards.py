@@ -1,10 +1,15 @@
-"""What a run ends with, and the signals that ask it to stop."""
+"""How a program of ours ends: errors told in a line, exit codes, signals that ask it to stop."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import TextIO
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
@@ -13,8 +18,65 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again with 
 EXIT_INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
+class UserError(Exception):
+    """Something the user can put right: shown as one line on stderr, exit code 2.
+
+    `quiet` where another process of the run shows it.
+    """
+
+    quiet = False
+
+
 class PeerError(Exception):
     """Another process of the run died, so that this one ends too: told in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as part of a sentence of ours: its first line, or its type's name.
+
+    Of libraries that add a trace, or advice for their own users.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """All of what an error says, without line breaks; its type's name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def exit_code(work: Callable[[], int], debug: bool = False) -> int:
+    """The exit code of a program's work; an error for people is a line on stderr and its code.
+
+    With `debug` such an error comes through, with its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may hold bytes that no encoding has.
+        with contextlib.suppress(AttributeError):  # no file of the system's
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return work()
+    except (UserError, PeerError) as error:
+        if debug:
+            raise
+        code = EXIT_PEER if isinstance(error, PeerError) else EXIT_BAD_INPUT
+        if not getattr(error, "quiet", False):
+            try:
+                print(f"greenmim: error: {one_line(error)}", file=sys.stderr, flush=True)
+            except OSError:  # nobody reads it: the code still tells
+                silence(sys.stderr)
+        return code
+
+
+def silence(stream: TextIO) -> None:
+    """Lead a stream nowhere, where nobody reads it any more or its disk is full.
+
+    What waits to be written there would fail again at the program's end.
+    """
+    with contextlib.suppress(OSError, ValueError):  # no file of the system's
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class StopSignal:
@@ -39,7 +101,7 @@ class StopSignal:
             for number in self.HANDLED:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # started with nohup
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,7 +109,7 @@ class StopSignal:
             signal.signal(number, handler)
         self._previous.clear()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt

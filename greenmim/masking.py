@@ -80,13 +80,26 @@ def block_visible(
     return chosen
 
 
+def draw_visible(
+    rng: np.random.Generator,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    batch: int | None = None,
+    kind: str = "random",
+) -> np.ndarray:
+    """`block_visible` where the kind is "block", else `random_visible`, of a grid of units."""
+    if kind == "block":
+        return block_visible(rng, grid, mask_ratio, batch)
+    return random_visible(rng, grid[0] * grid[1], mask_ratio, batch)
+
+
 def _hide_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
     visible = np.ones(grid, dtype=bool)
     flat = visible.reshape(-1)
     while len(shown := flat.nonzero()[0]) > count:
         excess = len(shown) - count
         # All of a block at once: a call of the generator takes longer than the rest.
-        size, form, over, *place = rng.random(5).tolist()
+        size, form, over, *where = rng.random(5).tolist()
         least = min(_BLOCK_UNITS, excess)
         area = least + size * (excess - least)
         ratio = math.exp((2 * form - 1) * _LOG_RATIO)
@@ -94,7 +107,7 @@ def _hide_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) ->
         # Over a unit that is still visible, so that every block hides something.
         unit = divmod(int(shown[int(over * len(shown))]), grid[1])
         span = []
-        for side, limit, at, share in zip(sides, grid, unit, place, strict=True):
+        for side, limit, at, share in zip(sides, grid, unit, where, strict=True):
             side = min(max(round(side), 1), limit)
             first, last = max(at - side + 1, 0), min(at, limit - side)
             start = first + int(share * (last - first + 1))

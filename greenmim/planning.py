@@ -30,7 +30,7 @@ _CHILDREN = ((0, 0), (1, 0), (0, 1), (1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Region:
     """Where a tensor lies in a plan's memory."""
 
     start: int
@@ -49,19 +49,19 @@ class Place:
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where everything of a plan lies; names as in :class:`Plan`. The tensors of its partitions
-    are places; patch_grid is (H, W) of the images' patches."""
+    are regions; patch_grid is (H, W) of the images' patches."""
 
-    visible: Place
-    unit_index: Place
-    hidden_index: Place
-    patch_index: Place
+    visible: Region
+    unit_index: Region
+    hidden_index: Region
+    patch_index: Region
     partitions: tuple[tuple[GroupPartition, GroupPartition], ...]
     patch_grid: tuple[int, int]
 
-    def places(self) -> tuple[Place, ...]:
+    def regions(self) -> tuple[Region, ...]:
         """All of them; the same for plans of the same shapes."""
         parts = [part for pair in self.partitions for part in pair]
-        inner = (place for part in parts for place in part.tensors)
+        inner = (region for part in parts for region in part.tensors)
         return self.visible, self.unit_index, self.hidden_index, self.patch_index, *inner
 
 
@@ -88,7 +88,7 @@ class Plan:
         self.unit_index = layout.unit_index.of(memory)
         self.hidden_index = layout.hidden_index.of(memory)
         self.patch_index = layout.patch_index.of(memory)
-        self.partitions = _map_partitions(layout.partitions, lambda place: place.of(memory))
+        self.partitions = _map_partitions(layout.partitions, lambda region: region.of(memory))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """The same plan on a device."""
@@ -104,7 +104,7 @@ class Plan:
 
 
 def _map_partitions(partitions, change):
-    """Pairs of partitions with each of their tensors (or places) changed."""
+    """Pairs of partitions with each of their tensors (or regions) changed."""
     pairs = []
     for even, odd in partitions:
         first = even.map(change)
@@ -114,16 +114,18 @@ def _map_partitions(partitions, change):
 
 def _packed(tensors: dict[str, Tensor], partitions, patch_grid: tuple[int, int]) -> Plan:
     """A plan of these values."""
-    sources: list[tuple[Place, Tensor]] = []
+    sources: list[tuple[Region, Tensor]] = []
 
-    def place(tensor: Tensor) -> Place:
+    def reserve(tensor: Tensor) -> Region:
         end = sources[-1][0].end if sources else 0
         start = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
-        sources.append((Place(start, tensor.dtype, tuple(tensor.shape)), tensor))
+        sources.append((Region(start, tensor.dtype, tuple(tensor.shape)), tensor))
         return sources[-1][0]
 
-    places = {name: place(tensor) for name, tensor in tensors.items()}
-    layout = Layout(**places, partitions=_map_partitions(partitions, place), patch_grid=patch_grid)
+    regions = {name: reserve(tensor) for name, tensor in tensors.items()}
+    layout = Layout(
+        **regions, partitions=_map_partitions(partitions, reserve), patch_grid=patch_grid
+    )
     memory = torch.zeros(sources[-1][0].end, dtype=torch.uint8)
     content = memory.numpy()  # NumPy copies small arrays in less time
     for target, tensor in sources:
@@ -194,8 +196,8 @@ class Planner:
         row, column = _order_in_unit(scale)
         width = self.unit_grid[1]
         unit_row, unit_column = np.divmod(_indices(units)[..., None], width)  # [P, n_vis, 1]
-        place = (unit_row * scale + row) * (width * scale) + unit_column * scale + column
-        return place.reshape(len(units), -1)
+        number = (unit_row * scale + row) * (width * scale) + unit_column * scale + column
+        return number.reshape(len(units), -1)
 
     def _check(self, visible: np.ndarray | Tensor) -> np.ndarray:
         """bool [P, L], a copy of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from greenmim.recipe import UserError
+from greenmim.guards import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -12,18 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from greenmim.config import ModelConfig
+from greenmim.guards import UserError
+from greenmim.masking import num_visible_units
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class UserError(Exception):
-    """Something the user can put right: shown as one line on stderr, exit code 2.
-
-    `quiet` where another process of the run shows it.
-    """
-
-    quiet = False
 
 
 @dataclass
@@ -222,51 +215,6 @@ class Recipe:
         return _plain(dataclasses.asdict(self))
 
 
-# Slurm's warning comes three minutes before the end of a job.
-SHORTEST_JOB_HOURS = 0.25
-
-
-@dataclass(frozen=True)
-class SlurmJob:
-    """What to ask of Slurm for a run; no part of its recipe.
-
-    Args:
-        nodes: Machines.
-        gpus_per_node: GPUs of each, and processes on it.
-        partition: Partition; None takes the cluster's default.
-        hours: Time limit of one piece of the run; at its end the job goes back into the queue.
-        cpus_per_gpu: CPU cores for each process, for its loader workers.
-        account: Account to charge, where the cluster wants one.
-        qos: Quality of service, where the cluster wants one.
-        sbatch: Any other options of sbatch by their names, such as '{"mem": "200G"}'.
-    """
-
-    nodes: int = 1
-    gpus_per_node: int = 8
-    partition: str | None = None
-    hours: float = 24.0
-    cpus_per_gpu: int = 10
-    account: str | None = None
-    qos: str | None = None
-    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "hours"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it has to be above 0.")
-        if self.hours < SHORTEST_JOB_HOURS:
-            raise UserError(
-                f"--hours is {self.hours}; it has to be at least {SHORTEST_JOB_HOURS}: a job too"
-                " short to start, get on and save would go back into the queue for ever."
-            )
-
-    @property
-    def processes(self) -> int:
-        """Processes of the run."""
-        return self.nodes * self.gpus_per_node
-
-
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values under names with dots, as on the command line."""
     found = {}
@@ -289,28 +237,42 @@ def _check(recipe: Recipe) -> None:
         if not ok:
             raise UserError(f"--{name} is {value!r}; it has to be {wanted}.")
 
-    for name, value in (("data.root", recipe.data.root), ("work-dir", recipe.work_dir)):
+    data, optim, every = recipe.data, recipe.optim, recipe.checkpoint
+    for name, value in (("data.root", data.root), ("work-dir", recipe.work_dir)):
         if not value:
             raise UserError(f"--{name} is missing; pass a folder.")
-    counts = {
-        "epochs": recipe.epochs,
-        "max-skipped": recipe.max_skipped,
-        "data.batch-size": recipe.data.batch_size,
-        "data.repeats": recipe.data.repeats,
-        "data.num-samples": recipe.data.num_samples,
-        "optim.accumulate": recipe.optim.accumulate,
-        "optim.base-batch": recipe.optim.base_batch,
-        "checkpoint.every-epochs": recipe.checkpoint.every_epochs,
-        "checkpoint.every-steps": recipe.checkpoint.every_steps,
-        "checkpoint.keep-last": recipe.checkpoint.keep_last,
-        "checkpoint.keep-every-epochs": recipe.checkpoint.keep_every_epochs,
-        "log.every-steps": recipe.log.every_steps,
-        "log.pictures-every-epochs": recipe.log.pictures_every_epochs,
-        "log.pictures": recipe.log.pictures,
-        "threads": recipe.threads,
-    }
-    for name, value in counts.items():
+    for name, value in (
+        ("epochs", recipe.epochs),
+        ("max-skipped", recipe.max_skipped),
+        ("data.batch-size", data.batch_size),
+        ("data.repeats", data.repeats),
+        ("data.num-samples", data.num_samples),
+        ("optim.accumulate", optim.accumulate),
+        ("optim.base-batch", optim.base_batch),
+        ("checkpoint.every-epochs", every.every_epochs),
+        ("checkpoint.every-steps", every.every_steps),
+        ("checkpoint.keep-last", every.keep_last),
+        ("checkpoint.keep-every-epochs", every.keep_every_epochs),
+        ("log.every-steps", recipe.log.every_steps),
+        ("log.pictures-every-epochs", recipe.log.pictures_every_epochs),
+        ("log.pictures", recipe.log.pictures),
+        ("threads", recipe.threads),
+    ):
         need(value is None or value >= 1, name, value, "at least 1")
+    for name, value in (
+        ("optim.base-lr", optim.base_lr),
+        ("optim.lr", optim.lr),
+        ("optim.eps", optim.eps),
+        ("optim.clip", optim.clip),
+    ):
+        need(value is None or 0 < value < math.inf, name, value, "above 0")
+    for name, value in (
+        ("optim.weight-decay", optim.weight_decay),
+        ("schedule.min-lr", recipe.schedule.min_lr),
+        ("data.workers", data.workers),
+        ("seed", recipe.seed),
+    ):
+        need(0 <= value < math.inf, name, value, "0 or more")
     if recipe.cuda_graph and recipe.strategy == "fsdp":
         raise UserError(
             "--cuda-graph does not go with --strategy fsdp, which moves weights between processes"
@@ -329,33 +291,21 @@ def _check(recipe: Recipe) -> None:
     hang = recipe.hang_minutes
     need(hang is None or hang > 0, "hang-minutes", hang, "above 0, or null for no limit")
     need(recipe.log.wandb != "", "log.wandb", recipe.log.wandb, "the name of a project")
-    need(recipe.data.workers >= 0, "data.workers", recipe.data.workers, "0 or more")
-    need(recipe.seed >= 0, "seed", recipe.seed, "0 or more")
     need(0 <= recipe.mask.ratio < 1, "mask.ratio", recipe.mask.ratio, "at least 0 and less than 1")
-    need(0 <= recipe.data.flip <= 1, "data.flip", recipe.data.flip, "between 0 and 1")
-    low, high = recipe.data.crop_scale
+    try:
+        num_visible_units(recipe.model.num_units, recipe.mask.ratio)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    need(0 <= data.flip <= 1, "data.flip", data.flip, "between 0 and 1")
+    low, high = data.crop_scale
     need(0 < low <= high <= 1, "data.crop-scale", [low, high], "two rising values in 0 to 1")
-    low, high = recipe.data.crop_ratio
+    low, high = data.crop_ratio
     need(0 < low <= high, "data.crop-ratio", [low, high], "two rising values above 0")
-    need(min(recipe.data.std) > 0, "data.std", list(recipe.data.std), "above 0")
-    warmup = recipe.schedule.warmup_epochs
-    need(
-        0 <= warmup <= recipe.epochs,
-        "schedule.warmup-epochs",
-        warmup,
+    need(min(data.std) > 0, "data.std", list(data.std), "above 0")
+    in_range = all(0 <= beta < 1 for beta in optim.betas)
+    need(in_range, "optim.betas", list(optim.betas), "at least 0 and less than 1")
+    warmup, wanted = (
+        recipe.schedule.warmup_epochs,
         f"between 0 and the run's {recipe.epochs} epochs",
     )
-    for name, value in (
-        ("optim.base-lr", recipe.optim.base_lr),
-        ("optim.lr", recipe.optim.lr),
-        ("optim.eps", recipe.optim.eps),
-        ("optim.clip", recipe.optim.clip),
-    ):
-        need(value is None or (value > 0 and math.isfinite(value)), name, value, "above 0")
-    for beta in recipe.optim.betas:
-        need(0 <= beta < 1, "optim.betas", list(recipe.optim.betas), "at least 0 and less than 1")
-    for name, value in (
-        ("optim.weight-decay", recipe.optim.weight_decay),
-        ("schedule.min-lr", recipe.schedule.min_lr),
-    ):
-        need(value >= 0 and math.isfinite(value), name, value, "0 or more")
+    need(0 <= warmup <= recipe.epochs, "schedule.warmup-epochs", warmup, wanted)

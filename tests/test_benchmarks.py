@@ -329,7 +329,7 @@ def test_the_need_is_half_the_floor_of_a_step():
 def test_a_smaller_batch_where_shared_memory_forces_it(tmp_path, monkeypatch):
     Image.new("RGB", (300, 300)).save(tmp_path / "a.jpg")
     room = 3 * 20 * 224 * 224 * 3  # two batches on their way and one that is held, of 20 in 8 bits
-    monkeypatch.setattr("greenmim.data.shared.os.statvfs", lambda _: SimpleNamespace(
+    monkeypatch.setattr("greenmim.data.loader.os.statvfs", lambda _: SimpleNamespace(
         f_bavail=room, f_frsize=1, f_blocks=1))  # fmt: skip
     assert loader.largest_batch(str(tmp_path), {"augment_on_device": True}) == 16
     assert loader.largest_batch(str(tmp_path), {"augment_on_device": False}) == 4

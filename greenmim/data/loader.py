@@ -1,6 +1,7 @@
-"""Batches of augmented images with their masks planned ahead, the same for any number of workers.
+"""Batches of augmented images with their masks planned ahead, from loader processes to the device.
 
-What is random is a function of the run's seed and a place in the run, see `seeds`.
+They do not depend on the number of those (see `sampler`). A batch is made in shared memory at once:
+PyTorch would bring it there in a thread of its queue, where an error loses it for ever.
 """
 
 from __future__ import annotations
@@ -8,60 +9,61 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import multiprocessing
+import os
+import re
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from greenmim.config import UNIT_PIXELS
-from greenmim.data import shared
-from greenmim.data.augment import Finish
-from greenmim.data.dataset import AugmentedImages, Sample
-from greenmim.data.sampler import PLACES, EpochSampler
-from greenmim.guards import StopSignal
-from greenmim.masking import block_visible, random_visible
+from greenmim.data.dataset import AugmentedImages, Finish, Sample
+from greenmim.data.sampler import MASK, READERS, EpochSampler, generator
+from greenmim.guards import StopSignal, UserError, first_line
+from greenmim.masking import draw_visible
 from greenmim.planning import Plan, Planner
-from greenmim.recipe import MaskConfig, UserError
-from greenmim.seeds import MASK, generator
+from greenmim.recipe import MaskConfig
 from greenmim_kernels.host_memory import give_back_freed_memory
 
+SHARED_MEMORY = "/dev/shm"
+_ADVICE = (
+    "raise its limit (docker run --shm-size or --ipc=host), or lower --data.workers or"
+    " --data.batch-size"
+)
 # A wait for a batch looks so often whether the run was asked to stop.
 _POLL_SECONDS = 2
+_CLOSE_SECONDS = 3.0
+_DIED = re.compile(r"DataLoader worker \(pid.*(exited unexpectedly|is killed by signal)")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images, the plan of their masks, and (path, reason) of unreadable files.
+    """Images and the plan of their masks; both None where there is a reason to stop.
 
-    Attributes:
-        images: float32 [B, 3, H, W], or uint8 with flips still to be done, channels last in memory.
-            `images` and `plan` are None where there is a reason to `stop`.
-        plan: Of the masks.
-        failures: (path, reason) of files that could not be read.
-        flips: bool [B], which images to flip; None where all is done.
-        stop: Why the run cannot go on: as text, for an error loses its sentence between processes.
+    The reason is text, for an error loses its sentence between processes.
     """
 
+    # float32 [B, 3, H, W], or uint8 with flips still to be done, channels last in memory
     images: torch.Tensor | None
     plan: Plan | None
-    failures: tuple[tuple[str, str], ...]
-    flips: torch.Tensor | None = None
-    stop: str | None = None
+    failures: tuple[tuple[str, str], ...]  # (path, reason) of files that could not be read
+    flips: torch.Tensor | None = None  # bool [B], which images to flip; None where all is done
+    stop: str | None = None  # why the run cannot go on
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """The batch on a device."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; called by the loader."""
         return self if self.images is None else self._map(lambda part: part.pin_memory())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory until `stream` has used it (see `Tensor.record_stream`)."""
         for tensor in (self.images, self.plan.memory, self.flips):
             if tensor is not None:
                 tensor.record_stream(stream)
@@ -74,67 +76,70 @@ class Batch:
 class Collate:
     """Stacks samples, draws the masks and plans them: the host's work of a step, in the loader.
 
-    Args:
-        planner: Plans a mask for the model (picklable).
-        mask: Ratio, kind, and whether every image has its own mask.
-        seed: The run's seed.
-        finish: The end of the augmentation; None leaves it to the device.
+    The end of the augmentation, `finish`, is left to the device where it is None.
     """
 
-    def __init__(
-        self, planner: Planner, mask: MaskConfig, seed: int, finish: Finish | None
-    ) -> None:
+    def __init__(self, planner: Planner, mask: MaskConfig, seed: int, finish: Finish | None):
         self.planner, self.mask, self.seed, self.finish = planner, mask, seed, finish
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        failures = tuple(
-            dict.fromkeys(failure for sample in samples for failure in sample.failures)
-        )
+        failures = tuple(dict.fromkeys(failure for s in samples for failure in s.failures))
         stop = next((sample.stop for sample in samples if sample.stop), None)
         try:
-            return (
-                Batch(None, None, failures, stop=stop) if stop else self._batch(samples, failures)
-            )
+            if not stop:
+                return self._batch(samples, failures)
         except UserError as error:
-            return Batch(None, None, failures, stop=str(error))
+            stop = str(error)
+        return Batch(None, None, failures, stop=stop)
 
     def _batch(self, samples: list[Sample], failures: tuple[tuple[str, str], ...]) -> Batch:
         item = samples[0].item
-        plan = self._plan(generator(self.seed, MASK, item.step, item.micro), len(samples))
+        plan = self._plan(generator(self.seed, MASK, item.step, item.micro_batch), len(samples))
         height, width = (side * UNIT_PIXELS for side in self.planner.unit_grid)
         if self.finish is not None:
-            images = shared.empty((len(samples), 3, height, width), torch.float32)
+            images = empty_shared((len(samples), 3, height, width), torch.float32)
             # One by one: an image stays in the processor's cache, a batch does not.
-            for place, sample in enumerate(samples):
-                self.finish.into(images[place], sample.image, sample.flip)
+            for image, sample in zip(images, samples, strict=True):
+                self.finish.into(image, sample.image, sample.flip)
             return Batch(images, plan, failures)
         # Crops are channels last, and are left so.
-        images = shared.empty((len(samples), height, width, 3), torch.uint8).permute(0, 3, 1, 2)
-        for place, sample in enumerate(samples):
-            images[place] = sample.image
-        flips = shared.copied(torch.tensor([sample.flip for sample in samples]))
+        images = empty_shared((len(samples), height, width, 3), torch.uint8).permute(0, 3, 1, 2)
+        for image, sample in zip(images, samples, strict=True):
+            image.copy_(sample.image)
+        flips = copied_shared(torch.tensor([sample.flip for sample in samples]))
         return Batch(images, plan, failures, flips)
 
     def _plan(self, rng: np.random.Generator, count: int) -> Plan:
         """The plan of masks for so many images."""
-        count = count if self.mask.per_image else None
-        plan = self.planner(draw_visible(rng, self.planner.unit_grid, self.mask, count))
-        return Plan(shared.copied(plan.memory), plan.layout)
+        mask, grid = self.mask, self.planner.unit_grid
+        batch = count if mask.per_image else None
+        plan = self.planner(draw_visible(rng, grid, mask.ratio, batch, mask.kind))
+        return Plan(copied_shared(plan.memory), plan.layout)
 
     def batch_bytes(self, count: int) -> int:
-        """What a batch of so many images takes."""
         pixels = count * 3 * math.prod(side * UNIT_PIXELS for side in self.planner.unit_grid)
         images = pixels * (1 if self.finish is None else 4)
         return images + self._plan(generator(self.seed, MASK), count).memory.nbytes
 
 
-def draw_visible(
-    rng: np.random.Generator, grid: tuple[int, int], mask: MaskConfig, count: int | None
-) -> np.ndarray:
-    """Visible units as a recipe asks for: bool [L], or [count, L] with a count."""
-    if mask.kind == "block":
-        return block_visible(rng, grid, mask.ratio, batch=count)
-    return random_visible(rng, grid[0] * grid[1], mask.ratio, batch=count)
+def empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A new tensor, in shared memory where this is a loader process; UserError without room."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        storage = torch.UntypedStorage._new_shared(size)  # as PyTorch's own collate
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"A loader process gets no {size / 1e6:.1f} MB of shared memory"
+            f" ({first_line(error)}); {_ADVICE}."
+        ) from error
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+
+
+def copied_shared(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, in shared memory where this is a loader process; UserError without room."""
+    return empty_shared(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 def make_loader(
@@ -145,9 +150,9 @@ def make_loader(
     pin_memory: bool,
 ) -> DataLoader:
     """A loader over the rest of the run: its workers live until the end, not one epoch."""
-    # Batches come from an order's places in turn, and go to the workers in turn.
-    places = PLACES * sampler.accumulate
-    dataset.source.expect(places // math.gcd(max(workers, 1), places))
+    # Batches come from the order's readers in turn, and go to the workers in turn.
+    readers = READERS * sampler.accumulate
+    dataset.source.expect(readers // math.gcd(max(workers, 1), readers))
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -156,27 +161,28 @@ def make_loader(
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         timeout=_POLL_SECONDS if workers else 0,  # no error: see `Feed.next`
-        # Its own generator: a loader draws a seed when it starts, which must not move the run's
-        # stream.
+        # Its own: a loader draws a seed when it starts, which must not move the run's stream.
         generator=torch.Generator().manual_seed(0),
     )
 
 
 def check_shared_memory(loader: DataLoader, processes: int) -> None:
-    """Find out before a run whether its batches fit into shared memory.
-
-    Args:
-        loader: Of one process of the run, made by `make_loader`.
-        processes: How many processes of the run share this machine.
-
-    Raises:
-        UserError: they do not.
-    """
-    if loader.num_workers:
-        # Each worker makes batches ahead, and the main process still holds the one before.
-        batches = loader.num_workers * loader.prefetch_factor + 1
-        one = loader.collate_fn.batch_bytes(loader.batch_sampler.batch_size)
-        shared.check_room(processes * batches * one)
+    """Raises UserError where batches of so many processes of this machine do not fit in there."""
+    if not loader.num_workers:
+        return
+    # Each worker makes batches ahead, and the main process still holds the one before.
+    batches = processes * (loader.num_workers * loader.prefetch_factor + 1)
+    needed = batches * loader.collate_fn.batch_bytes(loader.batch_sampler.batch_size)
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:  # no such place on this system
+        return
+    free = found.f_bavail * found.f_frsize
+    if found.f_blocks and free < needed:  # a limit of 0 blocks is none
+        raise UserError(
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB of shared memory left and batches on their"
+            f" way from the loader processes take {needed / 1e6:.0f} MB; {_ADVICE}."
+        )
 
 
 def _start_worker(worker: int) -> None:
@@ -189,3 +195,116 @@ def _start_worker(worker: int) -> None:
     # So it would outlive that process, if that is killed while this one hangs.
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Feed:
+    """The batches of a loader, with the time spent waiting for them and the files that failed.
+
+    `finish` is the end of the augmentation, on the device; None where the loader does it. The
+    loader's processes start with `start`, or the first `next`.
+
+    Attributes:
+        give_up: Asked again and again while a batch does not come: whether to wait no longer.
+        waited: Seconds spent waiting so far.
+        failures: (path, reason) of files that could not be read, each once, until they are taken.
+    """
+
+    def __init__(
+        self, loader: DataLoader, device: torch.device, finish: Finish | None = None
+    ) -> None:
+        self.loader, self.device, self.finish = loader, device, finish
+        self.give_up: Callable[[], bool] = lambda: False
+        self.waited = 0.0
+        self.failures: list[tuple[str, str]] = []
+        self._named: set[str] = set()
+        # Copies have a stream of their own: they run beside the update before.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._batches: Iterator[Batch] | None = None
+        self._workers: set[multiprocessing.Process] = set()
+
+    def start(self) -> None:
+        if self._batches is None:
+            others = set(multiprocessing.active_children())
+            self._batches = iter(self.loader)
+            self._workers = set(multiprocessing.active_children()) - others
+
+    def close(self) -> None:
+        """End the loader's processes, in a few seconds those that hang, too."""
+        late = threading.Timer(_CLOSE_SECONDS, self._kill)
+        late.start()
+        with _children_may_end():
+            self._batches = None  # asks each to end, and waits for it
+            late.cancel()
+            self._kill()
+            for worker in self._workers:
+                worker.join(_CLOSE_SECONDS)
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()
+
+    def next(self) -> Batch | None:
+        """The next batch, on the device, as the model takes it; None where waiting was given up.
+
+        UserError where no image can be read any more, or a loader process died.
+        """
+        self.start()
+        asked = time.perf_counter()
+        batch = self._wait()
+        if batch is None:
+            return None
+        # Once, not in every epoch: to name them takes a wait for the other processes.
+        self.failures += [failure for failure in batch.failures if failure[0] not in self._named]
+        self._named.update(path for path, _ in batch.failures)
+        if batch.stop:
+            raise UserError(batch.stop)
+        batch = self._to_device(batch)
+        self.waited += time.perf_counter() - asked
+        if batch.flips is not None:
+            batch = replace(batch, images=self.finish(batch.images, batch.flips), flips=None)
+        return batch
+
+    def _wait(self) -> Batch | None:
+        while True:
+            try:
+                return next(self._batches)
+            except RuntimeError as error:
+                if "DataLoader timed out" in str(error):
+                    if self.give_up():
+                        return None
+                    continue
+                # Not what a worker raised, which says "Caught ... in DataLoader worker".
+                if not _DIED.match(str(error)):
+                    raise
+                raise UserError(
+                    f"A loader process died ({' '.join(str(error).split())}); most often memory"
+                    " ran out: lower --data.workers, or raise the limit of /dev/shm in a"
+                    " container."
+                ) from error
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self._copies is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self._copies):
+            batch = batch.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._copies)
+        batch.record_stream(current)
+        return batch
+
+    def take_failures(self) -> list[tuple[str, str]]:
+        taken, self.failures = self.failures, []
+        return taken
+
+
+@contextlib.contextmanager
+def _children_may_end() -> Iterator[None]:
+    """Inside, the end of a loader process is not the error that PyTorch takes it for."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    try:
+        yield
+    finally:
+        if before is not None:  # else it was no handler of Python's
+            signal.signal(signal.SIGCHLD, before)

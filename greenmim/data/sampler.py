@@ -1,4 +1,10 @@
-"""Which images every process computes at every update."""
+"""Which images every process computes at every update, and where random numbers come from.
+
+All that is random in a run is a function of its seed and of where in the run it is drawn: the order
+of an epoch of (seed, epoch), a crop of (seed, epoch, position), a mask and what a forward pass
+draws itself of (seed, step, micro-batch in the global batch). So neither the number of processes
+nor that of loader workers matters, and a run can be taken up anywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +14,33 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from greenmim.seeds import ORDER, generator
+from greenmim.data.images import Source
+from greenmim.recipe import Recipe
 
-# Shards are read in so many places for each micro-batch of an update, and images are shuffled
-# within so many of each place. A shard is read by one loader process if their number divides the
-# places; the order must not depend on it.
-PLACES, WINDOW = 8, 1024
+# Streams of random numbers, which must not repeat one another; each has one for every key.
+ORDER, CROP, MASK, FORWARD = 1, 2, 3, 4
+# A micro-batch of an update is read by so many readers, each from shards of its own, and images are
+# shuffled within so many of a reader's. A shard is opened by one loader process if their number
+# divides that of the readers; the order must not depend on it.
+READERS, WINDOW = 8, 1024
+
+
+def generator(seed: int, stream: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng((seed, stream, *key))
+
+
+def torch_seed(seed: int, stream: int, *key: int) -> int:
+    sequence = np.random.SeedSequence((seed, stream, *key))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Item(NamedTuple):
-    """One image: the update in the run and the micro-batch in it (from 0), the epoch, the position.
-
-    The position is the image's index, plus the number of images for every repeat.
-    """
+    """One image: update in the run and micro-batch in it (from 0), epoch, position in the epoch."""
 
     step: int
-    micro: int
+    micro_batch: int
     epoch: int
-    position: int
+    position: int  # the image's index, plus the number of images for every repeat
 
 
 class EpochSampler(Sampler[list[Item]]):
@@ -33,16 +48,13 @@ class EpochSampler(Sampler[list[Item]]):
 
     An epoch is a new order of `num_images * repeats` positions, cut into global batches of
     `world_size * accumulate` micro-batches of `batch_size` images; what is left at its end, less
-    than a global batch, is dropped. Part p of process r is micro-batch `p * world_size + r`, so a
-    global batch does not depend on how many processes share it.
+    than a global batch, is dropped. Process r computes the micro-batches r, r + world_size and so
+    on: a global batch does not depend on how many processes share it.
 
     Args:
-        num_images: Images in the data set.
+        num_images: Images in the data set, which an epoch goes through `repeats` times.
         batch_size: Images per micro-batch.
-        repeats: Times the data set is gone through in an epoch.
-        epochs: Epochs of the run.
         accumulate: Micro-batches of a process per update.
-        seed: The run's seed.
         rank, world_size: This process and the number of processes.
         first_update: Update to start from.
         shards: int [number of shards], images of each, to read neighbours together (see
@@ -71,7 +83,7 @@ class EpochSampler(Sampler[list[Item]]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.first_update = first_update
         self.shards = None if shards is None else np.tile(shards, repeats)
-        self._kept: tuple[int, np.ndarray] | None = None
+        self._last: tuple[int, np.ndarray] | None = None
         self.images_per_update = batch_size * accumulate * world_size
         self.updates_per_epoch = self.positions // self.images_per_update
         self.left_out = self.positions - self.updates_per_epoch * self.images_per_update
@@ -86,60 +98,71 @@ class EpochSampler(Sampler[list[Item]]):
                 f" the {self.images_per_update} of one update; {advice}."
             )
 
+    @classmethod
+    def of(cls, recipe: Recipe, source: Source, rank: int, world_size: int) -> EpochSampler:
+        """The order of a run's images."""
+        data, accumulate = recipe.data, recipe.optim.accumulate
+        return cls(
+            len(source), data.batch_size, repeats=data.repeats, epochs=recipe.epochs,
+            accumulate=accumulate, seed=recipe.seed, rank=rank, world_size=world_size,
+            shards=source.shards,
+        )  # fmt: skip
+
+    @property
+    def total_updates(self) -> int:
+        """Updates of the whole run."""
+        return self.epochs * self.updates_per_epoch
+
     def __len__(self) -> int:
-        return (self.epochs * self.updates_per_epoch - self.first_update) * self.accumulate
+        return (self.total_updates - self.first_update) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Item]]:
         for epoch in range(self.first_update // self.updates_per_epoch, self.epochs):
             order = self._order(epoch)
             first = epoch * self.updates_per_epoch
             for step in range(max(self.first_update, first), first + self.updates_per_epoch):
-                for part in range(self.accumulate):
-                    yield self._items(order, step, self.micro(part))
+                for index in range(self.accumulate):
+                    yield self._items(order, step, self.micro_batch(index))
 
-    def micro(self, part: int) -> int:
-        """Index in the global batch of this process's part, from 0."""
-        return part * self.world_size + self.rank
+    def micro_batch(self, index: int) -> int:
+        """Number in the global batch of this process's micro-batch `index`; both from 0."""
+        return index * self.world_size + self.rank
 
-    def items(self, step: int, micro: int) -> list[Item]:
-        """Any micro-batch of any update, whoever computes it."""
-        return self._items(self._order(step // self.updates_per_epoch), step, micro)
+    def items(self, step: int, micro_batch: int) -> list[Item]:
+        """Any micro-batch of any update."""
+        return self._items(self._order(step // self.updates_per_epoch), step, micro_batch)
 
     def _order(self, epoch: int) -> np.ndarray:
         # Kept, for an order takes seconds where there are many millions of images.
-        if self._kept is None or self._kept[0] != epoch:
-            self._kept = epoch, self._new_order(epoch)
-        return self._kept[1]
+        if self._last is None or self._last[0] != epoch:
+            self._last = epoch, self._new_order(epoch)
+        return self._last[1]
 
     def _new_order(self, epoch: int) -> np.ndarray:
         rng = generator(self.seed, ORDER, epoch)
         if self.shards is None:
             return rng.permutation(self.positions)
-        micro_batches = self.images_per_update // self.batch_size
-        batches = self.updates_per_epoch * micro_batches
-        return shard_order(rng, self.shards, batches, self.batch_size, PLACES * micro_batches)
+        of_an_update = self.images_per_update // self.batch_size
+        batches = self.updates_per_epoch * of_an_update
+        return shard_order(rng, self.shards, batches, self.batch_size, READERS * of_an_update)
 
-    def _items(self, order: np.ndarray, step: int, micro: int) -> list[Item]:
+    def _items(self, order: np.ndarray, step: int, micro_batch: int) -> list[Item]:
         epoch, update = divmod(step, self.updates_per_epoch)
-        start = update * self.images_per_update + micro * self.batch_size
+        start = update * self.images_per_update + micro_batch * self.batch_size
         chosen = order[start : start + self.batch_size]
-        return [Item(step, micro, epoch, int(position)) for position in chosen]
+        return [Item(step, micro_batch, epoch, int(position)) for position in chosen]
 
 
 def shard_order(
-    rng: np.random.Generator, shards: np.ndarray, batches: int, batch_size: int, places: int
+    rng: np.random.Generator, shards: np.ndarray, batches: int, batch_size: int, readers: int
 ) -> np.ndarray:
-    """An order of images that goes through shards in a few places at a time.
+    """An order of images in which a few readers go through shards side by side.
 
-    The shards are put in a ring, in random order, which is cut anywhere; the row is cut into as
-    many equal parts as there are places; batches come from the parts in turn, shuffled within
-    windows along each. No image comes twice; what is too much at the row's end is left out.
+    The shards are put in a ring, in random order, which is cut anywhere; the row is cut into equal
+    parts, one for each reader; batches come from the readers in turn, shuffled within windows along
+    each part. No image comes twice; what is too much at the row's end is left out.
 
-    Args:
-        rng: Draws the order.
-        shards: int [number of shards], images of each.
-        batches, batch_size: What to fill; no more than there is.
-        places: Number of places.
+    `shards` are the images of each; there are enough for all batches.
 
     Returns:
         int64 [batches * batch_size].
@@ -151,8 +174,8 @@ def shard_order(
     row = np.roll(row, rng.integers(len(row)))  # else the ends of shards are left out most often
     order = np.empty((batches, batch_size), dtype=np.int64)
     begin = 0
-    for place in range(places):
-        filled = order[place::places]
+    for reader in range(readers):
+        filled = order[reader::readers]
         part = row[begin : begin + filled.size]
         for start in range(0, len(part), WINDOW):
             rng.shuffle(part[start : start + WINDOW])

@@ -9,59 +9,35 @@ those of datasets want labels.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
+import json
+import math
 import os
+import pathlib
+import re
+import shutil
 import tarfile
-from typing import Protocol
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from greenmim.data.images import Names, find_images
-from greenmim.data.shards import find_shards
-from greenmim.data.tars import Opened, images_in, read_part
-from greenmim.messages import one_line
-from greenmim.recipe import DataConfig, UserError
+from greenmim.data.images import Folder, Names, Source, Unavailable, hopeless, reason_of
+from greenmim.data.sampler import WINDOW
+from greenmim.data.tars import Member, Opened, images_in, read_part
+from greenmim.guards import UserError, one_line
+from greenmim.recipe import DataConfig
 
 # Of timm's prefixes, those that are something else than a place in the file system.
 _NOT_SUPPORTED = ("hfids", "tfds", "torch")
-_MOST_OPEN_TARS = 64
-
-
-class Source(Protocol):
-    """Images by index, from 0.
-
-    Attributes:
-        root: What it was asked for by.
-        shards: int64 [number of shards], images of each, where neighbours are to be read together;
-            None where any order is as good.
-    """
-
-    root: str
-    shards: np.ndarray | None
-
-    def __len__(self) -> int: ...
-
-    def expect(self, places: int) -> None:
-        """Told before reading: in so many places at a time a process will go through shards."""
-
-    def at(self, position: int, turn: int) -> int:
-        """Index of the image at a position below the length, in the pass number `turn`, from 0."""
-
-    def path(self, index: int) -> str:
-        """The image's name for people."""
-
-    def open(self, index: int) -> str | io.BytesIO:
-        """A file's path, or its bytes; raises anything if it cannot be read."""
-
-    def stand_in(self, index: int, step: int) -> int:
-        """The index to try as number `step` in the place of one that cannot be read."""
-
-    def some(self, count: int) -> list[int]:
-        """Indices of a few images to look at."""
-
-    def notes(self) -> list[str]:
-        """What people should know before a run, once its first image was read."""
+_MOST_OPEN_TARS, _MOST_OPEN_SHARDS = 64, 256
+_INFO_FILES = ("_info.json", "info.json")
+_WITH_INFO_FILES = ("http:", "https:", "file:")  # URLs, beside which another file can be asked for
+_COUNTING_THREADS = 8
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 
 
 def find_source(config: DataConfig) -> Source:
@@ -69,110 +45,67 @@ def find_source(config: DataConfig) -> Source:
 
     Raises:
         UserError: there is no such thing, or no image in it, or a package is missing.
-        OSError: the same of a folder.
     """
+    try:
+        return _find_source(config)
+    except OSError as error:
+        raise _error(config.root, f"it cannot be read: {one_line(error)}") from error
+
+
+def _find_source(config: DataConfig) -> Source:
     root = config.root
     prefix, slash, rest = root.partition("/")
     prefix = prefix.lower() if slash and not os.path.isdir(root) else ""
     if config.num_samples is not None and prefix != "wds":
         raise UserError("--data.num-samples goes with shards (--data.root wds/...) alone.")
-    if prefix == "wds":
-        return find_shards(root, rest, config.num_samples)
     if prefix == "hfds":
         return HuggingFace(root, rest)
     if prefix in _NOT_SUPPORTED:
-        raise UserError(
-            f"--data.root {root}: there is no reader for {prefix}/; take a folder, tar/, wds/ or"
-            " hfds/."
-        )
+        raise _error(root, f"there is no reader for {prefix}/; take a folder, tar/, wds/ or hfds/")
     if prefix == "tar":
         return Tars(root, rest)
+    if prefix == "wds":
+        return find_shards(root, rest, config.num_samples)
     if root.lower().endswith(".tar") and not os.path.isdir(root):
         return Tars(root, root)
     return Folder(root)
 
 
-class _AnyOrder:
-    """What sources share whose images can be read in any order."""
-
-    shards: np.ndarray | None = None
-
-    def expect(self, places: int) -> None:
-        pass
-
-    def at(self, position: int, turn: int) -> int:
-        return position
-
-    def notes(self) -> list[str]:
-        return []
-
-    def stand_in(self, index: int, step: int) -> int:
-        """The next one."""
-        return (index + step) % len(self)
-
-    def some(self, count: int) -> list[int]:
-        """Evenly spaced ones."""
-        count = min(count, len(self))
-        return [index * len(self) // count for index in range(count)]
+def _error(root: str, text: str) -> UserError:
+    return UserError(f"--data.root {root}: {text}.")
 
 
-class Folder(_AnyOrder):
-    """Every image file under a folder (see `images.find_images`)."""
-
-    def __init__(self, root: str) -> None:
-        self.root, self.names = root, find_images(root)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, self.names[index])
-
-    open = path
-
-
-class Tars(_AnyOrder):
+class Tars(Source):
     """The images in a tar file, or in the tar files of a folder; in tars in tars, too.
 
     Arrays instead of a list of members, so that loader processes share their memory.
-
-    Args:
-        root: What was asked for.
-        place: Path of the file or folder.
-
-    Raises:
-        UserError: no tar, or no image in it.
     """
 
-    def __init__(self, root: str, place: str) -> None:
+    def __init__(self, root: str, path: str) -> None:
         self.root = root
-        if not os.path.exists(place):
-            raise UserError(f"--data.root {root}: there is no tar file or folder {place}.")
-        self.files = (
-            [place] if os.path.isfile(place) else sorted(glob.glob(f"{glob.escape(place)}/*.tar"))
-        )
+        if not os.path.exists(path):
+            raise _error(root, f"there is no tar file or folder {path}")
+        tars = sorted(glob.glob(f"{glob.escape(path)}/*.tar"))
+        self.files = [path] if os.path.isfile(path) else tars
         found = []
-        for number, path in enumerate(self.files):
+        for number, name in enumerate(self.files):
             try:
-                with open(path, "rb") as file:
-                    found += [
-                        (os.fsencode(m.name), number, m.offset, m.size) for m in images_in(file)
-                    ]
+                with open(name, "rb") as file:
+                    members = images_in(file)
+                    found += [(os.fsencode(m.name), number, m.offset, m.size) for m in members]
             except tarfile.TarError as error:
-                raise UserError(
-                    f"--data.root {root}: {path} is no tar file, a compressed or a damaged one"
-                    f" ({error}); make it anew, without compression."
-                ) from error
+                what = f"{name} is no tar file, a compressed or a damaged one ({error})"
+                raise _error(root, f"{what}; make it anew, without compression") from error
         if not found:
             what = "image" if self.files else "tar file (*.tar)"
-            raise UserError(f"--data.root {root}: there is no {what} in it.")
+            raise _error(root, f"there is no {what} in it")
         names, files, offsets, sizes = zip(*found, strict=True)
         self.names = Names(names)
         self.file_of = np.array(files, dtype=np.int32)
-        self.places = np.array([offsets, sizes], dtype=np.int64).T
+        self.offsets_and_sizes = np.array([offsets, sizes], dtype=np.int64).T
         self._opened = Opened(self._open_tar, _MOST_OPEN_TARS)
 
-    def _open_tar(self, number: int) -> io.BufferedReader:
+    def _open_tar(self, number: int) -> BinaryIO:
         return open(self.files[number], "rb")
 
     def __len__(self) -> int:
@@ -182,32 +115,22 @@ class Tars(_AnyOrder):
         return os.path.join(self.files[self.file_of[index]], self.names[index])
 
     def open(self, index: int) -> io.BytesIO:
-        offset, size = self.places[index].tolist()
+        offset, size = self.offsets_and_sizes[index].tolist()
         file = int(self.file_of[index])
         return io.BytesIO(self._opened.use(file, lambda opened: read_part(opened, offset, size)))
 
 
-class HuggingFace(_AnyOrder):
-    """The training split of a dataset of the Hugging Face hub, or of a folder in their form.
-
-    Args:
-        root: What was asked for.
-        name: The dataset.
-
-    Raises:
-        UserError: no such dataset, no images in it, or no package to read it with.
-    """
+class HuggingFace(Source):
+    """The training split of a dataset of the Hugging Face hub, or of a folder in their form."""
 
     def __init__(self, root: str, name: str) -> None:
         self.root, self.name = root, name
         try:
             self._data = self._load()
         except ImportError as error:
-            raise UserError(
-                f"--data.root {root} needs the package datasets: pip install datasets."
-            ) from error
+            raise _error(root, "it needs the package datasets: pip install datasets") from error
         except Exception as error:  # its own, the network's, the file system's
-            raise UserError(f"--data.root {root} cannot be loaded: {one_line(error)}") from error
+            raise _error(root, f"it cannot be loaded: {one_line(error)}") from error
         self._length = len(self._data)
 
     def _load(self):
@@ -222,8 +145,7 @@ class HuggingFace(_AnyOrder):
         return data.cast_column(images[0], datasets.Image(decode=False))
 
     def __getstate__(self) -> dict:
-        # Another process, perhaps on another machine, loads it from its own cache; a fork shares
-        # the memory map.
+        # Another process, perhaps elsewhere, loads it from its own cache; a fork shares the map.
         return self.__dict__ | {"_data": None}
 
     def __len__(self) -> int:
@@ -237,3 +159,236 @@ class HuggingFace(_AnyOrder):
             self._data = self._load()
         (image,) = self._data[int(index)].values()
         return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+
+
+class Shard(NamedTuple):
+    """An open shard and its images, one for each sample."""
+
+    file: BinaryIO
+    images: list[Member]
+
+
+class Shards(Source):
+    """The images of WebDataset shards: tar files, here or behind a URL.
+
+    A shard behind a URL is copied to a temporary file when it is opened, so that both kinds are
+    read alike: by the number of an image in its shard, in any order. The order (see
+    `sampler.shard_order`) keeps to few shards at a time, and no more are open than are in use.
+
+    Args:
+        lengths: int64 [number of shards], images of each.
+        assumed: The lengths are a guess. Each pass begins where the one before ended in a shard,
+            round and round: so all images of a longer one are seen in time, and those of a shorter
+            one more than once in a pass.
+    """
+
+    def __init__(self, root: str, urls: list[str], lengths: np.ndarray, assumed: bool) -> None:
+        self.root, self.urls, self.shards, self.assumed = root, urls, lengths, assumed
+        self._ends = np.cumsum(lengths)
+        # To another shard, and with time to every image.
+        self._stride = int(lengths.max())
+        while math.gcd(self._stride, len(self)) != 1:
+            self._stride += 1
+        self._opened = Opened(self._open_shard, most=1)
+        self.expect(1)
+
+    def _open_shard(self, number: int) -> Shard:
+        return open_shard(self.urls[number])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def expect(self, readers: int) -> None:
+        # A window of the order lies in so many shards at most.
+        shortest_first = np.sort(self.shards[self.shards > 0])
+        of_a_reader = 2 + int((np.cumsum(shortest_first) < WINDOW - 1).sum())
+        # One more, which takes the place of an image that cannot be read.
+        self._opened.most = min(readers * of_a_reader + 1, _MOST_OPEN_SHARDS)
+
+    def at(self, position: int, turn: int) -> int:
+        return position + turn * len(self) if self.assumed else position
+
+    def stand_in(self, index: int, step: int) -> int:
+        """From the next shard: if one image cannot be read, its whole shard may be lost."""
+        turn, position = divmod(index, len(self))
+        return turn * len(self) + (position + step * self._stride) % len(self)
+
+    def some(self, count: int) -> list[int]:
+        """The first ones: they are in one shard."""
+        return list(range(min(count, len(self))))
+
+    def path(self, index: int) -> str:
+        """shard/name; the image's number where the shard cannot be read, or not at once."""
+        shard, number = self._find(index)
+        url, name = self.urls[shard], str(number % self.shards[shard])
+        if _is_file(url) or shard in self._opened:
+            with contextlib.suppress(Exception):
+                name = self._image(self._opened[shard], shard, number).name
+        return f"{url}/{name}"
+
+    def open(self, index: int) -> io.BytesIO:
+        shard, number = self._find(index)
+
+        def read(opened: Shard) -> bytes:
+            image = self._image(opened, shard, number)
+            return read_part(opened.file, image.offset, image.size)
+
+        return io.BytesIO(self._opened.use(shard, read))
+
+    def notes(self) -> list[str]:
+        taken = int(self.shards[0])
+        found = len(self._opened[0].images) if self.assumed and 0 in self._opened else taken
+        if found == taken:
+            return []
+        return [
+            f"{self.urls[0]} holds {found} images, where an even share of --data.num-samples is"
+            f" {taken}: each epoch takes {taken} of them, the next ones in turn"
+        ]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Shard and number in it, which goes on counting in later passes."""
+        turn, position = divmod(index, len(self))
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        return shard, int(position - self._ends[shard] + (1 + turn) * self.shards[shard])
+
+    def _image(self, opened: Shard, shard: int, number: int) -> Member:
+        images = opened.images
+        if self.assumed:
+            number %= len(images)
+        if number >= len(images):
+            raise OSError(f"the shard holds {len(images)} images, not {self.shards[shard]}")
+        return images[number]
+
+
+def find_shards(root: str, pattern: str, num_samples: int | None) -> Shards:
+    """Shards from a folder of them, or a path or URL in WebDataset's notation.
+
+    Of a folder, the training split of its info file, in timm's form, or all its tars. Images are
+    `num_samples` in all, else as many as the info file says, else counted.
+    """
+    try:
+        import webdataset
+    except ImportError as error:
+        raise _error(
+            root, "it needs the package webdataset: pip install 'greenmim[data]'"
+        ) from error
+    is_folder = os.path.isdir(pattern)
+    # A stated number needs no file, which may be far away.
+    known = {}
+    if num_samples is None or is_folder:
+        known = _known_lengths(root, pattern if is_folder else os.path.dirname(pattern))
+    if is_folder:
+        names = sorted(known or (f for f in os.listdir(pattern) if f.endswith(".tar")))
+        urls = [os.path.join(pattern, name) for name in names]
+    else:
+        try:
+            urls = webdataset.shardlists.expand_urls(pattern)
+        except Exception as error:
+            raise _error(root, f"it is no list of shards: {error}") from error
+    missing = [url for url in urls if _is_file(url) and not os.path.isfile(url)]
+    if missing or not urls:
+        raise _error(root, f"there is no shard {(missing or [pattern + '/*.tar'])[0]}")
+    lengths = [known.get(os.path.basename(url)) for url in urls]
+    if num_samples is not None:
+        share, rest = divmod(num_samples, len(urls))
+        lengths = [share + (number < rest) for number in range(len(urls))]
+    elif None in lengths:
+        lengths = _counted(root, urls)
+    if not sum(lengths):
+        raise _error(root, "there is no image in the shards")
+    return Shards(root, urls, np.array(lengths, dtype=np.int64), assumed=num_samples is not None)
+
+
+def open_shard(url: str) -> Shard:
+    """Open a shard and find its images; of one that was cut short, those that are left.
+
+    Raises:
+        OSError: there is no image in it, or it cannot be read; Unavailable, or fetched.
+    """
+    file = open(url, "rb") if _is_file(url) else _fetched(url)
+    # By WebDataset's key; of a sample with several images, 1.jpg and 1.seg.png, the plain one.
+    images: dict[str, Member] = {}
+    reason = "there is no image in it"
+    try:
+        try:
+            for image in images_in(file):
+                folder, base = os.path.split(image.name)
+                key, _, kind = base.partition(".")
+                if "." not in kind:
+                    images.setdefault(os.path.join(folder, key), image)
+        except tarfile.TarError as error:
+            reason = f"it is no tar file, a compressed or a damaged one ({error})"
+        if not images:
+            raise OSError(f"{url}: {reason}")
+    except BaseException:
+        file.close()  # of a temporary file, the space
+        raise
+    return Shard(file, list(images.values()))
+
+
+def _fetched(url: str) -> BinaryIO:
+    """A temporary copy."""
+    import webdataset
+
+    file = tempfile.TemporaryFile(prefix="greenmim-shard-")
+    try:
+        with webdataset.gopen(url) as stream:
+            shutil.copyfileobj(stream, file, 2**20)
+    except Exception as error:
+        file.close()
+        if hopeless(error):
+            raise
+        # Not tried again at once: curl has done so already.
+        raise Unavailable(f"{url} cannot be fetched: {reason_of(error)}") from None
+    file.seek(0)
+    return file
+
+
+def _is_file(url: str) -> bool:
+    return _SCHEME.match(url) is None
+
+
+def _known_lengths(root: str, folder: str) -> dict[str, int]:
+    """Images of the shards of the training split by the shards' names, from an info file."""
+    for name in _INFO_FILES:
+        path = os.path.join(folder, name)
+        text = _text_of(path)
+        if text is None:
+            continue
+        try:
+            split = json.loads(text)["splits"]["train"]
+            return dict(zip(split["filenames"], map(int, split["shard_lengths"]), strict=True))
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"{path} has no splits.train with filenames and shard_lengths ({error!r})"
+            raise _error(root, f"{what}; put it right or take it away") from error
+    return {}
+
+
+def _text_of(path: str) -> bytes | None:
+    """What is in a file or behind a URL; None where there is none."""
+    if _is_file(path):
+        return pathlib.Path(path).read_bytes() if os.path.isfile(path) else None
+    if not path.lower().startswith(_WITH_INFO_FILES):
+        return None
+    import webdataset
+
+    with contextlib.suppress(OSError), webdataset.gopen(path) as stream:  # curl's, if there is none
+        return stream.read()
+    return None
+
+
+def _counted(root: str, urls: list[str]) -> list[int]:
+    if not all(map(_is_file, urls)):
+        what = "shards behind a URL are not counted, and no _info.json beside them could be read"
+        raise _error(root, f"{what}; pass --data.num-samples")
+
+    def count(url: str) -> int:
+        shard = open_shard(url)
+        shard.file.close()
+        return len(shard.images)
+
+    try:
+        with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
+            return list(threads.map(count, urls))
+    except OSError as error:
+        raise _error(root, str(error)) from error

@@ -9,8 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
-from greenmim.data.errors import Unavailable, hopeless, patiently, reason_of
-from greenmim.data.images import IMAGE_SUFFIXES
+from greenmim.data.images import IMAGE_SUFFIXES, Unavailable, hopeless, patiently, reason_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -51,13 +50,9 @@ def images_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
 
 
 def read_part(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Bytes of a file, without moving its place.
-
-    Raises:
-        OSError: the file ends before.
-    """
-    data = os.pread(file.fileno(), size, offset)
-    while len(data) < size:  # one call reads 2 GiB at most
+    """Bytes of a file, whose position stays; OSError where it ends before."""
+    data = b""
+    while len(data) < size:  # one call reads 2 GiB at most, and a network's file system less
         more = os.pread(file.fileno(), size - len(data), offset + len(data))
         if not more:
             raise OSError(f"the file ends after {len(data)} of {size} bytes")
@@ -76,10 +71,6 @@ class Opened(Generic[T]):
     """What was used last, by number; each process opens for itself, also after a fork.
 
     What cannot be opened raises `Unavailable` for a while, and is then tried again.
-
-    Args:
-        open_one: Opens.
-        most: How many are kept.
     """
 
     def __init__(self, open_one: Callable[[int], T], most: int) -> None:
@@ -127,6 +118,5 @@ class Opened(Generic[T]):
             raise
 
     def __contains__(self, number: int) -> bool:
-        """Whether it is open."""
         ours = self._process == os.getpid()
         return ours and not isinstance(self._open.get(number, Failed("", 0.0)), Failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import greenmim
 from greenmim.checkpoint import (
@@ -10,7 +11,7 @@ from greenmim.checkpoint import (
     save_atomic,
     save_safetensors,
 )
-from greenmim.recipe import UserError
+from greenmim.guards import UserError
 from greenmim.tools.loading import read_weights
 from greenmim.training.run_folder import RUN_FORMAT
 
@@ -21,20 +22,20 @@ def convert_file(
     input: str | Path,
     output: str | Path,
     *,
-    source: str | None = None,
-    target: str = "timm",
-    merge_order: str = "swin",
+    source: Literal["official", "timm", "greenmim"] | None = None,
+    target: Literal["official", "timm", "greenmim"] = "timm",
+    merge_order: Literal["swin", "row-major"] = "swin",
     overwrite: bool = False,
 ) -> int:
-    """Convert a checkpoint file.
+    """Convert checkpoints: official, greenmim, timm.
 
     Args:
         input: A .safetensors or PyTorch file; a run's own checkpoint is recognised.
-        output: Written whole or not at all; .safetensors holds the tensors, .pth and .pt {"model":
-            tensors}.
-        source: official, timm or greenmim; None for a run's own checkpoint.
-        target: official, timm or greenmim.
-        merge_order: "row-major" for official weights published before 2023, else "swin".
+        output: Written whole or not at all; the suffix says how: .safetensors holds the tensors,
+            .pth and .pt {"model": tensors}.
+        source: What the input is; a run's own checkpoint need not be named.
+        target: What to write.
+        merge_order: row-major for official weights published before 2023, else swin.
         overwrite: Replace an output that is there already.
 
     Returns:

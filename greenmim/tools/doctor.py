@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def report() -> str:
-    """The report of `greenmim doctor`."""
+    """Say what is installed, which backends work here, and why others do not."""
     lines = ["installed"]
     lines += _table(
         [

@@ -9,7 +9,7 @@ from typing import Any
 import greenmim
 from greenmim.checkpoint import convert_checkpoint, save_safetensors
 from greenmim.config import MODELS, ModelConfig
-from greenmim.recipe import UserError
+from greenmim.guards import UserError
 from greenmim.tools.loading import load_model
 
 
@@ -20,13 +20,15 @@ def export(
     model: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Write the encoder with timm's names, and in the file's metadata what a user needs to know.
+    """Write the encoder as a file that timm loads.
+
+    Its metadata hold what a user needs to know.
 
     Args:
-        checkpoint: A run's checkpoint, or any greenmim or official one with a decoder (then with
-            `model`).
+        checkpoint: A run's checkpoint, or any greenmim or official one with a decoder, if the model
+            is named.
         output: A .safetensors file; written whole or not at all.
-        model: Name of the model (see `create_model`), for a checkpoint that does not say.
+        model: Name of the model, for a checkpoint that does not say.
         overwrite: Replace an output that is there already.
 
     Returns:

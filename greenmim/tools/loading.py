@@ -7,9 +7,8 @@ from typing import Any
 
 from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkpoint
 from greenmim.config import ModelConfig
-from greenmim.messages import first_line, one_line
+from greenmim.guards import UserError, first_line, one_line
 from greenmim.mim import GreenMIM, create_model
-from greenmim.recipe import UserError
 from greenmim.training.run_folder import RUN_FORMAT
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from greenmim.data.augment import normalise
+from greenmim.data.dataset import normalise
 from greenmim.data.images import find_images, open_fitted
+from greenmim.guards import UserError, first_line
 from greenmim.masking import random_visible
-from greenmim.messages import first_line
-from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, UserError
+from greenmim.pictures import shown
+from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD
 from greenmim.tools.loading import load_model
-from greenmim.training.pictures import shown
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
@@ -31,21 +32,21 @@ def reconstruct(
     mask_ratio: float | None = None,
     paste_visible: bool = True,
     limit: int = 12,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Path:
-    """Draw a grid of original, masked and reconstructed images.
+    """Draw original, masked and reconstructed images.
 
     Args:
-        checkpoint: A run's checkpoint, or any greenmim or official one with a decoder (then with
-            `model`).
+        checkpoint: A run's checkpoint, or any greenmim or official one with a decoder, if the model
+            is named.
         images: Files, or folders of which the first `limit` images are taken.
-        output: The picture to write; the suffix chooses the format.
-        model: Name of the model (see `create_model`), for a checkpoint that does not say.
+        output: The picture to write; the suffix (.png, .jpg, .webp, .pdf, .svg) says how.
+        model: Name of the model, for a checkpoint that does not say.
         seed: Seed of the masks, one per image.
-        mask_ratio: Share of hidden units; None takes the run's, or 0.75.
+        mask_ratio: Share of hidden units; null takes the run's, or 0.75.
         paste_visible: Show visible patches as they are, and only hidden ones as predicted.
         limit: Greatest number of images.
-        device: auto, cpu or cuda.
+        device: Where to run.
 
     Returns:
         The path written.
@@ -89,10 +90,7 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
     files = []
     for given in map(Path, images):
         if given.is_dir():
-            try:
-                files += [given / name for name in find_images(given)]
-            except OSError as error:
-                raise UserError(str(error)) from error
+            files += [given / name for name in find_images(given)]
         elif given.is_file():
             files.append(given)
         else:

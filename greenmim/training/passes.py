@@ -1,79 +1,152 @@
-"""Forward and backward passes of an update: launched one by one, or replayed as a CUDA graph.
+"""Forward and backward passes of an update, on one device or spread over the processes.
 
-A graph takes thousands of launches off the host. What it needs is here by design: fixed shapes, no
-wait for the host, and inputs in two pieces of memory, the images and the plan. The optimiser's step
-stays outside: it is a few launches, and the gradient scaler and skipped updates keep working as
-they are.
+A model is spread as copies (DDP) or slices (FSDP2). Passes are launched one by one, or replayed as
+a CUDA graph, which takes thousands of launches off the host. What a graph needs is here by design:
+fixed shapes, no wait for the host, and inputs in two pieces of memory, the images and the plan. The
+optimiser's step stays outside: it is a few launches, and the gradient scaler and skipped updates
+keep working as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from greenmim.mim import GreenMIM
 from greenmim.planning import Plan
-from greenmim.training.distributed import Processes
-from greenmim.training.parallel import clip_gradients, gradients_kept_back
+from greenmim.recipe import Recipe
+from greenmim.training.processes import Processes
 
 # Passes before the one that is recorded: compilation, choice of algorithms, first use of libraries.
 WARM_UP = 3
+
+
+def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
+    """What to call in place of `model`, which is on its device.
+
+    DDP keeps a whole copy everywhere and averages gradients; FSDP2 keeps a slice of weights,
+    gradients and moments and collects a block's weights when it runs. `model` holds slices
+    (DTensors) afterwards, so an optimiser has to be made after this.
+    """
+    if recipe.compile:
+        recompute_pointwise(recipe.recompute_pointwise)
+    if not alone and recipe.cuda_graph:
+        # Gradients are summed after the recorded passes (see `GraphedPasses`); here as in DDP's
+        # constructor, all start from the weights of the first process.
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+    if alone or recipe.cuda_graph:
+        return torch.compile(model, fullgraph=True) if recipe.compile else model
+    if recipe.strategy == "fsdp":
+        # The prediction is a view, of which it warns in case somebody changes it in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        blocks = [*model.encoder.blocks(), *model.decoder_blocks]
+        if recipe.compile:
+            # The blocks are one function to the compiler, which gives up a function after 8 graphs:
+            # for as many blocks, with and without gradients.
+            import torch._dynamo.config as dynamo  # seconds, which only who compiles need spend
+
+            for name in ("recompile_limit", "accumulated_recompile_limit"):
+                setattr(dynamo, name, max(getattr(dynamo, name), 2 * len(blocks)))
+        for block in blocks:
+            if recipe.compile:  # by block: the hooks around it are Python
+                # Sizes differ from stage to stage and never else: each has a graph of its own.
+                block.compile(fullgraph=True, dynamic=False)
+            fully_shard(block)
+        return fully_shard(model)
+    # Compiled inside: traced as one graph, which PyTorch cuts where DDP's buckets end, so that
+    # their gradients travel while the rest of the backward pass runs.
+    inner = torch.compile(model, fullgraph=True) if recipe.compile else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have two names for it
+        # Nothing here has buffers that change, so there are none to send.
+        return DistributedDataParallel(inner, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def make_optimizer(model: GreenMIM, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW, no decay of biases, norms, position tables and tokens; fused: it can skip updates."""
+    without = model.no_weight_decay()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if name not in without]
+    others = [p for name, p in trained if name in without]
+    optim = recipe.optim
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups, 0.0, optim.betas, optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
+
+
+def recompute_pointwise(wanted: bool) -> None:
+    """Whether what is compiled from now on computes GELU, norms and 16-bit weights again.
+
+    torch.compile keeps what products of the backward pass take of them unless told otherwise.
+    """
+    functorch_config.ban_recompute_materialized_backward = not wanted
 
 
 class Passes:
     """The passes of one process.
 
     Args:
-        forward: The model, or what to call in its place (see `parallel.distribute`).
+        wrapped_model: What to call for a loss (see `distribute`).
         parameters: Those that are trained.
         autocast: Makes the context of a forward pass.
         scaler: Scales the loss; may be disabled.
-        parts: Micro-batches of an update.
+        accumulate: Micro-batches of an update.
     """
 
     def __init__(
         self,
-        forward: nn.Module,
+        wrapped_model: nn.Module,
         parameters: list[nn.Parameter],
         autocast: Callable[[], contextlib.AbstractContextManager],
         scaler: torch.amp.GradScaler,
-        parts: int,
+        accumulate: int,
     ) -> None:
-        self.forward, self.parameters, self.autocast = forward, parameters, autocast
-        self.scaler, self.parts = scaler, parts
+        self.wrapped_model, self.parameters, self.autocast = wrapped_model, parameters, autocast
+        self.scaler, self.accumulate = scaler, accumulate
+        # A micro-batch adds its share of the mean over an update to the gradient.
+        self.share = 1 / accumulate
 
-    def run(self, images: Tensor, plan: Plan, part: int) -> Tensor:
-        """Add the gradient of a micro-batch; its loss, a scalar on the device.
+    def forward_backward(self, images: Tensor, plan: Plan, micro_batch: int) -> Tensor:
+        """Add the gradient of a micro-batch, number so-and-so of the update from 0.
 
         Args:
-            images: float [B, 3, H, W] on the device.
-            plan: Of its masks, on the device.
-            part: The number of the micro-batch in the update.
-        """
-        with gradients_kept_back(self.forward, part + 1 < self.parts):
-            return self._pass(images, plan, 1 / self.parts)
-
-    def finish(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
-        """Make the sum of an update ready for the optimiser: unscaled, clipped.
+            images: float [B, 3, H, W] on the device, as the plan of their masks.
 
         Returns:
-            The gradient's norm before clipping, a scalar on the device.
+            Its loss, a scalar on the device.
         """
+        # Before the last one DDP adds up without telling the others. FSDP tells them always: not
+        # to would need the memory of whole gradients.
+        more = micro_batch + 1 < self.accumulate
+        quiet = more and isinstance(self.wrapped_model, DistributedDataParallel)
+        with self.wrapped_model.no_sync() if quiet else contextlib.nullcontext():
+            return self._pass(images, plan)
+
+    def clip(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        """Unscale and clip the gradient of an update; its norm before, a scalar on the device."""
         self.scaler.unscale_(optimizer)
         return clip_gradients(self.parameters, limit)
 
-    def clear(self, optimizer: torch.optim.Optimizer) -> None:
-        """Forget the gradient."""
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
 
-    def _pass(self, images: Tensor, plan: Plan, share: float) -> Tensor:
-        """Add `share` of the gradient; the loss."""
+    def _pass(self, images: Tensor, plan: Plan) -> Tensor:
         with self.autocast():
-            loss = self.forward(images, plan=plan, loss_only=True).loss
-        self.scaler.scale(loss * share).backward()
+            loss = self.wrapped_model(images, plan=plan, loss_only=True).loss
+        self.scaler.scale(loss * self.share).backward()
         return loss.detach()
 
 
@@ -87,17 +160,19 @@ class GraphedPasses(Passes):
 
     Args:
         processes: The processes of the run, each with the same weights.
-        others: As for `Passes`; `forward` is the model or the compiled model, without DDP.
+        others: As for `Passes`; the model is compiled or not, without DDP.
     """
 
     def __init__(self, processes: Processes, *others) -> None:
         super().__init__(*others)
         self.processes = processes
-        adds_up = self.parts > 1 or not processes.alone
+        # DDP takes the mean over the processes; the sum of `clip` does not.
+        self.share = 1 / (self.accumulate * processes.world.size)
+        adds_up = self.accumulate > 1 or not processes.alone
         self.gradient = flat_gradients(self.parameters) if adds_up else None
         self._replay: Callable[[], None] | None = None
 
-    def run(self, images: Tensor, plan: Plan, part: int) -> Tensor:
+    def forward_backward(self, images: Tensor, plan: Plan, micro_batch: int) -> Tensor:
         if self._replay is None:
             self._images, self._plan = images.clone(), Plan(plan.memory.clone(), plan.layout)
             devices = [images.device] if images.device.type == "cuda" else []
@@ -105,20 +180,20 @@ class GraphedPasses(Passes):
             with torch.random.fork_rng(devices):
                 self._replay = record(self._recorded_pass, self._forget)
             self._forget_sum()  # of what the warm-up left
-        recorded = self._images.shape, self._plan.layout.places()
-        if recorded != (images.shape, plan.layout.places()):
+        recorded = self._images.shape, self._plan.layout.regions()
+        if recorded != (images.shape, plan.layout.regions()):
             raise ValueError("the passes were recorded for images or a plan of other shapes")
         self._images.copy_(images)
         self._plan.memory.copy_(plan.memory)
         self._replay()
         return self._loss.clone()
 
-    def finish(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+    def clip(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
         if self.gradient is not None:
             self.processes.sum_(self.gradient)
-        return super().finish(optimizer, limit)
+        return super().clip(optimizer, limit)
 
-    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         self._forget_sum()
 
     def _forget_sum(self) -> None:
@@ -132,15 +207,13 @@ class GraphedPasses(Passes):
                 parameter.grad = None
 
     def _recorded_pass(self) -> None:
-        share = 1 / (self.parts * self.processes.world.size)
-        self._loss = self._pass(self._images, self._plan, share)
+        self._loss = self._pass(self._images, self._plan)
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
     """Give all parameters gradients that are views of one vector of zeros, which is returned.
 
-    Each begins at a multiple of 64 bytes, as tensors of their own would: kernels take whole vectors
-    of memory only there.
+    Each begins at a multiple of 64 bytes: kernels take whole vectors of memory only there.
     """
     first = parameters[0]
     step = 64 // first.element_size()
@@ -152,11 +225,9 @@ def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def record(work: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
-    """Record a function's kernels as a CUDA graph; calling the result launches them again.
+    """Record the kernels of `work` as a CUDA graph; calling the result launches them again.
 
-    Args:
-        work: What is recorded.
-        prepare: Called before each of its calls, the recorded one too, and no part of it.
+    `prepare` is called before each call of it, the recorded one too, and is no part of it.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -172,3 +243,30 @@ def record(work: Callable[[], None], prepare: Callable[[], None]) -> Callable[[]
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     return graph.replay
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale gradients down to a norm of at most `limit`; their norm before, a scalar."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
+    # Gradients that stay as they are need no pass over them; to look at the norm, which says so,
+    # is for nothing on a CPU and a wait for the device elsewhere.
+    if math.isfinite(limit) and (value.device.type != "cpu" or value > limit):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value
+
+
+def whole_weights(model: GreenMIM, keep: bool) -> dict[str, torch.Tensor]:
+    """The state dict with whole tensors, or {} without `keep`. A collective after fully_shard.
+
+    What was in slices comes to the CPU: a GPU never holds more than one whole tensor of it.
+    """
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+            tensor = tensor.cpu() if keep else None
+        if keep:
+            weights[name] = tensor
+    return weights

@@ -1,45 +1,56 @@
-"""The folder of a run: what is in it, how checkpoints are written, found and removed.
+"""The folder of a run, and its checkpoints: written, removed, found, read, gone on from.
 
-A checkpoint is `step_N.pth` (weights and all that is small) and the folder `step_N.optimizer` (the
-moments, see `training_state`). The folder is written first and the file is renamed into place last:
-a checkpoint is whole where its file is, whatever killed the run.
+A checkpoint is a file `step_N.pth` and a folder `step_N.optimizer`. The folder is written first and
+the file is renamed into place last: a checkpoint is whole where its file is, whatever killed the
+run. The folder holds the optimiser's moments, to which every process writes what it has, and of
+which any other number of processes reads its part, whatever the strategy.
 
 N counts the updates ever done. It grows whatever happens to the schedule's own count, which starts
-anew at the same place of the schedule when a run goes on with another number of updates per epoch.
+anew at the same point of the schedule when a run goes on with another number of updates per epoch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import dataclasses
+import itertools
 import os
 import re
-import secrets
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import yaml
-from filelock import FileLock, Timeout
+from torch import nn
 
-from greenmim.checkpoint import load_checkpoint, save_atomic, save_text, sync_folder
-from greenmim.messages import first_line
-from greenmim.recipe import CheckpointConfig, Recipe, UserError
-from greenmim.training.distributed import Processes
-from greenmim.training.training_state import moments_sizes
+from greenmim.checkpoint import (
+    load_checkpoint,
+    load_sharded,
+    save_atomic,
+    save_sharded,
+    save_text,
+    sharded_sizes,
+    sync_folder,
+)
+from greenmim.config import ModelConfig
+from greenmim.data.sampler import EpochSampler
+from greenmim.guards import UserError, first_line
+from greenmim.recipe import CheckpointConfig, Recipe, flat
+from greenmim.training.folder_lock import FolderLock, writing
+from greenmim.training.log import read_log
+from greenmim.training.processes import Processes
 
-# How long a command that was killed may need to be gone.
-SECONDS_TO_DIE = 2.0
-# How long a network file system may hide a new file from another machine.
-HIDDEN_SECONDS = 60.0
 RUN_FORMAT = "greenmim.pretrain"
 RUN_VERSION = 2
-_STEP_FILE = re.compile(r"step_(\d+)\.pth")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Parts of a recipe that change no number of a run.
+UNIMPORTANT = ("work_dir", "log", "checkpoint")
+# Of a checkpoint: weights and two moments in float32.
+_BYTES_PER_WEIGHT = 12
 _MOMENTS_FOLDER = re.compile(r"step_\d+\.optimizer")
 _LEFT_OVER = re.compile(r"\.(step_\d+\.pth|last)\.\d+")
+_STEP_FILE = re.compile(r"step_(\d+)\.pth")
 
 
 class RunFolder:
@@ -49,133 +60,11 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.log = self.path / "log.jsonl"
-        self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.pth"
-        self.holder = self.path / "in_use.json"  # who holds the lock, for people and other machines
-        self._lock = FileLock(self.path / ".lock")
-        self._mine: dict[str, Any] | None = None  # what the holder's file shows while it is held
-        self.notes: list[str] = []  # on what went wrong without harm, for the user
-        self._told: set[str] = set()
-        self._epochs: dict[Path, float] = {}
+        self.lock = FolderLock(self.path)
+        self.epochs: dict[Path, float] = {}  # of checkpoints that were looked into
         self._found: set[int] | None = None
-
-    @contextlib.contextmanager
-    def held(self, processes: Processes) -> Iterator[None]:
-        """Keep other commands out of the folder. A collective.
-
-        Raises:
-            UserError: another command runs in it, or the processes see different folders.
-        """
-        try:
-            shown = processes.from_main(self._acquire)
-            with processes.agreed():
-                self._must_show(shown)
-            yield
-        finally:
-            if self._lock.is_locked:
-                with contextlib.suppress(OSError):
-                    if self._is_ours():
-                        self.holder.unlink()
-                self._lock.release()
-                self._mine = None
-
-    def check_free(self) -> None:
-        """Find out, without writing, whether another command of this machine holds the folder.
-
-        Raises:
-            UserError: one does.
-        """
-        if self.holder.exists() and not self._requeued():
-            with contextlib.suppress(OSError):  # `held` says why
-                self._take(SECONDS_TO_DIE)
-                self._lock.release()
-
-    def _acquire(self) -> dict[str, Any]:
-        """Hold the folder from here on; what its holder's file shows."""
-        shown = {
-            "process": os.getpid(),
-            "host": socket.gethostname(),
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
-            "token": secrets.token_hex(8),
-        }
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self._requeued():
-                # What the job was before has ended, though a file server may not know of it yet.
-                Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._take(SECONDS_TO_DIE)
-            save_text(json.dumps(shown), self.holder)
-            self._mine = shown
-        except OSError as error:
-            raise UserError(
-                f"--work-dir {self.path} cannot be written: {_reason(error)}."
-            ) from error
-        return shown
-
-    def _is_ours(self) -> bool:
-        return self._mine is None or self._shown() in (self._mine, {})
-
-    def _check_ours(self) -> None:
-        """Find out whether the folder is still ours: its file server may have given it away."""
-        if not self._is_ours():
-            who = self._shown()
-            raise UserError(
-                f"--work-dir {self.path} was taken over by process {who['process']} on"
-                f" {who['host']}; this one ends without writing, the checkpoints are whole."
-            )
-
-    def _take(self, seconds: float) -> None:
-        try:
-            self._lock.acquire(timeout=seconds)
-        except Timeout as error:
-            who = self._shown()
-            name = f"process {who['process']} on {who['host']}" if who else "another process"
-            job = f" (Slurm job {who['job']})" if who.get("job") else ""
-            raise UserError(
-                f"--work-dir {self.path} is in use by {name}{job}; two commands must not share a"
-                " folder: wait for that one, end it, or choose another folder (of one that is known"
-                f" to be gone, remove {self._lock.lock_file})."
-            ) from error
-
-    def _requeued(self) -> bool:
-        """Whether the holder is this Slurm job before it went back into the queue."""
-        who, restarts = self._shown(), os.environ.get("SLURM_RESTART_COUNT", "0")
-        return bool(who.get("job")) and (
-            who["job"] == os.environ.get("SLURM_JOB_ID") and who["restarts"] != restarts
-        )
-
-    def _shown(self) -> dict[str, Any]:
-        try:
-            return json.loads(self.holder.read_text())
-        except (OSError, ValueError):
-            return {}
-
-    def _must_show(self, shown: dict[str, Any]) -> None:
-        """In every process of a run: the folder is the one that the main process holds."""
-        end = time.monotonic() + HIDDEN_SECONDS
-        while self._shown() != shown:
-            if time.monotonic() > end:
-                raise UserError(
-                    f"--work-dir {self.path} on {socket.gethostname()} is not the folder that the"
-                    " main process writes to; it has to be on a file system that all machines of"
-                    " the run share."
-                )
-            time.sleep(0.1)
-
-    def note_found(self) -> None:
-        """Remember what is here: `start` refuses when it has changed."""
-        self._found = set(self.by_step())
-
-    def owns(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of this run, set aside or not."""
-        return self.checkpoints.resolve() in checkpoint.resolve().parents
-
-    def newest_checkpoint(self) -> Path | None:
-        """The checkpoint with the most steps."""
-        files = self.by_step()
-        return files[max(files)] if files else None
 
     def by_step(self) -> dict[int, Path]:
         """The checkpoints by the number of updates done."""
@@ -184,35 +73,57 @@ class RunFolder:
         found = ((_STEP_FILE.fullmatch(file.name), file) for file in self.checkpoints.iterdir())
         return {int(match[1]): file for match, file in found if match}
 
-    def num_removable(self, keep: CheckpointConfig) -> int:
-        """How many checkpoints newer ones will replace."""
-        files = self.by_step().values()
-        return sum(not self._is_milestone(file, keep.keep_every_epochs) for file in files)
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint with the most steps."""
+        files = self.by_step()
+        return files[max(files)] if files else None
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run, set aside or not."""
+        return self.checkpoints.resolve() in checkpoint.resolve().parents
 
     def check_usable(self) -> None:
-        """Find out without writing anything whether the folder can be made and written to.
+        """Raises UserError where the folder cannot be made and written to; writes nothing.
 
-        Raises:
-            UserError: it cannot.
+        `start` refuses when checkpoints have come or gone since.
         """
-        place = self._nearest()
-        if not place.is_dir():
-            raise UserError(f"--work-dir {self.path} cannot be made: {place} is a file.")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise UserError(f"--work-dir {self.path} cannot be written: no permission in {place}.")
+        parent = self._nearest()
+        if not parent.is_dir():
+            raise UserError(f"--work-dir {self.path} cannot be made: {parent} is a file.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"--work-dir {self.path} cannot be written: no permission in {parent}.")
+        self._found = set(self.by_step())
 
-    def free_bytes(self) -> int | None:
-        """Bytes left on the disk that the folder is on; None where it does not say."""
+    def check_room(self, keep: CheckpointConfig, weights: int) -> None:
+        """Raises UserError where the disk has no room for what is kept of so many weights."""
+        one, free = _BYTES_PER_WEIGHT * weights, self._free_bytes()
+        # The new one is whole before the oldest is removed.
+        most = keep.keep_last + 1
+        if free is None or free >= most * one:
+            return
+        more = max(most - num_removable(self, keep), 1)
+        if free < more * one:
+            raise UserError(
+                f"--work-dir {self.path}: a checkpoint takes {one / 1e6:.0f} MB, the run needs room"
+                f" for {more} and the disk has {free / 1e6:.0f} MB left; make room, choose another"
+                " folder or a lower --checkpoint.keep-last."
+            )
+
+    def _free_bytes(self) -> int | None:
+        """Bytes left on the disk; None where it does not say."""
         usage = shutil.disk_usage(self._nearest())
         return usage.free if usage.total else None
 
-    def start(self, recipe: Recipe, kept: int) -> None:
+    def _nearest(self) -> Path:
+        return next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+
+    def start(self, recipe: Recipe, resumed_at: int) -> None:
         """Make the folder and save the resolved recipe.
 
-        Checkpoints beyond update `kept`, of a course that the run leaves, are set aside.
+        Checkpoints beyond update `resumed_at`, of a course that the run leaves, are set aside.
 
         Raises:
-            UserError: the system refuses, or another command was here since `note_found`.
+            UserError: the system refuses, or another command was here since `check_usable`.
         """
         text = "# Resolved recipe of this run; pass it back with --config.\n" + yaml.safe_dump(
             recipe.to_dict(), sort_keys=False
@@ -222,150 +133,41 @@ class RunFolder:
                 f"Another command wrote checkpoints in --work-dir {self.path} while this one"
                 " started; repeat it."
             )
-        try:
+        with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             save_text(text, self.config)
-            self._set_aside(kept)
-        except OSError as error:
-            raise UserError(
-                f"--work-dir {self.path} cannot be written: {error.strerror}."
-            ) from error
+            self._set_aside(resumed_at)
 
-    def save(
-        self,
-        state: dict[str, Any],
-        keep: CheckpointConfig | None,
-        write_moments: Callable[[Path], None],
-        processes: Processes,
-    ) -> tuple[Path, str | None]:
-        """Write a checkpoint of `state["updates"]`, point last.pth to it, remove the oldest ones.
+    def point_last_to(self, path: Path) -> str | None:
+        """Point last.pth, which is for people, to a checkpoint; why it could not be, if so.
 
-        A collective: every process calls it.
-
-        Args:
-            state: Content of the file; used in the main process only.
-            keep: What is kept; None removes nothing.
-            write_moments: Writes the optimiser's state into a new folder; a collective.
-            processes: The processes of the run.
-
-        Returns:
-            The checkpoint, and in all processes alike why it could not be written (disk full,
-            folder gone), if so; older ones are untouched then.
-
-        Raises:
+        Nothing here needs it, and some file systems have no links.
         """
-        path = self.checkpoints / f"step_{state['updates']:08d}.pth"
-        moments = moments_folder(path)
-        problem = processes.from_main(self._remove_left_overs)
-        if problem is None:
-            try:
-                write_moments(moments)
-            except OSError as error:
-                problem = _reason(error)
-        if problem is None:
-            problem = processes.from_main(lambda: self._commit(state, path))
-        if problem is None and keep is not None:
-            processes.from_main(lambda: self._remove_old(keep))
-        elif problem is not None:
-            processes.from_main(lambda: self._undo(path))
-        return path, problem
-
-    def take_notes(self) -> list[str]:
-        """What went wrong without harm since the last call."""
-        notes, self.notes = self.notes, []
-        return notes
-
-    def _commit(self, state: dict[str, Any], path: Path) -> str | None:
-        moments = moments_folder(path)
-        try:
-            sync_folder(moments)
-            # Fails where another machine wrote its part elsewhere.
-            whole = {**state, "moments": moments_sizes(moments)}
-            self._check_ours()  # the moments may have taken long
-            save_atomic(whole, path)
-        except OSError as error:
-            return _reason(error)
-        self._point_to(path)
-        return None
-
-    def _undo(self, path: Path) -> None:
-        if not path.exists():
-            shutil.rmtree(moments_folder(path), ignore_errors=True)
-
-    def _nearest(self) -> Path:
-        place = self.path.absolute()
-        while not place.exists():
-            place = place.parent
-        return place
-
-    def _point_to(self, path: Path) -> None:
-        """last.pth is for people: nothing here needs it, and some file systems have no links."""
         link = self.checkpoints / f".last.{os.getpid()}"
         try:
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
             os.replace(link, self.last)
         except OSError as error:
-            self._tell("last", f"{self.last} could not be made to point to {path}: {error}")
+            return f"{self.last} could not be made to point to the newest one: {error.strerror}"
+        return None
 
-    def _tell(self, topic: str, note: str) -> None:
-        if topic not in self._told:
-            self._told.add(topic)
-            self.notes.append(note)
-
-    def _set_aside(self, kept: int) -> None:
-        later = [file for step, file in self.by_step().items() if step > kept]
+    def _set_aside(self, resumed_at: int) -> None:
+        later = [file for step, file in self.by_step().items() if step > resumed_at]
         if not later:
             return
-        number = 1
-        while (aside := self.checkpoints / f"set_aside_{number}").exists():
-            number += 1
+        names = (self.checkpoints / f"set_aside_{number}" for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
         aside.mkdir()
-        for file in later:
-            os.replace(file, aside / file.name)
+        for file in later:  # its moments first: alone they would count as left over
             if moments_folder(file).exists():
                 os.replace(moments_folder(file), aside / moments_folder(file).name)
+            os.replace(file, aside / file.name)
         newest = self.newest_checkpoint()
         if newest is not None:
-            self._point_to(newest)
+            self.point_last_to(newest)
         else:
             self.last.unlink(missing_ok=True)
-
-    def _remove_old(self, keep: CheckpointConfig) -> None:
-        self._check_ours()
-        try:
-            files = self.by_step()
-            for step in sorted(files)[: -keep.keep_last]:
-                if not self._is_milestone(files[step], keep.keep_every_epochs):
-                    files[step].unlink()  # before its moments: see the module's head
-                    shutil.rmtree(moments_folder(files[step]), ignore_errors=True)
-        except OSError as error:
-            self._tell("old", f"an old checkpoint could not be removed: {error}")
-
-    def _is_milestone(self, path: Path, every_epochs: int | None) -> bool:
-        if every_epochs is None:
-            return False
-        if path not in self._epochs:
-            try:
-                state = load_checkpoint(path, lazily=True)
-                self._epochs[path] = state["step"] / state["steps_per_epoch"]
-            except Exception:  # anything, of a damaged file: it stays for the user to look at
-                return True
-        return self._epochs[path] % every_epochs == 0
-
-    def _remove_left_overs(self) -> str | None:
-        """What saves that were killed left: folders without their file, and temporary files."""
-        self._check_ours()
-        try:
-            for entry in self.checkpoints.iterdir():
-                if _MOMENTS_FOLDER.fullmatch(entry.name):
-                    if not entry.with_suffix(".pth").exists():
-                        shutil.rmtree(entry, ignore_errors=True)
-                elif _LEFT_OVER.fullmatch(entry.name):
-                    entry.unlink(missing_ok=True)
-        except OSError as error:
-            return _reason(error)
-        return None
 
 
 def moments_folder(checkpoint: Path) -> Path:
@@ -373,12 +175,179 @@ def moments_folder(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".optimizer")
 
 
-def read_run_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint written by `greenmim pretrain`.
+# ---- written and removed ------------------------------------------------------------------------
+
+
+def save(
+    folder: RunFolder,
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    keep: CheckpointConfig | None,
+    processes: Processes,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Path, str | None]:
+    """Write a checkpoint of `state["updates"]`, point last.pth to it, remove the oldest ones.
+
+    A collective; the file holds what the main process gives. `keep` None removes nothing; `say` is
+    given what went wrong without harm.
+
+    Returns:
+        The checkpoint, and in all processes alike why it could not be written (disk full, folder
+        gone), if so; older ones are untouched then.
 
     Raises:
-        UserError: no such file, unreadable, or not written by `greenmim pretrain`.
+        UserError: the folder is no longer this run's.
     """
+    path = folder.checkpoints / f"step_{state['updates']:08d}.pth"
+    moments = moments_folder(path)
+
+    def commit() -> None:
+        sync_folder(moments)
+        # Fails where another machine wrote its part elsewhere.
+        whole = {**state, "moments": sharded_sizes(moments)}
+        folder.lock.check_ours()  # the moments may have taken long
+        save_atomic(whole, path)
+
+    def tidy() -> None:
+        if problem is None:
+            if why := folder.point_last_to(path):
+                say(why)
+            if keep is not None:
+                folder.lock.check_ours()
+                if why := _problem(lambda: _remove_old(folder, keep)):
+                    say(f"an old checkpoint in {folder.checkpoints} could not be removed: {why}")
+        elif not path.exists():
+            shutil.rmtree(moments, ignore_errors=True)
+
+    problem = processes.from_main(lambda: _problem(lambda: _remove_left_overs(folder)))
+    if problem is None:
+        problem = _problem(lambda: write_moments(model, optimizer, moments, processes.alone))
+    if problem is None:
+        problem = processes.from_main(lambda: _problem(commit))
+    processes.from_main(tidy)
+    return path, problem
+
+
+def num_removable(folder: RunFolder, keep: CheckpointConfig) -> int:
+    """How many checkpoints newer ones will replace."""
+    files = folder.by_step().values()
+    return sum(not _is_milestone(folder, file, keep.keep_every_epochs) for file in files)
+
+
+def _problem(work: Callable[[], object]) -> str | None:
+    """Why the system refused some work, if it did."""
+    try:
+        work()
+    except OSError as error:
+        return error.strerror or first_line(error)
+    return None
+
+
+def _remove_old(folder: RunFolder, keep: CheckpointConfig) -> None:
+    files = folder.by_step()
+    for step in sorted(files)[: -keep.keep_last]:
+        if not _is_milestone(folder, files[step], keep.keep_every_epochs):
+            files[step].unlink()  # before its moments: see the module's head
+            shutil.rmtree(moments_folder(files[step]), ignore_errors=True)
+
+
+def _is_milestone(folder: RunFolder, path: Path, every_epochs: int | None) -> bool:
+    if every_epochs is None:
+        return False
+    if path not in folder.epochs:
+        try:
+            state = load_checkpoint(path, lazily=True)
+            folder.epochs[path] = state["step"] / state["steps_per_epoch"]
+        except Exception:  # anything, of a damaged file: it stays for the user to look at
+            return True
+    return folder.epochs[path] % every_epochs == 0
+
+
+def _remove_left_overs(folder: RunFolder) -> None:
+    """What saves that were killed left: folders without their file, and temporary files."""
+    folder.lock.check_ours()
+    for entry in folder.checkpoints.iterdir():
+        if _MOMENTS_FOLDER.fullmatch(entry.name):
+            if not entry.with_suffix(".pth").exists():
+                shutil.rmtree(entry, ignore_errors=True)
+        elif _LEFT_OVER.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
+
+
+# ---- found and read -----------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """Where a run goes on from: None for a new one; the content, where it was read already."""
+
+    checkpoint: Path | None = None
+    notes: tuple[str, ...] = ()
+    state: dict[str, Any] | None = None
+
+
+def find_checkpoint(folder: RunFolder, resume: str | None) -> Found:
+    """Where to go on from; UserError where `resume` and what is in the folder do not agree."""
+    folder.check_usable()
+    if resume is None:
+        # What ended before its first save, for want of memory perhaps, is begun anew.
+        unknown = folder.config.exists() and not folder.log.exists()
+        if folder.by_step() or unknown or _lost(folder):
+            raise UserError(
+                f"--work-dir {folder.path} already holds a run; add --resume to go on with it, or"
+                " choose another folder."
+            )
+        return Found()
+    if resume == "auto":
+        return _newest_whole(folder)
+    path = Path(resume).resolve()
+    # A run that starts from another's checkpoint may be killed before it has its own.
+    own = path.parent == folder.checkpoints.resolve()
+    if not own and (folder.by_step() or (_lost(folder) == "saved" and not folder.owns(path))):
+        raise UserError(
+            f"--work-dir {folder.path} holds a run that {resume} is not part of; --resume without a"
+            " path goes on with that run, or choose another folder."
+        )
+    return Found(path if path.is_file() else Path(resume))
+
+
+def _newest_whole(folder: RunFolder) -> Found:
+    """The newest checkpoint that can be read: a disk may have damaged the last one."""
+    files = folder.by_step()
+    problems: list[str] = []
+    for step in sorted(files, reverse=True):
+        try:
+            return Found(files[step], tuple(problems), read_run_checkpoint(files[step]))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(problems[0])
+    lost = _lost(folder)
+    if lost == "saved":
+        raise UserError(
+            f"--work-dir {folder.path} holds a run whose checkpoints are gone: put them back into"
+            f" {folder.checkpoints} (also from set_aside folders in it), or choose another folder."
+        )
+    if lost:
+        raise UserError(
+            f"The run in --work-dir {folder.path} started from another run's checkpoint and has"
+            " none of its own yet: name that checkpoint again, --resume CHECKPOINT."
+        )
+    return Found()
+
+
+def _lost(folder: RunFolder) -> str | None:
+    """What a folder without checkpoints says of some that were there, if it does."""
+    records = read_log(folder.log) if folder.log.exists() else []
+    saved = any(record["event"] == "checkpoint" for record in records)
+    if saved or any(folder.checkpoints.glob("set_aside_*/*.pth")):
+        return "saved"
+    starts = [record["step"] for record in records if record["event"] == "start"]
+    return "started elsewhere" if starts and starts[-1] > 0 else None
+
+
+def read_run_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint written by `greenmim pretrain`; UserError for any other file, or none."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
@@ -411,5 +380,97 @@ def read_run_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or first_line(error)
+def check_same_model(state: dict[str, Any], recipe: Recipe, path: Path) -> None:
+    """Raises UserError for the checkpoint of another model, and names the first difference."""
+    # An option that the version before did not have stands as that version worked: its default.
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    there, here = state["recipe"]["model"], recipe.to_dict()["model"]
+    for name in here:
+        before = there.get(name, defaults[name])
+        if before != here[name]:
+            raise UserError(
+                f"The checkpoint {path} is of another model: {name} is {before} there and"
+                f" {here[name]} in this recipe."
+            )
+
+
+def restore_moments(
+    model: nn.Module, optimizer: torch.optim.AdamW, checkpoint: Path, processes: Processes
+) -> None:
+    """Bring the optimiser's state back; UserError where it cannot be read. A collective."""
+    folder = moments_folder(checkpoint)
+
+    def told(problem: str) -> str:
+        why = f"The optimiser's state of {checkpoint} cannot be read: {problem}"
+        return f"{why}; name an older checkpoint with --resume."
+
+    with processes.agreed():  # what one alone does not see would keep the others waiting
+        if problem := _problem(lambda: sharded_sizes(folder)):
+            raise UserError(told(problem))
+    if problem := _problem(lambda: read_moments(model, optimizer, folder, processes.alone)):
+        raise processes.common_error(told(problem))
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    first_step: int = 0  # updates done, in the schedule's count
+    shift: int = 0  # updates ever done, less first_step
+    resumed_at: int = 0  # updates ever done at the folder's own checkpoint that it goes on from
+    skipped: int = 0  # updates skipped so far
+    notes: tuple[str, ...] = ()  # what the user should know about it
+
+
+def progress_of(
+    state: dict[str, Any], recipe: Recipe, sampler: EpochSampler, checkpoint: Path, own: bool
+) -> Progress:
+    """How far a run is that goes on from a checkpoint, which may be the folder's `own`."""
+    step, per_epoch, images = state["step"], state["steps_per_epoch"], state["images_per_update"]
+    updates, notes = state.get("updates", step), []
+    if images != sampler.images_per_update:
+        notes.append(
+            f"an update has {sampler.images_per_update} images now, {images} in the checkpoint"
+            " (--data.batch-size x --optim.accumulate x processes)"
+        )
+    if per_epoch != sampler.updates_per_epoch:
+        step = step * sampler.updates_per_epoch // per_epoch
+        notes.append(
+            f"an epoch has {sampler.updates_per_epoch} updates now, {per_epoch} in the checkpoint;"
+            " the run goes on at the same place of the schedule, epoch"
+            f" {step / sampler.updates_per_epoch:.2f}"
+        )
+    before, now = flat(state["recipe"]), flat(recipe.to_dict())
+    # An option that the version before did not have stands as that version worked.
+    changed = [
+        f"{name} {before[name]} -> {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value and name.split(".")[0] not in UNIMPORTANT
+    ]
+    if changed:
+        notes.append(f"changed since the checkpoint: {', '.join(changed)}")
+    notes.append(f"resumed after update {updates} from {checkpoint}")
+    resumed_at = updates if own else 0
+    return Progress(step, updates - step, resumed_at, state["skipped"], tuple(notes))
+
+
+def write_moments(
+    model: nn.Module, optimizer: torch.optim.AdamW, folder: Path, alone: bool
+) -> None:
+    """Write AdamW's state into a new folder; see `save_sharded`."""
+    save_sharded(_moments(model, optimizer), folder, alone)
+
+
+def read_moments(model: nn.Module, optimizer: torch.optim.AdamW, folder: Path, alone: bool) -> None:
+    """Read AdamW's state from a folder of `write_moments`; see `load_sharded`."""
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        optimizer.state[parameter] = {
+            # As the fused AdamW starts them.
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **{name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS},
+        }
+    load_sharded(_moments(model, optimizer), folder, alone)
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {f"{name}/{key}": t for name, p in trained for key, t in optimizer.state[p].items()}

@@ -13,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from greenmim.guards import EXIT_BAD_INPUT
-from greenmim.messages import first_line
-from greenmim.recipe import Recipe, SlurmJob, UserError
+from greenmim.guards import UserError, exit_code, first_line
+from greenmim.launch import SlurmJob
+from greenmim.recipe import Recipe
 from greenmim.training.run_folder import RunFolder
 from greenmim.training.train import pretrain
 
@@ -32,18 +32,16 @@ class Piece:
 
     def __call__(self) -> int:
         """Ends the process where the run did not go well: only so does Slurm see it."""
-        try:
-            result = pretrain(self.recipe, self.where_to_resume())
-        except UserError as error:
-            if not error.quiet:
-                print(f"greenmim: error: {error}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_BAD_INPUT)
-        if result.signal in _WARNINGS:
-            if os.environ.get("SLURM_PROCID") == "0":
-                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-            return 0
-        if result.exit_code:
-            sys.exit(result.exit_code)
+        if code := exit_code(self._run):
+            sys.exit(code)
+        return 0
+
+    def _run(self) -> int:
+        result = pretrain(self.recipe, self.where_to_resume())
+        if result.signal not in _WARNINGS:
+            return result.exit_code
+        if os.environ.get("SLURM_PROCID") == "0":
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         return 0
 
     def where_to_resume(self) -> str:
@@ -63,18 +61,10 @@ class Piece:
 
 
 def submit(recipe: Recipe, resume: str | None, job: SlurmJob) -> tuple[str, Path]:
-    """Submit a run; its input should have been checked here before (see `dry_run`).
+    """Submit a run whose input `dry_run` has checked; the job's number and its logs' folder.
 
-    Args:
-        recipe: The run; `work_dir` and `data.root` have to be the same on the nodes.
-        resume: As for `train.pretrain`.
-        job: What to ask of Slurm.
-
-    Returns:
-        The job's number, and the folder of its logs.
-
-    Raises:
-        UserError: there is no Slurm here, or it refuses the job.
+    `work_dir` and `data.root` have to be the same on the nodes. UserError where Slurm is not here
+    or refuses the job.
     """
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError(

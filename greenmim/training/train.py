@@ -4,49 +4,37 @@
     greenmim pretrain --config runs/demo/config.yaml --resume         # go on after a stop
     torchrun --nproc-per-node 8 -m greenmim pretrain ...              # one process for each GPU
 
-`run.prepare` finds everything that can be wrong with the input before anything is written;
-`Trainer.train` is the loop, all of it.
+`startup` makes a run ready; `Trainer.train` is the loop, all of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import platform
-import shlex
 import signal
 import statistics
-import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 import greenmim
-from greenmim.data.feed import Feed
-from greenmim.guards import EXIT_DIVERGED, StopSignal, exit_code_of
-from greenmim.messages import first_line
-from greenmim.recipe import Recipe, UserError
-from greenmim.seeds import FORWARD, torch_seed
-from greenmim.training.distributed import Processes
-from greenmim.training.pictures import Painter
-from greenmim.training.reports import LAG, Report, Reports
-from greenmim.training.run import (
-    Run,
-    choose_device,
-    chosen_backend,
-    prepare,
-    run_state,
-    user_errors,
-)
-from greenmim.training.run_log import RunLog, peak_memory_gib
-from greenmim.training.schedule import learning_rate, scaled_rates
-from greenmim.training.trackers import make_trackers
-from greenmim.training.training_state import write_moments
-from greenmim.training.world import World, launcher_note
+from greenmim.data.sampler import FORWARD, torch_seed
+from greenmim.guards import EXIT_DIVERGED, StopSignal, UserError, exit_code_of, first_line, one_line
+from greenmim.launch import World
+from greenmim.mim import GreenMIM
+from greenmim.pictures import Album
+from greenmim.recipe import Recipe
+from greenmim.training import run_folder
+from greenmim.training.log import RunLog, peak_memory_gib
+from greenmim.training.passes import whole_weights
+from greenmim.training.processes import LAG, Processes, Report, Reports
+from greenmim.training.startup import Run, choose_device, prepare, started
 
 # A run ends when so many checkpoints in a row could not be written.
 FAILED_SAVES = 3
@@ -56,23 +44,16 @@ NAMED_FILES = 64
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of `pretrain` ended.
+    """How a call of `pretrain` ended."""
 
-    Attributes:
-        exit_code: 0; 75 or 130 after a signal (saved, to be resumed); 3 (losses not finite).
-        step: Updates done.
-        checkpoint: The newest checkpoint, if there is one.
-        signal: What stopped the run, if it was stopped.
-    """
-
-    exit_code: int
-    step: int
-    checkpoint: Path | None
-    signal: signal.Signals | None = None
+    exit_code: int  # 0; 75 or 130 after a signal (saved, to be resumed); 3 (losses not finite)
+    step: int  # updates done
+    checkpoint: Path | None  # the newest one
+    signal: signal.Signals | None = None  # what stopped the run, if it was stopped
 
 
 def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
-    """Run a recipe, in every process of the run (see `world` for how processes find each other).
+    """Run a recipe, in every process of the run (see `launch` for how they are started).
 
     Args:
         recipe: The run.
@@ -84,55 +65,25 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
         UserError: bad input; nothing was written. Or the disk is full: old checkpoints are whole.
         PeerError: another process of the run died.
     """
-    with user_errors():
-        world = World.from_environment()
+    world = World.from_environment()
     with (
         contextlib.ExitStack() as outside,
         Processes(world, lambda: choose_device(recipe, world), recipe.hang_minutes) as processes,
     ):
         run = prepare(recipe, resume, processes)
-        if run.first_step >= run.total_steps:
+        if run.progress.first_step >= run.total_steps:
             newest = run.folder.newest_checkpoint()
             if world.is_main:
                 print(
-                    f"The run in {run.folder.path} is finished ({recipe.epochs} epochs): {newest}"
+                    f"The run in {recipe.work_dir} is finished ({recipe.epochs} epochs): {newest}"
                 )
-            return Result(0, run.first_step, newest)
-        with run.folder.held(processes):
-            with processes.agreed():  # before the folder looks like a run: they may refuse
-                trackers = make_trackers(run.folder, recipe, run.kept) if world.is_main else []
-            processes.from_main(lambda: run.folder.start(recipe, run.kept))
-            with processes.agreed():
-                folder = run.folder if world.is_main else None
-                counts = run.first_step, run.total_steps, run.shift
-                log = RunLog(folder, trackers, run.kept, *counts)
+            return Result(0, run.progress.first_step, newest)
+        with started(run) as log:
             # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the
             # others, which are then finding out which one it was.
             stop = outside.enter_context(StopSignal())
-            with log, chosen_backend(recipe):
-                _introduce(run, log)
-                trainer = Trainer(run, log, stop)
-                with contextlib.closing(trainer.feed), told_of_memory(run.device):
-                    return trainer.train()
-
-
-def _introduce(run: Run, log: RunLog) -> None:
-    for note in filter(None, [*run.notes, launcher_note()]):
-        log.say(note)
-    log.event(
-        "start",
-        step=run.first_step,
-        command=shlex.join(sys.argv),
-        greenmim=greenmim.__version__,
-        torch=torch.__version__,
-        python=platform.python_version(),
-        device=str(run.device),
-        processes=run.processes.world.size,
-        images=len(run.dataset),
-        steps_per_epoch=run.steps_per_epoch,
-        left_out_per_epoch=run.sampler.left_out,
-        notes=run.notes,
-    )
+            with contextlib.closing(run.feed), told_of_memory(processes.device):
+                return Trainer(run, log, stop).train()
 
 
 class Trainer:
@@ -140,116 +91,104 @@ class Trainer:
 
     def __init__(self, run: Run, log: RunLog, stop: StopSignal) -> None:
         self.run, self.log, self.stop = run, log, stop
+        processes = run.processes
         # One process alone need not wait for a loader that hangs; others would wait for it.
-        self.feed = Feed(
-            run.loader, run.device, lambda: run.processes.alone and stop.received is not None
-        )
-        self.passes = run.passes()
-        self.reports = Reports(run.processes, run.device, run.recipe.optim.accumulate)
-        self.painter = Painter(run.model, run.recipe, run.dataset, run.processes, log.say)
+        run.feed.give_up = lambda: processes.alone and stop.received is not None
+        run.feed.start()
+        self.reports = Reports(processes, processes.device, run.recipe.optim.accumulate)
+        self.album: Album | None = None
+        self.drawing = True
         self.checkpoint: Path | None = None
-        self.saved, self.failed_saves, self.save_owed = run.first_step, 0, False
-        self.skipped, self.skipped_in_a_row = run.skipped, 0
+        self.saved, self.failed_saves, self.save_owed = run.progress.first_step, 0, False
+        self.skipped, self.skipped_in_a_row = run.progress.skipped, 0
         self.stop_asked = self.diverged = False
+        self.clock: deque[tuple[float, float]] = deque()  # time and wait after updates not yet read
         self.unlogged: list[Report] = []
         self.window_start, self.window_waited = time.perf_counter(), 0.0
 
     def train(self) -> Result:
         """From the run's first update to its last."""
-        run, recipe = self.run, self.run.recipe
-        peak, final, _ = scaled_rates(recipe, run.sampler.images_per_update)
+        run = self.run
         run.model.train()
-        for step in range(run.first_step + 1, run.total_steps + 1):
-            lr = learning_rate(
-                (step - 1) / run.steps_per_epoch,
-                peak=peak,
-                final=final,
-                warmup_epochs=recipe.schedule.warmup_epochs,
-                epochs=recipe.epochs,
-            )
-            if not self.update(step, lr):
+        for step in range(run.progress.first_step + 1, run.total_steps + 1):
+            if not self.update(step):
                 return self.stopped(step - 1)
             self.log.step_done()
 
+            # One process alone ends at its own signal. Several have to end at the same update: each
+            # learns of the others' signals from the reports.
             last = step == run.total_steps
-            # With processes that share the work, all have to stop at the same update.
-            now = run.processes.alone and self.stop.received is not None
-            self.take_note(step if last or now else step - LAG)
+            end = last or (run.processes.alone and self.stop.received is not None)
+            # A report is read LAG updates late, when it has long arrived: nothing waits for it.
+            self.read_reports(step if end else step - LAG)
+            due = end or self.stop_asked or self.save_owed or self._save_due(step)
+            if due and not self.diverged:
+                self.save(step, final=end or self.stop_asked)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
-            if last or now or self.stop_asked or self.save_owed or self._save_due(step):
-                self.save(step, final=last or now or self.stop_asked)
-                if self.diverged:
-                    return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
-                # A signal that came meanwhile has got its save.
+            if due:  # a signal that came meanwhile has got its save
                 self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
             if self.stop_asked and not last:
                 return self.stopped(step)
-            if not self.stop_asked and (last or self._due(step, recipe.log.pictures_every_epochs)):
-                with run.autocast():
-                    self.draw(step)
-        self.finish()
+            pictures = run.recipe.log.pictures_every_epochs
+            if not self.stop_asked and (last or self._epochs_done(step, pictures)):
+                self.draw(step)
+        self.say_the_end()
         return Result(0, run.total_steps, self.checkpoint)
 
-    def update(self, step: int, lr: float) -> bool:
+    def update(self, step: int) -> bool:
         """Forward and backward passes of the global batch, and one step of the optimiser.
 
         False where a signal ended the wait for a batch: the weights are those of the step before.
         """
-        run, recipe, optimizer, scaler = (
-            self.run,
-            self.run.recipe,
-            self.run.optimizer,
-            self.run.scaler,
-        )
+        run, recipe, scaler = self.run, self.run.recipe, self.run.scaler
+        optimizer = run.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = run.learning_rate(step)
         losses = []
-        for part in range(recipe.optim.accumulate):
-            batch = self.feed.next()
+        for index in range(recipe.optim.accumulate):
+            batch = run.feed.next()
             if batch is None:
                 return False
             # For stochastic depth, the one thing that a forward pass draws.
-            torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, run.sampler.micro(part)))
-            losses.append(self.passes.run(batch.images, batch.plan, part))
-        norm = self.passes.finish(optimizer, recipe.optim.clip or float("inf"))
+            number = run.sampler.micro_batch(index)
+            torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, number))
+            losses.append(run.passes.forward_backward(batch.images, batch.plan, index))
+        norm = run.passes.clip(optimizer, recipe.optim.clip or math.inf)
         bad = self.reports.send(
             step,
             losses,
             norm,
-            scale=scaler.scale(torch.ones((), device=run.device)) if scaler.is_enabled() else None,
+            scale=scaler.scale(torch.ones_like(norm)) if scaler.is_enabled() else None,
+            unreadable=bool(run.feed.failures),
             stop=self.stop.received is not None,
-            news=bool(self.feed.failures),
-            facts={
-                "lr": lr,
-                "epoch": step / run.steps_per_epoch,
-                "waited": self.feed.waited,
-                "time": time.perf_counter(),
-            },
         )
-        if not scaler.is_enabled():  # else it finds out by itself
-            optimizer.found_inf = bad.float()  # the fused AdamW leaves all as it is where this is 1
+        self.clock.append((time.perf_counter(), run.feed.waited))
+        if not scaler.is_enabled():
+            # Where this is 1 the fused AdamW leaves weights and moments as they are: an update is
+            # skipped without the host knowing of it. A scaler sets it from what it found itself.
+            optimizer.found_inf = bad.float()
         scaler.step(optimizer)
         scaler.update()
-        self.passes.clear(optimizer)
+        run.passes.zero_grad(optimizer)
         return True
 
-    def take_note(self, up_to: int) -> None:
+    def read_reports(self, up_to: int) -> None:
         """Read the reports of the updates up to one, and log what they say."""
         run, every = self.run, self.run.recipe.log.every_steps
         for report in self.reports.read(up_to):
+            seconds, waited = self.clock.popleft()
             self.unlogged.append(report)
             self.stop_asked |= report.stop
-            if report.news:
-                for failures in run.processes.gather(self.feed.take_failures()):
-                    self.log.unreadable(failures)
+            if report.unreadable:
+                self._name_unreadable()
             if report.skipped:
                 self._count_skipped(report)
             else:
                 self.skipped_in_a_row = 0
-            first_or_last = report.step in (run.first_step + 1, run.total_steps)
+            first_or_last = report.step in (run.progress.first_step + 1, run.total_steps)
             if first_or_last or report.step % every == 0:
-                self._log_window(report)
+                self._log_window(report.step, seconds, waited)
             if self.diverged:
                 return
 
@@ -264,46 +203,83 @@ class Trainer:
             UserError: it could not be written, and this was the `final` one or one of many: until
                 then, the run goes on and tries again when the next one is due.
         """
-        run = self.run
-        self.take_note(step)
+        run, log = self.run, self.log
+        self.read_reports(step)
         trouble = self.skipped_in_a_row > 0
         self.save_owed = trouble and not final
         if final and trouble and not self.diverged and not self._sound():
             self._diverge(step)
         if self.save_owed or self.diverged:
             return
-        started = time.perf_counter()
-        alone = run.processes.alone
-        path, problem = run.folder.save(
-            run_state(run, step, self.skipped),
+        start = time.perf_counter()
+        path, problem = run_folder.save(
+            run.folder,
+            self._state(step),
+            run.model,
+            run.optimizer,
             None if trouble else run.recipe.checkpoint,
-            lambda folder: write_moments(run.model, run.optimizer, folder, alone),
             run.processes,
+            log.say_once,
         )
-        seconds = time.perf_counter() - started
-        for note in run.folder.take_notes():
-            self.log.say(note)
+        seconds = time.perf_counter() - start
+        self.window_start += seconds  # saving is not training time
         if problem is None:
             self.checkpoint, self.saved, self.failed_saves = path, step, 0
-            self.log.event("checkpoint", step=step, path=str(path), seconds=round(seconds, 3))
-        else:
-            self.failed_saves += 1
-            self.log.event("not_saved", step=step, path=str(path), reason=problem)
-            told = f"The checkpoint {path} could not be written: {problem}; older ones are whole"
-            if final or self.failed_saves == FAILED_SAVES:
-                raise run.processes.common_error(
-                    f"{told}: make room or mend the folder, then repeat the command with --resume."
-                )
-            self.log.say(f"{told}. The run goes on and tries again when the next one is due.")
-        self.window_start += seconds  # saving is not training time
+            log.event("checkpoint", step=step, path=str(path), seconds=round(seconds, 3))
+            return
+        self.failed_saves += 1
+        log.event("not_saved", step=step, path=str(path), reason=problem)
+        told = f"The checkpoint {path} could not be written: {problem}; older ones are whole"
+        if final or self.failed_saves == FAILED_SAVES:
+            raise run.processes.common_error(
+                f"{told}: make room or mend the folder, then repeat the command with --resume."
+            )
+        log.say(f"{told}. The run goes on and tries again when the next one is due.")
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint's file holds after `step` updates of the schedule. A collective.
+
+        There is no state of random generators in it: what is random follows from the step.
+        """
+        run = self.run
+        return {
+            "format": run_folder.RUN_FORMAT,
+            "version": run_folder.RUN_VERSION,
+            "step": step,
+            "updates": step + run.progress.shift,
+            "epoch": step / run.steps_per_epoch,
+            "steps_per_epoch": run.steps_per_epoch,
+            "images_per_update": run.sampler.images_per_update,
+            "model": whole_weights(run.model, keep=run.processes.world.is_main),
+            "scaler": run.scaler.state_dict(),
+            "skipped": self.skipped,
+            "recipe": run.recipe.to_dict(),
+            "greenmim": greenmim.__version__,
+        }
 
     def draw(self, step: int) -> None:
-        """Show how well the model fills in hidden units."""
-        started = time.perf_counter()
-        picture = self.painter.draw()
-        if picture is not None:
-            self.log.picture(step, "original, masked, reconstruction", picture)
-        self.window_start += time.perf_counter() - started
+        """Show how well the model fills in hidden units. A collective; it ends no run."""
+        run, start = self.run, time.perf_counter()
+        network, sliced = run.model, run.recipe.strategy == "fsdp" and not run.processes.alone
+        # Only slices are brought together here. A model of its own, not compiled, is drawn with
+        # where they are: nothing that fails there keeps the other processes waiting.
+        weights = whole_weights(network, keep=run.processes.world.is_main) if sliced else None
+        if self.drawing and run.processes.world.is_main:
+            try:
+                if weights:
+                    network = GreenMIM(run.recipe.model)
+                    network.load_state_dict(weights)
+                    network.to(run.processes.device)
+                if self.album is None:
+                    self.album = Album(run.dataset, run.recipe.log.pictures, run.recipe.mask)
+                with run.autocast():
+                    picture = self.album.draw(network)
+                if picture is not None:
+                    self.log.picture(step, "original, masked, reconstruction", picture)
+            except Exception as error:  # a full GPU, a disk that is gone: pictures are not the run
+                self.drawing = False
+                self.log.say(f"no more pictures are drawn, for one failed: {one_line(error)}")
+        self.window_start += time.perf_counter() - start
 
     def stopped(self, step: int) -> Result:
         """The end of a run that a signal stopped."""
@@ -311,72 +287,64 @@ class Trainer:
             self.save(step, final=True)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, self.run.folder.newest_checkpoint())
-        names = self.run.processes.gather(self.stop.received)
-        received = next(name for name in names if name is not None)
+        received = next(filter(None, self.run.processes.gather(self.stop.received)))
         self.log.event("stopped", step=step, signal=received.name)
         saved = f"saved {self.checkpoint}" if self.checkpoint else "there was nothing to save yet"
         self.log.say(f"{received.name} received: {saved}; the same command with --resume goes on.")
         return Result(exit_code_of(received), step, self.checkpoint, received)
 
-    def finish(self) -> None:
-        """The last words."""
+    def say_the_end(self) -> None:
         run, log = self.run, self.log
-        for failures in run.processes.gather(self.feed.take_failures()):
-            log.unreadable(failures)
+        self._name_unreadable()
         log.event("end", step=run.total_steps, skipped=self.skipped, unreadable=log.num_unreadable)
         log.say(
             f"finished: {run.recipe.epochs} epochs, {run.total_steps} updates, {self.skipped}"
             f" skipped, {log.num_unreadable} unreadable images; checkpoint {self.checkpoint}"
         )
 
+    def _name_unreadable(self) -> None:
+        for failures in self.run.processes.gather(self.run.feed.take_failures()):
+            self.log.unreadable(failures)
+
     def _save_due(self, step: int) -> bool:
         every = self.run.recipe.checkpoint
-        by_steps = bool(every.every_steps) and step % every.every_steps == 0
-        return by_steps or self._due(step, every.every_epochs)
+        by_steps = every.every_steps and step % every.every_steps == 0
+        return by_steps or self._epochs_done(step, every.every_epochs)
 
-    def _due(self, step: int, epochs: int | None) -> bool:
-        return bool(epochs) and step % (epochs * self.run.steps_per_epoch) == 0
+    def _epochs_done(self, step: int, every: int | None) -> bool:
+        return bool(every) and step % (every * self.run.steps_per_epoch) == 0
 
-    def _log_window(self, report: Report) -> None:
-        """A line on the updates since the line before."""
-        count, done = len(self.unlogged), [r for r in self.unlogged if not r.skipped]
-        seconds = max(report.facts["time"] - self.window_start, 1e-9)
+    def _log_window(self, step: int, now: float, waited: float) -> None:
+        """A line on the updates since the line before; `now` and `waited` were after the last."""
+        run, done = self.run, [report for report in self.unlogged if not report.skipped]
+        seconds = max(now - self.window_start, 1e-9)
+        images = len(self.unlogged) * run.sampler.images_per_update
         values = {
             "loss": statistics.fmean(r.loss for r in done) if done else math.nan,
             "grad_norm": statistics.fmean(r.grad_norm for r in done) if done else math.nan,
-            "lr": report.facts["lr"],
-            "epoch": report.facts["epoch"],
-            "images_per_second": count * self.run.sampler.images_per_update / seconds,
-            "data_wait": min((report.facts["waited"] - self.window_waited) / seconds, 1.0),
-            "peak_memory_gib": peak_memory_gib(self.run.device),
+            "lr": run.learning_rate(step),
+            "epoch": step / run.steps_per_epoch,
+            "images_per_second": images / seconds,
+            "data_wait": min((waited - self.window_waited) / seconds, 1.0),
+            "peak_memory_gib": peak_memory_gib(run.processes.device),
             "skipped": self.skipped,
         }
-        self.log.train(report.step, values)
-        self.unlogged = []
-        self.window_start = report.facts["time"]
-        self.window_waited = report.facts["waited"]
+        self.log.train(step, values)
+        self.unlogged, self.window_start, self.window_waited = [], now, waited
 
     def _count_skipped(self, report: Report) -> None:
-        run = self.run
+        run, log = self.run, self.log
         self.skipped += 1
         self.skipped_in_a_row += 1
         if run.processes.world.is_main:
-            micro = report.bad_micro_batches()
-            files = [
-                run.dataset.path(item)
-                for index in micro
-                for item in run.sampler.items(report.step - 1, index)
-            ]
-            self.log.event(
-                "skipped",
-                step=report.step,
-                micro_batches=micro,
-                images=len(files),
-                files=files[:NAMED_FILES],
-            )
-            self.log.say(
-                f"update {self.log.number(report.step)} was skipped: its loss or gradient is not"
-                f" finite ({len(files)} images, the first {files[0]}; more in log.jsonl)"
+            numbers = report.bad_micro_batches()
+            items = [i for number in numbers for i in run.sampler.items(report.step - 1, number)]
+            files = [run.dataset.path(item) for item in items[:NAMED_FILES]]
+            facts = {"micro_batches": numbers, "images": len(items), "files": files}
+            log.event("skipped", step=report.step, **facts)
+            log.say(
+                f"update {log.number(report.step)} was skipped: its loss or gradient is not finite"
+                f" ({len(items)} images, the first {files[0]}; more in log.jsonl)"
             )
         if self.skipped_in_a_row >= run.recipe.max_skipped:
             self._diverge(report.step)
@@ -384,8 +352,14 @@ class Trainer:
     def _diverge(self, step: int) -> None:
         self.diverged = True
         self.log.event("diverged", step=step, skipped=self.skipped)
-        advice = _diverged_advice(self.run, self.log.number(step), self.skipped_in_a_row)
-        self.log.say(advice)
+        count, newest = self.skipped_in_a_row, self.run.folder.newest_checkpoint()
+        again = f"; {newest} is from before it, --resume goes on there" if newest else ""
+        self.log.say(
+            f"stopped after update {self.log.number(step)}: the loss or gradient of the last"
+            f" {f'{count} updates' if count > 1 else 'update'} was not finite. To go on, lower the"
+            " learning rate (--optim.base-lr or --optim.lr), clip (--optim.clip 1), or use"
+            f" --precision bf16 or fp32{again}."
+        )
 
     def _sound(self) -> bool:
         """Whether all weights are finite. A collective."""
@@ -409,17 +383,3 @@ def told_of_memory(device: torch.device) -> Iterator[None]:
             " raise --optim.accumulate by as much, which leaves the update as it is, or take"
             " --activation-checkpointing true."
         ) from error
-
-
-def _diverged_advice(run: Run, step: int, in_a_row: int) -> str:
-    newest = run.folder.newest_checkpoint()
-    advice = (
-        "lower the learning rate (--optim.base-lr or --optim.lr), clip (--optim.clip 1), or use"
-        " --precision bf16 or fp32"
-    )
-    again = f"; {newest} is from before it, --resume goes on there" if newest else ""
-    updates = f"{in_a_row} updates" if in_a_row > 1 else "update"
-    return (
-        f"stopped after update {step}: the loss or gradient of the last {updates} was not finite."
-        f" To go on, {advice}{again}."
-    )

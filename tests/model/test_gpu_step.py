@@ -10,11 +10,10 @@ import torch
 from torch._functorch import config as functorch_config
 
 from greenmim import GreenMIM, ModelConfig
+from greenmim.launch import World
 from greenmim.masking import random_visible
-from greenmim.training.distributed import Processes
 from greenmim.training.passes import GraphedPasses, Passes
-from greenmim.training.reports import Reports
-from greenmim.training.world import World
+from greenmim.training.processes import Processes, Reports
 
 UPDATES, BATCH = 6, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,8 +52,9 @@ def train(
             for part in range(parts):
                 images, plan = batches[update * parts + part]
                 images = images.to(device, non_blocking=True)
-                losses.append(work.run(images, plan.to(device, non_blocking=True), part))
-            norm = work.finish(optimizer, limit=1.0)
+                there = plan.to(device, non_blocking=True)
+                losses.append(work.forward_backward(images, there, part))
+            norm = work.clip(optimizer, limit=1.0)
             scale = None
             if scaler.is_enabled():
                 scale = scaler.scale(torch.ones((), device=device))
@@ -63,7 +63,7 @@ def train(
                 optimizer.found_inf = bad.float()
             scaler.step(optimizer)
             scaler.update()
-            work.clear(optimizer)
+            work.zero_grad(optimizer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not any(report.skipped for report in reports.read(UPDATES))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from greenmim import GreenMIM, ModelConfig, create_model
 from greenmim.checkpoint import load_state_dict_file
-from greenmim.decoder import sincos_position_embedding
+from greenmim.mim import sincos_position_embedding
 
 from .conftest import DATA, SMALL, images_for, load_json, small, some_visible
 

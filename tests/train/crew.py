@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from greenmim.training.log_file import read_log
+from greenmim.training.log import read_log
 
 EVERY = 2  # updates between two checkpoints of `conftest.command`
 

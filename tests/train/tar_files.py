@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 from train_pictures import picture
 
-from greenmim.data.sources import Source, find_source
+from greenmim.data.images import Source
+from greenmim.data.sources import find_source
 from greenmim.recipe import DataConfig
 
 

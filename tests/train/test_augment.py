@@ -15,19 +15,18 @@ from torchvision.transforms import RandomResizedCrop, v2
 from train_pictures import picture
 
 from greenmim.cli import main
-from greenmim.data import augment
-from greenmim.data.augment import (
+from greenmim.data import dataset as dataset_module
+from greenmim.data.dataset import (
+    AugmentedImages,
     Crop,
     Finish,
     draw_crop,
     finishes_in_loader,
     read_crop,
 )
-from greenmim.data.dataset import AugmentedImages
-from greenmim.data.feed import Feed
-from greenmim.data.loader import Batch, Collate, make_loader
+from greenmim.data.images import Folder
+from greenmim.data.loader import Batch, Collate, Feed, make_loader
 from greenmim.data.sampler import EpochSampler
-from greenmim.data.sources import Folder
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
 
@@ -56,13 +55,13 @@ def middle(height: int, width: int) -> Crop:
 
 def sizes_decoded(monkeypatch) -> list[tuple[int, int]]:
     """Filled with the size of every picture that is decoded."""
-    sizes, real = [], augment.to_rgb
+    sizes, real = [], dataset_module.to_rgb
 
     def to_rgb(image: Image.Image) -> Image.Image:
         sizes.append(image.size)
         return real(image)
 
-    monkeypatch.setattr(augment, "to_rgb", to_rgb)
+    monkeypatch.setattr(dataset_module, "to_rgb", to_rgb)
     return sizes
 
 
@@ -79,9 +78,9 @@ def test_a_reduced_decode_gives_the_same_crop(monkeypatch, orientation, mode, pr
     exif[0x0112] = orientation
     file = saved(large().convert(mode), quality=95, exif=exif, progressive=progressive)
     loaded: list[tuple[int, int]] = []
-    real = augment.to_rgb
+    real = dataset_module.to_rgb
     monkeypatch.setattr(
-        augment, "to_rgb", lambda image: (loaded.append(image.size), real(image))[1]
+        dataset_module, "to_rgb", lambda image: (loaded.append(image.size), real(image))[1]
     )
     whole, _ = read_crop(file, SIZE, middle, reduce=False)
     file.seek(0)
@@ -96,9 +95,9 @@ def test_a_reduced_decode_gives_the_same_crop(monkeypatch, orientation, mode, pr
 def test_a_reduced_decode_is_never_smaller_than_the_crop(monkeypatch):
     file = saved(large(480, 640))
     loaded = []
-    real = augment.to_rgb
+    real = dataset_module.to_rgb
     monkeypatch.setattr(
-        augment, "to_rgb", lambda image: (loaded.append(image.size), real(image))[1]
+        dataset_module, "to_rgb", lambda image: (loaded.append(image.size), real(image))[1]
     )
     for side in (60, 61, 119, 120, 121, 240, 480):
         file.seek(0)
@@ -155,7 +154,11 @@ def test_crops_of_one_pixel_a_column_or_a_row(crop):
     box = Crop(*crop, flip=False)
     ours, _ = read_crop(saved(large(), "PNG"), SIZE, lambda h, w: box, reduce=False)
     assert ours.shape == (3, *SIZE)
-    pillows = large().crop(box.box).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+    pillows = (
+        large()
+        .crop((box.left, box.top, box.left + box.width, box.top + box.height))
+        .resize(SIZE[::-1], Image.Resampling.BICUBIC)
+    )
     assert (ours.int() - v2.functional.pil_to_tensor(pillows).int()).abs().max() <= 1
 
 
@@ -183,7 +186,8 @@ def loader_of(folder: Path, workers: int = 0, batch_size: int = 3, **data) -> Da
 
 
 def feed_of(folder: Path, workers: int = 0, **data) -> Feed:
-    return Feed(loader_of(folder, workers, **data), torch.device("cpu"))
+    loader = loader_of(folder, workers, **data)
+    return Feed(loader, torch.device("cpu"), Finish(loader.dataset.config))
 
 
 def batches(folder: Path, workers: int = 0, **data) -> tuple[list[Batch], list]:

@@ -13,12 +13,11 @@ from PIL import Image
 from train_pictures import picture
 
 from greenmim.config import ModelConfig
-from greenmim.data.augment import Finish, finishes_in_loader
-from greenmim.data.dataset import AugmentedImages, Sample
-from greenmim.data.images import find_images, open_rgb
-from greenmim.data.loader import Batch, Collate, make_loader
+from greenmim.data.dataset import AugmentedImages, Finish, Sample, finishes_in_loader
+from greenmim.data.images import Folder, find_images, open_rgb
+from greenmim.data.loader import Batch, Collate, Feed, make_loader
 from greenmim.data.sampler import EpochSampler, Item
-from greenmim.data.sources import Folder
+from greenmim.guards import UserError
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
 
@@ -54,11 +53,11 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
 
 def test_nothing_to_find(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(FileNotFoundError, match="no image in"):
+    with pytest.raises(UserError, match="no image in"):
         find_images(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(UserError, match="no folder"):
         find_images(tmp_path / "missing")
-    with pytest.raises(NotADirectoryError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         find_images(tmp_path / "notes.txt")
 
 
@@ -175,11 +174,11 @@ def test_ranks_share_an_update_whatever_their_number() -> None:
     assert [list(pair) for pair in zip(*two, strict=True)] == [
         list(pair) for pair in zip(listed[::2], listed[1::2], strict=True)
     ]
-    assert [(batch[0].step, batch[0].micro) for batch in listed[:4]] == [
+    assert [(batch[0].step, batch[0].micro_batch) for batch in listed[:4]] == [
         (0, 0), (0, 1), (1, 0), (1, 1),
     ]  # fmt: skip
-    assert all(parts.items(batch[0].step, batch[0].micro) == batch for batch in listed)
-    assert all(two[0].items(batch[0].step, batch[0].micro) == batch for batch in listed)
+    assert all(parts.items(batch[0].step, batch[0].micro_batch) == batch for batch in listed)
+    assert all(two[0].items(batch[0].step, batch[0].micro_batch) == batch for batch in listed)
 
 
 def test_a_folder_smaller_than_an_update_is_refused_with_advice() -> None:
@@ -321,6 +320,21 @@ def test_corrupt_files_are_replaced_by_the_next_and_named(tmp_path: Path, worker
     assert all(torch.isfinite(batch.images).all() for batch in found)
     if workers:
         assert all(map(same, found, load(tmp_path)))
+
+
+def test_a_file_that_stays_corrupt_is_named_once(tmp_path: Path) -> None:
+    """To name it all processes wait for each other: not again in every epoch."""
+    spoil(tmp_path)
+    dataset = AugmentedImages(Folder(str(tmp_path)), DataConfig(root="-"), (96, 64), 0)
+    sampler = EpochSampler(len(dataset), 3, epochs=4)
+    collate = Collate(Planner(CONFIG), MaskConfig(0.5), 0, Finish(dataset.config))
+    feed = Feed(make_loader(dataset, sampler, collate, 0, False), torch.device("cpu"))
+    named = []
+    for _ in range(len(sampler)):
+        feed.next()
+        named.append([path for path, _ in feed.take_failures()])
+    flat = [path for update in named for path in update]
+    assert flat and len(flat) == len(set(flat)) and not any(named[len(sampler) // 4 :])
 
 
 def test_the_stand_in_is_the_next_readable_file(tmp_path: Path) -> None:

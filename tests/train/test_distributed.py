@@ -15,7 +15,7 @@ from train_pictures import picture
 
 from greenmim.data.dataset import AugmentedImages
 from greenmim.data.sampler import EpochSampler
-from greenmim.training.log_file import read_log
+from greenmim.training.log import read_log
 
 
 @pytest.fixture(scope="module")

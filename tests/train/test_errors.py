@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from greenmim.cli import main
-from greenmim.training.world import World
+from greenmim.guards import UserError
+from greenmim.launch import World
 
 
 def complaint(capsys, *arguments: str) -> str:
@@ -191,9 +192,9 @@ def test_world_comes_from_the_environment(
     assert World.from_environment({}) == World(0, 0, 1)
     torchrun = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
     assert World.from_environment(torchrun) == World(5, 1, 8)
-    with pytest.raises(ValueError, match="RANK is '-1'"):
+    with pytest.raises(UserError, match="RANK is '-1'"):
         World.from_environment({"RANK": "-1"})
-    with pytest.raises(ValueError, match="RANK is 2 but WORLD_SIZE is 1"):
+    with pytest.raises(UserError, match="RANK is 2 but WORLD_SIZE is 1"):
         World.from_environment({"RANK": "2"})
     monkeypatch.setenv("RANK", "2")
     assert "RANK is 2 but" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))

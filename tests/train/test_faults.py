@@ -19,7 +19,7 @@ from crew import EVERY, Crew, losses, records, run_crew, wait_for, weights
 from greenmim.data.images import find_images
 from greenmim.data.sampler import EpochSampler
 from greenmim.mim import GreenMIM
-from greenmim.training.log_file import read_log
+from greenmim.training.log import read_log
 from greenmim.training.run_folder import RunFolder, read_run_checkpoint
 
 

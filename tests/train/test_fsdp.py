@@ -11,12 +11,13 @@ from crew import command, losses, run_crew
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_watch import TINY
 
+from greenmim import pictures
 from greenmim.data.dataset import AugmentedImages
-from greenmim.data.sources import Folder
+from greenmim.data.images import Folder
 from greenmim.mim import GreenMIM
 from greenmim.recipe import DataConfig, MaskConfig
-from greenmim.training import parallel, pictures
-from greenmim.training.parallel import whole_weights
+from greenmim.training import passes
+from greenmim.training.passes import whole_weights
 
 # Twelve blocks with one function between them: more than the compiler's own limit.
 MANY = ("--model.depths", "[2,3,4,2]", "--model.drop-path", "0.1")
@@ -69,9 +70,8 @@ def test_a_picture_that_fails_ends_no_run(
 
 def test_a_model_goes_on_learning_after_a_picture_that_failed(photos: Path, monkeypatch) -> None:
     data = DataConfig(root=str(photos))
-    album = pictures.Album(
-        AugmentedImages(Folder(str(photos)), data, (96, 64), 0), 2, MaskConfig(0.5), (96, 64)
-    )
+    dataset = AugmentedImages(Folder(str(photos)), data, (96, 64), 0)
+    album = pictures.Album(dataset, 2, MaskConfig(0.5))
 
     def fails(*arguments):
         raise RuntimeError("out of memory")
@@ -104,7 +104,7 @@ def test_whole_weights_come_to_the_cpu_one_by_one(monkeypatch) -> None:
         def state_dict(self) -> dict:
             return {"a": Slice(), "b": Slice(), "c": "plain"}
 
-    monkeypatch.setattr(parallel, "DTensor", Slice)
+    monkeypatch.setattr(passes, "DTensor", Slice)
     assert whole_weights(Model(), keep=True) == {"a": "whole", "b": "whole", "c": "plain"}
     assert most == 1
     assert whole_weights(Model(), keep=False) == {}

@@ -15,10 +15,9 @@ from test_augment import large, saved, sizes_decoded
 from test_faults import powerless
 from train_pictures import picture
 
-from greenmim.data.augment import Crop, read_crop
-from greenmim.data.errors import reason_of
-from greenmim.data.images import Names, find_images, open_rgb, upright
-from greenmim.recipe import UserError
+from greenmim.data.dataset import Crop, read_crop
+from greenmim.data.images import Names, find_images, open_rgb, reason_of, upright
+from greenmim.guards import UserError
 
 # ---- orientation --------------------------------------------------------------------------------
 

@@ -15,17 +15,13 @@ import torch
 from crew import command, free_port, losses, run_crew
 
 from greenmim.cli import main
-from greenmim.recipe import DataConfig, Recipe, UserError
+from greenmim.guards import PeerError, UserError
+from greenmim.launch import World, first_host, set_meeting_point
+from greenmim.recipe import DataConfig, Recipe
 from greenmim.training import slurm as slurm_module
-from greenmim.training.log_file import read_log
-from greenmim.training.run import choose_device
+from greenmim.training.log import read_log
+from greenmim.training.startup import choose_device
 from greenmim.training.train import Result
-from greenmim.training.world import (
-    World,
-    first_host,
-    launcher_note,
-    set_meeting_point,
-)
 
 REPOSITORY = Path(__file__).parents[2]
 SRUN = {
@@ -68,23 +64,11 @@ def test_steps_on_one_node_keep_apart() -> None:
 def test_a_local_rank_that_nobody_says() -> None:
     torchrun = {"RANK": "5", "WORLD_SIZE": "8"}
     assert World.from_environment({**torchrun, "SLURM_LOCALID": "1"}) == World(5, 1, 8)
-    with pytest.raises(ValueError, match="WORLD_SIZE is 8 but LOCAL_RANK is not set"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 8 but LOCAL_RANK is not set"):
         World.from_environment(torchrun)
-    with pytest.raises(ValueError, match="WORLD_SIZE is 8 but RANK is not set"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 8 but RANK is not set"):
         World.from_environment({"LOCAL_RANK": "1", "WORLD_SIZE": "8"})
     assert World.from_environment({"RANK": "0", "WORLD_SIZE": "1"}) == World()
-
-
-def test_what_torchrun_does_to_a_run_that_is_to_stop() -> None:
-    assert launcher_note({}) is None
-    torchrun = {"TORCHELASTIC_RUN_ID": "none"}
-    note = launcher_note({**torchrun, "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT"})
-    assert "--shutdown-timeout" in note and "--signals-to-handle" in note
-    told = {
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGUSR1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
-    }
-    assert launcher_note({**torchrun, **told}) is None
 
 
 def test_torchrun_under_srun_wins_and_a_batch_script_is_one_process() -> None:
@@ -211,22 +195,26 @@ def test_a_slurm_job_runs_stops_at_its_limit_and_goes_on(
     assert (slurm / "requeued").read_text() == "requeue 42\n"  # finished: not again
 
 
-@pytest.mark.parametrize("ends", [0, 3, 75, UserError("no images")])
-def test_slurm_sees_how_a_run_ended(ends, tiny: Path, photos: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [(0, 0), (3, 3), (75, 75), (UserError("no images"), 2), (PeerError("no images"), 4)],
+)
+def test_slurm_sees_how_a_run_ended(ends, code: int, monkeypatch, capsys) -> None:
     def pretrain(recipe, resume):
-        if isinstance(ends, UserError):
+        if isinstance(ends, Exception):
             raise ends
         return Result(ends, 1, None)
 
     monkeypatch.setattr(slurm_module, "pretrain", pretrain)
     piece = slurm_module.Piece(Recipe(work_dir="x", data=DataConfig(root="x")), "auto")
-    if ends == 0:
+    if code == 0:
         assert piece() == 0
         return
     with pytest.raises(SystemExit) as left:
         piece()
-    assert left.value.code == (2 if isinstance(ends, UserError) else ends)
-    assert ("greenmim: error: no images" in capsys.readouterr().err) == (left.value.code == 2)
+    assert left.value.code == code
+    told = "greenmim: error: no images" in capsys.readouterr().err
+    assert told == isinstance(ends, Exception)
 
 
 def outputs(slurm: Path) -> str:

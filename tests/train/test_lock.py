@@ -14,11 +14,12 @@ import torch
 from crew import Crew, command, context, losses, wait_for
 
 from greenmim.cli import main
-from greenmim.recipe import CheckpointConfig, UserError
-from greenmim.training import run_folder
-from greenmim.training.distributed import Processes
+from greenmim.guards import UserError
+from greenmim.launch import World
+from greenmim.recipe import CheckpointConfig
+from greenmim.training import folder_lock, run_folder
+from greenmim.training.processes import Processes
 from greenmim.training.run_folder import RunFolder
-from greenmim.training.world import World
 
 ALONE = Processes(World(), torch.device("cpu"))
 
@@ -29,7 +30,7 @@ def content(folder: Path) -> dict[Path, bytes]:
 
 def hold_for_ever(folder: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    with RunFolder(folder).held(ALONE):
+    with RunFolder(folder).lock.held(ALONE):
         time.sleep(600)
 
 
@@ -49,14 +50,14 @@ def test_a_killed_holder_is_replaced_at_once(holder, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     told = rf"in use by process {holder.pid} on \S+ \(Slurm job 42\)"
     with pytest.raises(UserError, match=told):
-        folder.check_free()
-    with pytest.raises(UserError, match=told), folder.held(ALONE):
+        folder.lock.check_free()
+    with pytest.raises(UserError, match=told), folder.lock.held(ALONE):
         pass
     os.kill(holder.pid, signal.SIGKILL)
-    folder.check_free()
-    with folder.held(ALONE):
-        assert json.loads(folder.holder.read_text())["process"] == os.getpid()
-    assert not folder.holder.exists()
+    folder.lock.check_free()
+    with folder.lock.held(ALONE):
+        assert json.loads(folder.lock.holder.read_text())["process"] == os.getpid()
+    assert not folder.lock.holder.exists()
 
 
 @pytest.mark.parametrize(("job", "restarts", "taken"), [("42", "1", True), ("43", "1", False)])
@@ -68,11 +69,11 @@ def test_a_job_that_was_requeued_takes_its_own_folder(
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     folder = RunFolder(tmp_path / "run")
     if taken:
-        folder.check_free()
-        with folder.held(ALONE), pytest.raises(UserError, match="in use by"):
-            RunFolder(tmp_path / "run").check_free()
+        folder.lock.check_free()
+        with folder.lock.held(ALONE), pytest.raises(UserError, match="in use by"):
+            RunFolder(tmp_path / "run").lock.check_free()
     else:
-        with pytest.raises(UserError, match="in use by"), folder.held(ALONE):
+        with pytest.raises(UserError, match="in use by"), folder.lock.held(ALONE):
             pass
 
 
@@ -84,7 +85,7 @@ def test_two_commands_at_once(
 
     def hold() -> None:
         try:
-            with RunFolder(run).held(ALONE):
+            with RunFolder(run).lock.held(ALONE):
                 got.append(1)
                 end.wait(60)
         except UserError:
@@ -121,15 +122,16 @@ def test_the_folder_is_held_while_a_run_goes_on(tiny: Path, photos: Path, tmp_pa
 
 def test_a_folder_that_was_given_away_is_left_alone(tmp_path: Path) -> None:
     """To the requeued job, say, by a file server that took this process for dead."""
-    folder = RunFolder(tmp_path)
-    with folder.held(ALONE):
+    folder, model = RunFolder(tmp_path), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with folder.lock.held(ALONE):
         folder.checkpoints.mkdir()
         other = {"process": 11, "host": "gpu7", "job": None, "restarts": "0", "token": "0123"}
-        folder.holder.write_text(json.dumps(other))
+        folder.lock.holder.write_text(json.dumps(other))
         before = content(tmp_path)
         state = {"updates": 1, "step": 1, "steps_per_epoch": 3}
         with pytest.raises(UserError, match="taken over by process 11 on gpu7"):
-            folder.save(state, CheckpointConfig(), lambda path: path.mkdir(), ALONE)
+            run_folder.save(folder, state, model, optimizer, CheckpointConfig(), ALONE)
     assert content(tmp_path) == before
 
 
@@ -138,7 +140,7 @@ def apart(rank: int) -> None:
     here = Path(os.environ["APART"]) / str(rank)
     here.mkdir()
     os.chdir(here)
-    run_folder.HIDDEN_SECONDS = 0.5
+    folder_lock.HIDDEN_SECONDS = 0.5
 
 
 def test_machines_that_do_not_share_the_work_dir(resumable, tmp_path: Path) -> None:

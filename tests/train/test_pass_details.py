@@ -15,15 +15,14 @@ from recording import CONFIG, Recording
 
 from greenmim import GreenMIM
 from greenmim.cli import main
+from greenmim.launch import World
 from greenmim.masking import random_visible
 from greenmim.recipe import DataConfig, Recipe
 from greenmim.training import passes
-from greenmim.training.distributed import Processes
-from greenmim.training.log_file import read_log
-from greenmim.training.parallel import distribute
-from greenmim.training.passes import GraphedPasses, Passes
+from greenmim.training.log import read_log
+from greenmim.training.passes import GraphedPasses, Passes, distribute
+from greenmim.training.processes import Processes
 from greenmim.training.train import Trainer
-from greenmim.training.world import World
 from greenmim_kernels import use_backend
 
 ALONE = Processes(World(), torch.device("cpu"))
@@ -51,9 +50,9 @@ def test_a_scaler_s_gradients_are_scaled_until_the_end():
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         optimizer = torch.optim.AdamW(trained(model), fused=True)
         work = Passes(model, trained(model), no_autocast, scaler, 1)
-        loss = work.run(images, plan, 0)
+        loss = work.forward_backward(images, plan, 0)
         before = model.decoder_pred.weight.grad.clone()
-        norm = work.finish(optimizer, float("inf"))
+        norm = work.clip(optimizer, float("inf"))
         found.append((loss, before, norm, model.decoder_pred.weight.grad))
     plain, scaled = found
     torch.testing.assert_close(scaled[0], plain[0])
@@ -72,7 +71,7 @@ def test_the_forward_pass_alone_is_under_autocast(make, monkeypatch):
     )
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    make(model, trained(model), autocast, scaler, 1).run(images, plan, 0)
+    make(model, trained(model), autocast, scaler, 1).forward_backward(images, plan, 0)
     assert inside[-2:] == [True, False]
 
 
@@ -86,7 +85,7 @@ def test_a_recorded_pass_draws_what_a_plain_one_draws(monkeypatch):
         work = make(model.train(), trained(model), no_autocast, scaler, 1)
         for seed in (1, 2):
             torch.manual_seed(seed)
-            losses.append(work.run(images, plan, 0).item())
+            losses.append(work.forward_backward(images, plan, 0).item())
     assert losses[:2] == losses[2:] and losses[0] != losses[1]
 
 
@@ -95,12 +94,12 @@ def test_a_graph_takes_what_it_was_recorded_for(monkeypatch):
     model, images, plan = model_and_batch()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     work = GraphedPasses(ALONE, model, trained(model), no_autocast, scaler, 1)
-    work.run(images, plan, 0)
+    work.forward_backward(images, plan, 0)
     with pytest.raises(ValueError, match="recorded for"):
-        work.run(images[:1], plan, 0)  # would be copied to all
+        work.forward_backward(images[:1], plan, 0)  # would be copied to all
     other = model.plan(random_visible(np.random.default_rng(0), 4, 0.75))
     with pytest.raises(ValueError, match="recorded for"):
-        work.run(images, other, 0)
+        work.forward_backward(images, other, 0)
 
 
 @pytest.fixture
@@ -126,9 +125,9 @@ def test_gradients_travel_once_an_update(group):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     work = Passes(forward, trained(model), no_autocast, scaler, 3)
     for part in range(2):
-        work.run(images, plan, part)
+        work.forward_backward(images, plan, part)
     assert sums == []
-    work.run(images, plan, 2)
+    work.forward_backward(images, plan, 2)
     assert sums and len(set(sums)) == len(sums)
 
 
@@ -194,11 +193,11 @@ def test_an_update_of_the_trainer_reads_nothing_back(tiny, photos, tmp_path, mon
     """A value that is read on the host waits for the device."""
     read, real_update = [], Trainer.update
 
-    def update(trainer, step, lr):
+    def update(trainer, step):
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "numpy", "cpu"):
                 patch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
-            return real_update(trainer, step, lr)
+            return real_update(trainer, step)
 
     def noting(name, original):
         def called(tensor, *arguments):

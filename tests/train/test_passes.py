@@ -16,14 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.kept import counting_kept
 from greenmim import GreenMIM
 from greenmim.cli import main
+from greenmim.launch import World
 from greenmim.masking import random_visible
 from greenmim.recipe import DataConfig, Recipe
-from greenmim.training import parallel, passes
-from greenmim.training.distributed import Processes
-from greenmim.training.parallel import clip_gradients
-from greenmim.training.passes import GraphedPasses, Passes
-from greenmim.training.reports import Reports
-from greenmim.training.world import World
+from greenmim.training import passes
+from greenmim.training.passes import GraphedPasses, Passes, clip_gradients
+from greenmim.training.processes import Processes, Reports
 
 PARTS, UPDATES = 2, 3
 
@@ -54,10 +52,10 @@ def train(make, per_image: bool = False, parts: int = PARTS) -> tuple[list, list
         for part in range(parts):
             images = torch.randn(2, 3, 64, 64, generator=generator)
             plan = model.plan(random_visible(rng, 4, 0.5, 2 if per_image else None))
-            losses.append(work.run(images, plan, part))
-        norms.append(work.finish(optimizer, limit=0.5))
+            losses.append(work.forward_backward(images, plan, part))
+        norms.append(work.clip(optimizer, limit=0.5))
         optimizer.step()
-        work.clear(optimizer)
+        work.zero_grad(optimizer)
     return losses, norms, dict(model.named_parameters())
 
 
@@ -132,15 +130,15 @@ def test_an_update_on_a_device_never_waits(monkeypatch, per_image):
         reports = Reports(processes, torch.device("cpu"), PARTS)
         for _ in range(2):
             images = torch.empty(2, 3, 64, 64, device="cuda")
-            losses = [work.run(images, plan.to("cuda"), part) for part in range(PARTS)]
-            norm = work.finish(optimizer, limit=1.0)
+            losses = [work.forward_backward(images, plan.to("cuda"), part) for part in range(PARTS)]
+            norm = work.clip(optimizer, limit=1.0)
             reports.device = torch.device("cuda:0")
             with monkeypatch.context() as patch:
                 patch.setattr(torch.cuda, "Event", FakeEvent)
                 bad = reports.send(1, losses, norm)
             assert bad.device.type == "cuda"
             optimizer.step()
-            work.clear(optimizer)
+            work.zero_grad(optimizer)
     assert copies == [True, True]  # one report an update, without blocking
 
 
@@ -204,7 +202,7 @@ def test_recomputing_pointwise_work_keeps_less_and_gives_the_same_gradients():
     plan = model.plan(random_visible(np.random.default_rng(0), 4, 0.5))
     found = []
     for wanted in (False, True):
-        parallel.recompute_pointwise(wanted)
+        passes.recompute_pointwise(wanted)
         torch._dynamo.reset()
         # The partitioner of the compiler that users have; what it splits runs as it is.
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
@@ -224,7 +222,7 @@ def test_a_run_says_what_the_compiler_keeps(wanted):
     recipe = Recipe(work_dir="-", data=DataConfig(root="-"), compile=True,
                     recompute_pointwise=wanted)  # fmt: skip
     with functorch_config.patch(ban_recompute_materialized_backward=wanted):
-        parallel.distribute(GreenMIM(CONFIG), recipe, alone=True)
+        passes.distribute(GreenMIM(CONFIG), recipe, alone=True)
         assert functorch_config.ban_recompute_materialized_backward == (not wanted)
 
 

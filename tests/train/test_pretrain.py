@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +21,14 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from greenmim.cli import main
 from greenmim.config import ModelConfig
+from greenmim.launch import World
 from greenmim.mim import GreenMIM
 from greenmim.recipe import CheckpointConfig, DataConfig, Recipe
-from greenmim.training import train
-from greenmim.training.distributed import Processes
-from greenmim.training.log_file import read_log
-from greenmim.training.run import make_optimizer
+from greenmim.training import run_folder, train
+from greenmim.training.log import RunLog, read_log
+from greenmim.training.passes import make_optimizer
+from greenmim.training.processes import Processes
 from greenmim.training.run_folder import RunFolder
-from greenmim.training.run_log import RunLog
-from greenmim.training.training_state import write_moments
-from greenmim.training.world import World
 from greenmim_kernels.backends import forced_backend
 
 REPOSITORY = Path(__file__).parents[2]
@@ -184,7 +181,7 @@ def test_accumulation_equals_a_larger_batch(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch
 ) -> None:
     one_mask = np.array([True, False, False, True, True, False])
-    monkeypatch.setattr("greenmim.data.loader.random_visible", lambda *_, **__: one_mask)
+    monkeypatch.setattr("greenmim.masking.random_visible", lambda *_, **__: one_mask)
     for name, batch, parts in (("whole", "6", "1"), ("parts", "3", "2")):
         more = ("--data.batch-size", batch, "--optim.accumulate", parts, "--epochs", "3")
         assert main(command(tiny, photos, tmp_path / name, *more)) == 0
@@ -408,8 +405,7 @@ def save(folder: RunFolder, step: int, keep: CheckpointConfig, shift: int = 0) -
     optimizer.step()
     alone = Processes(World(), torch.device("cpu"))
     state = {"step": step, "updates": step + shift, "steps_per_epoch": 3}
-    write = partial(write_moments, model, optimizer, alone=True)
-    return folder.save(state, keep, write, alone)[1]
+    return run_folder.save(folder, state, model, optimizer, keep, alone)[1]
 
 
 def test_rotation_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
@@ -530,10 +526,10 @@ def test_a_stop_at_a_skipped_update_is_saved_and_removes_nothing(
     poison(3)
     real = train.Trainer.update
 
-    def update(self, step: int, lr: float) -> bool:
+    def update(self, step: int) -> bool:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, step, lr)
+        return real(self, step)
 
     monkeypatch.setattr(train.Trainer, "update", update)
     argv = command(tiny, photos, tmp_path / "run", "--checkpoint.every-steps", "1")
@@ -549,8 +545,8 @@ def test_weights_that_are_not_finite_are_never_saved(
     poison(8)
     real = train.Trainer.update
 
-    def update(self, step: int, lr: float) -> bool:
-        done = real(self, step, lr)
+    def update(self, step: int) -> bool:
+        done = real(self, step)
         if step == 8:
             next(self.run.model.parameters()).data.fill_(float("nan"))
         return done
@@ -579,14 +575,17 @@ def test_weight_decay_groups(finished_run: Path) -> None:
     assert any("relative_position_bias_table" in name for name in kept)
     assert "mask_token" in kept and not any(name.endswith(".bias") for name in decayed)
     assert len(decayed) + len(kept) == len(names)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
 
 
 def test_backend_of_the_recipe_is_used(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch
 ) -> None:
     seen = set()
-    real = train.run_state
-    monkeypatch.setattr(train, "run_state", lambda *args: seen.add(forced_backend()) or real(*args))
+    real = train.Trainer._state
+    monkeypatch.setattr(
+        train.Trainer, "_state", lambda *args: seen.add(forced_backend()) or real(*args)
+    )
     more = ("--epochs", "1", "--backend", "reference")
     assert main(command(tiny, photos, tmp_path / "a", *more)) == 0
     assert seen == {"reference"}

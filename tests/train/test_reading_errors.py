@@ -19,13 +19,14 @@ from test_errors import complaint, pretrain
 from train_pictures import picture
 
 from greenmim.data import dataset as dataset_module
-from greenmim.data import errors, shared
+from greenmim.data import images as images_module
+from greenmim.data import loader
 from greenmim.data.dataset import AugmentedImages
-from greenmim.data.feed import Feed
-from greenmim.data.loader import check_shared_memory
+from greenmim.data.images import Folder
+from greenmim.data.loader import Feed, check_shared_memory
 from greenmim.data.sampler import Item
-from greenmim.data.sources import Folder
-from greenmim.recipe import DataConfig, UserError
+from greenmim.guards import UserError
+from greenmim.recipe import DataConfig
 
 PLACE = Item(0, 0, 0, 2)
 
@@ -59,7 +60,7 @@ def feeding(*arguments, **data) -> Iterator[Feed]:
 
 def failing(monkeypatch, error: Exception, times: int, name: str = "") -> list[str]:
     """Reading raises so many times, of files called so; the list fills with what is read."""
-    monkeypatch.setattr(errors, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(images_module, "PAUSES", (0.0, 0.0, 0.0))
     real, left, read = dataset_module.read_crop, [times], []
 
     def read_crop(file, *arguments):
@@ -167,16 +168,16 @@ def test_everything_that_travels_is_made_in_shared_memory(data, tmp_path, monkey
     """What is not would be brought there by the thread whose errors are lost."""
     for index in range(7):
         Image.fromarray(picture(index)).save(tmp_path / f"{index}.jpg")
-    monkeypatch.setattr(shared, "get_worker_info", lambda: object())
+    monkeypatch.setattr(loader, "get_worker_info", lambda: object())
     feed = feed_of(tmp_path, **data)
-    batch = next(feed._batches)
+    batch = next(iter(feed.loader))
     parts = [batch.images, batch.plan.memory, batch.flips]
     assert all(part.is_shared() for part in parts if part is not None)
 
 
 def shm(monkeypatch, free: int, blocks: int = 10**6) -> None:
     real, found = os.statvfs, SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=blocks)
-    monkeypatch.setattr(os, "statvfs", lambda at: found if at == shared.PLACE else real(at))
+    monkeypatch.setattr(os, "statvfs", lambda at: found if at == loader.SHARED_MEMORY else real(at))
 
 
 def test_shared_memory_is_counted_before_the_run(photos, tiny, tmp_path, monkeypatch, capsys):

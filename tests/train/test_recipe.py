@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from greenmim.cli import build_parser, main
+from greenmim.guards import UserError
 from greenmim.presets import CONFIGS, preset_names, resolve_config
-from greenmim.recipe import DataConfig, OptimConfig, Recipe, ScheduleConfig, UserError
-from greenmim.training.schedule import learning_rate, scaled_rates
+from greenmim.recipe import DataConfig, OptimConfig, Recipe, ScheduleConfig
+from greenmim.training.startup import learning_rate, scaled_rates
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "lr_schedule_and_keep_counts.json").read_text())
@@ -83,7 +84,7 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 
 def resolved(*arguments: str) -> dict:
-    parser, _ = build_parser()
+    parser, *_ = build_parser()
     return parser.parse_args(["pretrain", *arguments]).pretrain.as_dict()
 
 
@@ -93,14 +94,14 @@ def test_every_preset_makes_a_model_config() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert all(f"| `{name}` |" in readme for name in preset_names())
     for name in preset_names():
-        parser, commands = build_parser()
+        parser, subparser, _ = build_parser()
         options = parser.parse_args(
             ["pretrain", "--config", name, "--data.root", "x", "--work_dir", "y"]
         )
         options = options.pretrain
         for extra in ("config", "resume", "mask_per_image"):
             options.pop(extra)
-        recipe = commands["pretrain"][0].instantiate(options)
+        recipe = subparser.instantiate(options)
         assert len(recipe.model.depths) == 4
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
 from pathlib import Path
 
@@ -9,14 +11,11 @@ import pytest
 import torch
 
 from greenmim.data.sampler import EpochSampler
-from greenmim.recipe import DataConfig, Recipe, UserError
-from greenmim.training.distributed import Processes
-from greenmim.training.log_file import read_log
-from greenmim.training.reports import Reports
-from greenmim.training.run_folder import RunFolder
-from greenmim.training.run_log import RunLog
-from greenmim.training.trackers import make_trackers
-from greenmim.training.world import World
+from greenmim.guards import UserError
+from greenmim.launch import World
+from greenmim.recipe import DataConfig, Recipe
+from greenmim.training.log import LogFile, RunLog, make_trackers, read_log
+from greenmim.training.processes import Processes, Reports
 
 CPU = torch.device("cpu")
 
@@ -28,15 +27,15 @@ def send(reports: Reports, step: int, losses: list[float], norm: float = 1.0, **
 
 def test_reports_come_late_and_in_order() -> None:
     reports = Reports(Processes(World(), CPU), CPU, accumulate=2)
-    assert not send(reports, 1, [1.0, 2.0], 0.5, facts={"lr": 0.1})
-    assert send(reports, 2, [1.0, math.inf], news=True)
+    assert not send(reports, 1, [1.0, 2.0], 0.5)
+    assert send(reports, 2, [1.0, math.inf], unreadable=True)
     assert send(reports, 3, [1.0, 1.0], math.nan, stop=True)
     assert list(reports.read(0)) == []
     (first,) = reports.read(1)
-    assert (first.step, first.loss, first.grad_norm, first.facts) == (1, 1.5, 0.5, {"lr": 0.1})
-    assert not (first.skipped or first.stop or first.news)
+    assert (first.step, first.loss, first.grad_norm) == (1, 1.5, 0.5)
+    assert not (first.skipped or first.stop or first.unreadable)
     second, third = reports.read(9)
-    assert second.skipped and second.news and not second.stop and math.isnan(second.loss)
+    assert second.skipped and second.unreadable and not second.stop and math.isnan(second.loss)
     assert second.bad_micro_batches() == [1]
     assert third.skipped and third.stop and third.bad_micro_batches() == [0, 1]
     assert list(reports.read(9)) == []
@@ -62,7 +61,7 @@ class TwoProcesses(Processes):
 
 
 def test_losses_stand_in_the_order_of_the_global_batch() -> None:
-    # Losses of micro-batches 0 to 3, half of the norm, news, stop.
+    # Losses of micro-batches 0 to 3, half of the norm, unreadable, stop.
     reports = Reports(TwoProcesses([1.0, 0.0, 3.0, 0.0, 0.25, 0.0, 1.0]), CPU, accumulate=2)
     assert not send(reports, 1, [2.0, 4.0], 0.5)
     (report,) = reports.read(1)
@@ -94,28 +93,62 @@ def recipe(tmp_path: Path) -> Recipe:
     return Recipe(work_dir=str(tmp_path), data=DataConfig(root="x"))
 
 
-def test_a_log_on_a_full_disk_is_told_and_its_lines_wait(tmp_path: Path, capsys) -> None:
-    with RunLog(RunFolder(tmp_path), [], 0, 0, 10) as log:
+class FullDisk(io.FileIO):
+    """A file that takes half a line, then no more, and is in trouble when it is closed, too."""
+
+    def write(self, data: bytes) -> int:
+        super().write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        super().close()
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_a_log_on_a_full_disk_is_told_and_its_lines_wait(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    with RunLog(tmp_path / "log.jsonl", [], 0, 0, 10) as log:
         log.event("start", step=0)
         log._file._file.close()
-        log._file._file = open("/dev/full", "ab", buffering=0)
-        log.event("train", step=1)
-        log.event("train", step=2)
+        log._file._file = FullDisk(tmp_path / "log.jsonl", "ab")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", lambda path, mode, buffering: FullDisk(path, mode))
+            log.event("train", step=1)
+            log.event("train", step=2)
     assert [r["event"] for r in read_log(tmp_path / "log.jsonl")] == ["start", "train", "train"]
     text = capsys.readouterr().out
     assert text.count("log.jsonl could not be written: No space left") == 1
 
 
+def test_what_others_write_into_a_log_stays(tmp_path: Path, monkeypatch) -> None:
+    """The holder of a folder that was given away, say; also between a failure and the next try."""
+    path = tmp_path / "log.jsonl"
+    ours, theirs = LogFile(path), LogFile(path)
+    assert ours.write("train", {"step": 1}) is None
+    for step in (11, 12):
+        assert theirs.write("train", {"step": step}) is None
+    assert ours.write("train", {"step": 2}) is None
+    ours._file.close()
+    ours._file = FullDisk(path, "ab")
+    assert ours.write("train", {"step": 3}) == "No space left on device"
+    path.write_bytes(path.read_bytes()[:-10])  # as if nothing had got through
+    assert theirs.write("train", {"step": 13}) is None
+    assert ours.write("train", {"step": 4}) is None
+    assert [r["step"] for r in read_log(path)] == [1, 11, 12, 2, 13, 3, 4]
+    path.unlink()  # by the user
+    assert ours.write("train", {"step": 5}) is None and ours.close() is None
+
+
 def test_a_log_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").symlink_to(tmp_path / "nowhere" / "log.jsonl")
     with pytest.raises(UserError, match=r"log.jsonl could not be written: No such file"):
-        RunLog(RunFolder(tmp_path), [], 0, 0, 10)
+        RunLog(tmp_path / "log.jsonl", [], 0, 0, 10)
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(recipe: Recipe, tmp_path: Path, capsys) -> None:
-    folder = RunFolder(tmp_path)
-    (tracker,) = trackers = make_trackers(folder, recipe, 0)
-    with RunLog(folder, trackers, 0, 0, 10) as log:
+    (tracker,) = trackers = make_trackers(tmp_path, recipe, 0)
+    with RunLog(tmp_path / "log.jsonl", trackers, 0, 0, 10) as log:
 
         def scalars(step: int, values: dict[str, float]) -> None:
             raise OSError(28, "No space left on device")

@@ -9,7 +9,6 @@ import pickle
 import shutil
 import sys
 import types
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,19 +18,23 @@ from crew import Crew, command, losses, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from greenmim.checkpoint import sync_folder
+from greenmim.checkpoint import sharded_sizes, sync_folder
 from greenmim.cli import main
-from greenmim.recipe import CheckpointConfig, DataConfig, Recipe, UserError
-from greenmim.training import run_folder, train
-from greenmim.training.distributed import Processes
-from greenmim.training.log_file import LogFile, cut_log, read_log
-from greenmim.training.resume import Found, check_same_model, find_checkpoint
-from greenmim.training.run import _check_room
-from greenmim.training.run_folder import RunFolder
-from greenmim.training.run_log import RunLog
+from greenmim.guards import UserError
+from greenmim.launch import World
+from greenmim.recipe import CheckpointConfig, DataConfig, Recipe
+from greenmim.training import run_folder
+from greenmim.training.log import LogFile, RunLog, cut_log, read_log
+from greenmim.training.processes import Processes
+from greenmim.training.run_folder import (
+    Found,
+    RunFolder,
+    check_same_model,
+    find_checkpoint,
+    num_removable,
+    write_moments,
+)
 from greenmim.training.slurm import Piece
-from greenmim.training.training_state import moments_sizes, write_moments
-from greenmim.training.world import World
 
 ALONE = Processes(World(), torch.device("cpu"))
 KILLED = 9
@@ -47,7 +50,7 @@ def save(
     model(torch.ones(2)).sum().backward()
     optimizer.step()
     state = {"step": step, "updates": step + shift, "steps_per_epoch": per_epoch}
-    return folder.save(state, keep, partial(write_moments, model, optimizer, alone=True), ALONE)[1]
+    return run_folder.save(folder, state, model, optimizer, keep, ALONE)[1]
 
 
 @pytest.fixture
@@ -195,7 +198,7 @@ def test_a_run_from_another_runs_checkpoint_killed_before_its_first_save(
 def test_a_folder_that_changed_since_it_was_looked_at(copy: Path) -> None:
     recipe = Recipe(work_dir=str(copy), data=DataConfig(root="x"))
     folder, before = RunFolder(copy), (copy / "config.yaml").read_bytes()
-    folder.note_found()
+    folder.check_usable()
     save(RunFolder(copy), 9, CheckpointConfig(keep_last=9))
     with pytest.raises(UserError, match="while this one started; repeat it"):
         folder.start(recipe, 8)
@@ -278,19 +281,21 @@ def test_metadata_of_moments_cannot_run_code(
     assert "names the file ../elsewhere" in complaint(metadata)
     assert not marker.exists()
     path.write_bytes(pickle.dumps(pickle.loads(whole)))
-    assert moments_sizes(path.parent).keys() == {".metadata", "__0_0.distcp"}
+    assert sharded_sizes(path.parent).keys() == {".metadata", "__0_0.distcp"}
 
 
-def test_a_part_of_the_moments_that_another_machine_wrote_elsewhere(tmp_path: Path) -> None:
+def test_a_part_of_the_moments_that_another_machine_wrote_elsewhere(
+    tmp_path: Path, monkeypatch
+) -> None:
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
 
-    def write(path: Path) -> None:
+    def write(model: object, optimizer: object, path: Path, alone: bool) -> None:
         dcp.save({"a": torch.zeros(2)}, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
         next(path.glob("*.distcp")).unlink()
 
-    state = {"step": 1, "updates": 1, "steps_per_epoch": 1}
-    _, problem = folder.save(state, CheckpointConfig(), write, ALONE)
+    monkeypatch.setattr(run_folder, "write_moments", write)
+    problem = save(folder, 1, CheckpointConfig())
     assert "every machine of a run has to see the same folder" in problem
     assert not list(folder.checkpoints.iterdir())
 
@@ -317,8 +322,8 @@ def test_a_file_system_without_links_and_sync_of_folders(
             raise OSError(errno.EINVAL, "Invalid argument")
         real(number)
 
-    def symlink(*_: object, **__: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
+    def symlink(*names: object, **_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", *names)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "symlink", symlink)
@@ -329,6 +334,41 @@ def test_a_file_system_without_links_and_sync_of_folders(
     assert text.count("could not be made to point") == 1 and "Operation not permitted" in text
     assert main(argv) == 0 and "resumed after update 4" in capsys.readouterr().out
     assert not (run / "checkpoints" / "last.pth").is_symlink()
+
+
+def test_an_old_checkpoint_that_stays_is_told_once(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.endswith(".pth") and path.name.startswith("step"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert main(command(tiny, photos, tmp_path / "run", "--checkpoint.every-steps", "1")) == 0
+    text = capsys.readouterr().out
+    assert text.count("run/checkpoints could not be removed: Permission denied") == 1
+    assert len(RunFolder(tmp_path / "run").by_step()) == 8
+
+
+def test_moments_that_were_set_aside_alone_are_not_lost(copy: Path, monkeypatch) -> None:
+    """Killed between the two: the folder would count as left over, the file does not."""
+    folder, real = RunFolder(copy), os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        real(source, target)
+        if source.name == "step_00000008.optimizer":
+            raise SystemExit(KILLED)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(SystemExit):
+        folder.start(Recipe(work_dir=str(copy), data=DataConfig(root="x")), 7)
+    monkeypatch.undo()
+    assert save(folder, 9, CheckpointConfig(keep_last=9)) is None  # which removes what is left over
+    assert (folder.checkpoints / "step_00000008.pth").exists()
+    assert (folder.checkpoints / "set_aside_1" / "step_00000008.optimizer").exists()
 
 
 def test_other_errors_of_sync_count(tmp_path: Path, monkeypatch) -> None:
@@ -354,7 +394,7 @@ def bad_saves(monkeypatch: pytest.MonkeyPatch):
                 raise OSError(errno.ESTALE, "Stale file handle")
             real(*args, **kwargs)
 
-        monkeypatch.setattr(train, "write_moments", write)
+        monkeypatch.setattr(run_folder, "write_moments", write)
 
     return arrange
 
@@ -407,37 +447,14 @@ def test_all_processes_go_on_after_a_save_that_failed_in_one(resumable, tmp_path
     assert [r["step"] for r in records(tmp_path / "run", "checkpoint")] == [4]
 
 
-def test_a_log_that_cannot_be_written_waits(tmp_path: Path) -> None:
-    class Full:
-        """Takes half a line, then no more."""
-
-        def write(self, data: bytes) -> int:
-            with open(tmp_path / "log.jsonl", "ab") as file:
-                file.write(data[:10])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def close(self) -> None:
-            raise OSError(errno.ESTALE, "Stale file handle")
-
-    log = LogFile(tmp_path / "log.jsonl")
-    assert log.write("train", {"step": 1}) is None
-    whole, log._file = log._file, Full()
-    assert log.write("train", {"step": 2}) == "No space left on device"
-    assert log.write("train", {"step": 3}) is None
-    assert log.close() == 0
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    whole.close()
-
-
 def test_a_log_that_stays_broken_does_not_end_a_run(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    real = LogFile._write_waiting
+    real = LogFile.write_waiting
     monkeypatch.setattr(
         LogFile,
-        "_write_waiting",
-        lambda log: real(log) if len(log._waiting) == 1 and log._end < 2500 else "Disk full",
+        "write_waiting",
+        lambda log: real(log) if len(log.waiting) == 1 and log._end < 2500 else "Disk full",
     )
     run = tmp_path / "run"
     assert main(command(tiny, photos, run)) == 0
@@ -466,13 +483,13 @@ def test_a_log_is_cut_beside_and_on_the_disk_before_it_is_replaced(
 
 
 def test_room_for_the_checkpoints_that_are_there_at_once(tmp_path: Path, monkeypatch) -> None:
-    model, folder, every = torch.nn.Linear(1000, 100), RunFolder(tmp_path), None
-    one = 12 * 100_100
+    folder, every, weights = RunFolder(tmp_path), None, 100_100
+    one = 12 * weights
 
     def check(free: float) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=free * one)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        _check_room(folder, model, CheckpointConfig(keep_last=2, keep_every_epochs=every))
+        folder.check_room(CheckpointConfig(keep_last=2, keep_every_epochs=every), weights)
 
     check(3.0)
     with pytest.raises(UserError, match="needs room for 3"):
@@ -488,7 +505,7 @@ def test_room_for_the_checkpoints_that_are_there_at_once(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="needs room for 1 "):
         check(0.9)
     save(folder, 6, CheckpointConfig(keep_last=9))
-    assert RunFolder(tmp_path).num_removable(CheckpointConfig(keep_every_epochs=1)) == 2
+    assert num_removable(RunFolder(tmp_path), CheckpointConfig(keep_every_epochs=1)) == 2
 
 
 # ---- trackers -----------------------------------------------------------------------------------

@@ -19,14 +19,16 @@ from tar_files import ALL, read, source_of, write_tar
 from test_augment import loader_of
 
 from greenmim.data import dataset as dataset_module
-from greenmim.data import errors, shards, tars
+from greenmim.data import images as images_module
+from greenmim.data import sources, tars
 from greenmim.data.dataset import AugmentedImages
-from greenmim.data.errors import Unavailable
+from greenmim.data.images import Unavailable
 from greenmim.data.loader import make_loader
 from greenmim.data.sampler import EpochSampler, Item
-from greenmim.data.shards import Shards, open_shard
+from greenmim.data.sources import Shards, open_shard
 from greenmim.data.tars import Opened
-from greenmim.recipe import DataConfig, UserError
+from greenmim.guards import UserError
+from greenmim.recipe import DataConfig
 
 # ---- what cannot be opened ----------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ def test_what_could_not_be_opened_is_told_anew_and_tried_again_later(monkeypatch
 
 
 def test_a_file_whose_handle_is_stale_is_opened_anew(shards: Path, monkeypatch) -> None:
-    monkeypatch.setattr(errors, "PAUSES", (0.0,))
+    monkeypatch.setattr(images_module, "PAUSES", (0.0,))
     config = DataConfig(root=f"wds/{shards}")
     images = AugmentedImages(source_of(config.root), config, (96, 64), 0)
     real, handles = tars.read_part, []
@@ -88,7 +90,7 @@ def test_a_file_whose_handle_is_stale_is_opened_anew(shards: Path, monkeypatch) 
         return real(file, offset, size)
 
     monkeypatch.setattr(dataset_module.AugmentedImages, "_index", lambda self, item: 4)
-    monkeypatch.setattr("greenmim.data.shards.read_part", read_part)
+    monkeypatch.setattr("greenmim.data.sources.read_part", read_part)
     sample = images[Item(0, 0, 0, 4)]
     assert sample.image is not None and not sample.failures and len(handles) == 2
 
@@ -120,10 +122,10 @@ def test_no_more_shards_are_kept_than_are_in_use(length, workers, most, monkeypa
         kept.add(len(source._opened._open))
         return url
 
-    monkeypatch.setattr(shards, "open_shard", open_one)
+    monkeypatch.setattr(sources, "open_shard", open_one)
     for batch in batches:
         for item in batch:
-            source._opened[source._place(item.position)[0]]
+            source._opened[source._find(item.position)[0]]
     assert source._opened.most == most and max(kept) < most
     # One that the end of a place cuts is opened twice, and of short ones a few that lie in two
     # windows.

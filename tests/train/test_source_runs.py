@@ -15,13 +15,10 @@ from tar_files import ALL, name_of, read, source_of, write_tar
 from greenmim.cli import main
 from greenmim.data.dataset import AugmentedImages
 from greenmim.data.sampler import EpochSampler, Item
-from greenmim.data.shards import open_shard
-from greenmim.data.sources import find_source
+from greenmim.data.sources import find_source, open_shard
 from greenmim.mim import GreenMIM
+from greenmim.pictures import Album
 from greenmim.recipe import DataConfig, MaskConfig, Recipe
-from greenmim.training.pictures import Album
-from greenmim.training.run import make_sampler
-from greenmim.training.world import World
 
 # ---- runs ---------------------------------------------------------------------------------------
 
@@ -59,7 +56,7 @@ def test_a_run_keeps_neighbours_in_shards_together(
     prefix: str, lengths: list | None, shards: Path
 ) -> None:
     recipe = Recipe(work_dir="run", data=DataConfig(root=f"{prefix}/{shards}", batch_size=3))
-    sampler = make_sampler(recipe, find_source(recipe.data), World(), first_update=0)
+    sampler = EpochSampler.of(recipe, find_source(recipe.data), 0, 1)
     assert (None if sampler.shards is None else sampler.shards.tolist()) == lengths
 
 
@@ -100,7 +97,7 @@ def test_the_album_takes_spread_images_or_the_first_of_a_shard(tar: Path, shards
         config = DataConfig(root=root)
         dataset = AugmentedImages(find_source(config), config, (96, 64), 0)
         assert dataset.source.some(3) == expected
-        album = Album(dataset, 3, MaskConfig(0.5), (96, 64))
+        album = Album(dataset, 3, MaskConfig(0.5))
         assert album.images.shape == (3, 3, 96, 64)
 
 
@@ -175,6 +172,7 @@ def test_a_shard_that_was_cut_short_keeps_its_first_images(shards: Path) -> None
         ("wds/{}/text.tar", "text.tar: it is no tar file"),
         ("wds/{}/bad/t.tar", "bad/_info.json has no splits.train"),
         ("hfids/a/b", "there is no reader for hfids/"),
+        ("tar/{}/folders", "Is a directory"),
         ("hfds/{}/nothing", "cannot be loaded"),
     ],
 )
@@ -186,6 +184,7 @@ def test_bad_input_is_one_sentence(
     (tmp_path / "bad" / "_info.json").write_text("{}")
     write_tar(tmp_path / "empty.tar", {"notes.txt": b"none"})
     (tmp_path / "text.tar").write_text("this is no tar")
+    (tmp_path / "folders" / "a.tar").mkdir(parents=True)
     with tarfile.open(tmp_path / "small.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "text.tar")
     root = given.format(tmp_path)

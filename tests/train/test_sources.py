@@ -14,13 +14,15 @@ import torch
 from tar_files import ALL, encoded, read, source_of, write_tar
 
 from greenmim.config import ModelConfig
-from greenmim.data.augment import Finish
-from greenmim.data.dataset import AugmentedImages
+from greenmim.data.dataset import AugmentedImages, Finish
+from greenmim.data.images import Source
 from greenmim.data.loader import Batch, Collate, make_loader
 from greenmim.data.sampler import EpochSampler, shard_order
-from greenmim.data.sources import Source, find_source
+from greenmim.data.sources import find_source
+from greenmim.data.tars import read_part
+from greenmim.guards import UserError
 from greenmim.planning import Planner
-from greenmim.recipe import DataConfig, MaskConfig, UserError
+from greenmim.recipe import DataConfig, MaskConfig
 
 CONFIG = ModelConfig(
     image_size=(96, 64), window_size=2, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8)
@@ -236,3 +238,14 @@ def test_files_are_opened_by_each_process_for_itself(root: str, tmp_path: Path) 
     os.waitpid(child, 0)
     assert os.read(reader, 10) == b"own"
     os.close(reader), os.close(writer)
+
+
+def test_a_read_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch) -> None:
+    """One call reads 2 GiB at most, and some file systems give less."""
+    (tmp_path / "file").write_bytes(bytes(range(250)))
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: real(file, min(size, 40), offset))
+    with open(tmp_path / "file", "rb") as file:
+        assert read_part(file, 5, 200) == bytes(range(5, 205))
+        with pytest.raises(OSError, match="ends after 150 of 151 bytes"):
+            read_part(file, 100, 151)

@@ -78,11 +78,11 @@ def test_memory_that_runs_out(
     """Told in a sentence; and the command can be repeated, for nothing was saved yet."""
     real, calls = Trainer.update, []
 
-    def update(self, step: int, lr: float) -> bool:
+    def update(self, step: int) -> bool:
         calls.append(step)
         if len(calls) == 4:
             raise error
-        return real(self, step, lr)
+        return real(self, step)
 
     monkeypatch.setattr(Trainer, "update", update)
     argv = command(tiny, photos, tmp_path / "run")
@@ -112,8 +112,11 @@ def test_an_error_on_a_full_disk_keeps_its_code(tiny: Path, photos: Path, tmp_pa
         assert subprocess.run(argv, env=environment(), stderr=full, timeout=60).returncode == 2
 
 
-def test_wrong_options_are_told_by_one_process(capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("wrong", [("--no-such-option", "1"), ("--epochs", "0")])
+def test_wrong_options_are_told_by_one_process(
+    wrong: tuple[str, str], tiny: Path, photos: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        assert main(["pretrain", "--no-such-option", "1"]) == 2
+        assert main(command(tiny, photos, tmp_path / "run", *wrong)) == 2
     assert capsys.readouterr().err.count("greenmim: error") == 1

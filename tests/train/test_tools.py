@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from greenmim import pictures
 from greenmim.cli import main
 from greenmim.data.images import open_rgb
 from greenmim.mim import GreenMIM
 from greenmim.tools import reconstruct as module
-from greenmim.training import pictures
 from greenmim_kernels import available_backends
 
 

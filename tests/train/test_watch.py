@@ -25,13 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from greenmim.cli import main
 from greenmim.config import ModelConfig, model_config
 from greenmim.data.dataset import AugmentedImages
-from greenmim.data.sources import Folder
+from greenmim.data.images import Folder
+from greenmim.flops import forward_flops
 from greenmim.mim import GreenMIM
+from greenmim.pictures import HIDDEN_GREY, Album
 from greenmim.recipe import DataConfig, MaskConfig
 from greenmim.tools.loading import load_model
-from greenmim.training.dry_run import forward_flops
-from greenmim.training.log_file import read_log
-from greenmim.training.pictures import HIDDEN_GREY, Album
+from greenmim.training.log import read_log
 
 # ---- TensorBoard, wandb, the bar ----------------------------------------------------------------
 
@@ -72,7 +72,7 @@ def test_an_album_shows_the_same_images_hidden_units_grey(photos: Path, last: st
     network, _ = load_model(last)
     config = DataConfig(root=str(photos))
     dataset = AugmentedImages(Folder(str(photos)), config, (96, 64), 0)
-    album = Album(dataset, 3, MaskConfig(0.5), (96, 64))
+    album = Album(dataset, 3, MaskConfig(0.5))
     first, again = album.draw(network.train()), album.draw(network)
     assert np.array_equal(first, again) and network.training
     grey = (np.abs(first[98:196].astype(int) - round(255 * HIDDEN_GREY)) <= 1).all(-1).mean()

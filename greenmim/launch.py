@@ -1,4 +1,7 @@
-"""Which process of a run this is: the one place that reads torchrun's and Slurm's environment."""
+"""How the processes of a run are started: by torchrun, by srun, or by a Slurm job of ours.
+
+The one place that reads torchrun's and Slurm's environment.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from greenmim.guards import UserError
 
 _TORCHRUN = {"rank": "RANK", "local_rank": "LOCAL_RANK", "size": "WORLD_SIZE"}
 _SRUN = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "size": "SLURM_STEP_NUM_TASKS"}
@@ -32,7 +37,7 @@ class World:
         """torchrun's RANK, LOCAL_RANK and WORLD_SIZE, else those of srun; else one process.
 
         Raises:
-            ValueError: a value is no number or is missing, or the rank is not below the size.
+            UserError: a value is no number or is missing, or the rank is not below the size.
         """
         names = dict(_SRUN if _under_srun(environment) else _TORCHRUN)
         if "RANK" in environment and not environment.get("LOCAL_RANK", "").strip():
@@ -40,21 +45,21 @@ class World:
         found = {}
         for name, variable in names.items():
             text = environment.get(variable, "").strip()
-            if text and not text.isdigit():
-                raise ValueError(
+            if text.isdigit():
+                found[name] = int(text)
+            elif text:
+                raise UserError(
                     f"Environment variable {variable} is {text!r}; it has to be a whole number."
                 )
-            if text:
-                found[name] = int(text)
         world = cls(**found)
-        for name in ("rank", "local_rank"):
-            if world.size > 1 and name not in found:
-                raise ValueError(
-                    f"{names['size']} is {world.size} but {_TORCHRUN[name]} is not set; start"
-                    " through torchrun or srun, or set it."
-                )
+        missing = [_TORCHRUN[name] for name in ("rank", "local_rank") if name not in found]
+        if world.size > 1 and missing:
+            raise UserError(
+                f"{names['size']} is {world.size} but {missing[0]} is not set; start through"
+                " torchrun or srun, or set it."
+            )
         if world.rank >= world.size:
-            raise ValueError(
+            raise UserError(
                 f"{names['rank']} is {world.rank} but {names['size']} is {world.size}; start"
                 " through torchrun or srun."
             )
@@ -62,10 +67,10 @@ class World:
 
 
 def set_meeting_point(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Say in MASTER_ADDR and MASTER_PORT where srun's processes meet, as torchrun does for its own.
+    """Say in MASTER_ADDR and MASTER_PORT where srun's processes meet, unless that is said already.
 
     The host is the first of the step's nodes; the port follows from job and step, so that those on
-    one node keep apart. Where they are set already, they stay.
+    one node keep apart.
     """
     if not _under_srun(environment):
         return
@@ -74,19 +79,6 @@ def set_meeting_point(environment: MutableMapping[str, str] = os.environ) -> Non
     environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
     port = _FIRST_PORT + zlib.crc32(step.encode()) % _NUM_PORTS
     environment.setdefault("MASTER_PORT", str(port))
-
-
-def launcher_note(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What torchrun would do to a run that is asked to stop, where it was not told otherwise."""
-    if "TORCHELASTIC_RUN_ID" not in environment:
-        return None
-    known = environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(",")
-    advice = []
-    if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in environment:
-        advice.append("kills a save 30 s after SIGTERM unless --shutdown-timeout says otherwise")
-    if "SIGUSR1" not in known:
-        advice.append("ends without a save at SIGUSR1 unless --signals-to-handle names it")
-    return f"torchrun {' and '.join(advice)}" if advice else None
 
 
 def first_host(nodes: str) -> str:
@@ -99,3 +91,48 @@ def _under_srun(environment: Mapping[str, str]) -> bool:
     # A batch script has SLURM_PROCID too, but no step; and torchrun may itself run under srun.
     known = ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
     return "RANK" not in environment and all(name in environment for name in known)
+
+
+# Slurm's warning comes three minutes before the end of a job.
+SHORTEST_JOB_HOURS = 0.25
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What to ask of Slurm for a run; no part of its recipe.
+
+    Args:
+        nodes: Machines.
+        gpus_per_node: GPUs of each, and processes on it.
+        partition: Partition; None takes the cluster's default.
+        hours: Time limit of one piece of the run; at its end the job goes back into the queue.
+        cpus_per_gpu: CPU cores for each process, for its loader workers.
+        account: Account to charge, where the cluster wants one.
+        qos: Quality of service, where the cluster wants one.
+        sbatch: Any other options of sbatch by their names, such as '{"mem": "200G"}'.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    partition: str | None = None
+    hours: float = 24.0
+    cpus_per_gpu: int = 10
+    account: str | None = None
+    qos: str | None = None
+    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "hours"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it has to be above 0.")
+        if self.hours < SHORTEST_JOB_HOURS:
+            raise UserError(
+                f"--hours is {self.hours}; it has to be at least {SHORTEST_JOB_HOURS}: a job too"
+                " short to start, get on and save would go back into the queue for ever."
+            )
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run."""
+        return self.nodes * self.gpus_per_node

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from greenmim.messages import first_line, one_line
+from greenmim.guards import first_line, one_line
 
 
 @pytest.mark.parametrize("error", [RuntimeError(), RuntimeError("\n  \n")])

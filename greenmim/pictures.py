@@ -1,22 +1,16 @@
-"""Original, masked and reconstructed images side by side."""
+"""Original, masked and reconstructed images side by side: what a model makes of hidden units."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from greenmim.config import UNIT_PIXELS
-from greenmim.data.augment import normalise
-from greenmim.data.dataset import AugmentedImages
+from greenmim.data.dataset import AugmentedImages, normalise
 from greenmim.data.images import open_fitted
-from greenmim.data.loader import draw_visible
-from greenmim.messages import one_line
+from greenmim.masking import draw_visible
 from greenmim.mim import GreenMIM
-from greenmim.recipe import MaskConfig, Recipe
-from greenmim.training.distributed import Processes
-from greenmim.training.parallel import whole_weights
+from greenmim.recipe import MaskConfig
 
 HIDDEN_GREY = 0.78
 _GAP = 2  # pixels between images
@@ -89,14 +83,11 @@ class Album:
         dataset: Where they are from (see `Source.some`); unreadable ones are left out.
         count: How many.
         mask: Each image gets a mask of its own of this kind and ratio, always the same.
-        image_size: (height, width) in px.
     """
 
-    def __init__(
-        self, dataset: AugmentedImages, count: int, mask: MaskConfig, image_size: tuple[int, int]
-    ) -> None:
+    def __init__(self, dataset: AugmentedImages, count: int, mask: MaskConfig) -> None:
         self.mean, self.std = dataset.mean, dataset.std
-        found = []
+        found, image_size = [], dataset.image_size
         for index in dataset.source.some(count):
             try:
                 image = open_fitted(dataset.source.open(index), image_size)
@@ -105,7 +96,9 @@ class Album:
             found.append(normalise(image, self.mean, self.std))
         self.images = torch.stack(found) if found else torch.empty(0, 3, *image_size)
         grid = image_size[0] // UNIT_PIXELS, image_size[1] // UNIT_PIXELS
-        self.visible = draw_visible(np.random.default_rng(0), grid, mask, len(found))
+        self.visible = draw_visible(
+            np.random.default_rng(0), grid, mask.ratio, len(found), mask.kind
+        )
 
     def draw(self, network: GreenMIM) -> np.ndarray | None:
         """A page with the images in a row, masked below, reconstructed below; None without any."""
@@ -118,53 +111,3 @@ class Album:
             return page(shown(network, images, self.visible, self.mean, self.std))
         finally:
             network.train(learning)
-
-
-class Painter:
-    """Draws what a model has learnt so far, in the main process; no error in it ends a run.
-
-    Args:
-        model: The model that learns.
-        recipe: The run.
-        dataset: Its images.
-        processes: Its processes.
-        say: Tells the reader.
-    """
-
-    def __init__(
-        self,
-        model: GreenMIM,
-        recipe: Recipe,
-        dataset: AugmentedImages,
-        processes: Processes,
-        say: Callable[[str], None],
-    ) -> None:
-        self.model, self.recipe, self.dataset = model, recipe, dataset
-        self.processes, self.say = processes, say
-        self.album: Album | None = None
-        self.failed = False
-
-    def draw(self) -> np.ndarray | None:
-        """A page, as `Album.draw` makes it. A collective."""
-        weights = None
-        if self.recipe.strategy == "fsdp" and not self.processes.alone:
-            # Only slices are brought together here. A model of its own, not compiled, is drawn with
-            # where they are: nothing that fails there keeps the other processes waiting.
-            weights = whole_weights(self.model, keep=self.processes.world.is_main)
-        if self.failed or not self.processes.world.is_main:
-            return None
-        try:
-            network = self.model if weights is None else self._copy(weights)
-            if self.album is None:
-                log, mask, size = self.recipe.log, self.recipe.mask, self.recipe.model.image_hw
-                self.album = Album(self.dataset, log.pictures, mask, size)
-            return self.album.draw(network)
-        except Exception as error:  # a full GPU, a disk that is gone: pictures are not the run
-            self.failed = True
-            self.say(f"no more pictures are drawn, for one failed: {one_line(error)}")
-            return None
-
-    def _copy(self, weights: dict[str, torch.Tensor]) -> GreenMIM:
-        network = GreenMIM(self.recipe.model)
-        network.load_state_dict(weights)
-        return network.to(self.processes.device)

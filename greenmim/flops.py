@@ -1,0 +1,39 @@
+"""Floating-point operations of a model on visible tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .mim import GreenMIM
+from .planning import Plan
+
+
+def forward_flops(model: GreenMIM, plan: Plan, loss_only: bool = False) -> int:
+    """Of one image, two for each multiplication with addition; attention counts real pairs only.
+
+    With `loss_only` those of training, without the prediction of visible units.
+    """
+    formulas = {
+        getattr(torch.ops.greenmim, f"group_window_attention{variant}"): _window_attention_flops
+        for variant in ("", "_triton")
+    }
+    formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
+    image = torch.zeros(1, 3, *model.config.image_hw)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        model(image, plan=plan, loss_only=loss_only)
+    return counter.get_total_flops()
+
+
+def _attention_flops(query: Tensor, key: Tensor, *_: object, **__: object) -> int:
+    return 4 * query.numel() * key.shape[2]
+
+
+def _window_attention_flops(qkv: Tensor, *others: object, **_: object) -> int:
+    window_id = others[5]
+    pairs = sum(int(torch.bincount(row[row >= 0]).square().sum()) for row in window_id)
+    return 4 * pairs * (qkv.shape[2] // 3) * (len(qkv) // len(window_id))
+
+
+_attention_flops._get_raw = _window_attention_flops._get_raw = True

@@ -1,0 +1,324 @@
+"""The processes of a run: how they meet, and what they tell each other.
+
+Who died or hangs is left to those who know best: torchrun and ``srun --kill-on-bad-exit=1`` end the
+others, Gloo and NCCL end a wait that is too long. With one process everything here does nothing, so
+a run reads the same for any number of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import re
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from greenmim.guards import PeerError, UserError, first_line
+from greenmim.launch import World, set_meeting_point
+
+T = TypeVar("T")
+# How long a process waits to say that a collective failed: the launcher, which sees who died, has
+# the first word, and often ends this process meanwhile.
+LAUNCHER_SECONDS = 2.0
+# Updates between sending a report and reading it.
+LAG = 2
+_MINUTES_PER_YEAR = 525_600.0  # in the place of no limit
+_OF_A_COLLECTIVE = re.compile(
+    r"gloo|nccl|connection|broken pipe|socket|timed? ?out|process group", re.IGNORECASE
+)
+
+
+class AgreedError(UserError):
+    """A UserError that every process raises: the main one shows it, the others are `quiet`."""
+
+
+class Processes:
+    """The processes of a run as one of them sees them; a context manager.
+
+    Args:
+        world: Which of them this is.
+        device: Where this process computes, or what finds it on entry and raises a UserError where
+            it cannot. CUDA tensors go through NCCL, CPU tensors through Gloo.
+        hang_minutes: How long a collective waits for a process; None for ever.
+
+    Raises:
+        UserError: on entry, when the others do not come, or one of them has no device.
+        PeerError: on leaving, in place of the error of a collective that another's death broke.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        device: torch.device | Callable[[], torch.device],
+        hang_minutes: float | None = None,
+    ) -> None:
+        self.world, self._find_device = world, device
+        if isinstance(device, torch.device):
+            self.device, self._find_device = device, lambda: device
+        self._timeout = datetime.timedelta(minutes=hang_minutes or _MINUTES_PER_YEAR)
+
+    @property
+    def alone(self) -> bool:
+        """True in a run of one process."""
+        return self.world.size == 1
+
+    def __enter__(self) -> Processes:
+        problem = None
+        try:
+            self.device = self._find_device()
+            torch.zeros((), device=self.device)
+        except UserError as error:
+            problem = str(error)
+        except RuntimeError as error:
+            problem = f"The device cannot be used: {first_line(error)}"
+        if not self.alone:
+            problem = self._join(problem)
+        if problem:
+            error = self.common_error(problem)
+            _let_main_speak(error)
+            raise error
+        return self
+
+    def _join(self, problem: str | None) -> str | None:
+        """Make a group with the others; why one of them cannot take part, in all alike."""
+        on_gpu = problem is None and self.device.type == "cuda"
+        rank, size = self.world.rank, self.world.size
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=self._meet(),
+                rank=rank,
+                world_size=size,
+                timeout=self._timeout,
+            )
+            kind = "cuda" if on_gpu else "cpu"
+            problem = _why_not(self.gather((problem, kind, socket.gethostname())))
+            if on_gpu and problem is None:
+                self.sum_(torch.zeros((), device=self.device))  # NCCL's own errors come here
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"Process {rank} of {size} cannot meet the others: {first_line(error)}"
+            ) from error
+        if problem:
+            dist.destroy_process_group()
+        return problem
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.alone:
+            return
+        if error is None or isinstance(error, AgreedError):
+            try:
+                # None goes before the main process has closed its files: srun would end it.
+                self.gather(None)
+                dist.destroy_process_group()
+                _let_main_speak(error)
+                return
+            except RuntimeError as lost:
+                error = lost
+        if isinstance(error, RuntimeError) and _OF_A_COLLECTIVE.search(str(error)):
+            time.sleep(LAUNCHER_SECONDS)
+            raise PeerError(
+                f"Process {self.world.rank} waited in vain for another one, which died or hangs"
+                f" ({first_line(error)}); its own output or the launcher's says why."
+            ) from error
+
+    def _meet(self) -> dist.Store:
+        """A store that these processes share, and nobody before them.
+
+        torchrun's outlives those that it restarts, and would tell where they could be reached. So
+        each calls with a number of its own, which the main process answers with the name of a part.
+        """
+        set_meeting_point()
+        rank, size, mine = self.world.rank, self.world.size, secrets.token_hex(8)
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=self._timeout))
+        store.set(f"call/{rank}", mine)
+        if rank > 0:
+            store.wait([f"answer/{mine}"], self._timeout)
+            name = store.get(f"answer/{mine}").decode()
+            store.set(f"heard/{name}/{rank}", "")
+            return dist.PrefixStore(name, store)
+        others, end = set(range(1, size)), time.monotonic() + self._timeout.total_seconds()
+        while others:
+            if time.monotonic() > end:
+                raise RuntimeError(f"process {min(others)} did not come")
+            for other in list(others):
+                if store.check([f"call/{other}"]):
+                    store.set(f"answer/{store.get(f'call/{other}').decode()}", mine)
+                if store.check([f"heard/{mine}/{other}"]):
+                    others.discard(other)
+            time.sleep(0.02)
+        return dist.PrefixStore(mine, store)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """`make()` in the main process; what it gives, or its UserError, in all. A collective."""
+        if self.alone:
+            return make()
+        box: list = [None, None]
+        if self.world.is_main:
+            try:
+                box = [make(), None]
+            except UserError as error:
+                box = [None, str(error)]
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise self.common_error(box[1])
+        return box[0]
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A UserError of one inside becomes one of all. A collective; none may be inside."""
+        if self.alone:
+            yield
+            return
+        own = None
+        try:
+            yield
+        except UserError as error:
+            own = error
+        for rank, text in enumerate(self.gather(own and str(own))):
+            if text is not None:
+                raise self.common_error(f"Process {rank}: {text}" if rank else text) from own
+
+    def common_error(self, text: str) -> UserError:
+        """The error to raise where all processes know that all raise it."""
+        if self.alone:
+            return UserError(text)
+        error = AgreedError(text)
+        error.quiet = not self.world.is_main
+        return error
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, by rank. A collective."""
+        if self.alone:
+            return [value]
+        values: list = [None] * self.world.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the processes, in place; does not wait for a GPU. A collective."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def _let_main_speak(error: UserError | None) -> None:
+    # The first process that ends with a code may have the launcher end the rest.
+    if error is not None and error.quiet:
+        time.sleep(LAUNCHER_SECONDS)
+
+
+def _why_not(facts: list[tuple[str | None, str, str]]) -> str | None:
+    """Why processes that say (problem, device, host) cannot start together."""
+    for rank, (problem, _, host) in enumerate(facts):
+        if problem:
+            return f"Process {rank} on {host}: {problem}" if rank else problem
+    kinds = {kind: (rank, host) for rank, (_, kind, host) in enumerate(facts)}
+    if len(kinds) == 1:
+        return None
+    which = [f"{kind} in process {rank} on {host}" for kind, (rank, host) in kinds.items()]
+    return (
+        f"The processes do not have the same device: {' and '.join(which)}; --device cuda says why"
+        " there is no GPU, --device cpu takes none anywhere."
+    )
+
+
+class Report(NamedTuple):
+    """One update as all processes saw it."""
+
+    step: int  # updates done with it
+    losses: list[float]  # of every micro-batch of the global batch, in its order
+    grad_norm: float  # before clipping
+    unreadable: bool  # whether a process has files to name that it could not read
+    stop: bool  # whether a process was asked to stop
+    skipped: bool  # whether the weights were left as they were
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the global batch."""
+        return math.nan if self.skipped else math.fsum(self.losses) / len(self.losses)
+
+    def bad_micro_batches(self) -> list[int]:
+        """Those whose loss is not finite; all of them where only the gradient was not."""
+        bad = [i for i, loss in enumerate(self.losses) if not math.isfinite(loss)]
+        return bad or list(range(len(self.losses)))
+
+
+class Reports:
+    """What the processes tell each other after every update, read LAG updates later.
+
+    One small vector, summed over the processes on the device. Whether it is finite decides there,
+    for all processes alike, whether the update is skipped; the host reads it when it has long
+    arrived, so that nothing waits. All read the same at the same update, and so decide the same.
+
+    Args:
+        processes: The processes of the run.
+        device: Where the losses are.
+        accumulate: Micro-batches of a process in an update.
+    """
+
+    def __init__(self, processes: Processes, device: torch.device, accumulate: int) -> None:
+        self.processes, self.device = processes, device
+        self.num_losses = accumulate * processes.world.size
+        self._sent: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def send(
+        self,
+        step: int,
+        losses: list[torch.Tensor],
+        grad_norm: torch.Tensor,
+        *,
+        scale: torch.Tensor | None = None,
+        unreadable: bool = False,
+        stop: bool = False,
+    ) -> torch.Tensor:
+        """Tell the others about an update. A collective that does not wait for a GPU.
+
+        Args:
+            step, grad_norm, unreadable, stop: As in `Report`, of this process.
+            losses: Scalar losses of this process's micro-batches, in order.
+            scale: What a gradient scaler multiplied the loss with, a scalar on the device. It finds
+                the scale by norms that are not finite, and such an update counts as skipped only
+                where the scale is below 1 and can be the reason no more.
+
+        Returns:
+            Whether to skip the update, a boolean scalar on the device, the same in all processes.
+        """
+        world, count = self.processes.world, self.num_losses
+        vector = torch.zeros(count + 3, device=self.device)
+        vector[world.rank : count : world.size] = torch.stack(losses).float()
+        vector[count] = grad_norm / world.size
+        # Filled by kernels that carry the number: no copy from the host.
+        vector[count + 1].fill_(float(unreadable))
+        vector[count + 2].fill_(float(stop))
+        self.processes.sum_(vector)
+        norm_counts = True if scale is None else scale < 1
+        bad = (vector[count].isfinite().logical_not() & norm_counts) | (
+            vector[:count].isfinite().all().logical_not()
+        )
+        message = torch.cat([vector, bad.float()[None]])
+        event = None
+        if self.device.type == "cuda":
+            message = message.to("cpu", non_blocking=True)  # into page-locked memory
+            event = torch.cuda.Event()
+            event.record()
+        self._sent.append((step, message, event))
+        return bad
+
+    def read(self, up_to: int) -> Iterator[Report]:
+        """The reports, in order, of the updates up to `up_to` that were not read yet."""
+        while self._sent and self._sent[0][0] <= up_to:
+            step, message, event = self._sent.popleft()
+            if event is not None:
+                event.synchronize()
+            values, count = message.tolist(), self.num_losses
+            flags = (value > 0 for value in values[count + 1 :])
+            yield Report(step, values[:count], values[count], *flags)

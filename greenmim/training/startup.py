@@ -1,0 +1,285 @@
+"""A run made ready: what is wrong with the input is found before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import platform
+import shlex
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import greenmim
+from greenmim.data.dataset import AugmentedImages, Finish, finishes_in_loader
+from greenmim.data.images import Source
+from greenmim.data.loader import Collate, Feed, check_shared_memory, make_loader
+from greenmim.data.sampler import EpochSampler
+from greenmim.data.sources import find_source
+from greenmim.encoders.swin import VisibleBlock
+from greenmim.guards import UserError, first_line
+from greenmim.launch import World
+from greenmim.mim import GreenMIM
+from greenmim.recipe import Recipe
+from greenmim.training.log import RunLog, check_trackers, make_trackers
+from greenmim.training.passes import GraphedPasses, Passes, distribute, make_optimizer
+from greenmim.training.processes import Processes
+from greenmim.training.run_folder import (
+    Found,
+    Progress,
+    RunFolder,
+    check_same_model,
+    find_checkpoint,
+    progress_of,
+    read_run_checkpoint,
+    restore_moments,
+)
+from greenmim_kernels import use_backend
+from greenmim_kernels.host_memory import keep_freed_memory
+from greenmim_kernels.onednn import use_onednn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Run:
+    """Everything a run needs, checked and built; nothing is written yet."""
+
+    recipe: Recipe
+    processes: Processes
+    folder: RunFolder
+    precision: torch.dtype
+    model: GreenMIM
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: Callable[[], torch.autocast]  # makes the context of a forward pass
+    passes: Passes
+    dataset: AugmentedImages
+    sampler: EpochSampler
+    feed: Feed
+    progress: Progress  # at the start
+    notes: list[str]  # what the user should know, one line each
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.updates_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.sampler.total_updates
+
+    def learning_rate(self, step: int) -> float:
+        """Of the update number `step`, from 1."""
+        peak, final, _ = scaled_rates(self.recipe, self.sampler.images_per_update)
+        warmup, epochs = self.recipe.schedule.warmup_epochs, self.recipe.epochs
+        epoch = (step - 1) / self.steps_per_epoch
+        return learning_rate(epoch, peak=peak, final=final, warmup_epochs=warmup, epochs=epochs)
+
+
+def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
+    """Check the recipe against this machine and build the run; writes nothing. A collective.
+
+    Raises:
+        UserError: any bad input.
+    """
+    device, world = processes.device, processes.world
+    with processes.agreed(), user_errors():
+        precision = precision_of(recipe, device)
+        check_trackers(recipe)
+        with chosen_backend(recipe):
+            pass  # it is here
+    folder, state = RunFolder(recipe.work_dir), None
+
+    # The main process looks for all: what is found may change from one moment to the next.
+    def look() -> tuple[Source, Found]:
+        nonlocal state
+        source = find_source(recipe.data)
+        folder.lock.check_free()
+        found = find_checkpoint(folder, resume)
+        state = found.state  # too large to be sent: the others read it themselves
+        return source, found._replace(state=None)
+
+    source, (checkpoint, notes, _) = processes.from_main(look)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    progress = Progress()
+    with processes.agreed():
+        dataset = AugmentedImages(source, recipe.data, recipe.model.image_hw, recipe.seed)
+        in_loader = finishes_in_loader(recipe.data, device)
+        finish = Finish(recipe.data, "cpu" if in_loader else device)
+        notes = [*notes, *dataset.check_readable()]
+        torch.manual_seed(recipe.seed)
+        with user_errors():
+            sampler = EpochSampler.of(recipe, source, world.rank, world.size)
+            model = GreenMIM(recipe.model)
+            model.set_grad_checkpointing(recipe.activation_checkpointing)
+        if checkpoint and state is None:
+            state = read_run_checkpoint(checkpoint)
+        if state is not None:
+            check_same_model(state, recipe, checkpoint)
+            model.load_state_dict(state["model"])
+            progress = progress_of(state, recipe, sampler, checkpoint, folder.owns(checkpoint))
+            sampler.first_update = progress.first_step
+        folder.check_room(recipe.checkpoint, sum(p.numel() for p in model.parameters()))
+    if resume is not None and state is None:
+        notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
+
+    model.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+        if precision == torch.float32:
+            use_onednn(model, VisibleBlock)
+    wrapped_model = distribute(model, recipe, processes.alone)
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    if state is not None:
+        restore_moments(model, optimizer, checkpoint, processes)
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    autocast = functools.partial(
+        torch.autocast, device.type, precision, enabled=precision != torch.float32
+    )
+    make = functools.partial(GraphedPasses, processes) if recipe.cuda_graph else Passes
+    trained = [p for p in model.parameters() if p.requires_grad]
+    passes = make(wrapped_model, trained, autocast, scaler, recipe.optim.accumulate)
+
+    collate = Collate(model.planner, recipe.mask, recipe.seed, finish if in_loader else None)
+    loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
+    hosts = processes.gather(socket.gethostname())
+    with processes.agreed():
+        check_shared_memory(loader, processes=hosts.count(socket.gethostname()))
+    return Run(
+        recipe, processes, folder, precision, model, optimizer, scaler, autocast, passes, dataset,
+        sampler, Feed(loader, device, finish), progress, [*notes, *progress.notes],
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(run: Run) -> Iterator[RunLog]:
+    """Hold the run's folder, write what a run begins with, and open its log. A collective."""
+    recipe, folder, processes, progress = run.recipe, run.folder, run.processes, run.progress
+    main = processes.world.is_main
+    with folder.lock.held(processes):
+        with processes.agreed():  # before the folder looks like a run: they may refuse
+            trackers = make_trackers(folder.path, recipe, progress.resumed_at) if main else []
+        processes.from_main(lambda: folder.start(recipe, progress.resumed_at))
+        with processes.agreed():
+            counts = progress.resumed_at, progress.first_step, run.total_steps, progress.shift
+            log = RunLog(folder.log if main else None, trackers, *counts)
+        with log, chosen_backend(recipe):
+            notes = [*_facts(run), *run.notes]
+            for note in notes:
+                log.say(note)
+            log.event(
+                "start",
+                step=progress.first_step,
+                command=shlex.join(sys.argv),
+                greenmim=greenmim.__version__,
+                torch=torch.__version__,
+                python=platform.python_version(),
+                device=str(processes.device),
+                processes=processes.world.size,
+                images=len(run.dataset),
+                steps_per_epoch=run.steps_per_epoch,
+                left_out_per_epoch=run.sampler.left_out,
+                notes=notes,
+            )
+            yield log
+
+
+def learning_rate(
+    epoch: float, *, peak: float, final: float, warmup_epochs: float, epochs: float
+) -> float:
+    """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine to `final`.
+
+    The published schedule (Huang et al., NeurIPS 2022, arXiv 2205.13515), set before every update.
+    """
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    if epochs <= warmup_epochs:
+        return peak
+    progress = min((epoch - warmup_epochs) / (epochs - warmup_epochs), 1.0)
+    return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def scaled_rates(recipe: Recipe, images_per_update: int) -> tuple[float, float, str]:
+    """Peak and final learning rate for the real number of images per update, and their origin."""
+    optim, minimum = recipe.optim, recipe.schedule.min_lr
+    if optim.lr is not None:
+        return optim.lr, minimum, f"learning rate {optim.lr:.3g} (as given), final {minimum:.3g}"
+    scale = images_per_update / optim.base_batch
+    peak, final = optim.base_lr * scale, minimum * scale
+    how = (
+        f"learning rate {optim.base_lr:.3g} for {optim.base_batch} images per update"
+        f" x {images_per_update}/{optim.base_batch} = {peak:.3g}, final {final:.3g}"
+    )
+    return peak, final, how
+
+
+def choose_device(recipe: Recipe, world: World) -> torch.device:
+    """The device of this process: of several GPUs that of its local rank; UserError without."""
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: PyTorch sees no CUDA GPU here; `greenmim doctor` says more."
+        )
+    count = torch.cuda.device_count()
+    # Slurm may show every process its own GPU alone; NCCL refuses one GPU for two processes.
+    index = 0 if count == 1 else world.local_rank
+    if index >= count:
+        raise UserError(
+            f"Process {world.rank} is number {index} of its machine, which has {count} GPUs; start"
+            f" {count} processes per machine."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def chosen_backend(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """The recipe's kernels; "auto" leaves the choice to the variable GREENMIM_BACKEND."""
+    return contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Errors that our own checks of the input raise, as one line for the user."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(first_line(error)) from error
+
+
+def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What a recipe computes in on a device; UserError where it cannot."""
+    name = recipe.precision
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs CUDA; on the CPU take fp32 or bf16.")
+    if name == "fp16" and recipe.strategy == "fsdp":
+        raise UserError("--precision fp16 does not go with --strategy fsdp; take bf16.")
+    if recipe.cuda_graph and device.type == "cpu":
+        raise UserError("--cuda-graph needs a CUDA GPU; leave it out on the CPU.")
+    return PRECISIONS[name]
+
+
+def _facts(run: Run) -> list[str]:
+    recipe, sampler, size = run.recipe, run.sampler, run.processes.world.size
+    precision = str(run.precision).removeprefix("torch.")
+    spread = f", {size} processes ({recipe.strategy})" if size > 1 else ""
+    return [
+        f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters on"
+        f" {run.processes.device.type} in {precision}{spread}; the run is in {recipe.work_dir}",
+        f"{sampler.positions} images per epoch = {sampler.updates_per_epoch} updates of"
+        f" {sampler.images_per_update} ({recipe.data.batch_size} x {recipe.optim.accumulate}"
+        f" accumulated x {size} processes), {sampler.left_out} left out, others each epoch",
+        scaled_rates(recipe, sampler.images_per_update)[2],
+    ]
