@@ -16,7 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 
 from greenmim.checkpoint import KINDS
 from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError, exit_code, silence
-from greenmim.launch import SlurmJob, World
+from greenmim.launch import SlurmJob, World, speaks
 from greenmim.presets import preset_names, resolve_config
 from greenmim.recipe import Recipe
 
@@ -68,7 +68,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def _told_once(text: str) -> UserError:
     error = UserError(text)  # which all processes of a run find
-    error.quiet = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
+    error.quiet = not speaks()
     return error
 
 

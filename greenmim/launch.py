@@ -1,6 +1,6 @@
 """How the processes of a run are started: by torchrun, by srun, or by a Slurm job of ours.
 
-The one place that reads torchrun's and Slurm's environment.
+The one place that reads from torchrun's and Slurm's environment which process this is.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class World:
                 " through torchrun or srun."
             )
         return world
+
+
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process tells what all of a run find, also where the rest is set wrongly."""
+    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
 
 
 def set_meeting_point(environment: MutableMapping[str, str] = os.environ) -> None:

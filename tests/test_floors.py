@@ -49,7 +49,7 @@ FLOORS = [
     ["greenmim.encoders.swin"],
     ["greenmim.encoders"],
     ["greenmim.mim"],
-    ["greenmim.checkpoint", "greenmim.flops"],
+    ["greenmim.checkpoint", "greenmim.flops", "greenmim.sharded"],
     ["greenmim"],
     ["greenmim.recipe", "greenmim.launch"],
     ["greenmim.presets"],

@@ -14,11 +14,7 @@ from greenmim.mim import GreenMIM
 from greenmim.recipe import Recipe
 from greenmim.training.log import check_trackers
 from greenmim.training.run_folder import RunFolder, find_checkpoint
-from greenmim.training.startup import (
-    precision_of,
-    scaled_rates,
-    user_errors,
-)
+from greenmim.training.startup import precision_of, scaled_rates, user_errors
 
 
 def dry_run(
@@ -31,9 +27,9 @@ def dry_run(
     """
     check_trackers(recipe)
     precision = str(precision_of(recipe, device)).removeprefix("torch.")
+    source = find_source(recipe.data)
+    found = find_checkpoint(RunFolder(recipe.work_dir), resume)
     with user_errors():
-        source = find_source(recipe.data)
-        found = find_checkpoint(RunFolder(recipe.work_dir), resume)
         sampler = EpochSampler.of(recipe, source, 0, processes)
         model = GreenMIM(recipe.model).train()
         grid, units, mask = model.config.unit_grid, model.config.num_units, recipe.mask

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import math
 import resource
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from greenmim.checkpoint import save_text
+from greenmim.checkpoint import free_name, save_text
 from greenmim.guards import UserError, one_line, silence
 from greenmim.recipe import Recipe, flat
 
@@ -201,8 +200,7 @@ def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     left = [record for record in read_log(path) if record.get("step", 0) <= step]
     text = "".join(json.dumps(record) + "\n" for record in left)
     if text != whole:
-        names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
-        save_text(whole, next(name for name in names if not name.exists()))
+        save_text(whole, free_name(path.parent, f"{path.stem}.{{}}{path.suffix}"))
         save_text(text, path)
     return left
 

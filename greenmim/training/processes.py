@@ -260,13 +260,12 @@ class Reports:
     arrived, so that nothing waits. All read the same at the same update, and so decide the same.
 
     Args:
-        processes: The processes of the run.
-        device: Where the losses are.
+        processes: The processes of the run, on whose device the losses are.
         accumulate: Micro-batches of a process in an update.
     """
 
-    def __init__(self, processes: Processes, device: torch.device, accumulate: int) -> None:
-        self.processes, self.device = processes, device
+    def __init__(self, processes: Processes, accumulate: int) -> None:
+        self.processes = processes
         self.num_losses = accumulate * processes.world.size
         self._sent: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -293,7 +292,7 @@ class Reports:
             Whether to skip the update, a boolean scalar on the device, the same in all processes.
         """
         world, count = self.processes.world, self.num_losses
-        vector = torch.zeros(count + 3, device=self.device)
+        vector = torch.zeros(count + 3, device=self.processes.device)
         vector[world.rank : count : world.size] = torch.stack(losses).float()
         vector[count] = grad_norm / world.size
         # Filled by kernels that carry the number: no copy from the host.
@@ -306,7 +305,7 @@ class Reports:
         )
         message = torch.cat([vector, bad.float()[None]])
         event = None
-        if self.device.type == "cuda":
+        if message.device.type == "cuda":
             message = message.to("cpu", non_blocking=True)  # into page-locked memory
             event = torch.cuda.Event()
             event.record()

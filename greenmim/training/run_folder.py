@@ -12,7 +12,6 @@ anew at the same point of the schedule when a run goes on with another number of
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import re
 import shutil
@@ -24,19 +23,12 @@ import torch
 import yaml
 from torch import nn
 
-from greenmim.checkpoint import (
-    load_checkpoint,
-    load_sharded,
-    save_atomic,
-    save_sharded,
-    save_text,
-    sharded_sizes,
-    sync_folder,
-)
+from greenmim.checkpoint import free_name, load_checkpoint, save_atomic, save_text, sync_folder
 from greenmim.config import ModelConfig
 from greenmim.data.sampler import EpochSampler
 from greenmim.guards import UserError, first_line
 from greenmim.recipe import CheckpointConfig, Recipe, flat
+from greenmim.sharded import load_sharded, save_sharded, sharded_sizes
 from greenmim.training.folder_lock import FolderLock, writing
 from greenmim.training.log import read_log
 from greenmim.training.processes import Processes
@@ -156,8 +148,7 @@ class RunFolder:
         later = [file for step, file in self.by_step().items() if step > resumed_at]
         if not later:
             return
-        names = (self.checkpoints / f"set_aside_{number}" for number in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
+        aside = free_name(self.checkpoints, "set_aside_{}")
         aside.mkdir()
         for file in later:  # its moments first: alone they would count as left over
             if moments_folder(file).exists():

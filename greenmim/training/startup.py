@@ -72,9 +72,14 @@ class Run:
     def total_steps(self) -> int:
         return self.sampler.total_updates
 
+    @functools.cached_property
+    def rates(self) -> tuple[float, float, str]:
+        """As `scaled_rates`."""
+        return scaled_rates(self.recipe, self.sampler.images_per_update)
+
     def learning_rate(self, step: int) -> float:
         """Of the update number `step`, from 1."""
-        peak, final, _ = scaled_rates(self.recipe, self.sampler.images_per_update)
+        peak, final, _ = self.rates
         warmup, epochs = self.recipe.schedule.warmup_epochs, self.recipe.epochs
         epoch = (step - 1) / self.steps_per_epoch
         return learning_rate(epoch, peak=peak, final=final, warmup_epochs=warmup, epochs=epochs)
@@ -152,9 +157,10 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     hosts = processes.gather(socket.gethostname())
     with processes.agreed():
         check_shared_memory(loader, processes=hosts.count(socket.gethostname()))
+    feed = Feed(loader, device, None if in_loader else finish)
     return Run(
         recipe, processes, folder, precision, model, optimizer, scaler, autocast, passes, dataset,
-        sampler, Feed(loader, device, finish), progress, [*notes, *progress.notes],
+        sampler, feed, progress, [*notes, *progress.notes],
     )  # fmt: skip
 
 
@@ -281,5 +287,5 @@ def _facts(run: Run) -> list[str]:
         f"{sampler.positions} images per epoch = {sampler.updates_per_epoch} updates of"
         f" {sampler.images_per_update} ({recipe.data.batch_size} x {recipe.optim.accumulate}"
         f" accumulated x {size} processes), {sampler.left_out} left out, others each epoch",
-        scaled_rates(recipe, sampler.images_per_update)[2],
+        run.rates[2],
     ]

@@ -95,7 +95,7 @@ class Trainer:
         # One process alone need not wait for a loader that hangs; others would wait for it.
         run.feed.give_up = lambda: processes.alone and stop.received is not None
         run.feed.start()
-        self.reports = Reports(processes, processes.device, run.recipe.optim.accumulate)
+        self.reports = Reports(processes, run.recipe.optim.accumulate)
         self.album: Album | None = None
         self.drawing = True
         self.checkpoint: Path | None = None

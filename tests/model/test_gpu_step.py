@@ -37,7 +37,7 @@ def train(
     make = functools.partial(GraphedPasses, processes) if graphed else Passes
     forward = torch.compile(model, fullgraph=True) if compiled else model
     work = make(forward, trained, autocast, scaler, parts)
-    reports = Reports(processes, device, parts)
+    reports = Reports(processes, parts)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     batches = []
     for _ in range(UPDATES * parts):

@@ -127,12 +127,12 @@ def test_an_update_on_a_device_never_waits(monkeypatch, per_image):
                 parameter.grad = torch.zeros_like(parameter)
 
         monkeypatch.setattr(torch.Tensor, "backward", backward)
-        reports = Reports(processes, torch.device("cpu"), PARTS)
+        reports = Reports(processes, PARTS)
         for _ in range(2):
             images = torch.empty(2, 3, 64, 64, device="cuda")
             losses = [work.forward_backward(images, plan.to("cuda"), part) for part in range(PARTS)]
             norm = work.clip(optimizer, limit=1.0)
-            reports.device = torch.device("cuda:0")
+            processes.device = torch.device("cuda:0")
             with monkeypatch.context() as patch:
                 patch.setattr(torch.cuda, "Event", FakeEvent)
                 bad = reports.send(1, losses, norm)

@@ -17,17 +17,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_run_folder import save
 from torch.distributed.checkpoint import FileSystemReader
 
 from greenmim.cli import main
 from greenmim.config import ModelConfig
-from greenmim.launch import World
 from greenmim.mim import GreenMIM
 from greenmim.recipe import CheckpointConfig, DataConfig, Recipe
-from greenmim.training import run_folder, train
+from greenmim.training import train
 from greenmim.training.log import RunLog, read_log
 from greenmim.training.passes import make_optimizer
-from greenmim.training.processes import Processes
 from greenmim.training.run_folder import RunFolder
 from greenmim_kernels.backends import forced_backend
 
@@ -395,17 +394,6 @@ def test_sigterm_to_the_whole_process_group(tiny: Path, photos: Path, tmp_path: 
 
 
 # ---- checkpoints kept ---------------------------------------------------------------------------
-
-
-def save(folder: RunFolder, step: int, keep: CheckpointConfig, shift: int = 0) -> str | None:
-    """Write a checkpoint of a run with 3 updates per epoch; why it failed."""
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2)).sum().backward()
-    optimizer.step()
-    alone = Processes(World(), torch.device("cpu"))
-    state = {"step": step, "updates": step + shift, "steps_per_epoch": 3}
-    return run_folder.save(folder, state, model, optimizer, keep, alone)[1]
 
 
 def test_rotation_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:

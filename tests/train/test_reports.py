@@ -26,7 +26,7 @@ def send(reports: Reports, step: int, losses: list[float], norm: float = 1.0, **
 
 
 def test_reports_come_late_and_in_order() -> None:
-    reports = Reports(Processes(World(), CPU), CPU, accumulate=2)
+    reports = Reports(Processes(World(), CPU), accumulate=2)
     assert not send(reports, 1, [1.0, 2.0], 0.5)
     assert send(reports, 2, [1.0, math.inf], unreadable=True)
     assert send(reports, 3, [1.0, 1.0], math.nan, stop=True)
@@ -42,7 +42,7 @@ def test_reports_come_late_and_in_order() -> None:
 
 
 def test_a_gradient_scaler_may_overflow_while_it_finds_its_scale() -> None:
-    reports = Reports(Processes(World(), CPU), CPU, accumulate=1)
+    reports = Reports(Processes(World(), CPU), accumulate=1)
     assert not send(reports, 1, [1.0], math.inf, scale=torch.tensor(1.0))
     assert send(reports, 2, [math.nan], scale=torch.tensor(65536.0))
     assert send(reports, 3, [1.0], math.nan, scale=torch.tensor(0.5))  # not for its scale
@@ -62,11 +62,11 @@ class TwoProcesses(Processes):
 
 def test_losses_stand_in_the_order_of_the_global_batch() -> None:
     # Losses of micro-batches 0 to 3, half of the norm, unreadable, stop.
-    reports = Reports(TwoProcesses([1.0, 0.0, 3.0, 0.0, 0.25, 0.0, 1.0]), CPU, accumulate=2)
+    reports = Reports(TwoProcesses([1.0, 0.0, 3.0, 0.0, 0.25, 0.0, 1.0]), accumulate=2)
     assert not send(reports, 1, [2.0, 4.0], 0.5)
     (report,) = reports.read(1)
     assert report.losses == [1.0, 2.0, 3.0, 4.0] and report.grad_norm == 0.5 and report.stop
-    reports = Reports(TwoProcesses([1.0, 0.0, math.nan, 0.0, 0.25, 0.0, 0.0]), CPU, accumulate=2)
+    reports = Reports(TwoProcesses([1.0, 0.0, math.nan, 0.0, 0.25, 0.0, 0.0]), accumulate=2)
     assert send(reports, 1, [2.0, 4.0], 0.5)
     (report,) = reports.read(1)
     assert report.bad_micro_batches() == [2]

@@ -18,11 +18,12 @@ from crew import Crew, command, losses, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from greenmim.checkpoint import sharded_sizes, sync_folder
+from greenmim.checkpoint import sync_folder
 from greenmim.cli import main
 from greenmim.guards import UserError
 from greenmim.launch import World
 from greenmim.recipe import CheckpointConfig, DataConfig, Recipe
+from greenmim.sharded import sharded_sizes
 from greenmim.training import run_folder
 from greenmim.training.log import LogFile, RunLog, cut_log, read_log
 from greenmim.training.processes import Processes
