@@ -17,6 +17,7 @@
 #   TORCH="torch torchvision"   what to install as torch (default: the versions this is tested with)
 #   PIP_ARGS=           more arguments for pip when it installs torch, such as an index of CPU builds
 #   OUT=runs/demo       where the demo writes
+#   PROCESSES=2         processes that run tests side by side
 #   ARGS=               more arguments for pytest, the demo, the benchmark or gpu-check (--dry-run)
 
 PYTHON ?= python3
@@ -25,6 +26,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 PIP_ARGS ?=
 OUT ?= runs/demo
+PROCESSES ?= 2
 ARGS ?=
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -58,8 +60,9 @@ $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 demo: $(READY)
 	$(RUN) -m examples.demo --out $(OUT) $(ARGS)
 
+# Without groups loadgroup hands out one test after the other, in this order: long ones come first.
 test: $(READY)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 bench: $(READY)
 	OMP_WAIT_POLICY=PASSIVE KINETO_LOG_LEVEL=99 $(RUN) -m pytest -q benchmarks --benchmark-disable-gc \

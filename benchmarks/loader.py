@@ -31,7 +31,7 @@ from PIL import Image
 from greenmim import ModelConfig, create_model
 from greenmim.config import model_config
 from greenmim.data.dataset import AugmentedImages, Finish, finishes_in_loader
-from greenmim.data.images import open_rgb
+from greenmim.data.decode import open_rgb
 from greenmim.data.loader import Collate, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import find_source

@@ -3,7 +3,7 @@
 - greenmim: ``encoder.`` + timm's keys, and the decoder's keys as published.
 - official: the published checkpoints: patch merging stands at the end of the stage before, and
   every block has a ``relative_position_index`` buffer.
-- timm: a Swin as in timm, without decoder and head.
+- timm: a Swin as in timm, without decoder and head; files of Microsoft's Swin are read as such.
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ _DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 _BUFFERS = ("relative_position_index", "attn_mask")
 # What official files hold beside tensors and plain values: the command line they were made with.
 _PLAIN_CLASSES = [argparse.Namespace, pathlib.PosixPath]
+# Found in a name, and whose files have such names; the first counts.
+_MAKERS = (
+    (r"(encoder|layers)\..*(logit_scale|cpb_mlp)", "a SwinV2"),
+    (r"^encoder\.mask_token|^decoder\.0\.", "SimMIM's, of which only the encoder's would be read"),
+    (r"^(swin|swinv2|donut)\.|^encoder\.layers\.\d+\.blocks\.\d+\.layernorm", "transformers' Swin"),
+    (r"^features\.", "torchvision's Swin"),
+    (r"^backbone\.|^stages\.\d+\.blocks", "MMDetection's Swin"),
+    (r"^swinViT\.", "MONAI's"),
+    (r"^encoder\.layers\.0\.downsample", "GreenMIM's published ones (kind 'official')"),
+    (r"^encoder\.layers\.3\.downsample", "those of this package (kind 'greenmim')"),
+    (r"^layers\.0\.downsample", "Microsoft's Swin (read as kind 'timm')"),
+    (r"^layers\.3\.downsample", "timm's Swin (kind 'timm')"),
+)
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 # What file systems say that have no fsync for a folder: FUSE, some network file systems.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -65,8 +78,11 @@ def convert_checkpoint(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    # A model wrapped in DistributedDataParallel puts this before every name.
-    tensors = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    # What DistributedDataParallel puts before every name, and torch.compile into it.
+    tensors = {
+        name.replace("_orig_mod.", "").removeprefix("module."): tensor
+        for name, tensor in state_dict.items()
+    }
     encoder, decoder = _read(tensors, source)
     if merge_order == "row-major":
         encoder = {name: _to_swin_order(name, tensor) for name, tensor in encoder.items()}
@@ -91,13 +107,23 @@ def _read(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], d
     strangers = [n for n in encoder if not n.startswith(("patch_embed.", "layers.", "norm."))]
     strangers += [n for n in decoder if not n.startswith(("decoder_", "mask_token"))]
     merges = {int(found[1]) for found in map(_DOWNSAMPLE.match, encoder) if found}
-    expected = range(0, 3) if source == "official" else range(1, 4)
-    if strangers or merges != set(expected):
+    stages = {"official": [{0, 1, 2}], "timm": [{1, 2, 3}, {0, 1, 2}], "greenmim": [{1, 2, 3}]}
+    if strangers or merges not in stages[source]:
         what = f"holds {strangers[0]!r}" if strangers else f"has patch merging in stages {merges}"
-        raise ValueError(f"this is not a Swin state dict of kind {source!r}: it {what}")
-    if source == "official":
+        raise ValueError(
+            f"this is not a Swin state dict of kind {source!r}: it {what}, like {_maker(tensors)}"
+        )
+    if merges == {0, 1, 2}:
         encoder = {_move_downsample(n, 1): t for n, t in encoder.items()}
     return encoder, decoder
+
+
+def _maker(tensors: Mapping[str, Tensor]) -> str:
+    """Whose file it looks like, and how it is read."""
+    for sign, maker in _MAKERS:
+        if any(re.search(sign, name) for name in tensors):
+            return maker
+    return "no Swin that is known here"
 
 
 def _move_downsample(name: str, by: int) -> str:

@@ -226,7 +226,11 @@ def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, C
     """A tool's options are the parameters of its function, described by its docstring."""
     parser = _parser(usage=f"greenmim {usage}", description=tool.__doc__.split("\n")[0])
     by_hand = {
-        "images": {"nargs": "+", "required": True, "help": "image files or folders of them"},
+        "images": {
+            "nargs": "+",
+            "required": True,
+            "help": "image files, or what --data.root names",
+        },
         "source": {"choices": KINDS, "help": "what the input is; a run's need not be named"},
         "overwrite": {"action": "store_true", "help": "replace an output that is there"},
     }
@@ -255,7 +259,9 @@ def _export() -> tuple[ArgumentParser, Callable]:
         arguments = json.loads(facts["timm"])
         name = arguments.pop("model_name")
         words = "".join(f", {key}={value!r}" for key, value in arguments.items())
-        words += f", num_classes=0, checkpoint_path={options.output!r}"
+        # Not checkpoint_path, which takes tables of timm's own window and image size alone.
+        file = {"file": str(options.output)}
+        words += f", num_classes=0, pretrained=True, pretrained_cfg_overlay={file}"
         return f"wrote {options.output}; for timm:\ntimm.create_model({name!r}{words})"
 
     return _tool("export --checkpoint FILE --output FILE.safetensors [--model NAME]", export, tell)

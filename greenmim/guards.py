@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -55,7 +56,12 @@ def exit_code(work: Callable[[], int], debug: bool = False) -> int:
         with contextlib.suppress(AttributeError):  # no file of the system's
             stream.reconfigure(errors="backslashreplace")
     try:
-        return work()
+        try:
+            return work()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise UserError(f"{error.filename}: this name is too long; take another.") from error
     except (UserError, PeerError) as error:
         if debug:
             raise

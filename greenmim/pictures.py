@@ -7,7 +7,7 @@ import torch
 
 from greenmim.config import UNIT_PIXELS
 from greenmim.data.dataset import AugmentedImages, normalise
-from greenmim.data.images import open_fitted
+from greenmim.data.decode import open_fitted
 from greenmim.masking import draw_visible
 from greenmim.mim import GreenMIM
 from greenmim.recipe import MaskConfig

@@ -36,6 +36,8 @@ class DataConfig:
         flip: Probability of a horizontal flip.
         decode: How JPEGs are decoded: full, or reduced (at a fraction of the size where the crop is
             large enough). The crops are the same.
+        max_pixels: Pixels of an image, above which it is not read: a small file can hold a picture
+            that fills the memory.
         augment_on_device: Flip and normalise on the device: images travel there in 8 bits. null
             does so on a GPU.
         mean: Mean of each RGB channel, in 0 to 1.
@@ -51,6 +53,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     decode: Literal["full", "reduced"] = "reduced"
+    max_pixels: int = 120_000_000
     augment_on_device: bool | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -247,6 +250,7 @@ def _check(recipe: Recipe) -> None:
         ("data.batch-size", data.batch_size),
         ("data.repeats", data.repeats),
         ("data.num-samples", data.num_samples),
+        ("data.max-pixels", data.max_pixels),
         ("optim.accumulate", optim.accumulate),
         ("optim.base-batch", optim.base_batch),
         ("checkpoint.every-epochs", every.every_epochs),
@@ -291,11 +295,13 @@ def _check(recipe: Recipe) -> None:
     hang = recipe.hang_minutes
     need(hang is None or hang > 0, "hang-minutes", hang, "above 0, or null for no limit")
     need(recipe.log.wandb != "", "log.wandb", recipe.log.wandb, "the name of a project")
-    need(0 <= recipe.mask.ratio < 1, "mask.ratio", recipe.mask.ratio, "at least 0 and less than 1")
+    ratio, units = recipe.mask.ratio, recipe.model.num_units
+    need(0 < ratio < 1, "mask.ratio", ratio, "above 0 and less than 1")
     try:
-        num_visible_units(recipe.model.num_units, recipe.mask.ratio)
+        hidden = units - num_visible_units(units, ratio)
     except ValueError as error:
         raise UserError(str(error)) from error
+    need(hidden > 0, "mask.ratio", ratio, f"so large that one of the {units} units is hidden")
     need(0 <= data.flip <= 1, "data.flip", data.flip, "between 0 and 1")
     low, high = data.crop_scale
     need(0 < low <= high <= 1, "data.crop-scale", [low, high], "two rising values in 0 to 1")

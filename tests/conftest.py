@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+# Before torch is loaded: each process of pytest-xdist has a processor of its own. Programs that it
+# starts are none of pytest-xdist.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if share := os.environ.get("GREENMIM_TEST_SHARE"):  # such as 1/3
+        number, of = map(int, share.split("/"))
+        items[:] = items[number - 1 :: of]
+    # Files that take long are begun first, so that processes end together.
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     # Listed in the summary (-ra), so that a run without a GPU says what it left out.
@@ -14,6 +31,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def remembered(request: pytest.FixtureRequest):
+    """What was computed from the same files before, in an earlier run of the tests; else anew.
+
+    For what a compiler makes of sources, which takes minutes to read.
+    """
+
+    def get(name: str, files: Iterable[str | Path], compute: Callable[[], Any], *more: str) -> Any:
+        contents = hashlib.sha256(repr(more).encode())
+        for file in files:
+            contents.update(Path(file).read_bytes())
+        key = f"greenmim/{name}/{contents.hexdigest()}"
+        cache = getattr(request.config, "cache", None)
+        found = cache.get(key, None) if cache else None
+        if found is None:
+            found = compute()
+            if cache:
+                cache.set(key, found)
+        return found
+
+    return get
 
 
 @pytest.fixture(autouse=True)

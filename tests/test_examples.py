@@ -9,6 +9,8 @@ import pathlib
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 

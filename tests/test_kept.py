@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from benchmarks import kept
 from greenmim import GreenMIM, ModelConfig
 from greenmim.config import model_config
+
+pytestmark = pytest.mark.slow
 
 SMALL = ModelConfig(
     image_size=96, window_size=7, embed_dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 4, 8),

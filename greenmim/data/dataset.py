@@ -22,19 +22,19 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from greenmim.data.images import (
+from greenmim.data.decode import (
+    MAX_PIXELS,
     SWAPPED,
-    Source,
-    hopeless,
+    opened,
     orientation,
-    patiently,
-    reason_of,
     to_rgb,
     upright,
     upright_size,
+    white_of,
 )
+from greenmim.data.images import Source, hopeless, patiently
 from greenmim.data.sampler import CROP, Item, torch_seed
-from greenmim.guards import UserError
+from greenmim.guards import UserError, one_line
 from greenmim.recipe import DataConfig
 
 # A file that cannot be read is replaced by another one; this many bad ones in a row are a broken
@@ -90,6 +90,7 @@ def read_crop(
     size: tuple[int, int],
     draw: Callable[[int, int], Crop],
     reduce: bool,
+    most: int = MAX_PIXELS,
 ) -> tuple[torch.Tensor, bool]:
     """Read the crop of a picture, scaled to `size` (height, width) in px.
 
@@ -98,14 +99,15 @@ def read_crop(
         draw: Chooses the crop of a picture of (height, width) px.
         reduce: Let the JPEG decoder make the picture 2, 4 or 8 times smaller where the crop is
             still no smaller than `size`; most of a decoder's work grows with its output.
+        most: Pixels of a picture, above which it is refused.
 
     Returns:
         uint8 [3, height, width], not flipped yet, and whether to flip it.
 
     Raises:
-        OSError and others from Pillow: the file is corrupt, truncated or no image.
+        OSError and others from Pillow: the file is too large, corrupt, truncated or no image.
     """
-    with Image.open(file) as image:
+    with opened(file, most) as image:
         if not isinstance(image, JpegImageFile):  # which a phone's MPO is, too
             image.load()  # some formats hold their EXIF block behind the pixels
         lies = orientation(image)
@@ -116,18 +118,20 @@ def read_crop(
             high = math.ceil(height * size[0] / crop.height)
             image.draft(None, (high, wide) if lies in SWAPPED else (wide, high))  # JPEGs alone
         image.load()
-        picture = to_rgb(upright(image, lies))
+        white, picture = white_of(image), upright(image, lies)
     right, bottom = crop.left + crop.width, crop.top + crop.height
     if picture.size == (width, height):
-        # A third of the time that Pillow takes to scale it.
-        pixels = F.pil_to_tensor(picture.crop((crop.left, crop.top, right, bottom)))
+        # Cut out before all else: a large picture is large once. Scaling takes a third of the time
+        # that it takes in Pillow.
+        part = to_rgb(picture.crop((crop.left, crop.top, right, bottom)), white)
+        pixels = F.pil_to_tensor(part)
         return F.resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True), crop.flip
     # The crop does not end at whole pixels of the smaller picture, which Pillow alone can take.
     x, y = picture.width / width, picture.height / height
     # What is left of rounding must not reach over the edge.
     end = min(right * x, picture.width), min(bottom * y, picture.height)
     box = (crop.left * x, crop.top * y, *end)
-    scaled = picture.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
+    scaled = to_rgb(picture, white).resize(size[::-1], Image.Resampling.BICUBIC, box=box)
     return F.pil_to_tensor(scaled), crop.flip
 
 
@@ -212,13 +216,14 @@ class AugmentedImages(Dataset):
                 candidate = self.source.stand_in(index, step)
                 try:
                     sample = patiently(lambda chosen=candidate: self._read(chosen, item))
+                    failures += self.source.take_damaged()
                     return sample._replace(failures=tuple(failures))
                 except Exception as error:  # decoders raise anything on a broken file
                     path = self.source.path(candidate)
                     if why := hopeless(error):
-                        stop = f"{path} cannot be read, for {why} ({reason_of(error)})."
+                        stop = f"{path} cannot be read, for {why} ({one_line(error)})."
                         break
-                    failures.append((path, reason_of(error)))
+                    failures.append((path, one_line(error)))
         stop = stop or (
             f"No image can be read: {len(failures)} in a row under {self.source.root} failed;"
             f" the first is {failures[0][0]} ({failures[0][1]})."
@@ -230,7 +235,8 @@ class AugmentedImages(Dataset):
         generator.manual_seed(torch_seed(self.seed, CROP, item.epoch, item.position))
         draw = functools.partial(draw_crop, config=self.config, generator=generator)
         reduce = self.config.decode == "reduced"
-        return Sample(item, *read_crop(self.source.open(index), self.image_size, draw, reduce), ())
+        file, most = self.source.open(index), self.config.max_pixels
+        return Sample(item, *read_crop(file, self.image_size, draw, reduce, most), ())
 
     def _index(self, item: Item) -> int:
         repeat, position = divmod(item.position, len(self))

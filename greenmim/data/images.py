@@ -1,34 +1,23 @@
-"""Images of a folder: finding them, opening them as RGB, and what an error of reading says."""
+"""Images of a folder: finding them, and what an error of reading means."""
 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from greenmim.guards import UserError, one_line
+from greenmim.data.decode import IMAGE_SUFFIXES
+from greenmim.guards import UserError
 
 T = TypeVar("T")
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .ppm .pgm .bmp .tif .tiff .webp .gif".split())
-_ORIENTATION_TAG = 0x0112  # of EXIF
-# What puts a picture upright, by the tag.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SWAPPED = (5, 6, 7, 8)  # height and width
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+_KINDS_NAMED = 8
 
 
 class Names:
@@ -49,46 +38,108 @@ class Names:
         return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]])
 
 
-def find_images(root: str | Path) -> Names:
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of a picture."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def kind_of(name: str) -> str:
+    """What people call the kind of a file by its name."""
+    return os.path.splitext(name)[1].lower() or "without a suffix"
+
+
+def ignored_note(where: str, ignored: Counter[str]) -> list[str]:
+    """A line on what is in a place and is not read, counted by its kind; none where all is."""
+    if not ignored:
+        return []
+    kinds = ignored.most_common()
+    named = [f"{count} {kind}" for kind, count in kinds[:_KINDS_NAMED]]
+    if rest := kinds[_KINDS_NAMED:]:
+        named.append(f"{sum(count for _, count in rest)} of {len(rest)} other kinds")
+    heif = any(kind in _HEIF_SUFFIXES for kind in ignored)
+    advice = "; pip install pillow-heif reads HEIC" if heif else ""
+    return [f"ignored in {where}: {', '.join(named)}{advice}"]
+
+
+def no_image(where: str, notes: list[str]) -> str:
+    """That there is no image in a place; `notes` say what is there."""
+    there = "".join(f" ({note})" for note in notes)
+    return (
+        f"there is no image in {where}{there}; its name ends in .jpg, .png or another suffix of"
+        " what Pillow reads"
+    )
+
+
+def find_images(root: str | Path, ignored: Counter[str] | None = None) -> Names:
     """Every image file under a folder, at any depth, as sorted paths relative to it.
 
-    Hidden files and folders are left out; linked folders are followed, each once.
+    Hidden files and folders are left out; linked folders are followed, each once. So are pipes,
+    sockets and devices, whatever their name: to open one may wait for ever.
+
+    Args:
+        ignored: What is there and no image is counted here, by its kind.
 
     Raises:
         UserError: no such folder, no image in it, or a folder in it cannot be listed.
     """
-
-    def refused(error: OSError) -> None:
-        raise UserError(
-            f"The folder {error.filename} cannot be listed ({error.strerror}); give it permission"
-            f" to be read, or take it out of {root}."
-        ) from error
-
     root = Path(root)
-    if not root.exists():
+    if not os.path.exists(root):
         raise UserError(f"There is no folder {root}; pass the folder with the images.")
     if not root.is_dir():
-        raise UserError(f"{root} is a file; pass the folder with the images.")
+        raise UserError(
+            f"{root} is a file; pass the folder with the images, or a tar file that is not"
+            " compressed."
+        )
+    ignored = Counter() if ignored is None else ignored
     names: list[bytes] = []
     seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, onerror=refused, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
+    prefix = len(os.path.join(root, ""))
+    folders = [str(root)]
+    while folders:
+        folder = folders.pop()
+        if (real := os.path.realpath(folder)) in seen:
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        inside = os.path.relpath(folder, root)
-        inside = "" if inside == "." else os.path.join(inside, "")
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                names.append(os.fsencode(inside + name))
+        try:
+            with os.scandir(folder) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(
+                f"The folder {folder} cannot be listed ({error.strerror}); give it permission"
+                f" to be read, or take it out of {root}."
+            ) from error
+        inside = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                ignored["hidden"] += 1
+            elif _is_folder(entry):
+                inside.append(entry.path)
+            elif not is_image(entry.name):
+                ignored[kind_of(entry.name)] += 1
+            elif _may_wait(entry):
+                ignored["pipe, socket or device"] += 1
+            else:
+                names.append(os.fsencode(entry.path[prefix:]))
+        folders += reversed(inside)
     if not names:
-        raise UserError(
-            f"There is no image in {root}; looked at any depth for"
-            f" {', '.join(sorted(IMAGE_SUFFIXES))}."
-        )
+        told = no_image(f"{root}, at any depth", ignored_note("it", ignored))
+        raise UserError(f"{told[0].upper()}{told[1:]}.")
     return Names(sorted(names))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where we may not look: named when it is read
+        return False
+
+
+def _may_wait(entry: os.DirEntry) -> bool:
+    """Whether to open it may wait for another program: it is there, and neither file nor folder."""
+    try:
+        return not entry.is_file() and os.path.exists(entry.path)
+    except OSError:
+        return False
 
 
 class Source:
@@ -127,12 +178,17 @@ class Source:
         """What people should know before a run, once its first image was read."""
         return []
 
+    def take_damaged(self) -> list[tuple[str, str]]:
+        """(path, reason) of what was found damaged and is used as far as it goes, told once."""
+        return []
+
 
 class Folder(Source):
     """Every image file under a folder (see `find_images`)."""
 
     def __init__(self, root: str) -> None:
-        self.root, self.names = root, find_images(root)
+        self.root, self._ignored = root, Counter()
+        self.names = find_images(root, self._ignored)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -142,62 +198,8 @@ class Folder(Source):
 
     open = path
 
-
-def open_rgb(file: str | Path | io.BytesIO) -> Image.Image:
-    """Open any picture as 8-bit RGB, upright, transparency laid on white, 16 bits scaled to 8.
-
-    A corrupt, truncated or other file raises OSError, or others from Pillow.
-    """
-    with Image.open(file) as image:
-        image.load()  # some formats hold their EXIF block behind the pixels
-        return to_rgb(upright(image, orientation(image)))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded picture of any mode to 8-bit RGB, see `open_rgb`."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit values at 255, which turns such pictures white.
-        values = np.clip(np.asarray(image, dtype=np.float64) / 257.0, 0, 255)
-        image = Image.fromarray(np.round(values).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        scale = 255.0 if values.size and values.max() <= 1.0 else 1.0
-        image = Image.fromarray(np.round(np.clip(values * scale, 0, 255)).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        opaque = image.convert("RGBA")
-        white = Image.new("RGBA", opaque.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, opaque).convert("RGB")
-    return image.convert("RGB")
-
-
-def orientation(image: Image.Image) -> int:
-    """How a picture lies, 1 to 8 as EXIF numbers it; 1, upright, where it does not say."""
-    try:
-        tag = image.getexif().get(_ORIENTATION_TAG, 1)
-        return tag if tag in _TURNS else 1
-    except Exception:  # a broken EXIF block raises anything; the pixels are still good
-        return 1
-
-
-def upright_size(image: Image.Image, lies: int) -> tuple[int, int]:
-    """(height, width) of a picture once `upright`."""
-    return image.size if lies in SWAPPED else image.size[::-1]
-
-
-def upright(image: Image.Image, lies: int) -> Image.Image:
-    """A loaded picture with this `orientation`, turned; the same one where it need not be.
-
-    Pillow's exif_transpose writes the EXIF block anew, which fails where it is broken, and copies a
-    picture that it does not turn.
-    """
-    return image.transpose(_TURNS[lies]) if lies in _TURNS else image
-
-
-def open_fitted(file: str | Path | io.BytesIO, size: tuple[int, int]) -> Image.Image:
-    """The middle of any picture, scaled to `size` (height, width) in px; raises as `open_rgb`."""
-    return ImageOps.fit(open_rgb(file), size[::-1], Image.Resampling.BICUBIC)
+    def notes(self) -> list[str]:
+        return ignored_note(self.root, self._ignored)
 
 
 # ---- errors of reading --------------------------------------------------------------------------
@@ -227,14 +229,6 @@ def hopeless(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return _MEMORY
     return None
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, in one line."""
-    if isinstance(error, Image.DecompressionBombError):
-        most = 2 * Image.MAX_IMAGE_PIXELS
-        return f"it has more than the {most / 1e6:.0f} million pixels Pillow opens; make it smaller"
-    return one_line(error)
 
 
 def patiently(call: Callable[[], T]) -> T:

@@ -197,6 +197,19 @@ def _start_worker(worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def peak_own_memory(process: int) -> int:
+    """Peak of a process's resident memory that is no file's, in bytes; 0 where nobody knows.
+
+    A process that was forked starts with that of its parent, which they share.
+    """
+    with contextlib.suppress(OSError, KeyError):
+        with open(f"/proc/{process}/status", encoding="utf-8", errors="replace") as status:
+            found = dict(line.split(":", 1) for line in status)
+        peak, of_files = (int(found[name].split()[0]) for name in ("VmHWM", "RssFile"))
+        return 1024 * (peak - of_files)  # those hardly go once they are there
+    return 0
+
+
 class Feed:
     """The batches of a loader, with the time spent waiting for them and the files that failed.
 
@@ -220,13 +233,21 @@ class Feed:
         # Copies have a stream of their own: they run beside the update before.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: Iterator[Batch] | None = None
-        self._workers: set[multiprocessing.Process] = set()
+        # Bytes of each at its start: what it shares with this process.
+        self._workers: dict[multiprocessing.Process, int] = {}
 
     def start(self) -> None:
         if self._batches is None:
             others = set(multiprocessing.active_children())
             self._batches = iter(self.loader)
-            self._workers = set(multiprocessing.active_children()) - others
+            workers = set(multiprocessing.active_children()) - others
+            self._workers = {worker: peak_own_memory(worker.pid) for worker in workers}
+
+    def memory(self) -> int:
+        """Bytes that the loader's processes took at most, beyond those of this process."""
+        return sum(
+            max(peak_own_memory(worker.pid) - start, 0) for worker, start in self._workers.items()
+        )
 
     def close(self) -> None:
         """End the loader's processes, in a few seconds those that hang, too."""

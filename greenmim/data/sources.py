@@ -12,31 +12,45 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import itertools
 import json
 import math
 import os
 import pathlib
 import re
 import shutil
-import tarfile
 import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from greenmim.data.images import Folder, Names, Source, Unavailable, hopeless, reason_of
+from greenmim.data.images import (
+    Folder,
+    Names,
+    Source,
+    Unavailable,
+    hopeless,
+    ignored_note,
+    is_image,
+    kind_of,
+    no_image,
+)
 from greenmim.data.sampler import WINDOW
-from greenmim.data.tars import Member, Opened, images_in, read_part
+from greenmim.data.tars import DamagedTar, Member, Opened, members_in, read_part
 from greenmim.guards import UserError, one_line
 from greenmim.recipe import DataConfig
 
+PREFIXES = ("tar/", "wds/", "hfds/")
 # Of timm's prefixes, those that are something else than a place in the file system.
 _NOT_SUPPORTED = ("hfids", "tfds", "torch")
 _MOST_OPEN_TARS, _MOST_OPEN_SHARDS = 64, 256
 _INFO_FILES = ("_info.json", "info.json")
 _WITH_INFO_FILES = ("http:", "https:", "file:")  # URLs, beside which another file can be asked for
 _COUNTING_THREADS = 8
+_META = re.compile("__[^/]*__($|/)")  # which WebDataset keeps for itself
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 
 
@@ -85,20 +99,25 @@ class Tars(Source):
         self.root = root
         if not os.path.exists(path):
             raise _error(root, f"there is no tar file or folder {path}")
-        tars = sorted(glob.glob(f"{glob.escape(path)}/*.tar"))
-        self.files = [path] if os.path.isfile(path) else tars
+        tars = filter(os.path.isfile, sorted(glob.glob(f"{glob.escape(path)}/*.tar")))
+        self.files = [path] if os.path.isfile(path) else list(tars)
+        self._ignored: Counter[str] = Counter()
         found = []
         for number, name in enumerate(self.files):
             try:
                 with open(name, "rb") as file:
-                    members = images_in(file)
-                    found += [(os.fsencode(m.name), number, m.offset, m.size) for m in members]
-            except tarfile.TarError as error:
-                what = f"{name} is no tar file, a compressed or a damaged one ({error})"
-                raise _error(root, f"{what}; make it anew, without compression") from error
+                    for member in members_in(file):
+                        if is_image(member.name):
+                            found.append((os.fsencode(member.name), number, *member[1:]))
+                        else:
+                            self._ignored[kind_of(member.name)] += 1
+            except DamagedTar as error:
+                raise _error(root, f"{name}: {error}; make it anew, without compression") from error
         if not found:
-            what = "image" if self.files else "tar file (*.tar)"
-            raise _error(root, f"there is no {what} in it")
+            none = (
+                no_image("it", self.notes()) if self.files else "there is no tar file (*.tar) in it"
+            )
+            raise _error(root, none)
         names, files, offsets, sizes = zip(*found, strict=True)
         self.names = Names(names)
         self.file_of = np.array(files, dtype=np.int32)
@@ -118,6 +137,9 @@ class Tars(Source):
         offset, size = self.offsets_and_sizes[index].tolist()
         file = int(self.file_of[index])
         return io.BytesIO(self._opened.use(file, lambda opened: read_part(opened, offset, size)))
+
+    def notes(self) -> list[str]:
+        return ignored_note(self.root, self._ignored)
 
 
 class HuggingFace(Source):
@@ -162,10 +184,15 @@ class HuggingFace(Source):
 
 
 class Shard(NamedTuple):
-    """An open shard and its images, one for each sample."""
+    """An open shard and its images, one for each sample.
+
+    What else is in it is counted by kind; `damage` says how it is damaged, if it is.
+    """
 
     file: BinaryIO
     images: list[Member]
+    ignored: Counter[str]
+    damage: str | None
 
 
 class Shards(Source):
@@ -180,10 +207,20 @@ class Shards(Source):
         assumed: The lengths are a guess. Each pass begins where the one before ended in a shard,
             round and round: so all images of a longer one are seen in time, and those of a shorter
             one more than once in a pass.
+        seen: What people should know of the shards; None where they were not looked at yet.
     """
 
-    def __init__(self, root: str, urls: list[str], lengths: np.ndarray, assumed: bool) -> None:
+    def __init__(
+        self,
+        root: str,
+        urls: list[str],
+        lengths: np.ndarray,
+        assumed: bool,
+        seen: list[str] | None = None,
+    ) -> None:
         self.root, self.urls, self.shards, self.assumed = root, urls, lengths, assumed
+        self._seen = seen
+        self._damaged: list[tuple[str, str]] = []
         self._ends = np.cumsum(lengths)
         # To another shard, and with time to every image.
         self._stride = int(lengths.max())
@@ -193,7 +230,14 @@ class Shards(Source):
         self.expect(1)
 
     def _open_shard(self, number: int) -> Shard:
-        return open_shard(self.urls[number])
+        shard = open_shard(self.urls[number])
+        if shard.damage and self._seen is None:
+            self._damaged.append((self.urls[number], f"{shard.damage}; what is left is used"))
+        return shard
+
+    def take_damaged(self) -> list[tuple[str, str]]:
+        taken, self._damaged = self._damaged, []
+        return taken
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -236,14 +280,19 @@ class Shards(Source):
         return io.BytesIO(self._opened.use(shard, read))
 
     def notes(self) -> list[str]:
-        taken = int(self.shards[0])
-        found = len(self._opened[0].images) if self.assumed and 0 in self._opened else taken
-        if found == taken:
+        if self._seen is not None:
+            return self._seen
+        if 0 not in self._opened:
             return []
-        return [
-            f"{self.urls[0]} holds {found} images, where an even share of --data.num-samples is"
-            f" {taken}: each epoch takes {taken} of them, the next ones in turn"
-        ]
+        first, taken = self._opened[0], int(self.shards[0])
+        notes = _shards_note(f"{self.urls[0]}, one of {len(self.urls)}", first.ignored)
+        if self.assumed and len(first.images) != taken:
+            notes.append(
+                f"{self.urls[0]} holds {len(first.images)} images, where an even share of"
+                f" --data.num-samples is {taken}: each epoch takes {taken} of them, the next ones"
+                " in turn"
+            )
+        return notes
 
     def _find(self, index: int) -> tuple[int, int]:
         """Shard and number in it, which goes on counting in later passes."""
@@ -256,7 +305,8 @@ class Shards(Source):
         if self.assumed:
             number %= len(images)
         if number >= len(images):
-            raise OSError(f"the shard holds {len(images)} images, not {self.shards[shard]}")
+            why = f"; {opened.damage}" if opened.damage else ""
+            raise OSError(f"the shard holds {len(images)} images, not {self.shards[shard]}{why}")
         return images[number]
 
 
@@ -288,15 +338,15 @@ def find_shards(root: str, pattern: str, num_samples: int | None) -> Shards:
     missing = [url for url in urls if _is_file(url) and not os.path.isfile(url)]
     if missing or not urls:
         raise _error(root, f"there is no shard {(missing or [pattern + '/*.tar'])[0]}")
-    lengths = [known.get(os.path.basename(url)) for url in urls]
+    lengths, seen = [known.get(os.path.basename(url)) for url in urls], None
     if num_samples is not None:
         share, rest = divmod(num_samples, len(urls))
         lengths = [share + (number < rest) for number in range(len(urls))]
     elif None in lengths:
-        lengths = _counted(root, urls)
+        lengths, seen = _counted(root, urls)
     if not sum(lengths):
         raise _error(root, "there is no image in the shards")
-    return Shards(root, urls, np.array(lengths, dtype=np.int64), assumed=num_samples is not None)
+    return Shards(root, urls, np.array(lengths, np.int64), num_samples is not None, seen)
 
 
 def open_shard(url: str) -> Shard:
@@ -306,24 +356,67 @@ def open_shard(url: str) -> Shard:
         OSError: there is no image in it, or it cannot be read; Unavailable, or fetched.
     """
     file = open(url, "rb") if _is_file(url) else _fetched(url)
-    # By WebDataset's key; of a sample with several images, 1.jpg and 1.seg.png, the plain one.
-    images: dict[str, Member] = {}
-    reason = "there is no image in it"
+    members: list[Member] = []
+    ignored: Counter[str] = Counter()
+    damage = None
     try:
         try:
-            for image in images_in(file):
-                folder, base = os.path.split(image.name)
-                key, _, kind = base.partition(".")
-                if "." not in kind:
-                    images.setdefault(os.path.join(folder, key), image)
-        except tarfile.TarError as error:
-            reason = f"it is no tar file, a compressed or a damaged one ({error})"
+            for member in members_in(file):
+                members.append(member)
+        except DamagedTar as error:
+            damage = str(error)
+        images = list(of_samples(members, ignored))
+        if damage and images and "." in _field(images[-1]):
+            images.pop()  # its sample may have had a plain one
         if not images:
-            raise OSError(f"{url}: {reason}")
+            raise OSError(f"{url}: {damage or no_image('it', _shards_note('it', ignored))}")
     except BaseException:
         file.close()  # of a temporary file, the space
         raise
-    return Shard(file, list(images.values()))
+    return Shard(file, images, ignored, damage)
+
+
+def of_samples(members: Iterable[Member], ignored: Counter[str]) -> Iterator[Member]:
+    """The image of each sample, as WebDataset's own library cuts samples (`group_by_keys`).
+
+    A sample is neighbours whose names are the same up to the first dot of the last part. Of several
+    images in it, 1.jpg and 1.seg.png, the plain one is taken; where none is plain, as of 1.left.jpg
+    and 1.right.jpg, none. All else is counted in `ignored` by what follows that dot.
+    """
+
+    data = []
+    for member in members:
+        if not _META.match(member.name):
+            if _field(member):
+                data.append(member)
+            else:
+                ignored[kind_of(member.name)] += 1
+    for _, sample in itertools.groupby(data, lambda m: m.name[: -len(_field(m))]):
+        sample = list(sample)
+        fields: dict[str, Member] = {}  # of two of one name the first, as there
+        for member in sample:
+            fields.setdefault(_field(member).lower(), member)
+        images = [member for member in fields.values() if is_image(member.name)]
+        plain = [member for member in images if "." not in _field(member)]
+        chosen = (plain or images)[0] if plain or len(images) == 1 else None
+        ignored.update(f".{_field(member)}".lower() for member in sample if member is not chosen)
+        if chosen is not None:
+            yield chosen
+
+
+def _field(member: Member) -> str:
+    """What WebDataset calls a file of a sample."""
+    return os.path.basename(member.name).partition(".")[2]
+
+
+def _shards_note(where: str, ignored: Counter[str]) -> list[str]:
+    if not any(is_image(f"KEY{kind}") for kind in ignored):
+        return ignored_note(where, ignored)
+    advice = (
+        ". A WebDataset sample is files of one name up to its first dot: KEY.jpg is read of it, or"
+        " its only image. --data.root tar/FOLDER reads all images of local files"
+    )
+    return [note + advice for note in ignored_note(where, ignored)]
 
 
 def _fetched(url: str) -> BinaryIO:
@@ -339,7 +432,7 @@ def _fetched(url: str) -> BinaryIO:
         if hopeless(error):
             raise
         # Not tried again at once: curl has done so already.
-        raise Unavailable(f"{url} cannot be fetched: {reason_of(error)}") from None
+        raise Unavailable(f"{url} cannot be fetched: {one_line(error)}") from None
     file.seek(0)
     return file
 
@@ -377,18 +470,26 @@ def _text_of(path: str) -> bytes | None:
     return None
 
 
-def _counted(root: str, urls: list[str]) -> list[int]:
+def _counted(root: str, urls: list[str]) -> tuple[list[int], list[str]]:
+    """Images of each shard, and what people should know of the shards."""
     if not all(map(_is_file, urls)):
         what = "shards behind a URL are not counted, and no _info.json beside them could be read"
         raise _error(root, f"{what}; pass --data.num-samples")
 
-    def count(url: str) -> int:
+    def look(url: str) -> Shard:
         shard = open_shard(url)
         shard.file.close()
-        return len(shard.images)
+        return shard._replace(images=[None] * len(shard.images))
 
     try:
         with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
-            return list(threads.map(count, urls))
+            shards = list(threads.map(look, urls))
     except OSError as error:
         raise _error(root, str(error)) from error
+    notes = [
+        f"{url}: {shard.damage}; the {len(shard.images)} images that are left are used"
+        for url, shard in zip(urls, shards, strict=True)
+        if shard.damage
+    ]
+    ignored = sum((shard.ignored for shard in shards), Counter())
+    return [len(shard.images) for shard in shards], [*notes, *_shards_note(root, ignored)]

@@ -9,7 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
-from greenmim.data.images import IMAGE_SUFFIXES, Unavailable, hopeless, patiently, reason_of
+from greenmim.data.images import Unavailable, hopeless, patiently
+from greenmim.guards import one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,27 +27,46 @@ class Member(NamedTuple):
     size: int
 
 
-def images_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
-    """The images in a tar, and in tars in it, in the order they are stored.
+class DamagedTar(Exception):
+    """What is no tar, or ends before its end; what was found before is good."""
+
+
+def members_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
+    """The files in a tar, and in tars in it, in the order they are stored.
 
     Hidden files are left out, and sparse ones, which no image is.
 
     Raises:
-        tarfile.TarError: it is no tar, a compressed one, or cut short.
+        DamagedTar: it is no tar, a compressed one, or damaged: cut short, wherever, or overwritten.
     """
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # or it keeps them all
-            base = os.path.basename(member.name)
-            suffix = os.path.splitext(base)[1].lower()
-            if not member.isreg() or member.issparse() or base.startswith("."):
-                continue
-            name = prefix + member.name.removeprefix("./")
-            if suffix == ".tar":
-                for inner in images_in(archive.extractfile(member), name + "/"):
-                    yield inner._replace(offset=member.offset_data + inner.offset)
-            elif suffix in IMAGE_SUFFIXES:
-                yield Member(name, member.offset_data, member.size)
+    what = prefix.removesuffix("/") or "it"
+    try:
+        archive = tarfile.open(fileobj=file, mode="r:")
+    except tarfile.TarError as error:
+        raise DamagedTar(f"{what} is no tar file, or a compressed one ({error})") from error
+    end, count = file.seek(0, os.SEEK_END), 0
+    try:
+        with archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # or it keeps them all
+                if member.offset_data + member.size > end and not member.issparse():
+                    raise tarfile.ReadError("unexpected end of data")
+                base = os.path.basename(member.name)
+                if not member.isreg() or member.issparse() or base.startswith("."):
+                    continue
+                name = prefix + member.name.removeprefix("./")
+                count += 1
+                if base.lower().endswith(".tar"):
+                    for inner in members_in(archive.extractfile(member), name + "/"):
+                        yield inner._replace(offset=member.offset_data + inner.offset)
+                else:
+                    yield Member(name, member.offset_data, member.size)
+            # tarfile takes the end of a file, and what is no header, for the end of the archive.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("the mark of its end is missing")
+    except (tarfile.TarError, ValueError) as error:  # of numbers in a header
+        raise DamagedTar(f"{what} is damaged after {count} whole files ({error})") from error
 
 
 def read_part(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -106,7 +126,7 @@ class Opened(Generic[T]):
         except Exception as error:
             if hopeless(error):
                 raise
-            return Failed(reason_of(error), time.monotonic() + AGAIN_AFTER)
+            return Failed(one_line(error), time.monotonic() + AGAIN_AFTER)
 
     def use(self, number: int, action: Callable[[T], R]) -> R:
         """`action` on it; where the system has an error with it, it is opened anew next time."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +15,12 @@ import torch
 from PIL import Image
 
 from greenmim.data.dataset import normalise
-from greenmim.data.images import find_images, open_fitted
-from greenmim.guards import UserError, first_line
+from greenmim.data.decode import open_fitted
+from greenmim.data.sources import PREFIXES, find_source
+from greenmim.guards import UserError, one_line
 from greenmim.masking import random_visible
 from greenmim.pictures import shown
-from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD
+from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from greenmim.tools.loading import load_model
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
@@ -39,7 +43,8 @@ def reconstruct(
     Args:
         checkpoint: A run's checkpoint, or any greenmim or official one with a decoder, if the model
             is named.
-        images: Files, or folders of which the first `limit` images are taken.
+        images: Files; or folders, tars, shards and data sets as in `DataConfig.root`, of which the
+            first images are taken, and those that cannot be read are told on stderr.
         output: The picture to write; the suffix (.png, .jpg, .webp, .pdf, .svg) says how.
         model: Name of the model, for a checkpoint that does not say.
         seed: Seed of the masks, one per image.
@@ -65,44 +70,54 @@ def reconstruct(
         raise UserError("--device cuda: PyTorch sees no CUDA GPU here.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    files = _image_files(images)[:limit]
     network, run = load_model(checkpoint, model)
+    size = network.config.image_hw
+    named = list(itertools.islice(_pictures(images, size), limit))
+    if not named:
+        raise UserError("--images: none of them can be read.")
     network = network.to(device).eval()
     data = run.get("data", {})
     mean, std = list(data.get("mean", IMAGENET_MEAN)), list(data.get("std", IMAGENET_STD))
     if mask_ratio is None:
         mask_ratio = run.get("mask", {}).get("ratio", 0.75)
 
-    size = network.config.image_hw
-    pictures = torch.stack([normalise(_read(file, size), mean, std) for file in files])
+    pictures = torch.stack([normalise(picture, mean, std) for _, picture in named])
     rng = np.random.default_rng(seed)
     try:
-        visible = random_visible(rng, network.config.num_units, mask_ratio, batch=len(files))
+        visible = random_visible(rng, network.config.num_units, mask_ratio, batch=len(named))
     except ValueError as error:
         raise UserError(f"--mask-ratio: {error}.") from error
     columns = shown(network, pictures.to(device), visible, mean, std, paste_visible)
-    titles = ("original", f"masked ({100 * mask_ratio:.0f} % hidden)", "reconstruction")
-    _draw(columns, titles, [file.stem for file in files], output)
+    units = network.config.num_units
+    hidden = f"{units - int(visible[0].sum())} of {units} units hidden"
+    _draw(columns, ("original", hidden, "reconstruction"), [name for name, _ in named], output)
     return output
 
 
-def _image_files(images: Sequence[str | Path]) -> list[Path]:
-    files = []
-    for given in map(Path, images):
-        if given.is_dir():
-            files += [given / name for name in find_images(given)]
-        elif given.is_file():
-            files.append(given)
-        else:
-            raise UserError(f"There is no image {given}.")
-    return files
-
-
-def _read(file: Path, size: tuple[int, int]) -> Image.Image:
-    try:
-        return open_fitted(file, size)
-    except Exception as error:  # decoders raise anything on a broken file
-        raise UserError(f"{file} cannot be read as an image: {first_line(error)}") from error
+def _pictures(
+    images: Sequence[str | Path], size: tuple[int, int]
+) -> Iterator[tuple[str, Image.Image]]:
+    """Names and pictures, of `size`; a file that was named itself has to be readable."""
+    for given in map(str, images):
+        source = None
+        if not os.path.isfile(given) or given.lower().endswith(".tar"):
+            if not os.path.exists(given) and not given.lower().startswith(PREFIXES):
+                raise UserError(f"There is no image {given}.")
+            try:
+                source = find_source(DataConfig(root=given))
+            except UserError as error:
+                raise UserError(str(error).replace("--data.root", "--images")) from error
+        for index in range(1 if source is None else len(source)):
+            name = given if source is None else source.path(index)
+            try:
+                picture = open_fitted(given if source is None else source.open(index), size)
+            except Exception as error:  # decoders raise anything on a broken file
+                told = f"{name} cannot be read as an image: {one_line(error)}"
+                if source is None:
+                    raise UserError(told) from error
+                print(told, file=sys.stderr)
+            else:
+                yield os.path.basename(name), picture
 
 
 def _draw(
@@ -135,6 +150,10 @@ def _draw(
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(titles[column], fontsize=10, pad=5)
+            if column == 0:
+                box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
+                name = textwrap.shorten(names[index], 28, placeholder="...")
+                axes.text(0.02, 0.02, name, fontsize=6, transform=axes.transAxes, bbox=box)
     temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
         figure.savefig(temporary)

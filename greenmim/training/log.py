@@ -125,7 +125,8 @@ class RunLog:
         wait = f"wait {100 * values['data_wait']:.0f}%"
         if self._bar is not None:  # short, for terminals of 80 columns
             loss = f"loss {values['loss']:.3f}"
-            memory = f"{values['peak_memory_gib']:.1f} GiB"
+            loaders = f"{values['loader_memory_gib']:.1f}"
+            memory = f"{values['peak_memory_gib']:.1f}+{loaders} GiB"
             self._bar.set_postfix_str(f"{loss}, {speed}, {wait}, {memory}", refresh=False)
         elif self._file is not None:
             self.say(
@@ -133,6 +134,7 @@ class RunLog:
                 f"  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
                 f"  grad {values['grad_norm']:.2f}"
                 f"  {speed}  {wait}  mem {values['peak_memory_gib']:.2f} GiB"
+                f" + loaders {values['loader_memory_gib']:.2f}"
             )
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:

@@ -327,6 +327,7 @@ class Trainer:
             "images_per_second": images / seconds,
             "data_wait": min((waited - self.window_waited) / seconds, 1.0),
             "peak_memory_gib": peak_memory_gib(run.processes.device),
+            "loader_memory_gib": run.feed.memory() / 2**30,
             "skipped": self.skipped,
         }
         self.log.train(step, values)

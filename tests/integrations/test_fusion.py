@@ -37,6 +37,8 @@ from .cases import (
     torchvision_swin,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:

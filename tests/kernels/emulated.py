@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import greenmim_kernels as gk
@@ -24,34 +26,44 @@ from greenmim_kernels.partition import GroupPartition
 from greenmim_kernels.testing import Inputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILDS = ROOT / "build" / "tests"
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FLAGS = {
+FLAGS = {  # compiling with optimisation for both sanitizers of the second takes ten times as long
     "plain": ["-O2"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-fsanitize=thread"],
 }
 # The shared memory that a block may ask for on sm_90, and on sm_86, where it is least.
 LARGE, SMALL = 232448, 101376
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="greenmim_emulator_")
-
-
-@functools.cache
 def build(
     program: str, kind: str = "plain", *defines: str, root: pathlib.Path = ROOT
 ) -> pathlib.Path:
-    """Compile a program of tests/emulator for the emulator; `kind` names the sanitizers."""
-    name = "-".join([program, kind, root.name, *(define.replace("=", "") for define in defines)])
-    binary = pathlib.Path(_folder().name) / name
+    """Compile a program of tests/emulator for the emulator; `kind` names the sanitizers.
+
+    What was compiled from the same sources before is taken, also of another process or run.
+    """
     emulator = root / "tests" / "emulator"
     command = [os.environ.get("CXX", "g++"), "-std=c++20", *FLAGS[kind], "-fno-strict-aliasing"]
     command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DGREENMIM_EMULATE"]
     command += [f"-D{define}" for define in defines]
-    command += [f"-I{emulator}", "-x", "c++", str(emulator / program), "-o", str(binary)]
-    subprocess.run(command, check=True, timeout=600)
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
+    contents = hashlib.sha256(version + repr(command).encode())
+    for file in sorted([*(root / "csrc" / "cuda").iterdir(), *emulator.iterdir()]):
+        contents.update(file.name.encode() + file.read_bytes())
+    name = "-".join([program, kind, root.name, *(define.replace("=", "") for define in defines)])
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    binary = BUILDS / f"{name}-{contents.hexdigest()[:16]}"
+    with FileLock(BUILDS / f"{name}.lock"):
+        if not binary.exists():
+            for old in BUILDS.glob(f"{name}-{'?' * 16}*"):
+                old.unlink()
+            beside = f"{binary}.new"
+            command += [f"-I{emulator}", "-x", "c++", str(emulator / program), "-o", beside]
+            subprocess.run(command, check=True, timeout=600)
+            os.replace(beside, binary)
     return binary
 
 
@@ -64,12 +76,17 @@ def toolkit(program: str) -> str | None:
 
 
 @functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="greenmim_programs_")
+
+
+@functools.cache
 def build_for_gpu(program: str, *defines: str) -> pathlib.Path:
     """Compile a program of tests/emulator with nvcc for the GPU of this machine.
 
     GREENMIM_PROGRAMS names a folder that processes share, for as long as the sources stay.
     """
-    folder = pathlib.Path(os.environ.get("GREENMIM_PROGRAMS") or _folder().name)
+    folder = pathlib.Path(os.environ.get("GREENMIM_PROGRAMS") or _own_folder().name)
     defined = (define.replace("=", "") for define in defines)
     binary = folder / "-".join([program, "gpu", *defined])
     if binary.exists():

@@ -1,14 +1,19 @@
-"""Repairs of Triton's interpreter (3.6 to 3.8), for tests only: bfloat16 arithmetic.
+"""Repairs of Triton's interpreter (3.6 to 3.8), for tests only: bfloat16 arithmetic, and its time.
 
 The interpreter keeps bfloat16 as 16-bit integers and forgets it in products, arithmetic and some
 casts, so that results are wrong by orders of magnitude without an error. Here bfloat16 values are
 widened to float32 before an operation and rounded to nearest even after it.
+
+It also puts its own functions into triton.language at every call of a function that a kernel calls,
+where they are since the launch, and looks for overflow of integers in its own slow arithmetic: more
+than half of the time of a test.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
@@ -70,6 +75,25 @@ def repair() -> None:
             return cast_impl(self, source, target)
         return convert(self, source, target, rounding)
 
+    patch = interpreter._patch_lang
+
+    def patch_lang(function):
+        names = function.__globals__.values()
+        if any(lang in names and tl.core.is_builtin(lang.program_id) for lang in (tl, tl.core)):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    def check_overflow(self, left, right, operation):
+        kind = left.type.scalar
+        if kind.int_bitwidth >= 64:
+            return
+        a, b = (operand.handle.data.astype(np.int64) for operand in (left, right))
+        exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__](a, b)
+        fits = kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()
+        assert fits, f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
+
+    interpreter._patch_lang = patch_lang
+    TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
     Builder.create_dot, Builder.binary_op, Builder.unary_op = create_dot, binary_op, unary_op
     Builder.cast_impl, Builder.create_fp_to_fp = cast_impl, create_fp_to_fp
     Builder._bf16_repaired = True

@@ -32,10 +32,18 @@ in_the_interpreter = pytest.mark.skipif(
 )
 
 
-def run_in_the_interpreter(file: str) -> None:
+# Parts of a file's tests, which processes of pytest-xdist run side by side (see tests/conftest).
+SHARES = ("1/3", "2/3", "3/3")
+shares = pytest.mark.parametrize(
+    "share", [pytest.param(share, marks=pytest.mark.slow) for share in SHARES]
+)
+
+
+def run_in_the_interpreter(file: str, share: str) -> None:
+    """Run a share of a file's tests in a process of their own, as the interpreter needs it."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", file]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "GREENMIM_TEST_SHARE": share}
     root = pathlib.Path(__file__).resolve().parents[2]
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800

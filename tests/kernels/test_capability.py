@@ -32,6 +32,7 @@ TESTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_passes(capability):
     environment = {**os.environ, "GREENMIM_CPU_CAPABILITY": capability}

@@ -24,6 +24,7 @@ from greenmim_kernels.testing import (
     run,
 )
 
+pytestmark = pytest.mark.slow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     Case(shifted=True, batch=3),

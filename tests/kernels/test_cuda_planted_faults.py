@@ -16,6 +16,7 @@ from window_cases import swin, window_inputs
 import greenmim_kernels as gk
 from greenmim_kernels.testing import Case, assert_within_budget, make_inputs, run
 
+pytestmark = pytest.mark.slow
 CASE = Case(image_size=(96, 64), batch=3, num_heads=1, shifted=True, dtype=torch.bfloat16)
 LONG_CASE = Case(image_size=(64, 96), stage=1, window_size=14, batch=2, num_heads=1,
                  mask_ratio=0.5, dtype=torch.bfloat16)  # fmt: skip
@@ -131,209 +132,256 @@ def test_sanitizers_find_nothing_in_other_kernels(dtype):
 FORWARD, BACKWARD, LONG = (
     f"attention_{name}.cuh" for name in ("forward", "backward", "backward_long")
 )
-TOP = "    // Also: no warp still works on the stage that is filled next.\n    __syncthreads();\n"
-# file, what stands there, what is planted, the sanitizer that has to see it, the case
+ALSO = "    // Also: no warp still works on the stage that is filled next.\n"
+# file, what stands there, what is planted where PLANTED holds, the sanitizer that has to see it,
+# the case
 FAULTS = {
-    "forward: no barrier after the wait": (FORWARD, TOP, "", "thread", CASE),
-    "backward: no barrier after the wait": (BACKWARD, TOP, "", "thread", CASE),
-    "long backward: no barrier after the wait": (LONG, TOP, "", "thread", LONG_CASE),
+    "forward: no barrier after the wait": (
+        FORWARD,
+        f"{ALSO}    __syncthreads();\n",
+        f"{ALSO}    if (!PLANTED) __syncthreads();\n",
+        "thread",
+        CASE,
+    ),
+    "backward: no barrier after the wait": (
+        BACKWARD,
+        f"{ALSO}    __syncthreads();\n",
+        f"{ALSO}    if (!PLANTED) __syncthreads();\n",
+        "thread",
+        CASE,
+    ),
+    "long backward: no barrier after the wait": (
+        LONG,
+        f"{ALSO}    __syncthreads();\n",
+        f"{ALSO}    if (!PLANTED) __syncthreads();\n",
+        "thread",
+        LONG_CASE,
+    ),
     "forward: bias made before the table is there": (
         FORWARD,
         "    __syncthreads();  // the table is there\n",
-        "",
+        "    if (!PLANTED) __syncthreads();\n",
         "thread",
         CASE,
     ),
     "backward: bias made before the table is there": (
         BACKWARD,
         "  __syncthreads();  // the table is there\n",
-        "",
+        "  if (!PLANTED) __syncthreads();\n",
         "thread",
         CASE,
     ),
     "backward: no barrier before the keys": (
         BACKWARD,
         "    __syncthreads();  // all probabilities are there; nobody needs k and v any more\n",
-        "",
+        "    if (!PLANTED) __syncthreads();\n",
         "thread",
         CASE,
     ),
     "backward: no barrier before the table": (
         BACKWARD,
         "  __syncthreads();  // nobody reads tiles or probabilities any more\n",
-        "",
+        "  if (!PLANTED) __syncthreads();\n",
         "thread",
         CASE,
     ),
     "results read by other lanes without a barrier": (
         FORWARD,
         "own_rows);\n      __syncwarp();\n",
-        "own_rows);\n",
+        "own_rows);\n      if (!PLANTED) __syncwarp();\n",
         "thread",
         CASE,
     ),
     "rows of the table added without a barrier": (
         "slots.cuh",
         "    __syncwarp();\n  }\n}\n\n// What a block leaves",
-        "  }\n}\n\n// What a block leaves",
+        "    if (!PLANTED) __syncwarp();\n  }\n}\n\n// What a block leaves",
         "thread",
         CASE,
     ),
     "forward: a wait that leaves one more on its way": (
         FORWARD,
-        "copy_async_wait<Memory::kStages - 2>",
-        "copy_async_wait<Memory::kStages - 1>",
+        "copy_async_wait<Memory::kStages - 2>();",
+        "PLANTED ? copy_async_wait<Memory::kStages - 1>()\n"
+        "            : copy_async_wait<Memory::kStages - 2>();",
         "plain",
         CASE,
     ),
     "backward: a wait that leaves one on its way": (
         BACKWARD,
         "    copy_async_wait<0>();\n    // Also",
-        "    copy_async_wait<1>();\n    // Also",
+        "    PLANTED ? copy_async_wait<1>() : copy_async_wait<0>();\n    // Also",
         "plain",
         CASE,
     ),
     "the table read one beyond its end": (
         "slots.cuh",
         "i < a.table_rows; i += int(blockDim.x))\n      table[i]",
-        "i <= a.table_rows; i += int(blockDim.x))\n      table[i]",
+        "i < a.table_rows + PLANTED; i += int(blockDim.x))\n      table[i]",
         "address",
         CASE,
     ),
     "lse written one beyond its row": (
         FORWARD,
         "lse[to] =",
-        "lse[to + 1] =",
+        "lse[to + PLANTED] =",
         "address",
         CASE,
     ),
     "the staging strip of the next warp": (
         LONG,
         "return staging + warp * kStrip",
-        "return staging + (warp + 1) * kStrip",
+        "return staging + (warp + PLANTED) * kStrip",
         "plain",
         LONG_CASE,
     ),
     "a fragment of the right operand from the wrong half": (
         "products.cuh",
         "Row::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)",
-        "Row::offset(lane % 8 + lane / 8 % 2 * 8, lane / 16)",
+        "(PLANTED ? Row::offset(lane % 8 + lane / 8 % 2 * 8, lane / 16)"
+        " : Row::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2))",
         "plain",
         CASE,
     ),
     "a transposed fragment that is not": (
         "products.cuh",
         "load_matrices<true>(\n        a, shared_address(p",
-        "load_matrices<false>(\n        a, shared_address(p",
+        "(PLANTED ? load_matrices<false> : load_matrices<true>)(\n        a, shared_address(p",
         "plain",
         CASE,
     ),
     "the softmax of long groups not scaled to the new largest score": (
         FORWARD,
         "sum[half] *= factor;",
-        "",
+        "if (!PLANTED) sum[half] *= factor;",
         "plain",
         LONG_CASE,
     ),
     "sums of the table added before they are there": (
         "table_gradient.cuh",
         "  __syncthreads();\n",
-        "",
+        "  if (!PLANTED) __syncthreads();\n",
         "thread",
         CASE,
     ),
     "the last of a run's partial sums left out": (
         "table_gradient.cuh",
         "last = count * (run + 1) / runs;",
-        "last = count * (run + 1) / runs - (runs > 1);",
+        "last = count * (run + 1) / runs - (PLANTED && runs > 1);",
         "plain",
         MANY_CASE,
     ),
     "pieces of a row copied to the places of another": (
         "slots.cuh",
         "tile + t * tile_step + Row::offset(slot + i * step, piece)",
-        "tile + t * tile_step + Row::offset(slot + i * step + 2, piece)",
+        "tile + t * tile_step + Row::offset(slot + i * step + 2 * PLANTED, piece)",
         "plain",
         CASE,
     ),
     "the last group with tokens not counted": (
         "slots.cuh",
         "filled = first + 32 - __clz",
-        "filled = first + 31 - __clz",
+        "filled = first + 32 - PLANTED - __clz",
         "plain",
         GROUPS_CASE,
     ),
     "a run of images one too short": (
         "attention_launch.cuh",
         "(a.batch + runs - 1) / runs",
-        "a.batch / runs",
+        "(PLANTED ? a.batch : a.batch + runs - 1) / runs",
         "plain",
         CASE,
     ),
     "keys of the next window attended": (
         "slots.cuh",
         "return query.x == key.x;",
-        "return query.x >= 0 && key.x >= 0;",
+        "return PLANTED ? query.x >= 0 && key.x >= 0 : query.x == key.x;",
         "plain",
         CASE,
     ),
     "of the padding, the last image's sum alone": (
         "slots.cuh",
         "sums[d] += sum;",
-        "sums[d] = sum;",
+        "sums[d] = PLANTED ? sum : sums[d] + sum;",
         "plain",
         PADDED,
     ),
     "padding without its value": (
         "slots.cuh",
         "pads || from[i] >= 0",
-        "from[i] >= 0",
+        "(pads && !PLANTED) || from[i] >= 0",
         "plain",
         PADDED,
     ),
     "v in the rows of k": (
         FORWARD,
         "value(a.v, place.head",
-        "value(a.k, place.head",
+        "value(PLANTED ? a.k : a.v, place.head",
         "plain",
         PADDED,
     ),
     "the columns of the next head": (
         "slots.cuh",
         "copy_async_8(to + 4, from + 4, valid && columns >= 8);",
-        "copy_async_8(to + 4, from + 4, valid);",
+        "copy_async_8(to + 4, from + 4, valid && (PLANTED || columns >= 8));",
         "plain",
         NARROW,
     ),
     "results in the next head": (
         "slots.cuh",
         "if (int(column) + 4 * half < head_dim)",
-        "",
+        "if (PLANTED || int(column) + 4 * half < head_dim)",
         "address",
         NARROW,
     ),
 }
+CHOICE = """
+#include <cstdlib>
+inline const int planted = std::getenv("PLANTED") ? std::atoi(std::getenv("PLANTED")) : -1;
+"""
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Sources with every fault, of which the environment variable PLANTED chooses one.
+
+    So they are compiled once, and not once for each fault.
+    """
+    root = tmp_path_factory.mktemp("faulty", numbered=False)
+    for folder in ("csrc/cuda", "tests/emulator"):
+        shutil.copytree(emulated.ROOT / folder, root / folder)
+    program = root / "tests" / "emulator" / "attention.cu"
+    program.write_text(CHOICE + program.read_text())
+    for number, (file, before, after, *_) in enumerate(FAULTS.values()):
+        source = root / "csrc" / "cuda" / file
+        text = source.read_text()
+        assert before in text, f"{file} has changed: plant this fault anew: {before}"
+        source.write_text(text.replace(before, after.replace("PLANTED", f"(planted == {number})")))
+    return root
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(fault, tmp_path):
-    file, before, after, kind, case = FAULTS[fault]
-    root = tmp_path / fault.replace(" ", "_").replace(":", "")
-    for folder in ("csrc/cuda", "tests/emulator"):
-        shutil.copytree(emulated.ROOT / folder, root / folder)
-    source = root / "csrc" / "cuda" / file
-    text = source.read_text()
-    assert before in text, f"{file} has changed: plant this fault anew"
-    source.write_text(text.replace(before, after))
-    binary = build("attention.cu", kind, *ONLY, root=root)
+def test_a_planted_fault_is_caught(fault, faulty, monkeypatch):
+    *_, kind, case = FAULTS[fault]
+    monkeypatch.setenv("PLANTED", str(list(FAULTS).index(fault)))
     with pytest.raises((AssertionError, Caught)) as caught:
-        check(binary, case)
+        check(build("attention.cu", kind, *ONLY, root=faulty), case)
     expected = {"thread": "data race", "address": "Sanitizer", "plain": "error"}[kind]
     assert expected in str(caught.value)
 
 
+CASES = {"short": CASE, "long": LONG_CASE, "many": MANY_CASE, "groups": GROUPS_CASE}
+CASES |= {"padded": PADDED, "narrow": NARROW}
+
+
 @pytest.mark.parametrize(
-    "case", [CASE, LONG_CASE, PADDED, NARROW], ids=["short", "long", "padded", "narrow"]
+    ("kind", "case"),
+    [
+        *(("plain", case) for case in CASES),
+        *(("address", case) for case in CASES),
+        ("thread", "short"),
+        ("thread", "long"),
+    ],
 )
-def test_without_a_fault_nothing_is_caught(case):
-    check(build("attention.cu", "plain", *ONLY), case)
+def test_without_a_fault_nothing_is_caught(kind, case, faulty):
+    check(build("attention.cu", kind, *ONLY, root=faulty), CASES[case])

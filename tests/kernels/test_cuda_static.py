@@ -14,6 +14,7 @@ import pytest
 import torch
 from emulated import LARGE, SMALL, images_per_block, plan
 
+from greenmim_kernels._triton import machine_code
 from greenmim_kernels.testing import Case, make_partition
 
 COMMITTED = json.loads(cuda_binary.FIGURES.read_text())
@@ -28,8 +29,10 @@ needs_module = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def figures():
-    return cuda_binary.figures(binary, cuda_binary.cuobjdump())
+def figures(remembered):
+    read_by = (binary, cuda_binary.__file__, machine_code.__file__)
+    tool = cuda_binary.cuobjdump()
+    return remembered("cuda", read_by, lambda: cuda_binary.figures(binary, tool), tool)
 
 
 @needs_module

@@ -20,6 +20,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu_check import CALLS, Part
 
+pytestmark = pytest.mark.slow
 GOOD = Part("good", ("-c", "print('fine')"), 60)
 BAD = Part("bad", ("-c", "print('why'); raise SystemExit(1)"), 60)
 SLOW = Part("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2)

@@ -25,6 +25,7 @@ from kernel_backends import (
     in_the_interpreter,
     kernel_test,
     run_in_the_interpreter,
+    shares,
 )
 from torch._dynamo.testing import CompileCounter
 
@@ -61,8 +62,9 @@ CASES = [
 
 
 @in_the_interpreter
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+@shares
+def test_in_the_interpreter(share):
+    run_in_the_interpreter(__file__, share)
 
 
 def assert_agrees(inputs, backend):
@@ -502,6 +504,25 @@ def test_the_repaired_interpreter_rounds_bfloat16():
     kernel[(1,)](x, y, product, total, 16)
     torch.testing.assert_close(product, x.float() @ y.float())
     assert torch.equal(total, (x.float() * 2).bfloat16() + y)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
+@pytest.mark.parametrize("operation", ["add", "sub", "mul"])
+def test_the_repaired_interpreter_finds_integers_that_overflow(operation):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(p_x, p_y, ADD: tl.constexpr, SUB: tl.constexpr):
+        o = tl.arange(0, 4)
+        b_x = tl.load(p_x + o)
+        tl.store(p_y + o, b_x + b_x if ADD else -2 - b_x if SUB else b_x * b_x)
+
+    x = torch.tensor([1, 2, 3, 4], dtype=torch.int32)
+    kernel[(1,)](x, torch.empty_like(x), operation == "add", operation == "sub")
+    x[2] = {"add": 2**30, "sub": 2**31 - 1, "mul": 46341}[operation]
+    with pytest.raises(Exception, match=f"int32 overflow detected for operation {operation}"):
+        kernel[(1,)](x, torch.empty_like(x), operation == "add", operation == "sub")
 
 
 # --- only on a GPU ------------------------------------------------------------------------------

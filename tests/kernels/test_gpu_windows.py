@@ -18,6 +18,7 @@ from kernel_backends import (
     in_the_interpreter,
     kernel_test,
     run_in_the_interpreter,
+    shares,
 )
 from window_cases import HEADS, Windows, problems, swin, volume, window_inputs
 
@@ -28,8 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @in_the_interpreter
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+@shares
+def test_in_the_interpreter(share):
+    run_in_the_interpreter(__file__, share)
 
 
 def on_device(inputs):

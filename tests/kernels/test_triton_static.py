@@ -7,6 +7,7 @@ a diff: `python -m greenmim_kernels._triton.ahead_of_time` rewrites those of the
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 import pytest
 import torch
@@ -102,11 +103,14 @@ def test_products_that_feed_each_other_have_one_warpgroup():
             assert launch.warps == 4, name
 
 
-def test_the_committed_figures_are_these():
+@pytest.mark.slow
+def test_the_committed_figures_are_these(remembered):
     version = triton.__version__
     if version not in COMMITTED:
         pytest.skip(f"no figures of triton {version}")
-    assert COMMITTED[version] == ahead_of_time.compile_all(), f"rewrite {ahead_of_time.FIGURES}"
+    sources = sorted(pathlib.Path(ahead_of_time.__file__).parent.glob("*.py"))
+    found = remembered("triton", sources, ahead_of_time.compile_all, version, torch.__version__)
+    assert COMMITTED[version] == found, f"rewrite {ahead_of_time.FIGURES}"
 
 
 @pytest.mark.parametrize(

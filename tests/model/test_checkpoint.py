@@ -107,6 +107,38 @@ def test_timm_loads_the_encoder(tmp_path):
         assert_equal(swin.state_dict(), weights)
 
 
+def test_compiled_models(model):
+    own = model.state_dict()
+    for name in ("_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}"):
+        compiled = {name.format(key): tensor for key, tensor in own.items()}
+        assert_equal(convert_checkpoint(compiled, source="greenmim", target="greenmim"), own)
+    parts = {name.replace("layers.0.", "layers.0._orig_mod."): own[name] for name in own}
+    assert_equal(convert_checkpoint(parts, source="greenmim", target="greenmim"), own)
+
+
+def test_files_of_microsofts_swin_are_read_and_told_from_others(model):
+    official = convert_checkpoint(model.state_dict(), source="greenmim", target="official")
+    encoder = {n: t for n, t in official.items() if n.startswith("encoder.")}
+    microsoft = {name.removeprefix("encoder."): tensor for name, tensor in encoder.items()}
+    microsoft["head.weight"] = torch.zeros(10, 4)
+    expected = convert_checkpoint(model.state_dict(), source="greenmim", target="timm")
+    assert_equal(convert_checkpoint(microsoft, source="timm", target="timm"), expected)
+    simmim = {**encoder, "encoder.mask_token": torch.zeros(1), "decoder.0.weight": torch.zeros(1)}
+    for source, tensors, maker in (
+        ("official", microsoft, "Microsoft's Swin"),
+        ("greenmim", microsoft, "Microsoft's Swin"),
+        ("greenmim", official, "GreenMIM's published ones"),
+        ("official", model.state_dict(), "this package"),
+        ("official", expected, "timm's Swin"),
+        ("official", simmim, "SimMIM's"),
+        ("timm", {f"swin.{name}": tensor for name, tensor in expected.items()}, "transformers'"),
+        ("timm", {"features.0.0.weight": torch.zeros(1)}, "torchvision's"),
+        ("timm", {"conv.weight": torch.zeros(1)}, "no Swin that is known"),
+    ):
+        with pytest.raises(ValueError, match=f"not a Swin state dict of kind {source!r}.*{maker}"):
+            convert_checkpoint(tensors, source=source, target="timm")
+
+
 def test_wrapped_models_and_heads(model):
     wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     converted = convert_checkpoint(wrapped, source="greenmim", target="greenmim")

@@ -55,13 +55,14 @@ def middle(height: int, width: int) -> Crop:
 
 def sizes_decoded(monkeypatch) -> list[tuple[int, int]]:
     """Filled with the size of every picture that is decoded."""
-    sizes, real = [], dataset_module.to_rgb
+    sizes, real = [], dataset_module.upright
 
-    def to_rgb(image: Image.Image) -> Image.Image:
-        sizes.append(image.size)
-        return real(image)
+    def upright(image: Image.Image, lies: int) -> Image.Image:
+        turned = real(image, lies)
+        sizes.append(turned.size)
+        return turned
 
-    monkeypatch.setattr(dataset_module, "to_rgb", to_rgb)
+    monkeypatch.setattr(dataset_module, "upright", upright)
     return sizes
 
 
@@ -77,11 +78,7 @@ def test_a_reduced_decode_gives_the_same_crop(monkeypatch, orientation, mode, pr
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = saved(large().convert(mode), quality=95, exif=exif, progressive=progressive)
-    loaded: list[tuple[int, int]] = []
-    real = dataset_module.to_rgb
-    monkeypatch.setattr(
-        dataset_module, "to_rgb", lambda image: (loaded.append(image.size), real(image))[1]
-    )
+    loaded = sizes_decoded(monkeypatch)
     whole, _ = read_crop(file, SIZE, middle, reduce=False)
     file.seek(0)
     reduced, _ = read_crop(file, SIZE, middle, reduce=True)
@@ -94,11 +91,7 @@ def test_a_reduced_decode_gives_the_same_crop(monkeypatch, orientation, mode, pr
 
 def test_a_reduced_decode_is_never_smaller_than_the_crop(monkeypatch):
     file = saved(large(480, 640))
-    loaded = []
-    real = dataset_module.to_rgb
-    monkeypatch.setattr(
-        dataset_module, "to_rgb", lambda image: (loaded.append(image.size), real(image))[1]
-    )
+    loaded = sizes_decoded(monkeypatch)
     for side in (60, 61, 119, 120, 121, 240, 480):
         file.seek(0)
         read_crop(file, (60, 60), lambda h, w, s=side: Crop(0, 0, s, s, False), reduce=True)

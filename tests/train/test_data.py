@@ -14,7 +14,8 @@ from train_pictures import picture
 
 from greenmim.config import ModelConfig
 from greenmim.data.dataset import AugmentedImages, Finish, Sample, finishes_in_loader
-from greenmim.data.images import Folder, find_images, open_rgb
+from greenmim.data.decode import open_rgb
+from greenmim.data.images import Folder, find_images
 from greenmim.data.loader import Batch, Collate, Feed, make_loader
 from greenmim.data.sampler import EpochSampler, Item
 from greenmim.guards import UserError

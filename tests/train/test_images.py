@@ -16,7 +16,8 @@ from test_faults import powerless
 from train_pictures import picture
 
 from greenmim.data.dataset import Crop, read_crop
-from greenmim.data.images import Names, find_images, open_rgb, reason_of, upright
+from greenmim.data.decode import open_rgb, upright
+from greenmim.data.images import Names, find_images
 from greenmim.guards import UserError
 
 # ---- orientation --------------------------------------------------------------------------------
@@ -80,16 +81,6 @@ def test_the_first_picture_of_a_phones_file_is_decoded_at_a_reduced_scale(monkey
 
 
 # ---- what cannot be opened ----------------------------------------------------------------------
-
-
-def test_a_picture_that_is_too_large_is_called_so(monkeypatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(Image.DecompressionBombError) as found:
-        open_rgb(saved(large(64, 96)))
-    monkeypatch.undo()
-    assert reason_of(found.value) == (
-        "it has more than the 179 million pixels Pillow opens; make it smaller"
-    )
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def test_a_tracker_that_fails_does_not_end_the_run(recipe: Recipe, tmp_path: Pat
             ("loss", "grad_norm", "lr", "epoch", "images_per_second", "data_wait"), 0.5
         )
         for step in (1, 2):
-            log.train(step, {**values, "peak_memory_gib": 1.0, "skipped": 0})
+            memory = {"peak_memory_gib": 1.0, "loader_memory_gib": 0.1}
+            log.train(step, {**values, **memory, "skipped": 0})
     assert len(read_log(tmp_path / "log.jsonl")) == 2
     text = capsys.readouterr().out
     assert text.count("TensorBoard is left out from here on: [Errno 28] No space left") == 1

@@ -10,10 +10,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tar_files import name_of
 
 from greenmim import pictures
 from greenmim.cli import main
-from greenmim.data.images import open_rgb
+from greenmim.data.decode import open_rgb
 from greenmim.mim import GreenMIM
 from greenmim.tools import reconstruct as module
 from greenmim_kernels import available_backends
@@ -60,6 +61,37 @@ def test_same_seed_same_picture(last: str, photos: Path, tmp_path: Path) -> None
         assert main([*arguments, "--seed", seed, "--limit", "2"]) == 0
     a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_a_bad_file_of_a_folder_is_told_and_left_out(
+    last: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(module, "_draw", lambda columns, *rest: drawn.append(rest))
+    for number in range(3):
+        Image.new("RGB", (70, 90)).save(tmp_path / f"{number}.png")
+    (tmp_path / "0.png").write_bytes(b"")
+    output = ["--output", str(tmp_path / "grid.png"), "--limit", "2"]
+    assert main(["reconstruct", "--checkpoint", last, "--images", str(tmp_path), *output]) == 0
+    assert f"{tmp_path}/0.png cannot be read as an image: " in capsys.readouterr().err
+    ((titles, names, _),) = drawn
+    assert names == ["1.png", "2.png"]
+    assert titles == ("original", "3 of 6 units hidden", "reconstruction")
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"")
+    assert main(["reconstruct", "--checkpoint", last, "--images", str(tmp_path), *output]) == 2
+
+
+def test_what_a_run_reads_can_be_drawn(last: str, root: str, tmp_path: Path, monkeypatch) -> None:
+    if root.startswith("wds"):
+        pytest.importorskip("webdataset")
+    drawn = []
+    monkeypatch.setattr(module, "_draw", lambda columns, *rest: drawn.append(rest))
+    output = ["--output", str(tmp_path / "grid.png"), "--limit", "3"]
+    assert main(["reconstruct", "--checkpoint", last, "--images", root, *output]) == 0
+    assert drawn[0][1] == [name_of(number) for number in range(3)]
+    missing = ["--images", f"{root.partition('/')[0]}/nothing"]
+    assert main(["reconstruct", "--checkpoint", last, *missing, *output]) == 2
 
 
 class Oracle(torch.nn.Module):

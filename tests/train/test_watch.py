@@ -10,6 +10,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,6 +286,27 @@ def test_exported_features_are_those_of_the_run(tmp_path: Path, capsys) -> None:
         torch.testing.assert_close(theirs.forward_features(images), ours, atol=2e-5, rtol=1e-4)
     with safe_open(output, "pt") as file:
         assert "mask_ratio" not in file.metadata()  # this checkpoint does not say
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"img_size": 384, "window_size": 12}, {"img_size": (192, 320)}, {"num_classes": 5}],
+)
+def test_the_printed_line_works_at_another_window_and_size(
+    arguments: dict, last: str, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "encoder.safetensors"
+    assert main(["export", "--checkpoint", last, "--output", str(output)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+
+    def create_model(name: str, **values):
+        return timm.create_model(name, **(values | arguments))
+
+    model = eval(line, {"timm": SimpleNamespace(create_model=create_model)})
+    own = load_model(last)[0].state_dict()
+    for name, weight in model.state_dict().items():
+        if "table" not in name and "head" not in name and "attn_mask" not in name:
+            assert torch.equal(weight, own[f"encoder.{name}"]), name
 
 
 @pytest.mark.parametrize("output", ["encoder.pth", "nowhere/encoder.safetensors"])
