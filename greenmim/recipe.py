@@ -53,7 +53,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     decode: Literal["full", "reduced"] = "reduced"
-    max_pixels: int = 120_000_000
+    max_pixels: int = 120_000_000  # phones have 108 million; four bytes of each and more
     augment_on_device: bool | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD

@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as F
 from greenmim.data.decode import (
     MAX_PIXELS,
     SWAPPED,
+    named_chatter,
     opened,
     orientation,
     to_rgb,
@@ -235,8 +236,10 @@ class AugmentedImages(Dataset):
         generator.manual_seed(torch_seed(self.seed, CROP, item.epoch, item.position))
         draw = functools.partial(draw_crop, config=self.config, generator=generator)
         reduce = self.config.decode == "reduced"
-        file, most = self.source.open(index), self.config.max_pixels
-        return Sample(item, *read_crop(file, self.image_size, draw, reduce, most), ())
+        file = self.source.open(index)
+        with named_chatter(lambda: self.source.path(index)):
+            crop = read_crop(file, self.image_size, draw, reduce, self.config.max_pixels)
+        return Sample(item, *crop, ())
 
     def _index(self, item: Item) -> int:
         repeat, position = divmod(item.position, len(self))

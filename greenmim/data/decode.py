@@ -6,11 +6,13 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from greenmim.recipe import DataConfig
 
 try:
     import pillow_heif
@@ -23,12 +25,10 @@ else:
 _FORMATS = frozenset(
     "AVIF BMP DIB GIF HEIF JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
 )
-Image.init()
 IMAGE_SUFFIXES = frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS
 )
-# More than the 108 million of phones; a picture takes four bytes of each and more.
-MAX_PIXELS = 120_000_000
+MAX_PIXELS = DataConfig.max_pixels
 _ORIENTATION_TAG = 0x0112  # of EXIF
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # of TIFF
 # What puts a picture upright, by the tag.
@@ -48,32 +48,33 @@ SWAPPED = (5, 6, 7, 8)  # height and width
 def opened(file: str | Path | io.BytesIO, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """A picture that is open, not loaded yet.
 
-    What decoders print of it inside goes to stderr once, with its name.
-
     Raises:
         OSError: more than `most` pixels. Others from Pillow: corrupt, truncated or no image.
     """
     # From twice as many on it refuses by itself.
     if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < most:
         Image.MAX_IMAGE_PIXELS = most
-    with named_chatter(getattr(file, "name", file)):
-        try:
-            with Image.open(file) as image:
-                if image.width * image.height > most:
-                    raise Image.DecompressionBombError
-                yield image
-        except Image.DecompressionBombError:
-            raise OSError(
-                f"it has more than {most / 1e6:g} million pixels, the limit (--data.max-pixels)"
-            ) from None
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > most:
+                raise Image.DecompressionBombError
+            yield image
+    except Image.DecompressionBombError:
+        raise OSError(
+            f"it has more than {most / 1e6:g} million pixels, the limit (--data.max-pixels)"
+        ) from None
 
 
 _chatter: set[bytes] = set()
 
 
 @contextlib.contextmanager
-def named_chatter(name: object) -> Iterator[None]:
-    """What libraries in C write to stderr inside, with a file's name; each text once a process."""
+def named_chatter(name: Callable[[], str]) -> Iterator[None]:
+    """What decoders in C write to stderr inside comes with a file's name, each text once.
+
+    Args:
+        name: Called where there is such text.
+    """
     try:
         before = open(os.dup(2), "wb", buffering=0)
     except OSError:  # stderr is closed
@@ -92,7 +93,7 @@ def named_chatter(name: object) -> Iterator[None]:
                     _chatter.add(text)
                     line = " ".join(text.decode(errors="replace").split())
                     with contextlib.suppress(OSError):
-                        print(f"{name}: {line}", file=sys.stderr)
+                        print(f"{name()}: {line}", file=sys.stderr)
 
 
 def open_rgb(file: str | Path | io.BytesIO, most: int = MAX_PIXELS) -> Image.Image:

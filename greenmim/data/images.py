@@ -73,7 +73,7 @@ def no_image(where: str, notes: list[str]) -> str:
 def find_images(root: str | Path, ignored: Counter[str] | None = None) -> Names:
     """Every image file under a folder, at any depth, as sorted paths relative to it.
 
-    Hidden files and folders are left out; linked folders are followed, each once. So are pipes,
+    Linked folders are followed, each once. Hidden files and folders are left out, and so are pipes,
     sockets and devices, whatever their name: to open one may wait for ever.
 
     Args:

@@ -383,7 +383,6 @@ def of_samples(members: Iterable[Member], ignored: Counter[str]) -> Iterator[Mem
     images in it, 1.jpg and 1.seg.png, the plain one is taken; where none is plain, as of 1.left.jpg
     and 1.right.jpg, none. All else is counted in `ignored` by what follows that dot.
     """
-
     data = []
     for member in members:
         if not _META.match(member.name):
@@ -476,20 +475,19 @@ def _counted(root: str, urls: list[str]) -> tuple[list[int], list[str]]:
         what = "shards behind a URL are not counted, and no _info.json beside them could be read"
         raise _error(root, f"{what}; pass --data.num-samples")
 
-    def look(url: str) -> Shard:
+    def look(url: str) -> tuple[int, Counter[str], str | None]:
         shard = open_shard(url)
         shard.file.close()
-        return shard._replace(images=[None] * len(shard.images))
+        return len(shard.images), shard.ignored, shard.damage
 
     try:
         with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
-            shards = list(threads.map(look, urls))
+            lengths, ignored, damage = zip(*threads.map(look, urls), strict=True)
     except OSError as error:
         raise _error(root, str(error)) from error
     notes = [
-        f"{url}: {shard.damage}; the {len(shard.images)} images that are left are used"
-        for url, shard in zip(urls, shards, strict=True)
-        if shard.damage
+        f"{url}: {why}; the {length} images that are left are used"
+        for url, length, why in zip(urls, lengths, damage, strict=True)
+        if why
     ]
-    ignored = sum((shard.ignored for shard in shards), Counter())
-    return [len(shard.images) for shard in shards], [*notes, *_shards_note(root, ignored)]
+    return list(lengths), [*notes, *_shards_note(root, sum(ignored, Counter()))]

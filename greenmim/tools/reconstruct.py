@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from greenmim.data.dataset import normalise
-from greenmim.data.decode import open_fitted
+from greenmim.data.decode import named_chatter, open_fitted
 from greenmim.data.sources import PREFIXES, find_source
 from greenmim.guards import UserError, one_line
 from greenmim.masking import random_visible
@@ -99,25 +100,32 @@ def _pictures(
 ) -> Iterator[tuple[str, Image.Image]]:
     """Names and pictures, of `size`; a file that was named itself has to be readable."""
     for given in map(str, images):
-        source = None
-        if not os.path.isfile(given) or given.lower().endswith(".tar"):
-            if not os.path.exists(given) and not given.lower().startswith(PREFIXES):
-                raise UserError(f"There is no image {given}.")
+        if os.path.isfile(given) and not given.lower().endswith(".tar"):
+            yield os.path.basename(given), _read(functools.partial(os.fspath, given), given, size)
+            continue
+        if not os.path.exists(given) and not given.lower().startswith(PREFIXES):
+            raise UserError(f"There is no image {given}.")
+        try:
+            source = find_source(DataConfig(root=given))
+        except UserError as error:
+            raise UserError(str(error).replace("--data.root", "--images")) from error
+        for index in range(len(source)):
+            name = source.path(index)
             try:
-                source = find_source(DataConfig(root=given))
+                picture = _read(functools.partial(source.open, index), name, size)
             except UserError as error:
-                raise UserError(str(error).replace("--data.root", "--images")) from error
-        for index in range(1 if source is None else len(source)):
-            name = given if source is None else source.path(index)
-            try:
-                picture = open_fitted(given if source is None else source.open(index), size)
-            except Exception as error:  # decoders raise anything on a broken file
-                told = f"{name} cannot be read as an image: {one_line(error)}"
-                if source is None:
-                    raise UserError(told) from error
-                print(told, file=sys.stderr)
+                print(error, file=sys.stderr)
             else:
                 yield os.path.basename(name), picture
+
+
+def _read(open_file: Callable, name: str, size: tuple[int, int]) -> Image.Image:
+    try:
+        file = open_file()
+        with named_chatter(lambda: name):
+            return open_fitted(file, size)
+    except Exception as error:  # decoders raise anything on a broken file
+        raise UserError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
 def _draw(

@@ -54,11 +54,12 @@ def build(
     for file in sorted([*(root / "csrc" / "cuda").iterdir(), *emulator.iterdir()]):
         contents.update(file.name.encode() + file.read_bytes())
     name = "-".join([program, kind, root.name, *(define.replace("=", "") for define in defines)])
-    BUILDS.mkdir(parents=True, exist_ok=True)
-    binary = BUILDS / f"{name}-{contents.hexdigest()[:16]}"
-    with FileLock(BUILDS / f"{name}.lock"):
+    folder = BUILDS / name  # of this program alone: older builds of it go
+    folder.mkdir(parents=True, exist_ok=True)
+    binary = folder / contents.hexdigest()
+    with FileLock(f"{folder}.lock"):
         if not binary.exists():
-            for old in BUILDS.glob(f"{name}-{'?' * 16}*"):
+            for old in folder.iterdir():
                 old.unlink()
             beside = f"{binary}.new"
             command += [f"-I{emulator}", "-x", "c++", str(emulator / program), "-o", beside]

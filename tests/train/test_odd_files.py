@@ -22,7 +22,7 @@ from test_augment import saved
 from test_errors import complaint
 from train_pictures import picture
 
-from greenmim.data import decode, images
+from greenmim.data import dataset, decode, images
 from greenmim.data.decode import MAX_PIXELS, named_chatter, open_rgb
 from greenmim.data.images import Folder, find_images, is_image
 from greenmim.data.loader import Feed
@@ -161,14 +161,29 @@ def test_the_limit_of_pixels_can_be_raised_above_pillows(monkeypatch) -> None:
 def test_what_a_decoder_prints_is_shown_once_with_the_files_name(capfd, monkeypatch) -> None:
     monkeypatch.setattr(decode, "_chatter", set())
     for name in ("a.tif", "b.tif"):
-        with named_chatter(name):
+        with named_chatter(lambda name=name: name):
             os.write(2, b"TIFFReadDirectory: Warning,\nUnknown field 33550.\n")
-    with named_chatter("c.tif"):
+    with named_chatter(lambda: "c.tif"):
         os.write(2, b"another")
     os.write(2, b"after\n")
     assert capfd.readouterr().err == (
         "a.tif: TIFFReadDirectory: Warning, Unknown field 33550.\nc.tif: another\nafter\n"
     )
+
+
+def test_what_a_decoder_prints_of_an_image_in_a_tar_names_it(tmp_path, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "_chatter", set())
+    tar_of({"a.png": saved(Image.new("L", (64, 64)), "PNG").getvalue()}, tmp_path / "t.tar")
+    real = dataset.read_crop
+
+    def read_crop(*arguments):
+        os.write(2, b"libpng warning\n")
+        return real(*arguments)
+
+    monkeypatch.setattr(dataset, "read_crop", read_crop)
+    config = DataConfig(root=str(tmp_path / "t.tar"))
+    dataset.AugmentedImages(find_source(config), config, (32, 32), 0).check_readable()
+    assert capfd.readouterr().err == f"{tmp_path}/t.tar/a.png: libpng warning\n"
 
 
 # ---- folders ------------------------------------------------------------------------------------
