@@ -277,7 +277,7 @@ def test_a_header_that_was_overwritten_is_damage(data) -> None:
     whole = bytearray(tar_of(FILES))
     starts = [0, 512 * 3, 512 * 5, 512 * 6]
     start = data.draw(st.sampled_from(starts))
-    at = data.draw(st.integers(0, 511))
+    at = data.draw(st.integers(0, 511).filter(lambda at: at not in (154, 155)))  # end the checksum
     whole[start + at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(DamagedTar):
         list(members_in(io.BytesIO(whole)))
