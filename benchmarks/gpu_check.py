@@ -5,10 +5,10 @@
 
 A part is a process, started when those that it waits for have ended, however they ended. Those that
 measure nothing run beside each other and beside the build; those that measure run alone. A part may
-run until the moment at which it would end if all took their time; then it gets SIGTERM, and SIGKILL
-ten seconds later. What it had written stays, and the table of parts is written anew after each. It
-needs no network and nothing but torch, triton, timm, pytest-benchmark, hypothesis and the CUDA
-toolkit; pytest-xdist is used where it is there.
+run until the moment at which it would end if all took their time; then it gets SIGINT, at which
+pytest tells what failed so far, and SIGKILL ten seconds later. What it had written stays, and the
+table of parts is written anew after each. It needs no network and nothing but torch, triton, timm,
+pytest-benchmark, hypothesis and the CUDA toolkit; pytest-xdist is used where it is there.
 
     make gpu-check ARGS=--dry-run              # what would run, and for how long
     GPU_CHECK_PARTS=stress-triton make gpu-check   # only these
@@ -44,11 +44,12 @@ import torch
 from . import tables
 from .environment import RESULTS, ROOT, describe, first_line, folder_of, write_json
 
-GRACE = 10.0  # seconds from SIGTERM to SIGKILL
+GRACE = 10.0  # seconds from SIGINT to SIGKILL
 START = 10.0  # seconds until the first part starts, and for the last lines
 # Exit code of a part that had nothing to do, for the reason in its last line.
 SKIPPED_CODE = 77
 PASSED, FAILED, SKIPPED, NOT_REACHED = "passed", "failed", "skipped", "not reached"
+OUT_OF_TIME = f"{FAILED}: ran out of time"
 # Files that parts change beside their results.
 WRITTEN = (
     "greenmim_kernels/automatic_table.json",
@@ -196,9 +197,9 @@ def run_part(part: Part, seconds: float, **variables: str) -> dict:
     lines = said.splitlines()
     state = {0: PASSED, SKIPPED_CODE: f"{SKIPPED}: {lines[-1] if lines else ''}"}
     row = {
-        "state": f"{FAILED}: ran out of time" if late else state.get(process.returncode, FAILED),
+        "state": OUT_OF_TIME if late else state.get(process.returncode, FAILED),
         "seconds": round(time.monotonic() - start, 1),
-        "said": lines[-40:],
+        "said": lines[-80:],
     }
     found = re.findall(r"(?:FAILED|ERROR) +(\S+::\S+)|(\S+::\S+) +(?:FAILED|ERROR)", said)
     if failed := sorted({one or other for one, other in found}):
@@ -216,7 +217,7 @@ def _hear(process: subprocess.Popen, seconds: float) -> tuple[str, bool]:
     except subprocess.TimeoutExpired:
         said = ""
     # What it started may not hear the first, and would share the GPU with others.
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGKILL):
         _signal(process, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             said = process.communicate(timeout=GRACE)[0]
@@ -297,11 +298,10 @@ def again(earlier: dict[str, dict]) -> tuple[Part, ...]:
         if not repeated or not row.get("state", "").startswith(FAILED):
             continue
         arguments = part.arguments
-        if failed := row.get("failed"):
+        if row["state"] == OUT_OF_TIME:  # what it did not reach, too
+            arguments = (*arguments, *(f"--deselect={name}" for name in row.get("passed", ())))
+        elif failed := row.get("failed"):
             arguments = (*PYTEST, *failed)
-        elif row.get("passed"):  # ended before the others
-            left_out = (f"--deselect={name}" for name in row["passed"])
-            arguments = (*arguments, *left_out)
         # Beside the build where it does not need it, else after the search, which measures.
         early = part.after == ("partition",)
         after = part.after if early else (*BUILT, "tune")

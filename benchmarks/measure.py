@@ -65,13 +65,19 @@ class Sampler:
         device: "cpu" or a CUDA device.
         setups: run before each pass, all of them and untimed: the forward passes whose backward
             passes are the calls.
+        copies: that a call goes over; a graph has all of them in it.
     """
 
     def __init__(
-        self, calls: Call | Sequence[Call], device: str = "cpu", setups: Sequence[Call] = ()
+        self,
+        calls: Call | Sequence[Call],
+        device: str = "cpu",
+        setups: Sequence[Call] = (),
+        copies: int = 1,
     ) -> None:
         self.calls = (calls,) if callable(calls) else tuple(calls)
         self.setups = tuple(setups)
+        self.copies = copies
         self.is_cuda = torch.device(device).type == "cuda"
 
     def __call__(self) -> float:
@@ -87,7 +93,7 @@ class Sampler:
     def run(self) -> float:
         """`__call__` after `set_up`."""
         seconds = self._events() if self.is_cuda else self._wall()
-        return seconds / len(self.calls)
+        return seconds / len(self.calls) / self.copies
 
     def _wall(self) -> float:
         start = time.perf_counter()

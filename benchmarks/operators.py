@@ -196,9 +196,8 @@ class Bench:
         note = "no backward pass here; timed without gradients" if forward_only else None
         if self.is_cuda:
             try:
-                graphs = [one.captured() for one in passes]
-                setups = [setup for setup, _ in graphs if setup]
-                sampler = Sampler([call for _, call in graphs], self.device, setups)
+                setups, call = captured(passes)
+                sampler = Sampler(call, self.device, setups, len(passes))
                 return Prepared(sampler, "graph", len(passes), note)
             except torch.OutOfMemoryError:
                 raise
@@ -252,6 +251,7 @@ class Pass:
         )
         self.grad_out = bench.grad_out.clone()
         self.out: Tensor | None = None
+        self.result: object = None  # of a captured pass: no other copy's lies in its memory
 
     def forward(self) -> None:
         self.out = self.call(self.function, self.leaves)
@@ -265,22 +265,32 @@ class Pass:
             return self.call(self.function, self.leaves)
         if self.which == "both":
             self.forward()
-        return self.backward()
+        return self.out, self.backward()
 
-    def captured(self) -> tuple[Call | None, Call]:
-        """Setup and call as replays of CUDA graphs."""
-        if self.which != "backward":
-            graph, self.result = capture(self.timed)
-            return None, graph.replay
 
-        def whole() -> None:
-            self.forward()
-            self.backward()
+def captured(passes: list[Pass]) -> tuple[list[Call], Call]:
+    """Setups, and the passes on all copies one after the other, each as one CUDA graph: in a step,
+    too, kernels follow one another, where a graph of each would have a launch between them."""
 
-        capture(whole)  # warm, and the first that fails if this cannot be captured
-        forward, _ = capture(self.forward, warmup=0)
-        backward, self.result = capture(self.backward, pool=forward.pool(), warmup=0)
-        return forward.replay, backward.replay
+    def forward() -> None:
+        for one in passes:
+            one.forward()
+
+    def timed() -> None:
+        for one in passes:
+            one.result = one.timed()
+
+    if passes[0].which != "backward":
+        return [], capture(timed)[0].replay
+
+    def whole() -> None:
+        forward()
+        timed()
+
+    capture(whole)  # warm, and the first that fails if this cannot be captured
+    first, _ = capture(forward, warmup=0)
+    then, _ = capture(timed, pool=first.pool(), warmup=0)
+    return [first.replay], then.replay
 
 
 def timed_row(row: dict, timing: Timing, prepared: Prepared, rates: Rates, bench: Bench) -> dict:

@@ -150,10 +150,23 @@ struct Slots {
 
   __device__ void read_table(const Attention& a, const Place& place) const {
     constexpr float kLog2E = 1.4426950408889634f;
+    constexpr int kAtOnce = 8;  // all asked for before the first is there
     if (a.table == nullptr && threadIdx.x == 0) table[0] = 0;
 #pragma unroll 1
-    for (int i = int(threadIdx.x); a.table != nullptr && i < a.table_rows; i += int(blockDim.x))
-      table[i] = a.table[int64_t(i) * a.heads + place.head] * kLog2E;
+    for (int first = int(threadIdx.x); a.table != nullptr && first < a.table_rows;
+         first += kAtOnce * int(blockDim.x)) {
+      float found[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = first + n * int(blockDim.x);
+        found[n] = i < a.table_rows ? a.table[int64_t(i) * a.heads + place.head] : 0;
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = first + n * int(blockDim.x);
+        if (i < a.table_rows) table[i] = found[n] * kLog2E;
+      }
+    }
   }
 };
 

@@ -40,7 +40,7 @@ inline bfloat16 from_float<bfloat16>(float x) {  // to nearest, ties to even
 }
 template <>
 inline float16 from_float<float16>(float x) {
-  const _Float16 value = x;
+  const _Float16 value = _Float16(x);
   float16 result;
   std::memcpy(&result.bits, &value, 2);
   return result;

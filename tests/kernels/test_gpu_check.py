@@ -46,7 +46,7 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running():
     parts = (dataclasses.replace(BAD, seconds=1), *parts[1:])
     table = checked(*parts, save=lambda table: saved.append(dict(states(table))))
     assert states(table) == {"bad": "failed", "slow": "failed: ran out of time", "good": "passed"}
-    assert table["bad"]["said"] == ["why"] and table["slow"]["said"] == ["begun"]
+    assert table["bad"]["said"] == ["why"] and table["slow"]["said"][0] == "begun"
     # Each part's end is written at once.
     assert [list(s.values()).count("not reached") for s in saved] == [2, 1, 0]
 
@@ -95,10 +95,10 @@ def test_more_minutes_are_more_time_for_each_part():
 STUBBORN = """
 import signal, subprocess, sys, time
 child = subprocess.Popen([sys.executable, '-c', 'import signal, time\\n'
-    'signal.signal(signal.SIGTERM, signal.SIG_IGN)\\n'
+    'signal.signal(signal.SIGINT, signal.SIG_IGN)\\n'
     'time.sleep(600)'])
 open({file!r}, 'w').write(str(child.pid))
-signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))
+signal.signal(signal.SIGINT, lambda *_: print('told', flush=True))
 time.sleep(600)
 time.sleep(600)
 """
@@ -122,6 +122,18 @@ def test_a_part_is_told_first_and_ends_with_all_that_it_started(tmp_path, monkey
     assert row["state"] == "failed: ran out of time" and row["said"] == ["told"]
     assert 5 <= row["seconds"] < 20
     assert gone(int(file.read_text()))
+
+
+def test_of_tests_that_ran_out_of_time_it_is_known_what_failed_and_why(tmp_path):
+    file = tmp_path / "test_slow.py"
+    file.write_text(
+        "import time\ndef test_a(): assert 1 == 2, 'planted'\ndef test_b(): time.sleep(60)\n"
+    )
+    part = Part("tests", (*gpu_check.PYTEST, "-p", "no:benchmark", str(file)), 60)
+    row = gpu_check.run_part(part, 5)
+    assert row["state"] == "failed: ran out of time"
+    assert "planted" in "\n".join(row["said"])
+    assert any(name.endswith("::test_a") for name in row["failed"])
 
 
 def test_ended_itself_it_ends_what_it_started(tmp_path):
@@ -196,6 +208,10 @@ def test_the_second_call_repeats_what_failed_in_the_first():
     assert parts["stress-triton-again"].after == ("partition",)
     assert "stress-triton-again" in parts["tune"].after
     assert "tests-cuda-again" in parts["choose"].after
+    late = {"state": gpu_check.OUT_OF_TIME, "failed": ["a.py::test_a"], "passed": ["a.py::test_b"]}
+    (again,) = gpu_check.again({"tests-cuda": late})
+    # What failed and what was not reached: all but what passed.
+    assert again.arguments == (*first["tests-cuda"].arguments, "--deselect=a.py::test_b")
     earlier = {"tests-triton": {"state": "failed: ran out of time", "passed": ["a.py::test_b"]}}
     (again,) = gpu_check.again(earlier)
     assert again.arguments == (*first["tests-triton"].arguments, "--deselect=a.py::test_b")
