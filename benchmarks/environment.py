@@ -121,12 +121,18 @@ def folder_of(device: str) -> pathlib.Path:
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def earlier(file: pathlib.Path, environment: dict) -> dict:
-    """What a result file holds of the same code in the same place; nothing else counts."""
+def earlier(file: pathlib.Path, environment: dict, of_any_commit: bool = False) -> dict:
+    """What a result file holds of the same place, and the same code unless its rows name theirs;
+    nothing else counts."""
     if not file.exists():
         return {}
     content = json.loads(file.read_text())
-    return content if content["environment"] == environment else {}
+    apart = ("commit", "dirty") if of_any_commit else ()
+    same = [
+        {key: value for key, value in one.items() if key not in apart}
+        for one in (content["environment"], environment)
+    ]
+    return content if same[0] == same[1] else {}
 
 
 def write_json(file: pathlib.Path, content: dict) -> None:

@@ -246,9 +246,10 @@ def main(argv: list[str] | None = None) -> int:
         "rows": [],
     }
     file = folder_of(result["environment"]["device"]) / "steps.json"
-    result["rows"] = earlier(file, result["environment"]).get("rows", [])
+    result["rows"] = earlier(file, result["environment"], of_any_commit=True).get("rows", [])
 
     def save(row: dict) -> None:
+        row |= {name: result["environment"][name] for name in ("commit", "dirty")}
         put(result["rows"], row)
         speed = row.get("images_per_second")
         said = row.get("reason") if speed is None else (

@@ -291,6 +291,8 @@ def test_rows_stay_until_they_are_measured_again(tmp_path):
     steps.put(kept, {"model": "m", "variant": "three", "run": 2})
     assert [(row["variant"], row["run"]) for row in kept] == [("one", 2), ("two", 1), ("three", 2)]
     assert earlier(file, {**environment, "commit": "b"}) == {}
+    assert earlier(file, {**environment, "commit": "b"}, of_any_commit=True)["rows"] == rows
+    assert earlier(file, {**environment, "device": "y"}, of_any_commit=True) == {}
     assert earlier(tmp_path / "none.json", environment) == {}
 
 
