@@ -76,7 +76,8 @@ def _bars(result: dict, value, baseline: bool):
                      label=NAMES[peer] if place == 0 else None)  # fmt: skip
             text = f"{height:.1f}" if height >= 0.95 else f"{height:.2f}"
             axes.text(x, height, text, ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(range(len(stages)), [f"stage {stage}" for stage in stages])
+    labels = [f"stage {stage}".replace(", ", "\n") for stage in stages]
+    axes.set_xticks(range(len(stages)), labels, fontsize=8)
     axes.margins(y=0.1)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
                   ncols=min(4, len(peers)), frameon=False, fontsize=8)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the attention kernels should take on an H100, from shapes and static figures alone.
+"""What the attention kernels should take on an H100, from shapes and static figures.
 
     python -m benchmarks.predicted            # rewrite benchmarks/predicted.md
 
@@ -7,13 +7,15 @@ A launch takes
     start + setup + (images of a block) x (time of an image) + end + what follows,
 
 where an image costs a processor, for all blocks that it holds, the longest of: their bytes at its
-share of the rate of a device copy; their instructions at one for each of its four schedulers and
-cycle; and the way of one block from load to store, which nothing shortens. The setup is what
+share of the rate of a device copy; their instructions at what its four schedulers issue; and the
+way of one block from load to store, which nothing shortens. The setup is what
 passes until the first tile is there; what a block computes meanwhile is hidden. How many blocks a
 processor holds follows from registers and shared memory, how many images a block has from the plan
 of the launch. The figures of a kernel are those that the tests hold (`cuda_figures.json`,
-`static_figures.json`), of sm_90, bfloat16 and head dim 32; the rest are the constants below, which
-a run on a GPU has to confirm. What is measured stands beside it in the report.
+`static_figures.json`), of sm_90, bfloat16 and head dim 32; what a scheduler issues was counted on
+an H200 (`counters.json` of its results), where one instruction a cycle had been assumed; the rest
+are the constants below. What is measured stands beside it in the report, predicted at the rate of a
+copy of that run.
 """
 
 from __future__ import annotations
@@ -47,6 +49,13 @@ TRITON = "3.6.0"  # the version of torch 2.11
 
 # An H100.
 PROCESSORS, SCHEDULERS, CYCLES = 132, 4, 1.755e9
+# Instructions of a scheduler in a cycle, by backend and pass.
+ISSUED = {
+    ("cuda", "forward"): 0.50,
+    ("cuda", "backward"): 0.37,
+    ("triton", "forward"): 0.51,
+    ("triton", "backward"): 0.33,
+}
 ARCHITECTURE = 90
 COPY = costs.COPY_BYTES_PER_SECOND
 # Microseconds.
@@ -214,17 +223,27 @@ def plan_of(backend: str, problem: Problem, which: str) -> tuple[Kernel, int, in
     return kernel, *plan(problem, kernel)
 
 
-def microseconds(backend: str, problem: Problem, which: str) -> float:
-    """What a pass should take."""
+def microseconds(backend: str, problem: Problem, which: str, copy: float = COPY) -> float:
+    """What a pass should take where a device copy moves so many bytes in a second."""
     kernel, blocks, images = plan_of(backend, problem, which)
-    together = min(kernel.resident, math.ceil(blocks / PROCESSORS))
-    waves = math.ceil(blocks / (together * PROCESSORS))
-    issue = together * (kernel.threads // 32) / SCHEDULERS / CYCLES
     piece = problem.bytes(which) / (problem.heads * problem.filled * problem.batch)
-    image = max(together * piece * PROCESSORS / COPY, issue * kernel.loop, kernel.way / CYCLES)
-    setup = kernel.waits * READ + 1e6 * issue * kernel.before
-    end = END + 1e6 * issue * kernel.end
-    return START + waves * (setup + 1e6 * images * image) + end + kernel.after
+
+    def issuing(together: int) -> float:
+        """Seconds of an instruction of all warps of so many blocks."""
+        warps = together * (kernel.threads // 32)
+        return warps / SCHEDULERS / CYCLES / ISSUED[backend, which]
+
+    def wave(together: int) -> float:
+        """Microseconds of a wave with so many blocks on a processor."""
+        moved, issue = together * piece * PROCESSORS / copy, issuing(together)
+        image = max(moved, issue * kernel.loop, kernel.way / CYCLES)
+        return kernel.waits * READ + 1e6 * (issue * kernel.before + images * image)
+
+    whole, rest = divmod(blocks, kernel.resident * PROCESSORS)
+    last = math.ceil(rest / PROCESSORS)  # the last wave has fewer blocks, and is over sooner
+    waves = whole * wave(kernel.resident) + (wave(last) if last else 0)
+    end = END + 1e6 * issuing(last or kernel.resident) * kernel.end
+    return START + waves + end + kernel.after
 
 
 def rows() -> Iterator[dict]:
@@ -301,7 +320,7 @@ def page() -> str:
 
 def beside(result: dict) -> list[dict]:
     """Rows of an operators.json of a GPU that are predicted: stage, milliseconds of both."""
-    found = []
+    found, copy = [], result["rates"]["copy_bytes_per_second"]
     for row in result["rows"]:
         backend = row.get("peer", "").removeprefix("greenmim-")
         is_predicted = (
@@ -315,7 +334,7 @@ def beside(result: dict) -> list[dict]:
         )
         if is_predicted:
             problem = Problem(row["stage"], row["batch"], bool(row.get("capacity")))
-            predicted = microseconds(backend, problem, row["pass"]) / 1e3
+            predicted = microseconds(backend, problem, row["pass"], copy) / 1e3
             found.append({**row, "backend": backend, "predicted_ms": predicted})
     return found
 

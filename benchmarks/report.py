@@ -131,12 +131,17 @@ def page(folder: pathlib.Path) -> str:
         )
         if table := predicted.beside_table(result):
             parts.append(
-                "### Measured beside predicted\n\nPredicted from shapes and static figures alone"
-                f" ([how](../../predicted.md)).\n\n{table}"
+                "### Measured beside predicted\n\nPredicted from shapes, static figures and what a"
+                " scheduler issues, at this run's rate of a copy ([how](../../predicted.md)).\n\n"
+                f"{table}"
             )
+        studies = {row["study"] for row in result["rows"]}
         for study, title in (("operators", "Other operators"), ("shapes", "Other shapes")):
-            parts.append(f"### {title}\n\n{tables.problems_table(result, study)}")
-        parts.append(f"### Growth\n\n{tables.growth_table(result)}\n![growth](growth.png)\n")
+            if study in studies:
+                parts.append(f"### {title}\n\n{tables.problems_table(result, study)}")
+        if studies & {"tokens", "batch", "image"}:
+            table = tables.growth_table(result)
+            parts.append(f"### Growth\n\n{table}\n![growth](growth.png)\n")
         parts.append(f"### Not timed\n\n{tables.reasons_table(result)}")
     if result := found.get("steps.json"):
         parts.append(
@@ -148,6 +153,11 @@ def page(folder: pathlib.Path) -> str:
             f"### Where a step's time goes\n\n{tables.where(result['environment'])}\n"
             f"{result['problem']}, batch {result['batch']}, {result['precision']}, in PyTorch's"
             f" profiler, which takes some time itself.\n\n{tables.profile_table(result)}"
+        )
+    if result := found.get("step_kernels.json"):
+        parts.append(
+            f"### Where a step's time goes\n\n{tables.where(result['environment'])}\n"
+            f"{tables.kernels_table(result)}"
         )
     if result := found.get("swap.json"):
         parts.append(

@@ -136,6 +136,27 @@ def steps_table(result: dict) -> str:
                 memory, f"{joules:.3f}" if joules else "",
             ])
         )  # fmt: skip
+    commits: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        commit = row.get("commit", result["environment"]["commit"])
+        if commit != result["environment"]["commit"] and "images_per_second" in row:
+            commits.setdefault(commit, []).append(row["variant"])
+    lines += [f"\nMeasured at {c[:9]}: {'; '.join(names)}.\n" for c, names in commits.items()]
+    return "".join(lines)
+
+
+def kernels_table(result: dict) -> str:
+    """Milliseconds of a step's kernels on a GPU, by kind; the sum may overlap."""
+    rows = result["rows"]
+    lines = [
+        _line(["", *(row["variant"] for row in rows)]),
+        _line(["---", *["---:"] * len(rows)]),
+    ]
+    for kind in rows[0]["kinds"]:
+        if any(row["kinds"][kind] for row in rows):
+            lines.append(_line([kind, *(f"{row['kinds'][kind]:.2f} ms" for row in rows)]))
+    lines.append(_line(["kernels", *(f"{row['launches']:.0f}" for row in rows)]))
+    lines.append(_line(["*step*", *(f"{row['step_ms']:.1f} ms" for row in rows)]))
     return "".join(lines)
 
 

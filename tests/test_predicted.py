@@ -1,6 +1,8 @@
-"""What a GPU should take: the page is the script's, plans are the kernels', aims are met."""
+"""What a GPU should take: the page is the script's, plans the kernels', a GPU's run explained."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
@@ -42,11 +44,14 @@ def test_no_block_has_more_than_its_share_of_the_images():
             assert row[backend] > row["copy"]
 
 
-def test_the_aims_are_predicted_where_training_spends_its_time():
-    for row in predicted.rows():
-        if row["capacity"] and row["stage"] <= 2:
-            for backend, share in (("cuda", 0.8), ("triton", 0.7)):
-                assert row["copy"] / row[backend] >= share, (row, backend)
+def test_what_was_measured_is_what_is_predicted_at_that_rate_of_a_copy():
+    """On the H200, but for stage 4, where launches between the copies of the problem count: each
+    was a graph of its own."""
+    file = predicted.ROOT / "benchmarks" / "results" / "nvidia-h200" / "operators.json"
+    rows = [row for row in predicted.beside(json.loads(file.read_text())) if row["stage"] < 4]
+    assert len(rows) == 24
+    for row in rows:
+        assert 0.7 <= row["ms"] / row["predicted_ms"] <= 1.31, row
 
 
 def test_measured_stands_beside_predicted():
@@ -56,9 +61,10 @@ def test_measured_stands_beside_predicted():
         "capacity": True, "shifted": True, "ms": 0.08, "case": "",
     }  # fmt: skip
     others = [{**row, "peer": "naive"}, {**row, "dtype": "float32"}, {**row, "pass": "both"}]
-    result = {"rows": [row, *others, {"peer": "greenmim-triton", "reason": "none"}]}
+    rates = {"copy_bytes_per_second": 4e12}
+    result = {"rates": rates, "rows": [row, *others, {"peer": "greenmim-triton"}]}
     (found,) = predicted.beside(result)
-    expected = predicted.microseconds("cuda", Problem(1, 128, True), "forward")
+    expected = predicted.microseconds("cuda", Problem(1, 128, True), "forward", 4e12)
     assert found["predicted_ms"] == pytest.approx(expected / 1e3)
     assert f"{80 / expected:.2f} |" in predicted.beside_table(result)
-    assert predicted.beside_table({"rows": others}) == ""
+    assert predicted.beside_table({"rates": rates, "rows": others}) == ""

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
         load_numbers(memory.lse + stage * memory.rows,
                      nth<const float>(a.lse + int64_t(place.head) * a.rows, cursor.image,
                                            a.heads * a.rows),
-                     row, memory.rows);
+                     row);
       } else {
         load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kKey), {rows_of(a.k, 1), rows_of(a.v, 2)}, row,
                          a.head_dim, memory.tile);
@@ -305,8 +305,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   __syncthreads();  // nobody reads tiles any more
   store_padding<D>(memory.pad_sums(0), memory.strips, a);
   if (a.partial == nullptr) return;
-  add_to_table<kTableCopies>(memory.table_copies(warp, a), gradient, memory.gradient_stride, a,
-                             memory.slots, strip * kStrip, kStrip, band);
+  add_to_table(memory.table_copies(warp, a), gradient, memory.gradient_stride, a, memory.slots,
+               strip, band);
   __syncthreads();
   store_partial(memory.table_copies(0, a), memory.strips * kTableCopies, a);
 }

@@ -36,11 +36,6 @@ inline int64_t images_per_block(int64_t batch, int64_t blocks, int64_t places) {
   return best;
 }
 
-// Threads of a block. Backward a strip of a short group has two warps, which share its keys.
-inline unsigned threads_of(const Attention& a, Pass pass) {
-  return 32 * a.strips * (pass == Pass::Backward && !a.is_long ? 2 : 1);
-}
-
 // Shared memory that the device keeps for itself in every block that a processor holds; a processor
 // has this much more than a block may ask for.
 constexpr size_t kReservedBytes = 1024;
@@ -85,7 +80,7 @@ bool plan(Attention& a, Pass pass, const Device& device) {
       a.strips = (a.strips + 1) / 2;
   if (shared_bytes<T, D>(a, pass) > room) return false;
   const int resident =
-      resident_blocks(reinterpret_cast<const void*>(kernel_of<T, D>(a, pass)), threads_of(a, pass),
+      resident_blocks(reinterpret_cast<const void*>(kernel_of<T, D>(a, pass)), 32 * a.strips,
                       shared_bytes<T, D>(a, pass));
   if (resident == 0) return false;
   // With one mask for all images. Groups of 64 are most often as full as they can be at Swin's second
@@ -110,8 +105,8 @@ bool plan(Attention& a, Pass pass, const Device& device) {
 // Launches a planned call.
 template <class T, int D>
 void launch_attention(const Attention& a, Pass pass, cudaStream_t stream) {
-  launch(kernel_of<T, D>(a, pass), unsigned(a.blocks()), threads_of(a, pass),
-         shared_bytes<T, D>(a, pass), stream, a);
+  launch(kernel_of<T, D>(a, pass), unsigned(a.blocks()), 32 * a.strips, shared_bytes<T, D>(a, pass),
+         stream, a);
 }
 
 }  // namespace greenmim::cuda

@@ -16,8 +16,6 @@ namespace greenmim::cuda {
 
 namespace {
 
-constexpr int64_t kAlignment = 16;  // bytes of an access
-
 // PyTorch is not asked for what is contiguous already: a call through the stable interface takes time.
 Tensor to_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);

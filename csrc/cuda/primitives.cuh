@@ -135,12 +135,6 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Waits for so many threads of the block, whole warps, at a barrier that is theirs: 1 to 15.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void sync_some() {
-  asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
 // The same number, but what is computed from it is not moved out of the loop around: an address that
 // takes an instruction or two is not worth a register for the whole loop.
 __device__ __forceinline__ int computed_here(int x) {

@@ -76,11 +76,9 @@ struct Products {
   struct ApplyRight {
     SharedAddress first;
 
-    // From a column on that is a multiple of 16.
-    __device__ __forceinline__ explicit ApplyRight(const T* tile, int column = 0) {
+    __device__ __forceinline__ explicit ApplyRight(const T* tile) {
       const unsigned lane = unsigned(lane_index());
       first = shared_address(tile) + Row::offset(lane % 16, lane / 16) * unsigned(sizeof(T));
-      first ^= unsigned(column) * unsigned(sizeof(T));
     }
   };
 
@@ -123,22 +121,11 @@ struct Products {
     multiply(out, a, right, strip);
   }
 
-  // The product with a square in shared memory as it is, in the columns that `right` begins with.
-  template <int kTiles>
-  static __device__ __forceinline__ void apply_stored(
-      float (&out)[kTiles][4], const T* p, int stride, ApplyRight right, int strip) {
-    const int lane = lane_index();
-    uint32_t a[4];
-    load_matrices<false>(a, shared_address(p + lane % 16 * stride + lane / 16 * 8));
-    multiply(out, a, right, strip);
-  }
-
  private:
-  template <int kTiles>
   static __device__ __forceinline__ void multiply(
-      float (&out)[kTiles][4], const uint32_t (&a)[4], ApplyRight right, int strip) {
+      Wide<D>& out, const uint32_t (&a)[4], ApplyRight right, int strip) {
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
+    for (int n = 0; n < D / 8; n += 2) {
       uint32_t b[4];
       load_matrices<true>(b, (right.first ^ (16 * n)) + strip * Row::kStripBytes);
       mma<T>(out[n], a, b[0], b[1]);

@@ -203,23 +203,20 @@ __device__ inline Band band_of(
   return {first, last + 1};
 }
 
-// The bias of a warp's strip and those of its band, as the lanes hold scores; zeros beyond the band. Of
-// all strips, or of every kStep-th one from `first`.
-template <int kStrips, int kStep = 1>
+// The bias of a warp's strip and those of its band, as the lanes hold scores; zeros beyond the band.
 __device__ __forceinline__ void make_bias(
-    float (&bias)[kStrips][2][4], const Slots& slots, int strip, Band band, int first = 0) {
+    float (&bias)[kMostStrips][2][4], const Slots& slots, int strip, Band band) {
   const int g = lane_index() / 4, q = lane_index() % 4;
   const int2 upper = slots.query[strip * kStrip + g], lower = slots.query[strip * kStrip + g + 8];
 #pragma unroll
-  for (int i = 0; i < kStrips; ++i) {
-    const int j = first + i * kStep;
-    clear(bias[i]);
+  for (int j = 0; j < kMostStrips; ++j) {
+    clear(bias[j]);
     if (!band.holds(j)) continue;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        bias[i][n][e] = bias_of(
+        bias[j][n][e] = bias_of(
             e < 2 ? upper : lower, slots.key[j * kStrip + 8 * n + 2 * q + e % 2], slots.table);
   }
 }
@@ -285,15 +282,14 @@ __device__ __forceinline__ void copy_async_part(T* to, const T* from, int column
 
 // Starts the copy of a block's strips of rows into shared memory, from kTensors tensors into tiles that
 // lie `tile_step` apart. Rows of nothing become zeros, since a product takes all rows and zero times NaN
-// is NaN. There are two threads for a row: those of the block, or `threads` of them.
+// is NaN. A block has two threads for a row.
 template <class T, int D, bool kGeneral, int kTensors>
 __device__ __forceinline__ void load_tiles(
-    T* tile, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim, int tile_step,
-    int own_thread, int threads) {
+    T* tile, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim, int tile_step = 0) {
   using Row = TileRow<T, D>;
-  const unsigned thread = unsigned(computed_here(own_thread));
+  const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
   const unsigned slot = thread / Row::kPieces, piece = thread % Row::kPieces;
-  const unsigned step = unsigned(threads) / Row::kPieces, column = piece * Row::kPiece;
+  const unsigned step = blockDim.x / Row::kPieces, column = piece * Row::kPiece;
   int from[Row::kPieces / 2];  // all read before the first copy, behind which they would wait
 #pragma unroll
   for (int i = 0; i < Row::kPieces / 2; ++i) from[i] = row[slot + i * step];
@@ -315,19 +311,11 @@ __device__ __forceinline__ void load_tiles(
     }
 }
 
-template <class T, int D, bool kGeneral, int kTensors>
-__device__ __forceinline__ void load_tiles(
-    T* tile, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim, int tile_step = 0) {
-  load_tiles<T, D, kGeneral>(
-      tile, x, row, head_dim, tile_step, int(threadIdx.x), int(blockDim.x));
-}
-
 // The same for one number per row. Ends with a warp whose lanes go on together: with one strip, half of
 // them have nothing to copy.
-__device__ __forceinline__ void load_numbers(
-    float* to, const float* source, const int* row, int rows) {
+__device__ __forceinline__ void load_numbers(float* to, const float* source, const int* row) {
   const int slot = int(threadIdx.x);
-  if (slot < rows) {
+  if (slot < int(blockDim.x) / 2) {
     const int from = row[slot];
     copy_async_4(to + slot, source + (from < 0 ? 0 : from), from >= 0);
   }
@@ -413,31 +401,30 @@ __device__ inline void add_padding(float* sums, const T* staging, const int* row
   }
 }
 
-// Copies of the table that the bias gradients of a strip are added to, of rows side by side: additions
-// to one do not wait for those to another.
+// Copies of the table that a warp adds its strip of bias gradients to: two rows at a time, one to
+// each, so that their additions do not wait for one another.
 constexpr int kTableCopies = 2;
 
-// Adds a warp's bias gradients, of so many queries, to its copies of the table, which it clears first.
-// Keys of one row have different places in the table, so one row of a copy at a time needs no atomics
-// and has one order.
-template <int kCopies>
+// Adds a warp's strip of bias gradients to its copies of the table, which it clears first. Keys of one
+// row have different places in the table, so one row of a copy at a time needs no atomics and has one
+// order.
 __device__ inline void add_to_table(
     float* copies, const float* gradient, int stride, const Attention& a, const Slots& slots,
-    int first_query, int queries, Band keys) {
+    int strip, Band keys) {
   const int rows = a.table_rows;
 #pragma unroll 1
-  for (int i = lane_index(); i < kCopies * rows; i += 32) copies[i] = 0;
+  for (int i = lane_index(); i < kTableCopies * rows; i += 32) copies[i] = 0;
   __syncwarp();
 #pragma unroll 1
-  for (int i = 0; i < queries; i += kCopies) {
-    int2 query[kCopies];
+  for (int i = 0; i < kStrip; i += kTableCopies) {
+    int2 query[kTableCopies];
 #pragma unroll
-    for (int c = 0; c < kCopies; ++c) query[c] = slots.query[first_query + i + c];
+    for (int c = 0; c < kTableCopies; ++c) query[c] = slots.query[strip * kStrip + i + c];
 #pragma unroll 1
     for (int j = lane_index(); j < (keys.last - keys.first) * kStrip; j += 32) {
       const int2 key = slots.key[keys.first * kStrip + j];
 #pragma unroll
-      for (int c = 0; c < kCopies; ++c)
+      for (int c = 0; c < kTableCopies; ++c)
         if (share_window(query[c], key))
           copies[c * rows + query[c].y + key.y] += gradient[(i + c) * stride + j];
     }

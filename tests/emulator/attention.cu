@@ -164,7 +164,9 @@ void attend(const Header& h, bool timed) {
   throw std::runtime_error("this head dimension was not compiled");
 }
 
-// "plan": what a launch of each pass would be, without one.
+// "plan": what a launch of each pass would be, without one. It takes all kernels.
+#define HAS_PLAN (ONLY_HEAD_DIM == 0 && ONLY_ELEMENT == -1)
+#if HAS_PLAN
 template <class T, int D>
 void print_plan(const Header& h) {
   Attention a{};
@@ -195,6 +197,8 @@ void print_plan(const Header& h) {
   if (h.head_dim <= 64) return print_plan<T, 64>(h);
 }
 
+#endif
+
 // "gather" and "scatter": rows of `head_dim` elements of `element` bytes, without heads.
 void copy(const Header& h, bool gather) {
   const int64_t slots = h.groups * h.slots, row_bytes = h.head_dim * h.element;
@@ -224,10 +228,12 @@ int main(int count, char** arguments) try {
   emulator::thread_order = unsigned(h.thread_order);
 #endif
   const std::string what = count > 1 ? arguments[1] : "attention";
+#if HAS_PLAN
   if (what == "plan") {
     h.element == 0 ? print_plan<float>(h) : print_plan<bfloat16>(h);
     return 0;
   }
+#endif
   if (what == "images") {  // of a block, where `groups` blocks are needed and `processors` can run
     std::printf("%lld", (long long)images_per_block(h.batch, h.groups, h.processors));
     return 0;

@@ -132,12 +132,6 @@ inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
 
 // The bytes land at the wait that completes them and no sooner; until then NaN is there, so that
 // both reading too early and writing too early give wrong results, or a race.
-template <int kBarrier, int kThreads>
-inline void sync_some() {
-  static_assert(kBarrier >= 1 && kBarrier < emulator::kBarriers && kThreads % emulator::kWarp == 0);
-  emulator::sync_at("a barrier for some", kBarrier, kThreads);
-}
-
 inline void copy_async(int bytes, void* to, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
     emulator::stop("cp.async between addresses that are no multiples of its size");

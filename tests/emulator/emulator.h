@@ -84,7 +84,6 @@ constexpr int kMostStatics = 8;
 constexpr size_t kStaticBytes = 48 * 1024;  // as on the device
 
 enum class State { Ready, InCollective, AtBarrier, Done };
-constexpr int kBarriers = 16;  // of a block; the first is that of __syncthreads
 
 // A copy on its way to shared memory.
 struct AsyncCopy {
@@ -100,7 +99,6 @@ struct Fiber {
   int thread = 0;
   dim3 thread_index;
   State state = State::Ready;
-  int barrier = 0;  // that it waits at
   const char* place = "its first line";
   std::vector<AsyncCopy> copies;      // issued, in order
   std::vector<size_t> copy_groups;    // how many copies each committed group holds
@@ -122,7 +120,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<int> schedule;
-  int alive = 0, at_barrier[kBarriers] = {};
+  int alive = 0, at_barrier = 0;
   Fiber* current = nullptr;
   dim3 index, size, grid;
   const std::function<void()>* body = nullptr;
@@ -139,8 +137,8 @@ struct Block {
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
-  // Their addresses name, to the race detector, the start of the block, its barriers, its end.
-  char begin = 0, order[kBarriers] = {}, end = 0;
+  // Their addresses name, to the race detector, the start of the block, its barrier, its end.
+  char begin = 0, order = 0, end = 0;
 };
 
 inline Block* block = nullptr;
@@ -266,10 +264,10 @@ inline void acquire(void* order) {
 #endif
 }
 
-EMULATOR_UNWATCHED inline void open_barrier(int barrier) {
-  block->at_barrier[barrier] = 0;
+EMULATOR_UNWATCHED inline void open_barrier() {
+  block->at_barrier = 0;
   for (Fiber& fiber : block->fibers)
-    if (fiber.state == State::AtBarrier && fiber.barrier == barrier) fiber.state = State::Ready;
+    if (fiber.state == State::AtBarrier) fiber.state = State::Ready;
 }
 
 EMULATOR_UNWATCHED __attribute__((noinline)) inline void first_line() {
@@ -287,7 +285,7 @@ EMULATOR_UNWATCHED __attribute__((noinline)) inline void first_line() {
   --warp.alive;
   if (warp.arrived != 0) stop("a thread ended while its warp waits for it in a collective");
   // A thread that has ended counts as arrived, as on the device.
-  if (b->at_barrier[0] != 0 && b->at_barrier[0] == b->alive) open_barrier(0);
+  if (b->at_barrier != 0 && b->at_barrier == b->alive) open_barrier();
   release(&b->end);
   to_scheduler();
   std::abort();  // never taken up again
@@ -295,24 +293,18 @@ EMULATOR_UNWATCHED __attribute__((noinline)) inline void first_line() {
 
 // --- barriers and collectives -------------------------------------------------------------------
 
-// Waits at a barrier of the block until so many threads are there.
-EMULATOR_UNWATCHED inline void sync_at(const char* place, int barrier, int threads) {
+EMULATOR_UNWATCHED inline void sync_threads(const char* place) {
   Block* b = block;
   Fiber* self = b->current;
-  release(&b->order[barrier]);
+  release(&b->order);
   self->place = place;
-  if (++b->at_barrier[barrier] < threads) {
+  if (++b->at_barrier < b->alive) {
     self->state = State::AtBarrier;
-    self->barrier = barrier;
     to_scheduler();
   } else {
-    open_barrier(barrier);
+    open_barrier();
   }
-  acquire(&b->order[barrier]);
-}
-
-EMULATOR_UNWATCHED inline void sync_threads(const char* place) {
-  sync_at(place, 0, block->alive);
+  acquire(&b->order);
 }
 
 // All lanes of the warp hand in `argument`; the last one runs `action` on them all.
@@ -440,7 +432,7 @@ inline void run_block(Block& b, std::mt19937& random) {
   if (int(b.fibers.size()) != threads) b.fibers = std::vector<Fiber>(threads);
   b.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   b.alive = threads;
-  std::fill(std::begin(b.at_barrier), std::end(b.at_barrier), 0);
+  b.at_barrier = 0;
   b.dynamic = poisoned(b.dynamic_bytes);
   b.statics = poisoned(kStaticBytes);
   b.num_statics = 0;

@@ -173,37 +173,9 @@ FAULTS = {
     ),
     "backward: no barrier before the keys": (
         BACKWARD,
-        "    __syncthreads();  // all probabilities are there\n",
+        "    __syncthreads();  // all probabilities are there; nobody needs k and v any more\n",
         "    if (!PLANTED) __syncthreads();\n",
         "thread",
-        CASE,
-    ),
-    "backward: delta read before the other warp's share is there": (
-        BACKWARD,
-        "      sync_strip(strip);\n#pragma",
-        "      if (!PLANTED) sync_strip(strip);\n#pragma",
-        "thread",
-        CASE,
-    ),
-    "backward: without the other warp's share of delta": (
-        BACKWARD,
-        "own_delta[upper] += shares[(1 - half)",
-        "own_delta[upper] += (PLANTED ? 0 : 1) * shares[(1 - half)",
-        "plain",
-        CASE,
-    ),
-    "backward: the other warp's bias gradient read before it is there": (
-        BACKWARD,
-        "  sync_strip(strip);\n  // Half",
-        "  if (!PLANTED) sync_strip(strip);\n  // Half",
-        "thread",
-        CASE,
-    ),
-    "backward: both warps the same columns of q's gradient": (
-        BACKWARD,
-        "      to.first += first;",
-        "      to.first += PLANTED ? 0 : first;",
-        "plain",
         CASE,
     ),
     "backward: no barrier before the table": (

@@ -167,7 +167,7 @@ def test_parts_by_name():
 @pytest.mark.parametrize("call", CALLS)
 def test_all_parts_fit_into_their_call(call):
     parts, minutes = CALLS[call]
-    assert minutes == {"first": 5, "second": 6}[call]
+    assert minutes == {"first": 5, "second": 7}[call]
     # Whatever failed: the parts that repeat it as well.
     failed = {part.name: {"state": "failed"} for part in CALLS["first"][0]}
     for some in (parts, gpu_check.parts_of(call, failed)):
@@ -259,7 +259,9 @@ def test_a_dry_run_says_what_would_run(call):
         cwd=gpu_check.ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    # A committed result of some device may have parts that failed.
+    assert [name for name in names if not name.endswith("-again")] == [
         part.name for part in CALLS[call][0]
     ]
 
