@@ -1,7 +1,7 @@
 """Tables and plots, made from the result files alone.
 
-python -m benchmarks.report           # the table in README.md, a page and plots per device
-python -m benchmarks.report --check   # exit 1 if README.md is not what the files say
+python -m benchmarks.report           # tables of README and docs, a page and plots per device
+python -m benchmarks.report --check   # exit 1 if those tables are not what the files say
 python -m benchmarks.report --compare old/operators.json new/operators.json
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import re
 import sys
+from collections.abc import Callable
 
 from . import predicted, tables
 from .environment import MEASURED_CODE, RESULTS, ROOT, changed_since
+from .tables import measured_rows
 
-README = ROOT / "README.md"
 HEADER = """\
 Forward + backward of one attention layer of Swin-B (window 7, three quarters hidden) on {device},
 {threads} threads ({cpu_capability}), {system}, torch {torch}, commit {commit:.9}. *Naive* is
@@ -68,8 +70,8 @@ def cpu_table(result: dict) -> str:
     return "".join(lines)
 
 
-def readme_tables(results: pathlib.Path = RESULTS) -> str:
-    """All tables of the README, in the order of the devices' names."""
+def all_tables(results: pathlib.Path = RESULTS) -> str:
+    """All tables of the page of benchmarks, in the order of the devices' names."""
     parts = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         if (file := folder / "cpu_attention.json").exists():
@@ -82,11 +84,11 @@ def readme_tables(results: pathlib.Path = RESULTS) -> str:
                 " memory and takes oneDNN's linear layers, which plain PyTorch does not; *memory"
                 " kept* and *oneDNN* are the naive path with the same, which tells that part of"
                 " the gain. Floor: what the step's shapes take at measured rates"
-                " ([table](benchmarks/step_costs.md)).\n"
+                " ([table](../benchmarks/step_costs.md)).\n"
                 f"{tables.where(result['environment'])}\n{tables.steps_table(result)}"
             )
         if (folder / "report.md").exists():
-            page = (folder / "report.md").relative_to(ROOT)
+            page = pathlib.Path("..") / (folder / "report.md").relative_to(ROOT)
             parts.append(f"Every operator, peer and limit: [{folder.name}]({page}).\n")
     return "\n".join(parts)
 
@@ -101,13 +103,83 @@ def swap_tables(results: pathlib.Path = RESULTS) -> str:
     )
 
 
-def with_tables(readme: str) -> str:
-    """The README's text with the tables between its marks."""
-    for name, made in (("measured", readme_tables), ("swap", swap_tables)):
+def summary_table(results: pathlib.Path = RESULTS) -> str:
+    """The few figures that the README begins with: a GPU's layer and step, a CPU's step."""
+    lines = [
+        "| Swin-B, three quarters hidden | naive | another | GreenMIM | to naive |\n",
+        "|---|---:|---:|---:|---:|\n",
+    ]
+    for folder in sorted((path for path in results.iterdir() if path.is_dir()), reverse=True):
+        if (file := folder / "operators.json").exists():
+            lines += _layer_line(json.loads(file.read_text()))
+        if (file := folder / "steps.json").exists():
+            lines += _step_lines(json.loads(file.read_text()))
+    return "".join(lines)
+
+
+def _layer_line(result: dict) -> list[str]:
+    environment = result["environment"]
+    rows = measured_rows(result, study="stages", stage=1, shifted=False, **{"pass": "both"})
+    times = {row["peer"]: row["ms"] for row in rows if not row.get("capacity")}
+    ours = {name: ms for name, ms in times.items() if name.startswith("greenmim-")}
+    flex = [ms for name, ms in times.items() if name.startswith("flex")]
+    if not flex or not ours or not environment.get("driver"):  # a GPU's
+        return []
+    best = min(ours.values())
+    return [
+        f"| {environment['device']}: attention of stage 1, forward + backward |"
+        f" {times['naive']:.2f} ms | {min(flex):.2f} ms (FlexAttention) | **{best:.2f} ms** |"
+        f" {times['naive'] / best:.0f}x |\n"
+    ]
+
+
+def _step_lines(result: dict) -> list[str]:
+    rows = {row["variant"]: row for row in result["rows"] if row["model"] == "base-224"}
+    ours = [row for name, row in rows.items() if re.match("cuda|triton|cpp", name)]
+    if not ours or "naive" not in rows or "simmim" not in rows:
+        return []
+    naive, dense = rows["naive"], rows["simmim"]
+    best = max(ours, key=lambda row: row["images_per_second"])
+    head = f"| {result['environment']['device']}, {naive['precision']}: "
+    lines = []
+    # Nothing of the other two is compiled, so beside what is there stands what is not.
+    plain = rows.get("cuda-graphed, not compiled")
+    for row, how in ((plain, ", not compiled"), (best, ", compiled")) if plain else ((best, ""),):
+        speeds = [
+            f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}"
+            for speed in (one["images_per_second"] for one in (naive, dense, row))
+        ]
+        ratio = row["images_per_second"] / naive["images_per_second"]
+        if turns := row.get("to_naive"):  # took turns
+            ratio = turns["median"]
+        lines.append(
+            f"{head}training step{how}, images/s | {speeds[0]} | {speeds[1]} (SimMIM) |"
+            f" **{speeds[2]}** | {ratio:.3g}x |\n"
+        )
+    joules = [row.get("joules_per_image") for row in (naive, dense, best)]
+    if all(joules):
+        lines.append(
+            f"{head}energy of an image | {joules[0]:.3f} J | {joules[1]:.3f} J (SimMIM) |"
+            f" **{joules[2]:.3f} J** | {joules[0] / joules[2]:.2g}x less |\n"
+        )
+    return lines
+
+
+# Between which marks of which page stands what.
+GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"summary": summary_table},
+    ROOT / "docs" / "benchmarks.md": {"measured": all_tables},
+    ROOT / "docs" / "kernels.md": {"swap": swap_tables},
+}
+
+
+def with_tables(text: str, tables_of: dict[str, Callable[[], str]]) -> str:
+    """A page's text with the tables between its marks."""
+    for name, made in tables_of.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n{made()}{end}{rest.split(end)[1]}"
-    return readme
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{made()}{end}{rest.split(end)[1]}"
+    return text
 
 
 def page(folder: pathlib.Path) -> str:
@@ -207,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(found) or "nothing is slower")
         return int(bool(found))
     if options.check:
-        text = README.read_text()
-        return int(text != with_tables(text))
+        pages = {file: file.read_text() for file in GENERATED}
+        return int(any(text != with_tables(text, GENERATED[file]) for file, text in pages.items()))
     from .plots import draw
 
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
@@ -218,7 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         for file in sorted(folder.glob("*.json")):
             if line := staleness(file.name, json.loads(file.read_text())):
                 print(line)
-    README.write_text(with_tables(README.read_text()))
+    for file, tables_of in GENERATED.items():
+        file.write_text(with_tables(file.read_text(), tables_of))
     return 0
 
 

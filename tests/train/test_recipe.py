@@ -91,8 +91,8 @@ def resolved(*arguments: str) -> dict:
 def test_every_preset_makes_a_model_config() -> None:
     assert preset_names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     assert "greenmim_swin-base_16xb128-amp-coslr-100e_in1k" in preset_names()
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert all(f"| `{name}` |" in readme for name in preset_names())
+    page = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
+    assert all(f"| `{name}` |" in page for name in preset_names())
     for name in preset_names():
         parser, subparser, _ = build_parser()
         options = parser.parse_args(

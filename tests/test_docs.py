@@ -1,0 +1,121 @@
+"""README and docs: programs run, commands run or say what they need, links lead somewhere.
+
+A block of commands is marked after `sh` with what it needs beyond an installed greenmim: "install",
+"make", "gpu" or "cluster". Of those the options are read, and nothing runs.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKS = ("", "install", "make", "gpu", "cluster")
+# So that a run takes seconds.
+SHORT = ("--epochs", "1", "--schedule.warmup-epochs", "0", "--data.repeats", "1")
+
+
+def blocks(page: pathlib.Path, language: str) -> list[tuple[str, str]]:
+    """(mark, text) of the page's blocks of a language."""
+    return re.findall(rf"^```{language}\b *([^\n]*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def all_commands(*marks: str) -> list[list[str]]:
+    found = [pair for page in PAGES for pair in blocks(page, "sh") if pair[0] in marks]
+    return [words for _, text in found for words in commands(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_commands_runs_or_says_what_it_needs(page):
+    assert {mark for mark, _ in blocks(page, "sh")} <= set(MARKS)
+    # No other kind of block holds commands.
+    assert set(re.findall(r"^```(\w+)", page.read_text(), re.M)) <= {"sh", "python"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_run(page, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        picture = Image.effect_noise((240, 240), 20 + number).convert("RGB")
+        picture.save(tmp_path / "photos" / f"{number}.jpg")
+    for mark, text in blocks(page, "sh"):
+        for words in commands(text) if mark == "" else []:
+            assert words[0] == "greenmim", words
+            short = SHORT if words[1] == "pretrain" else ()
+            done = subprocess.run(
+                [sys.executable, "-m", *words, *short],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_programs_run(page):
+    for _, text in blocks(page, "python"):
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{text}\n{done.stderr[-1500:]}"
+
+
+def test_options_of_other_commands_are_known():
+    """Of runs on GPUs and clusters."""
+    from greenmim.cli import _config_first, _underscores, build_parser
+
+    runs = [words for words in all_commands("gpu", "cluster") if "pretrain" in words]
+    assert len(runs) >= 6
+    for words in runs:
+        parser, *_ = build_parser()
+        own = [_underscores(word) for word in words[words.index("pretrain") :]]
+        parser.parse_args(_config_first(own))
+
+
+def test_targets_of_make_are_there():
+    targets = {words[1] for words in all_commands("make", "gpu") if words[0] == "make"}
+    assert targets >= {"demo", "test", "bench", "gpu-check", "gpu-check-more"}
+    for target in targets:
+        done = subprocess.run(["make", "-n", target, "VENV="], cwd=ROOT, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_extra_stands_in_the_table():
+    page = (ROOT / "docs" / "install.md").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    for extra in re.findall(r"^(\w+) = ", section, re.M):
+        assert f"| `{extra}` |" in page, extra
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", file.read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in slugs, (target, anchor)
+
+
+def test_the_readme_is_read_to_the_end():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert page.name == "README.md" or f"({page.name})" in index, page
