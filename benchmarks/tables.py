@@ -97,7 +97,7 @@ def reasons_table(result: dict) -> str:
             key = (row.get("peer", row.get("variant")), row["reason"])
             reasons[key] = reasons.get(key, 0) + 1
     if not reasons:
-        return "Everybody was timed everywhere.\n"
+        return "All that was tried was timed.\n"
     lines = [_line(["not timed", "rows", "reason"]), _line(["---", "---:", "---"])]
     lines += [_line([peer, str(n), why.replace("|", "/")]) for (peer, why), n in reasons.items()]
     return "".join(lines)

@@ -1,14 +1,42 @@
 """GreenMIM: masked image modelling on the visible patches of hierarchical vision transformers."""
 
-import importlib.metadata
+import importlib
+from typing import TYPE_CHECKING
 
-from .checkpoint import convert_checkpoint
-from .config import ModelConfig
-from .mim import GreenMIM, create_model
-
-try:
-    __version__ = importlib.metadata.version("greenmim")
-except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from .checkpoint import convert_checkpoint
+    from .config import ModelConfig
+    from .mim import GreenMIM, create_model
 
 __all__ = ["GreenMIM", "ModelConfig", "convert_checkpoint", "create_model"]
+_HOMES = {
+    "GreenMIM": "mim",
+    "ModelConfig": "config",
+    "convert_checkpoint": "checkpoint",
+    "create_model": "mim",
+}
+
+
+def __getattr__(name: str) -> object:
+    # PyTorch takes seconds to import: not before the command line has set up what Ctrl-C does.
+    if name == "__version__":
+        value: object = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("greenmim")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+unknown"

@@ -1,4 +1,4 @@
-"""The command line: `greenmim pretrain | reconstruct | export | convert | doctor`."""
+"""The command line: `greenmim pretrain | reconstruct | export | convert | presets | doctor`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import dataclasses
 import inspect
 import json
 import os
-import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from greenmim import messages
 from greenmim.checkpoint import KINDS
-from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError, exit_code, silence
+from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError, exit_code, leave, silence
 from greenmim.launch import SlurmJob, World, speaks
-from greenmim.presets import preset_names, resolve_config
+from greenmim.presets import preset_table, resolve_config
 from greenmim.recipe import Recipe
 
 EXIT_CODES = (
@@ -34,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; None takes those of the process.
     """
-    arguments = [_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
-    debug = "--debug" in arguments or os.environ.get("GREENMIM_DEBUG", "0") not in ("", "0")
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    typed = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in typed or os.environ.get("GREENMIM_DEBUG", "0") not in ("", "0")
+    typed = [argument for argument in typed if argument != "--debug"]
+    arguments = [_underscores(argument) for argument in typed]
     try:
-        return exit_code(lambda: _run(arguments, debug), debug)
+        return exit_code(lambda: _run(arguments, typed, debug), debug)
     except SystemExit as leaving:  # --help and --print-config
         return int(leaving.code or 0)
     except KeyboardInterrupt:
@@ -51,15 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _run(arguments: list[str], debug: bool) -> int:
+def _run(arguments: list[str], typed: list[str], debug: bool) -> int:
+    parser, subparser, function = build_parser(next(iter(arguments), ""))
+    if arguments[:1] == ["pretrain"] and (asked := {"-h", "--help"} & set(arguments)):
+        topic = arguments[arguments.index(asked.pop()) + 1 :][:1]
+        of_slurm = [field.name for field in dataclasses.fields(SlurmJob)]
+        try:
+            print(messages.help_text(subparser, next(iter(topic), None), of_slurm), end="")
+        except ValueError as error:
+            raise _told_once(f"{error}.") from error
+        return 0
     try:
-        arguments = _config_first(arguments)
-        parser, subparser, function = build_parser(next(iter(arguments), ""))
-        options = parser.parse_args(arguments)
+        options = parser.parse_args(_config_first(arguments))
     except argparse.ArgumentError as error:
         if debug:
             raise
-        raise _told_once(_in_our_words(error)) from error
+        said = messages.in_words(error, subparser or parser, typed)
+        command = f" {arguments[0]}" if arguments[0] in COMMANDS else ""
+        where = "all" if command == " pretrain" else ""
+        hint = f"`greenmim{command} --help {where}".rstrip() + "` lists the options"
+        raise _told_once(f"{said} ({hint})") from error
     if options.command:
         return function(subparser, options[options.command])
     parser.print_help(sys.stderr)
@@ -70,19 +83,6 @@ def _told_once(text: str) -> UserError:
     error = UserError(text)  # which all processes of a run find
     error.quiet = not speaks()
     return error
-
-
-def _in_our_words(error: argparse.ArgumentError) -> str:
-    """jsonargparse's message with options named as they are typed and types as people call them."""
-    text = " ".join(str(error).split())
-    text = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{m[1].replace('_', '-')}:", text)
-    text = re.sub(r"Expected an? (?:<class '(\w+)'>|typing\.)", r"expected \1", text)
-    text = re.sub(
-        r"are required: (.+)",
-        lambda m: "are required: " + re.sub(r"\b\w+\.(\w+)", r"--\1", m[1]),
-        text,
-    )
-    return f"{text} (--help lists the options)"
 
 
 def _underscores(argument: str) -> str:
@@ -115,6 +115,9 @@ class _Formatter(DefaultHelpFormatter):
             for line in text.splitlines()
         )
 
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        return None  # as Python writes it, that helps nobody; a wrong value is told in words
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         text = super()._format_action_invocation(action)
         for option in action.option_strings:
@@ -123,7 +126,9 @@ class _Formatter(DefaultHelpFormatter):
 
 
 def _parser(**options: str) -> ArgumentParser:
-    return ArgumentParser(exit_on_error=False, formatter_class=_Formatter, **options)
+    return ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, formatter_class=_Formatter, **options
+    )
 
 
 def build_parser(command: str = "pretrain") -> tuple[ArgumentParser, ArgumentParser, Callable]:
@@ -156,8 +161,7 @@ def _pretrain_command() -> tuple[ArgumentParser, Callable]:
     parser = _parser(
         usage="greenmim pretrain --config NAME_OR_FILE --data.root FOLDER --work-dir FOLDER"
         " [--resume [CHECKPOINT]] [--dry-run] [--launcher slurm] [--any.value X]",
-        description="Pre-train on a folder of images. Presets for --config:\n  "
-        + "\n  ".join(preset_names()),
+        description="Pre-train on a folder of images, with a preset (`greenmim presets`).",
         epilog=EXIT_CODES,
     )
     texts = {
@@ -239,6 +243,8 @@ def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, C
         parser.add_argument(f"--{name}", **by_hand[name])
 
     def run(_: ArgumentParser, options: Namespace) -> int:
+        if signal.getsignal(signal.SIGINT) is leave:  # what it has begun to write, it removes
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         print(tell(tool(**vars(options)), options))
         return 0
 
@@ -277,6 +283,10 @@ def _convert() -> tuple[ArgumentParser, Callable]:
     return _tool(usage, convert_file, tell)
 
 
+def _presets() -> tuple[ArgumentParser, Callable]:
+    return _tool("presets", preset_table, lambda text, _: text)
+
+
 def _doctor() -> tuple[ArgumentParser, Callable]:
     from greenmim.tools.doctor import report
 
@@ -288,5 +298,6 @@ COMMANDS = {
     "reconstruct": ("draw original, masked and reconstructed images", _reconstruct),
     "export": ("write the encoder as a file that timm loads", _export),
     "convert": ("convert checkpoints: official, greenmim, timm", _convert),
+    "presets": ("list the recipes that --config may name", _presets),
     "doctor": ("say what is installed and which backends work", _doctor),
 }

@@ -19,6 +19,12 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again with 
 EXIT_INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
+def leave(*_: object) -> None:
+    """End at once: for Ctrl-C during imports, where an exception could come up anywhere."""
+    os.write(2, b"greenmim: interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
 class UserError(Exception):
     """Something the user can put right: shown as one line on stderr, exit code 2.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from greenmim.guards import UserError
+from greenmim.messages import nearest
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -26,6 +29,25 @@ def resolve_config(name_or_path: str) -> str:
     if name in preset_names():
         return str(CONFIGS / f"{name}.yaml")
     raise UserError(
-        f"--config {name_or_path} is neither a file nor a preset; the presets are"
-        f" {', '.join(preset_names())}."
+        f"--config {name_or_path} is neither a file nor a preset.{nearest(name, preset_names())}"
+        " `greenmim presets` lists them."
     )
+
+
+def preset_table() -> str:
+    """The presets: model, epochs, images of an update in one process.
+
+    What each is for says docs/pretraining.md.
+    """
+    rows = []
+    for name in preset_names():
+        values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        model, data = values.get("model", {}), values.get("data", {})
+        update = data.get("batch_size", 128) * values.get("optim", {}).get("accumulate", 1)
+        window, epochs = model.get("window_size", 7), values.get("epochs", "")
+        rows.append((name, str(window), str(epochs), str(update)))
+    head = ("preset", "window", "epochs", "images of an update, in each process")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+             for row in (head, *rows)]  # fmt: skip
+    return "\n".join(lines)

@@ -45,7 +45,7 @@ FLOORS = [
     ["greenmim_kernels.integrations.fuse"],
     ["greenmim_kernels.integrations"],
     ["greenmim_kernels"],
-    ["greenmim.config", "greenmim.masking", "greenmim.guards"],
+    ["greenmim.config", "greenmim.masking", "greenmim.guards", "greenmim.messages"],
     ["greenmim.planning"],
     ["greenmim.encoders.swin"],
     ["greenmim.encoders"],

@@ -63,9 +63,11 @@ def report() -> str:
     ]
     lines += _choices()
     lines += ["", "of a GPU's two backends it takes, and why"]
-    lines += _table(
-        [(name, f"{found.backend}: {found.reason}") for name, found in automatic.choices().items()]
-    )
+    said: dict[str, list[str]] = {}
+    for name, found in automatic.choices().items():
+        said.setdefault(f"{found.backend}: {found.reason}", []).append(name)
+    rows = [(name, text) for text, names in said.items() for name in names]
+    lines += _table(rows if len(said) > 1 else [("everything", text) for text in said])
     return "\n".join(lines)
 
 

@@ -66,7 +66,7 @@ def test_fewer_images_than_a_batch(tmp_path: Path, tiny: Path, photos: Path, cap
     ("option", "value", "wanted"),
     [
         ("--epochs", "0", "--epochs is 0"),
-        ("--epochs", "many", "--epochs: expected int. Got value: many"),
+        ("--epochs", "many", "--epochs many: give a whole number"),
         ("--mask.ratio", "1.0", "--mask.ratio is 1.0"),
         ("--mask.ratio", "0.9", "0.9 hides all 6 units"),
         ("--data.crop-scale", "[0.9,0.1]", "--data.crop-scale"),
@@ -78,9 +78,9 @@ def test_fewer_images_than_a_batch(tmp_path: Path, tiny: Path, photos: Path, cap
         ("--backend", "triton", "triton"),
         ("--backend", "abacus", "abacus"),
         ("--precision", "fp16", "--precision fp16 needs CUDA"),
-        ("--epoch-count", "3", "epoch_count"),
+        ("--epoch-count", "3", "--epoch-count is no option"),
         ("--checkpoint.keep-last", "0", "--checkpoint.keep-last is 0"),
-        ("--config", "greenmim_swin-giant", "the presets are"),
+        ("--config", "greenmim_swin-giant", "`greenmim presets` lists them"),
         ("--resume", "nowhere.pth", "no checkpoint nowhere.pth"),
     ],
 )
@@ -99,8 +99,47 @@ def test_missing_options_and_commands(tiny: Path, photos: Path, capsys) -> None:
     )
     assert "fly" in complaint(capsys, "fly")
     text = complaint(capsys, "reconstruct", "--images", "a", "--output", "b.png")
-    assert "required: --checkpoint" in text
+    assert "--checkpoint is missing" in text
     assert main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        (["--data-root", "x"], "--data-root is no option; did you mean --data.root?"),
+        (["--batch-size=3"], "--batch-size is no option; did you mean --data.batch-size?"),
+        (["--workers", "2"], "--workers is no option; did you mean --data.workers?"),
+        (["--lr", "2"], "--lr is no option; did you mean --optim.lr?"),
+        (["--epoch", "2"], "--epoch is no option; did you mean --epochs?"),
+        (["--quite-another", "2"], "--quite-another is no option ("),
+        (["--config", "greenmim_swin-demo"], "Did you mean greenmim_swin-demo-cpu?"),
+        (["--model.image-size", "224,320"], "224,320: give a whole number or two whole numbers"),
+        (["--optim.lr", "nan"], "--optim.lr nan: give a number or null"),
+        (["--dry-run=true"], "--dry-run takes no value; leave =true out"),
+        (["--device", "tpu"], "--device tpu: give auto, cpu or cuda"),
+        (["--compile", "perhaps"], "--compile perhaps: give true or false"),
+        (["--launcher", "srun"], "--launcher srun: give none or slurm"),
+        (["--epochs"], "--epochs needs a value: a whole number"),
+        (["--optim.betas", "0.9"], "--optim.betas 0.9: give two numbers such as"),
+        (["--sbatch", "x"], "--sbatch x: give JSON such as"),
+        (["photos"], "photos belongs to no option"),
+        (["--help", "weather"], "--help weather: there are all, run, slurm, model"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_typos_and_types_are_told_in_words(typed, wanted, capsys) -> None:
+    text = complaint(capsys, "pretrain", "--work-dir", "x", *typed)
+    assert wanted in text
+    for word in ("Literal", "<class", "Union", "NoneType", "unrecognized", "Got value"):
+        assert word not in text
+
+
+def test_commands_and_tools_are_told_in_words(capsys) -> None:
+    assert "pretain is no command; did you mean pretrain?" in complaint(capsys, "pretain")
+    text = complaint(capsys, "convert", "--input", "x", "--output", "y", "--target", "foo")
+    assert "--target foo: give official, timm or greenmim" in text
+    text = complaint(capsys, "export", "--ceckpoint", "x")
+    assert "--ceckpoint is no option; did you mean --checkpoint?" in text
 
 
 def test_broken_recipe_files(tmp_path: Path, photos: Path, capsys) -> None:

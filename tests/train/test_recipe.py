@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,28 +162,84 @@ def test_saved_recipe_comes_back_the_same(finished_run: Path, tmp_path: Path, ca
     assert again == saved
 
 
-def test_unknown_preset_lists_the_presets() -> None:
-    with pytest.raises(UserError) as raised:
-        resolve_config("greenmim_swin-huge")
-    assert all(name in str(raised.value) for name in preset_names())
+def test_an_unknown_preset_leads_to_the_presets(capsys) -> None:
+    with pytest.raises(
+        UserError, match="Did you mean greenmim_swin-tiny_8xb256.*`greenmim presets`"
+    ):
+        resolve_config("greenmim_swin-tiny_8xb256")
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == preset_names()
+    assert lines[1 + preset_names().index("greenmim_swin-demo-cpu")].split()[1:] == [
+        "7",
+        "100",
+        "12",
+    ]
 
 
-def test_help_is_readable(capsys) -> None:
+def test_help_shows_what_is_needed_first(capsys) -> None:
     assert main(["pretrain", "--help"]) == 0
     text = capsys.readouterr().out
-    for wanted in (
-        "--data.batch-size",
-        "--mask.per-image",
-        "greenmim_swin-demo-cpu",
-        "exit codes",
-        "75",
-    ):
+    assert len(text.splitlines()) <= 80
+    places = [text.index(f"\n  {option}") for option in ("--config", "--data.root", "--epochs")]
+    assert places == sorted(places)
+    for wanted in ("--data.batch-size", "exit codes", "75", "--help all"):
         assert wanted in text
+    assert "Literal" not in text and "| null" not in text
+
+
+def test_help_of_topics_and_of_all_has_every_option_once(capsys) -> None:
+    _, parser, _ = build_parser()
+    options = {
+        option.replace("_", "-")
+        for action in parser._actions
+        if action.help != "==SUPPRESS==" and action.dest != "help"
+        for option in action.option_strings
+    }
+    assert main(["pretrain", "--help", "all"]) == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"^  --help (\w+)", text, re.M)[-1] == "all"
+    listed = re.findall(r"^  (--[\w.-]+)(?: |$)", text.partition("\nmore:")[0], re.M)
+    assert sorted(listed) == sorted(options)
     assert "_size" not in text.replace("base_lr", "")
-    assert "Path to a configuration file" not in text
+    found = []
+    for topic in re.findall(r"^  --help (\w+)", text, re.M)[:-1]:
+        assert main(["pretrain", "--help", topic]) == 0
+        part = capsys.readouterr().out.partition("\nmore:")[0]
+        found += re.findall(r"^  (--[\w.-]+)(?: |$)", part, re.M)
+    assert sorted(found) == sorted(options)
+
+
+def test_the_package_is_there_before_pytorch_is() -> None:
+    """So that Ctrl-C has its meaning from the first moment on."""
+    code = (
+        "import sys, greenmim, greenmim.__main__; assert 'torch' not in sys.modules;"
+        " assert greenmim.__version__; assert greenmim.ModelConfig().depths;"
+        " assert set(greenmim.__all__) <= set(dir(greenmim));"
+        " from greenmim import create_model; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", ["jsonargparse", "torch", "greenmim.training.train"])
+def test_ctrl_c_during_imports_is_one_line(module, tmp_path) -> None:
+    code = f"""
+import os, signal, sys
+class At:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, At())
+from greenmim.__main__ import main
+sys.argv = ["greenmim", "pretrain", "--config", "greenmim_swin-demo-cpu",
+            "--data.root", {str(tmp_path)!r}, "--work-dir", {str(tmp_path / "run")!r}]
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "greenmim: interrupted\n")
 
 
 def test_each_command_has_help(capsys) -> None:
-    for command in ("reconstruct", "convert", "doctor"):
+    for command in ("reconstruct", "convert", "presets", "doctor"):
         assert main([command, "--help"]) == 0
         assert f"greenmim {command}" in capsys.readouterr().out
