@@ -134,7 +134,7 @@ FIRST = (
         (*BUILT, "stress-triton", "conformance", "tests-triton", "warm", "environment",
          "stress-cuda", "tests-cuda"),
     ),
-    Part("steps", (*STEPS, "base-224", "--variant", "naive", UNCOMPILED), 45,
+    Part("steps", (*STEPS, "base-224", "--variant", "naive", UNCOMPILED, "cuda"), 45,
          ("operators",)),
 )  # fmt: skip
 SECOND = (

@@ -46,13 +46,13 @@ def all_tables(results: pathlib.Path = RESULTS) -> str:
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         if (file := folder / "operators.json").exists():
             result = json.loads(file.read_text())
-            row = result["rows"][0]
-            parts.append(
-                "One attention layer of Swin-B, forward + backward, three quarters hidden, batch"
-                f" {row['batch']}, {row['dtype']}. In brackets the share of the limit. *Capacity*:"
-                " the partitions of a training step.\n\n"
-                f"{tables.where(result['environment'])}\n{tables.stages_table(result, 'both')}"
-            )
+            for row in [row for row in result["rows"] if row["study"] == "stages"][:1]:
+                parts.append(
+                    "One attention layer of Swin-B, forward + backward, three quarters hidden,"
+                    f" batch {row['batch']}, {row['dtype']}. In brackets the share of the limit."
+                    " *Capacity*: the partitions of a training step.\n\n"
+                    f"{tables.where(result['environment'])}\n{tables.stages_table(result, 'both')}"
+                )
         if (file := folder / "steps.json").exists():
             result = json.loads(file.read_text())
             parts.append(
@@ -65,7 +65,7 @@ def all_tables(results: pathlib.Path = RESULTS) -> str:
             )
         if (folder / "report.md").exists():
             page = pathlib.Path("..") / (folder / "report.md").relative_to(ROOT)
-            parts.append(f"Every operator, peer and limit: [{folder.name}]({page}).\n")
+            parts.append(f"More of this machine: [{folder.name}]({page}).\n")
     return "\n".join(parts)
 
 
@@ -98,7 +98,7 @@ def _layer_line(result: dict) -> list[str]:
     rows = measured_rows(result, study="stages", stage=1, shifted=False, **{"pass": "both"})
     times = {row["peer"]: row["ms"] for row in rows if not row.get("capacity")}
     flex = [ms for name, ms in times.items() if name.startswith("flex")]
-    if not flex or "greenmim-cuda" not in times:  # which a GPU takes by itself
+    if not flex or not {"greenmim-cuda", "naive"} <= set(times):  # which a GPU takes by itself
         return []
     ours = times["greenmim-cuda"]
     return [
@@ -109,7 +109,11 @@ def _layer_line(result: dict) -> list[str]:
 
 
 def _step_lines(result: dict) -> list[str]:
-    rows = {row["variant"]: row for row in result["rows"] if row["model"] == "base-224"}
+    rows = {
+        row["variant"]: row
+        for row in result["rows"]
+        if row["model"] == "base-224" and "images_per_second" in row
+    }
     ours = [row for name, row in rows.items() if re.match("cuda|triton|cpp", name)]
     if not ours or "naive" not in rows or "simmim" not in rows:
         return []
@@ -137,7 +141,8 @@ def _step_lines(result: dict) -> list[str]:
     joules = [row.get("joules_per_image") for row in (naive, dense, best)]
     if all(joules):
         lines.append(
-            f"{head}energy of an image | {joules[0]:.3f} J | {joules[1]:.3f} J (SimMIM) |"
+            f"{head}energy of an image{ways.get(best['variant'], '')} | {joules[0]:.3f} J |"
+            f" {joules[1]:.3f} J (SimMIM) |"
             f" **{joules[2]:.3f} J** | {joules[0] / joules[2]:.2g}x less |\n"
         )
     return lines

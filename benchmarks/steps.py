@@ -246,7 +246,10 @@ def main(argv: list[str] | None = None) -> int:
         "rows": [],
     }
     file = folder_of(result["environment"]["device"]) / "steps.json"
-    result["rows"] = earlier(file, result["environment"], of_any_commit=True).get("rows", [])
+    kept = earlier(file, result["environment"], of_any_commit=True)
+    for row in kept.get("rows", []):  # the file is of this commit from now on
+        its = {name: row.get(name, kept["environment"][name]) for name in ("commit", "dirty")}
+        result["rows"].append(row | its)
 
     def save(row: dict) -> None:
         row |= {name: result["environment"][name] for name in ("commit", "dirty")}

@@ -16,17 +16,19 @@ _HOMES = {
     "create_model": "mim",
 }
 
+if TYPE_CHECKING:
+    __version__: str
+else:
 
-def __getattr__(name: str) -> object:
-    # PyTorch takes seconds to import: not before the command line has set up what Ctrl-C does.
-    if name == "__version__":
-        value: object = _version()
-    elif name in _HOMES:
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    else:
+    def __getattr__(name: str) -> object:
+        # PyTorch takes seconds to import: not before the command line has set up what Ctrl-C does.
+        if name == "__version__":
+            return _version()
+        if name in _HOMES.values():
+            return importlib.import_module(f".{name}", __name__)
+        if name in _HOMES:
+            return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

@@ -7,16 +7,23 @@ import dataclasses
 import inspect
 import json
 import os
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
+import greenmim
 from greenmim import messages
 from greenmim.checkpoint import KINDS
-from greenmim.guards import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError, exit_code, leave, silence
+from greenmim.guards import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    UserError,
+    end_of_imports,
+    exit_code,
+    silence,
+)
 from greenmim.launch import SlurmJob, World, speaks
 from greenmim.presets import preset_table, resolve_config
 from greenmim.recipe import Recipe
@@ -38,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in typed or os.environ.get("GREENMIM_DEBUG", "0") not in ("", "0")
     typed = [argument for argument in typed if argument != "--debug"]
-    arguments = [_underscores(argument) for argument in typed]
+    end = typed.index("--") if "--" in typed else len(typed)
+    arguments = [*map(_underscores, typed[:end]), *typed[end:]]
     try:
         return exit_code(lambda: _run(arguments, typed, debug), debug)
     except SystemExit as leaving:  # --help and --print-config
@@ -55,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str], typed: list[str], debug: bool) -> int:
     parser, subparser, function = build_parser(next(iter(arguments), ""))
-    if arguments[:1] == ["pretrain"] and (asked := {"-h", "--help"} & set(arguments)):
-        topic = arguments[arguments.index(asked.pop()) + 1 :][:1]
+    asked, topic = messages.asked_for_help(typed)
+    if arguments[:1] == ["pretrain"] and asked:
         of_slurm = [field.name for field in dataclasses.fields(SlurmJob)]
         try:
-            print(messages.help_text(subparser, next(iter(topic), None), of_slurm), end="")
+            print(messages.help_text(subparser, topic, of_slurm), end="")
         except ValueError as error:
             raise _told_once(f"{error}.") from error
         return 0
@@ -135,6 +143,7 @@ def build_parser(command: str = "pretrain") -> tuple[ArgumentParser, ArgumentPar
     """The whole parser, and a command's own with its function; the others have no options yet."""
     parser = _parser(
         prog="greenmim",
+        version=greenmim.__version__,
         usage="greenmim COMMAND [options]",
         description="Masked image modelling that computes only the visible quarter of the image.",
         epilog="--debug (or GREENMIM_DEBUG=1) shows the traceback of an error.",
@@ -196,6 +205,7 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
     from greenmim.training.startup import choose_device
     from greenmim.training.train import pretrain
 
+    end_of_imports()
     values = options.clone()
     for name in ("config", "resume", "mask_per_image", "dry_run", "launcher"):
         values.pop(name, None)
@@ -243,8 +253,7 @@ def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, C
         parser.add_argument(f"--{name}", **by_hand[name])
 
     def run(_: ArgumentParser, options: Namespace) -> int:
-        if signal.getsignal(signal.SIGINT) is leave:  # what it has begun to write, it removes
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        end_of_imports()
         print(tell(tool(**vars(options)), options))
         return 0
 

@@ -25,6 +25,12 @@ def leave(*_: object) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
+def end_of_imports() -> None:
+    """From here on Ctrl-C is an exception again, so that what was begun is tidied up."""
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class UserError(Exception):
     """Something the user can put right: shown as one line on stderr, exit code 2.
 

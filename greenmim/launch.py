@@ -109,7 +109,7 @@ class SlurmJob:
     Args:
         nodes: Machines.
         gpus_per_node: GPUs of each, and processes on it.
-        partition: Partition; None takes the cluster's default.
+        partition: Partition; null takes the cluster's default.
         hours: Time limit of one piece of the run; at its end the job goes back into the queue.
         cpus_per_gpu: CPU cores for each process, for its loader workers.
         account: Account to charge, where the cluster wants one.

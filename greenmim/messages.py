@@ -24,7 +24,6 @@ OFTEN = (
 )  # fmt: skip
 ONE, SEVERAL = {int: "a whole number", float: "a number"}, {int: "whole numbers", float: "numbers"}
 PLAIN = {bool: "true or false", str: "text", type(None): "null", **ONE}
-WORDS = ("", "one", "two", "three", "four")
 
 
 def dashes(name: str) -> str:
@@ -43,24 +42,33 @@ def in_words(error: argparse.ArgumentError, parser: ArgumentParser, typed: Seque
         typed: its arguments as they were typed.
     """
     text = " ".join(str(error).split())
-    if found := re.search(r"unrecognized arguments: (\S+)", text):
-        return _unknown(_as_typed(found[1], typed), parser)
-    if found := re.search(r"invalid choice: '(.+?)' \(choose from (.+?)\)", text):
+    if "unrecognized arguments:" in text:
+        return _unknown(text.partition("unrecognized arguments:")[2].strip(), typed, parser)
+    if found := re.search(r"does not accept option '([\w.]+)'", text):  # in a file
+        near = _near(dashes(found[1]), options_of(parser)).replace("--", "").replace("-", "_")
+        return f"--config has {found[1]}, which is no option{near}"
+    if found := re.search(r"invalid choice: '(.*?)' \(choose from (.+?)\)", text):
         choices = re.findall(r"[\w-]+", found[2])
         if "argument command" in text:
             near = _near(found[1], choices)
             return f"{found[1]} is no command{near or f'; there are {listed(choices)}'}"
         option = re.search(r"argument (--\S+):", text)
         return f"{dashes(option[1])} {found[1]}: give {listed(choices, 'or')}"
-    if found := re.search(r"argument (--\S+): ignored explicit argument '(.*)'", text):
+    if found := re.search(r"argument (?:-\w/)?(--\S+): ignored explicit argument '(.*)'", text):
         return f"{dashes(found[1])} takes no value; leave ={found[2]} out"
-    if found := re.search(r"argument (--\S+): expected one argument", text):
-        return f"{dashes(found[1])} needs a value{_wanted(found[1], parser, ': ')}"
+    if found := re.search(r"argument (--\S+): expected (?:one|at least one) argument", text):
+        option = dashes(found[1])
+        if after := _word_after(option, typed):  # which looks like an option itself
+            return f"{option} needs a value; one that begins with a dash is {option}={after}"
+        return f"{option} needs a value{_wanted(found[1], parser, ': ')}"
     if found := re.match(r'Parser key "([\w.]+)":', text):
-        value = re.search(r"(?:Got value|Given value): (.+)$", text)
-        wanted = _wanted(found[1], parser, ": give ")
+        # A value of several, such as --data '{"decode": "fast"}', has the key within.
+        key = re.findall(r'Parser key "([\w.]+)":', text)[-1]
+        value = re.search(r"(?:Got value|Given value): ?(.*)$", text)
+        wanted = _wanted(key, parser, ": give ")
         if value and wanted:
-            return f"{dashes(found[1])} {value[1]}{wanted}"
+            given = _typed_value(dashes(key), typed) or value[1] or repr("")
+            return f"{dashes(key)} {given}{wanted}"
         text = text.replace(found[0], f"{dashes(found[1])}:")
     if found := re.search(r"are required: (.+)", text):
         # A tool's have the tool's name before them.
@@ -69,38 +77,64 @@ def in_words(error: argparse.ArgumentError, parser: ArgumentParser, typed: Seque
     return text
 
 
-def _as_typed(argument: str, typed: Sequence[str]) -> str:
-    for one in typed:
-        if one.partition("=")[0].replace("-", "_") == argument.partition("=")[0].replace("-", "_"):
-            return one.partition("=")[0]
-    return argument
+def _word_after(option: str, typed: Sequence[str]) -> str | None:
+    names = [dashes(word) if word.startswith("--") else word for word in typed]
+    if option not in names:
+        return None
+    after = typed[names.index(option) + 1 :][:1]
+    return after[0] if after and after[0].startswith("-") and after[0] != "--" else None
 
 
-def _unknown(argument: str, parser: ArgumentParser) -> str:
-    if not argument.startswith("--"):
-        return f"{argument} belongs to no option"
-    return f"{argument} is no option{_near(argument, options_of(parser))}"
+def _typed_value(option: str, typed: Sequence[str]) -> str | None:
+    for number, word in enumerate(typed):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and dashes(name) == option:
+            return value if equals else next(iter(typed[number + 1 :]), None)
+    return None
+
+
+def _unknown(said: str, typed: Sequence[str], parser: ArgumentParser) -> str:
+    """`said` are all that were not known, as the parser has them."""
+
+    def key(word: str) -> str:
+        return word.partition("=")[0].replace("-", "_")
+
+    for word in typed:
+        if word.startswith("--") and said and key(word) == key(said.split()[0]):
+            name = word.partition("=")[0]
+            return f"{name} is no option{_near(name, options_of(parser))}"
+    return f"{said or repr(said)} belongs to no option"
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
-    """Options as they are typed."""
-    return [dashes(o) for a in parser._actions for o in a.option_strings if o.startswith("--")]
+    """Options as they are typed, but for those that help does not show."""
+    shown = [a for a in parser._actions if a.help != argparse.SUPPRESS]
+    return [dashes(o) for a in shown for o in a.option_strings if o.startswith("--")]
+
+
+def _last(name: str) -> str:
+    return name.removeprefix("--").rpartition(".")[2]
 
 
 def _near(name: str, names: Iterable[str]) -> str:
-    """A question after the nearest of some names: by its last part, or by its spelling."""
+    """A question after the nearest of some names: the same but for dots and dashes, those with the
+    same last part, or one that is spelt alike."""
     names = list(names)
-    last = re.split(r"[.]|^--", name)[-1]
-    alike = [one for one in names if re.split(r"[.]|^--", one)[-1] == last]
     joined = [one for one in names if re.sub(r"\W", "", one) == re.sub(r"\W", "", name)]
-    found = joined or alike or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else ""
+    same = joined or [one for one in names if _last(one) == _last(name)]
+    if not same:
+        parts = {_last(one): one for one in names}
+        close = difflib.get_close_matches(_last(name), parts, n=1, cutoff=0.8)
+        same = [parts[one] for one in close]
+    return f"; did you mean {listed(same, 'or')}?" if same else ""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The same, as a sentence of its own; empty where none is near."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]}?" if found else ""
+    """The same for names that are long, as a sentence of its own; empty where none is near."""
+    names = list(names)
+    found = [one for one in names if one.startswith(name)] or [one for one in names if name in one]
+    found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return f" Did you mean {listed(found, 'or')}?" if found else ""
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
@@ -113,7 +147,12 @@ def _wanted(key: str, parser: ArgumentParser, before: str) -> str:
     for action in parser._actions:
         hint = getattr(action, "_typehint", None)
         if action.dest == key and hint is not None:
-            return before + kind_of(hint)
+            default, parts = action.default, typing.get_args(hint)
+            pair = next((part for part in parts if typing.get_origin(part) is tuple), None)
+            if pair and not isinstance(default, tuple):  # one or several: --model.image-size
+                default = (default,) * len(typing.get_args(pair))
+            example = f" such as '{list(default)}'" if isinstance(default, tuple) else ""
+            return before + kind_of(hint) + example
     return ""
 
 
@@ -126,12 +165,11 @@ def kind_of(hint: object) -> str:
         return listed([str(part) for part in parts], "or")
     if origin in (typing.Union, types.UnionType):
         return " or ".join(kind_of(part) for part in parts)
-    if origin is tuple:
+    if origin is tuple and parts:
         several = SEVERAL.get(parts[0], "values")
         if Ellipsis in parts:
-            return f"{several} such as '[2, 2, 6, 2]'"
-        example = ", ".join(["1", "2", "3"][: len(parts)])
-        return f"{WORDS[len(parts)]} {several} such as '[{example}]'"
+            return several
+        return f"{len(parts)} {several}"
     if origin is dict:
         return """JSON such as '{"mem": "200G"}'"""
     return getattr(hint, "__name__", str(hint))
@@ -151,6 +189,18 @@ def topics(parser: ArgumentParser, of_slurm: Sequence[str]) -> dict[str, tuple[s
         name = group if dot else "slurm" if action.dest in of_slurm else "run"
         found.setdefault(name, (titles.get(action.dest) or name, []))[1].append(action)
     return found
+
+
+def asked_for_help(typed: Sequence[str]) -> tuple[bool, str | None]:
+    """Whether there is a `--help`, and the topic after it: `--help data` or `--help=data`."""
+    for number, word in enumerate(typed):
+        name, equals, topic = word.partition("=")
+        if word == "--":
+            break
+        if name in ("-h", "--help"):
+            after = next(iter(typed[number + 1 :]), "-")
+            return True, topic if equals else None if after.startswith("-") else after
+    return False, None
 
 
 def help_text(parser: ArgumentParser, topic: str | None, of_slurm: Sequence[str]) -> str:

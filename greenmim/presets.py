@@ -35,10 +35,7 @@ def resolve_config(name_or_path: str) -> str:
 
 
 def preset_table() -> str:
-    """The presets: model, epochs, images of an update in one process.
-
-    What each is for says docs/pretraining.md.
-    """
+    """List the presets: window, epochs, images of an update. docs/pretraining.md says more."""
     rows = []
     for name in preset_names():
         values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())

@@ -1,7 +1,7 @@
 """The recipe of a pre-training run: plain dataclasses, read from YAML presets and the command line.
 
-`greenmim pretrain --help` lists every value below; the resolved recipe is saved beside each run as
-`config.yaml` and can be passed back as `--config`.
+`greenmim pretrain --help all` lists every value below; the resolved recipe is saved beside each run
+as `config.yaml` and can be passed back as `--config`.
 """
 
 from __future__ import annotations

@@ -370,3 +370,41 @@ def test_the_suite_runs_as_it_is_called(tmp_path):
 )
 def test_a_reason_is_one_line_also_of_an_error_without_words(error, said):
     assert environment.first_line(error) == said
+
+
+def test_the_readme_s_table_of_results_that_are_not_whole(tmp_path):
+    """A run that was ended, a variant that failed, a machine with other results alone."""
+    where = {"device": "X", "commit": "1" * 40, "dirty": False}
+    stage = {"study": "stages", "stage": 1, "shifted": False, "pass": "both", "case": "c"}
+    step = {"model": "base-224", "batch": 4, "precision": "bf16"}
+    files = {
+        "a/operators.json": {
+            "environment": where,
+            "rows": [
+                {**stage, "peer": "greenmim-cuda", "ms": 1.0},
+                {**stage, "peer": "flex-16", "ms": 2.0},
+            ],
+        },
+        "b/steps.json": {
+            "environment": where,
+            "rows": [
+                {**step, "variant": "naive", "reason": "no time was left"},
+                {**step, "variant": "cuda", "images_per_second": 3.0},
+            ],
+        },
+        "c/swap.json": {"environment": where, "rows": []},
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(content))
+    assert report.summary_table(tmp_path).count("\n") == 2  # its head
+    files["a/operators.json"]["rows"].append({**stage, "peer": "naive", "ms": 50.0})
+    files["b/steps.json"]["rows"] = [
+        {**step, "variant": name, "images_per_second": speed}
+        for name, speed in (("naive", 2.0), ("cuda", 3.0), ("simmim", 1.0))
+    ]
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    table = report.summary_table(tmp_path)
+    assert "| 50.00 ms | 2.00 ms (FlexAttention) | **1.00 ms** | 50x |" in table
+    assert "training step, images/s | 2 | 1 (SimMIM) | **3** | 1.5x |" in table

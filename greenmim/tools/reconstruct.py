@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -73,7 +74,11 @@ def reconstruct(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network, run = load_model(checkpoint, model)
     size = network.config.image_hw
-    named = list(itertools.islice(_pictures(images, size), limit))
+    found = _pictures(images, size)
+    named = list(itertools.islice(found, limit))
+    with contextlib.suppress(UserError):  # what is not drawn need not be readable
+        if next(found, None):
+            print(f"drawn are the first {limit}; --limit draws more", file=sys.stderr)
     if not named:
         raise UserError("--images: none of them can be read.")
     network = network.to(device).eval()

@@ -112,18 +112,26 @@ def test_missing_options_and_commands(tiny: Path, photos: Path, capsys) -> None:
         (["--lr", "2"], "--lr is no option; did you mean --optim.lr?"),
         (["--epoch", "2"], "--epoch is no option; did you mean --epochs?"),
         (["--quite-another", "2"], "--quite-another is no option ("),
+        (["--steps", "2"], "--steps is no option ("),
+        (["--every-steps=3"], "did you mean --checkpoint.every-steps or --log.every-steps?"),
         (["--config", "greenmim_swin-demo"], "Did you mean greenmim_swin-demo-cpu?"),
-        (["--model.image-size", "224,320"], "224,320: give a whole number or two whole numbers"),
+        (["--model.image-size", "224,320"], "or 2 whole numbers such as '[224, 224]'"),
         (["--optim.lr", "nan"], "--optim.lr nan: give a number or null"),
+        (["--optim.lr", "-1e-3"], "one that begins with a dash is --optim.lr=-1e-3"),
         (["--dry-run=true"], "--dry-run takes no value; leave =true out"),
         (["--device", "tpu"], "--device tpu: give auto, cpu or cuda"),
         (["--compile", "perhaps"], "--compile perhaps: give true or false"),
         (["--launcher", "srun"], "--launcher srun: give none or slurm"),
         (["--epochs"], "--epochs needs a value: a whole number"),
-        (["--optim.betas", "0.9"], "--optim.betas 0.9: give two numbers such as"),
+        (["--epochs", "null"], "--epochs null: give a whole number"),
+        (["--epochs", ""], "--epochs '': give a whole number"),
+        (["--optim.betas", "0.9"], "--optim.betas 0.9: give 2 numbers such as '[0.9, 0.95]'"),
+        (["--data", '{"decode": "fast"}'], "--data.decode fast: give full or reduced"),
         (["--sbatch", "x"], "--sbatch x: give JSON such as"),
         (["photos"], "photos belongs to no option"),
+        (["my photos"], "my photos belongs to no option"),
         (["--help", "weather"], "--help weather: there are all, run, slurm, model"),
+        (["--help=weather"], "--help weather: there are all, run, slurm, model"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -146,7 +154,7 @@ def test_broken_recipe_files(tmp_path: Path, photos: Path, capsys) -> None:
     recipe = tmp_path / "recipe.yaml"
     for content, wanted in (
         ("epochs: [3\n", "parsing"),
-        ("epochz: 3\n", "epochz"),
+        ("epochz: 3\n", "--config has epochz, which is no option; did you mean epochs?"),
         ("data: {root: [1]}\n", "root"),
     ):
         recipe.write_text(content)

@@ -210,12 +210,23 @@ def test_help_of_topics_and_of_all_has_every_option_once(capsys) -> None:
     assert sorted(found) == sorted(options)
 
 
+def test_help_is_shown_wherever_it_stands(capsys) -> None:
+    for typed in (["--help=data"], ["--help", "data"], ["--epochs", "3", "--help", "data"]):
+        assert main(["pretrain", *typed]) == 0
+        assert "--data.workers" in (text := capsys.readouterr().out) and "--epochs" not in text
+    assert main(["pretrain", "--help", "--epochs", "3"]) == 0
+    assert "needed first" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("greenmim ")
+
+
 def test_the_package_is_there_before_pytorch_is() -> None:
     """So that Ctrl-C has its meaning from the first moment on."""
     code = (
         "import sys, greenmim, greenmim.__main__; assert 'torch' not in sys.modules;"
         " assert greenmim.__version__; assert greenmim.ModelConfig().depths;"
         " assert set(greenmim.__all__) <= set(dir(greenmim));"
+        " assert greenmim.mim.GreenMIM is greenmim.GreenMIM;"
         " from greenmim import create_model; assert 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -237,6 +248,21 @@ sys.exit(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "greenmim: interrupted\n")
+
+
+def test_when_a_run_begins_ctrl_c_is_an_exception_again(tmp_path) -> None:
+    """So that the lock's file, trackers and the other processes hear of it."""
+    code = f"""
+import signal, sys, types
+import greenmim.training.train as train
+train.pretrain = lambda *_: types.SimpleNamespace(
+    exit_code=int(signal.getsignal(signal.SIGINT) is not signal.default_int_handler))
+from greenmim.__main__ import main
+sys.argv = ["greenmim", "pretrain", "--config", "greenmim_swin-demo-cpu",
+            "--data.root", {str(tmp_path)!r}, "--work-dir", {str(tmp_path / "run")!r}]
+sys.exit(main())
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_each_command_has_help(capsys) -> None:

@@ -46,7 +46,7 @@ def test_reconstruct_draws_a_grid(last: str, photos: Path, tmp_path: Path, capsy
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 
 
-def test_same_seed_same_picture(last: str, photos: Path, tmp_path: Path) -> None:
+def test_same_seed_same_picture(last: str, photos: Path, tmp_path: Path, capsys) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         output = str(tmp_path / f"{name}.png")
         arguments = [
@@ -59,6 +59,7 @@ def test_same_seed_same_picture(last: str, photos: Path, tmp_path: Path) -> None
             output,
         ]
         assert main([*arguments, "--seed", seed, "--limit", "2"]) == 0
+        assert "drawn are the first 2; --limit draws more\n" in capsys.readouterr().err
     a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
