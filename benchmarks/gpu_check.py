@@ -432,6 +432,8 @@ def main(argv: list[str] | None = None) -> int:
             variables["CUDA_HOME"] = CUDA_HOME or ""
     programs = tempfile.TemporaryDirectory(prefix="greenmim_programs_")
     variables["GREENMIM_PROGRAMS"] = programs.name
+    # Where this runs in the background it may be ignored, and parts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Ended, it ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stretch = max(1.0, minutes / usual)

@@ -236,6 +236,7 @@ def test_the_package_is_there_before_pytorch_is() -> None:
 def test_ctrl_c_during_imports_is_one_line(module, tmp_path) -> None:
     code = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
 class At:
     def find_spec(self, name, *_):
         if name == {module!r}:
@@ -254,6 +255,7 @@ def test_when_a_run_begins_ctrl_c_is_an_exception_again(tmp_path) -> None:
     """So that the lock's file, trackers and the other processes hear of it."""
     code = f"""
 import signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import greenmim.training.train as train
 train.pretrain = lambda *_: types.SimpleNamespace(
     exit_code=int(signal.getsignal(signal.SIGINT) is not signal.default_int_handler))
