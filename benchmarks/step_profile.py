@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import re
 import statistics
 import sys
 
@@ -49,19 +48,20 @@ GPU_STEPS = 5
 LONGEST = 40  # kernels that are listed
 # Of kernels' names; "pointwise" is the compiler's, with norms and sums of columns among it.
 GPU_KINDS = {
-    "pointwise, compiled": r"^triton_",
-    "products": r"gemm|cutlass|nvjet|xmma|cublas|splitK|convolve",
-    "attention": r"attention|table_gradient|softmax|add_rows",
-    "norms": r"layer_norm|LayerNorm|GammaBeta",
-    "GELU": r"[Gg]elu",
-    "optimiser": r"multi_tensor|[Ff]used_?[Aa]dam|foreach|lpnorm|norm_kernel",
-    "copies and sums": r"copy|elementwise|[Cc]at|fill|reduce|[Mm]em|index|scatter|gather",
-}
+    "pointwise, compiled": ("triton_",),
+    "products": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitK", "convolve"),
+    "attention": ("attention", "table_gradient", "softmax", "add_rows"),
+    "norms": ("layer_norm", "LayerNorm", "GammaBeta"),
+    "GELU": ("gelu", "Gelu"),
+    "optimiser": ("multi_tensor", "fused_adam", "FusedAdam", "foreach", "lpnorm", "norm_kernel"),
+    "copies and sums": ("copy", "elementwise", "cat", "Cat", "fill", "reduce", "mem", "Mem",
+                        "index", "scatter", "gather"),
+}  # fmt: skip
 
 
-def kind_of(name: str) -> str:
-    """The kind of an operator."""
-    for kind, parts in KINDS.items():
+def kind_of(name: str, kinds: dict[str, tuple[str, ...]] = KINDS) -> str:
+    """The kind of an operator, or of a kernel: the first that its name fits."""
+    for kind, parts in kinds.items():
         if any(part in name for part in parts):
             return kind
     return REST
@@ -118,11 +118,10 @@ def kernels_of(step: Step) -> dict:
 
 
 def by_kind(kernels: dict[str, dict]) -> dict[str, float]:
-    """Milliseconds of each kind; a kernel is of the first that its name fits."""
+    """Milliseconds of each kind of kernel."""
     sums = dict.fromkeys((*GPU_KINDS, REST), 0.0)
     for name, one in kernels.items():
-        found = (kind for kind, part in GPU_KINDS.items() if re.search(part, name))
-        sums[next(found, REST)] += one["ms"]
+        sums[kind_of(name, GPU_KINDS)] += one["ms"]
     return sums
 
 

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("greenmim: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # of `| head`, which has seen enough; a run looks after itself
-        if arguments[:1] == ["pretrain"] and not {"-h", "--help", "--dry_run"} & set(arguments):
+        asked, _ = messages.asked_for_help(typed)
+        if arguments[:1] == ["pretrain"] and not asked and "--dry_run" not in arguments:
             raise
         silence(sys.stdout)
         return 0

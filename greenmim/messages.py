@@ -26,6 +26,13 @@ ONE, SEVERAL = {int: "a whole number", float: "a number"}, {int: "whole numbers"
 PLAIN = {bool: "true or false", str: "text", type(None): "null", **ONE}
 
 
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the cells of each column below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows)
+    return ["  ".join(cells).rstrip() for cells in padded]
+
+
 def dashes(name: str) -> str:
     """An option as it is usually typed, by its key: data.batch_size as --data.batch-size."""
     return "--" + name.removeprefix("--").replace("_", "-")
@@ -58,7 +65,8 @@ def in_words(error: argparse.ArgumentError, parser: ArgumentParser, typed: Seque
         return f"{dashes(found[1])} takes no value; leave ={found[2]} out"
     if found := re.search(r"argument (--\S+): expected (?:one|at least one) argument", text):
         option = dashes(found[1])
-        if after := _word_after(option, typed):  # which looks like an option itself
+        after = _value_of(option, typed) or ""
+        if after.startswith("-") and after != "--":  # which looks like an option itself
             return f"{option} needs a value; one that begins with a dash is {option}={after}"
         return f"{option} needs a value{_wanted(found[1], parser, ': ')}"
     if found := re.match(r'Parser key "([\w.]+)":', text):
@@ -67,7 +75,7 @@ def in_words(error: argparse.ArgumentError, parser: ArgumentParser, typed: Seque
         value = re.search(r"(?:Got value|Given value): ?(.*)$", text)
         wanted = _wanted(key, parser, ": give ")
         if value and wanted:
-            given = _typed_value(dashes(key), typed) or value[1] or repr("")
+            given = _value_of(dashes(key), typed) or value[1] or repr("")
             return f"{dashes(key)} {given}{wanted}"
         text = text.replace(found[0], f"{dashes(found[1])}:")
     if found := re.search(r"are required: (.+)", text):
@@ -77,30 +85,24 @@ def in_words(error: argparse.ArgumentError, parser: ArgumentParser, typed: Seque
     return text
 
 
-def _word_after(option: str, typed: Sequence[str]) -> str | None:
-    names = [dashes(word) if word.startswith("--") else word for word in typed]
-    if option not in names:
-        return None
-    after = typed[names.index(option) + 1 :][:1]
-    return after[0] if after and after[0].startswith("-") and after[0] != "--" else None
+def _option_of(word: str) -> str:
+    """`--work_dir=x` as --work-dir."""
+    return dashes(word.partition("=")[0])
 
 
-def _typed_value(option: str, typed: Sequence[str]) -> str | None:
+def _value_of(option: str, typed: Sequence[str]) -> str | None:
+    """What was typed for an option, after `=` or as the next word."""
     for number, word in enumerate(typed):
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and dashes(name) == option:
+        if word.startswith("--") and _option_of(word) == option:
+            _, equals, value = word.partition("=")
             return value if equals else next(iter(typed[number + 1 :]), None)
     return None
 
 
 def _unknown(said: str, typed: Sequence[str], parser: ArgumentParser) -> str:
     """`said` are all that were not known, as the parser has them."""
-
-    def key(word: str) -> str:
-        return word.partition("=")[0].replace("-", "_")
-
     for word in typed:
-        if word.startswith("--") and said and key(word) == key(said.split()[0]):
+        if word.startswith("--") and said and _option_of(word) == _option_of(said.split()[0]):
             name = word.partition("=")[0]
             return f"{name} is no option{_near(name, options_of(parser))}"
     return f"{said or repr(said)} belongs to no option"
@@ -244,7 +246,7 @@ def help_text(parser: ArgumentParser, topic: str | None, of_slurm: Sequence[str]
 
 def _show(group: argparse._ArgumentGroup, action: argparse.Action) -> None:
     """The option in plain argparse, with its default, and its values in place of a type."""
-    options = [option.replace("_", "-") for option in action.option_strings]
+    options = [dashes(option) for option in action.option_strings]
     text = " ".join((action.help or "").split()).replace("%", "%%")
     if action.nargs == 0:
         group.add_argument(*options, action="store_true", help=text)

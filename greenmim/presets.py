@@ -6,8 +6,10 @@ from pathlib import Path
 
 import yaml
 
+from greenmim.config import ModelConfig
 from greenmim.guards import UserError
-from greenmim.messages import nearest
+from greenmim.messages import columns, nearest
+from greenmim.recipe import DataConfig, OptimConfig, Recipe
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -39,12 +41,9 @@ def preset_table() -> str:
     rows = []
     for name in preset_names():
         values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        model, data = values.get("model", {}), values.get("data", {})
-        update = data.get("batch_size", 128) * values.get("optim", {}).get("accumulate", 1)
-        window, epochs = model.get("window_size", 7), values.get("epochs", "")
-        rows.append((name, str(window), str(epochs), str(update)))
+        window = ModelConfig(**values.get("model", {})).window_size
+        batch = DataConfig(**values.get("data", {})).batch_size
+        update = batch * OptimConfig(**values.get("optim", {})).accumulate
+        rows.append((name, str(window), str(values.get("epochs", Recipe.epochs)), str(update)))
     head = ("preset", "window", "epochs", "images of an update, in each process")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-             for row in (head, *rows)]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(columns([head, *rows]))

@@ -10,6 +10,7 @@ import platform
 import torch
 
 import greenmim
+from greenmim.messages import columns
 from greenmim_kernels import automatic, available_backends
 from greenmim_kernels.backends import (
     ENVIRONMENT_VARIABLE,
@@ -63,11 +64,10 @@ def report() -> str:
     ]
     lines += _choices()
     lines += ["", "of a GPU's two backends it takes, and why"]
-    said: dict[str, list[str]] = {}
-    for name, found in automatic.choices().items():
-        said.setdefault(f"{found.backend}: {found.reason}", []).append(name)
-    rows = [(name, text) for text, names in said.items() for name in names]
-    lines += _table(rows if len(said) > 1 else [("everything", text) for text in said])
+    why = {name: f"{found.backend}: {found.reason}" for name, found in automatic.choices().items()}
+    if len(set(why.values())) == 1:
+        why = {"everything": next(iter(why.values()))}
+    lines += _table(list(why.items()))
     return "\n".join(lines)
 
 
@@ -79,11 +79,7 @@ def _choices() -> list[str]:
         for operator in OPERATORS:
             chosen = (automatic_backend(operator, device, dtype) for dtype in DTYPES)
             rows.append((device, operator, *chosen))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  " + "  ".join(cells).rstrip())
+    lines = _table(rows)
     if not has_gpu:
         order = ", ".join(PREFERENCE["cuda"])
         lines.append(f"  cuda  no GPU here; with one, the first of these that works: {order}")
@@ -96,9 +92,8 @@ def _state(name: str, reason: str | None) -> str:
     return f"works ({cpu_capability()})" if name == "cpp" else "works"
 
 
-def _table(rows: list[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    return [f"  {name.ljust(width)}  {text}" for name, text in rows]
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"  {line}" for line in columns(rows)]
 
 
 def _version(package: str) -> str:
