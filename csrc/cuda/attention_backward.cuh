@@ -20,9 +20,8 @@ struct BackwardMemory {
 
   int strips, rows, tile;
   T* stages;        // [kStages][kTiles][rows][row]; at the end the warps' copies of the table
-  float* lse;       // [kStages][rows]
-  T* p;             // [rows][kWide]; at the end, with ds, the bias' gradient
-  T* ds;            // the same
+  T* p;             // [2][rows][kWide]: p and ds; at the end the bias' gradient
+  float4* bias;     // [strips][kMostStrips][2][32], as the lanes hold scores
   float* padding;   // [strips][2][D] sums for k and v of the padding, or nothing
   Slots slots;
   size_t bytes;
@@ -30,9 +29,6 @@ struct BackwardMemory {
   __host__ __device__ BackwardMemory(char* start, const Attention& a)
       : BackwardMemory(Carver{start}, a) {}
 
-  __device__ T* at(int stage, Tile which, int strip = 0) const {
-    return stages + (stage * kTiles + which) * tile + strip * kStrip * Row::kStride;
-  }
   // [16][kWide] of a warp, where the probabilities were.
   __device__ float* bias_gradient(int warp) const {
     return reinterpret_cast<float*>(p) + warp * kStrip * kWide;
@@ -51,155 +47,204 @@ struct BackwardMemory {
         stages(carver.take<T>(std::max<int64_t>(
             int64_t(kStages) * kTiles * tile,
             int64_t(strips) * kTableCopies * a.table_rows * 4 / int64_t(sizeof(T))))),
-        lse(carver.take<float>(kStages * rows)),
         p(carver.take<T>(int64_t(rows) * kWide * 4 / int64_t(sizeof(T)))),
-        ds(p + rows * kWide),
+        bias(carver.take<float4>(strips * kMostStrips * 2 * 32)),
         padding(carver.take<float>(a.partial_pad == nullptr ? 0 : strips * 2 * D)),
         slots(carver, a),
         bytes(carver.bytes) {}
 };
 
-// kGeneral: heads may have fewer columns than D, and padding a value.
+// With 168 registers a processor holds three blocks, as it does not with the bias in registers.
+//
+// kGeneral: heads may have fewer columns than D, and padding a value. Scores have no scale until they are
+// exponents, and it has to be above zero: see attention_forward_kernel.
 template <class T, int D, bool kGeneral>
-__global__ void __launch_bounds__(32 * kMostStrips, 1)
+__global__ void __launch_bounds__(32 * kMostStrips, 3)
     attention_backward_kernel(const Attention a) {
   using P = Products<T, D>;
   static_assert(P::kKept == 0, "left operands have to be in registers");
   using Memory = BackwardMemory<T, D>;
+  using Row = TileRow<T, D>;
   DYNAMIC_SHARED(shared);
   const Memory memory(shared, a);
+  memory.slots.start_table(a);
   const Place place = memory.slots.find_place(a, true);
-  const int strip = int(threadIdx.x) / 32, lane = lane_index();
+  const int strip = warp_index(), lane = lane_index(), g = lane / 4, q = lane % 4;
   constexpr float kLog2E = 1.4426950408889634f;
 
   allow_next_kernel();
   __syncthreads();
   if (!place.has_images() || memory.slots.nothing_from(0, a.grad_q.data != nullptr)) {
+    copy_async_wait<0>();
     store_padding<D>(nullptr, 0, a);
     return store_partial(nullptr, 0, a);
   }
   if (kGeneral && a.partial_pad != nullptr) clear_padding<D>(memory.pad_sums(strip));
+  const int* rows = memory.slots.row + strip * kStrip;
+  const Pieces<T, D> copied(memory.slots.row, threadIdx.x, blockDim.x);
+  // Of the image whose copies start next.
+  HeadRows<T> query_rows(a.q, place.head, place.first_image);
+  HeadRows<T> key_rows(a.k, place.head, place.first_image, padding_of<T>(a, 1, place.head));
+  HeadRows<T> value_rows(a.v, place.head, place.first_image, padding_of<T>(a, 2, place.head));
+  HeadRows<T> grad_out_rows(a.grad_out, place.head, place.first_image);
+  const int lse_row[2] = {std::max(rows[g], 0), std::max(rows[g + 8], 0)};
+  const float* lse = nth(
+      static_cast<const float*>(a.lse) + int64_t(place.head) * a.rows, place.first_image,
+      a.heads * a.rows);
+  const SharedAddress tiles = P::at(memory.stages);
+  const unsigned tile_bytes = memory.tile * unsigned(sizeof(T)), stage_bytes = Memory::kTiles * tile_bytes;
   const auto start_load = [&](int stage, int image) {
     if (image < place.last_image) {
-      const int* row = memory.slots.row;
-      const HeadRows<T> query(a.q, place.head, image);
-      const HeadRows<T> key(a.k, place.head, image, padding_of<T>(a, 1, place.head));
-      const HeadRows<T> value(a.v, place.head, image, padding_of<T>(a, 2, place.head));
-      load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kQuery), {query, key, value}, row, a.head_dim,
-                       memory.tile);
-      load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kGradOut),
-                       {HeadRows<T>(a.grad_out, place.head, image)}, row, a.head_dim);
-      load_numbers(
-          memory.lse + stage * memory.rows,
-          nth<const float>(a.lse + int64_t(place.head) * a.rows, image, a.heads * a.rows), row);
+      copied.template load<kGeneral>(
+          tiles + stage * stage_bytes, {query_rows, key_rows, value_rows, grad_out_rows}, a.head_dim,
+          tile_bytes);
+      query_rows.to_next_image();
+      key_rows.to_next_image();
+      value_rows.to_next_image();
+      grad_out_rows.to_next_image();
     }
     copy_async_commit();
   };
 
   start_load(0, place.first_image);
+  float next_lse[2] = {};
+  const auto load_lse = [&](int image) {
+    if (image >= place.last_image) return;
+    next_lse[0] = lse[computed_here(lse_row[0])];
+    next_lse[1] = lse[computed_here(lse_row[1])];
+    lse = nth(lse, 1, a.heads * a.rows);
+  };
+  load_lse(place.first_image);
   // While the first image is on its way.
-  memory.slots.read_table(a, place);
+  copy_async_wait<1>();
+  memory.slots.scale_table(a, 1 / a.scale);
   const Band band = band_of(memory.slots, place, strip, a.reach());
   __syncthreads();  // the table is there
-  float bias[kMostStrips][2][4];
-  make_bias(bias, memory.slots, strip, band);
+  // Registers are scarcer than shared memory.
+  float4* bias = memory.bias + strip * kMostStrips * 2 * 32 + lane;
+  make_bias(memory.slots, strip, band, [&](int j, int n, float4 x) { bias[(2 * j + n) * 32] = x; });
 
   const float scale = a.scale * kLog2E;
   constexpr int kWide = Memory::kWide;
   float grad_bias[kMostStrips][2][4];
 #pragma unroll
   for (int j = 0; j < kMostStrips; ++j) clear(grad_bias[j]);
+  const Results<T, D> results(rows);
+  HeadRows<T> grad_query_rows(a.grad_q, place.head, place.first_image);
+  HeadRows<T> grad_key_rows(a.grad_k, place.head, place.first_image);
+  HeadRows<T> grad_value_rows(a.grad_v, place.head, place.first_image);
+  // Where the lane reads in a stage: its strip, and those of its band.
+  const unsigned own_strip = in_register(strip * Row::kStripBytes);
+  const unsigned own_at = in_register(own_strip + P::Left::lane_offset());
+  const unsigned scores_at = in_register(band.first * Row::kStripBytes + P::ScoresRight::lane_offset());
+  const unsigned apply_at = in_register(band.first * Row::kStripBytes + P::ApplyRight::lane_offset());
+  // Where it leaves probabilities, and reads them, transposed.
+  constexpr unsigned kWideBytes = kWide * unsigned(sizeof(T)), kSquareBytes = kStrip * unsigned(sizeof(T));
+  const unsigned ds_step = memory.rows * kWideBytes;
+  const SharedAddress p_at = in_register(shared_address(memory.p)) + strip * kStrip * kWideBytes +
+                             band.first * kSquareBytes;
+  const SharedAddress own_p = in_register(p_at + lane % 16 * kWideBytes + lane / 16 * 16);
+  const SharedAddress transposed_p = in_register(
+      P::transposed(memory.p + band.first * kStrip * kWide + strip * kStrip, kWide));
 
   int stage = 0;
   for (int image = place.first_image; image < place.last_image; ++image, stage ^= 1) {
+    const float own_lse[2] = {next_lse[0] * kLog2E, next_lse[1] * kLog2E};
+    load_lse(image + 1);
     copy_async_wait<0>();
     // Also: no warp still works on the stage that is filled next.
     __syncthreads();
     start_load(stage ^ 1, image + 1);
-    const float* lse = memory.lse + stage * memory.rows;
+    const SharedAddress tile = tiles + stage * stage_bytes;
     Wide<D> grad_query;
     clear<D>(grad_query);
 
-    {  // The strip as queries.
-      const int g = computed_here(lane / 4), q = computed_here(lane % 4);
+    // The strip as queries.
+    with_strips(band.count(), [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
       typename P::Left query, grad_out;
-      query.load(memory.at(stage, Memory::kQuery, strip), nullptr);
-      grad_out.load(memory.at(stage, Memory::kGradOut, strip), nullptr);
-      const float own_lse[2] = {
-          lse[strip * kStrip + g] * kLog2E, lse[strip * kStrip + g + 8] * kLog2E};
-      const typename P::ScoresRight key(memory.at(stage, Memory::kKey));
-      const typename P::ScoresRight value(memory.at(stage, Memory::kValue));
-      const typename P::ApplyRight applied_key(memory.at(stage, Memory::kKey));
-      Square p[kMostStrips], dp[kMostStrips];
-      float own_delta[2] = {0, 0};
+      query.load(tile + Memory::kQuery * tile_bytes + own_at, nullptr);
+      grad_out.load(tile + Memory::kGradOut * tile_bytes + own_at, nullptr);
+      const typename P::ScoresRight key{tile + Memory::kKey * tile_bytes + scores_at};
+      const typename P::ScoresRight value{tile + Memory::kValue * tile_bytes + scores_at};
+      const typename P::ApplyRight applied_key{tile + Memory::kKey * tile_bytes + apply_at};
+      Square p[kCount], dp[kCount];
 #pragma unroll
-      for (int j = 0; j < kMostStrips; ++j) {
-        if (!band.holds(j)) continue;
-        clear(p[j]);
+      for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) set(p[j][n], bias[(2 * j + n) * 32]);
         P::scores(p[j], query, key, j);
         clear(dp[j]);
         P::scores(dp[j], grad_out, value, j);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            p[j][n][e] = exp2_fast(fmaf(p[j][n][e], scale, bias[j][n][e]) - own_lse[e / 2]);
-            own_delta[e / 2] = fmaf(p[j][n][e], dp[j][n][e], own_delta[e / 2]);
-          }
-        }
       }
+      float delta[2][2] = {};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) own_delta[half] = quad_sum(own_delta[half]);
-#pragma unroll
-      for (int j = 0; j < kMostStrips; ++j) {
-        if (!band.holds(j)) continue;
+      for (int j = 0; j < kCount; ++j)
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float *two = p[j][n] + 2 * half, *grad = dp[j][n] + 2 * half;
-            const int at = (strip * kStrip + g + 8 * half) * kWide + j * kStrip + 8 * n + 2 * q;
-            grad[0] = two[0] * (grad[0] - own_delta[half]);
-            grad[1] = two[1] * (grad[1] - own_delta[half]);
-            grad_bias[j][n][2 * half] += grad[0];
-            grad_bias[j][n][2 * half + 1] += grad[1];
-            store_pair(memory.p + at, two[0], two[1]);
-            store_pair(memory.ds + at, grad[0], grad[1]);
+          for (int e = 0; e < 4; ++e) {
+            p[j][n][e] = exp2_fast(fmaf(p[j][n][e], scale, -own_lse[e / 2]));
+            delta[e / 2][e % 2] = fmaf(p[j][n][e], dp[j][n][e], delta[e / 2][e % 2]);
           }
-        P::apply(grad_query, dp[j], applied_key, j);
+      const float own_delta[2] = {
+          quad_sum(delta[0][0] + delta[0][1]), quad_sum(delta[1][0] + delta[1][1])};
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            dp[j][n][e] = p[j][n][e] * (dp[j][n][e] - own_delta[e / 2]);
+            grad_bias[j][n][e] += dp[j][n][e];
+          }
+        const typename P::Rounded rounded_p(p[j]), rounded_ds(dp[j]);
+        const auto of = [&](unsigned row, unsigned half) {
+          return p_at + row * kWideBytes + half * 16 + j * kSquareBytes;
+        };
+        store_matrices(rounded_p.a, own_p + j * kSquareBytes, of);
+        store_matrices(
+            rounded_ds.a, own_p + ds_step + j * kSquareBytes,
+            [&](unsigned row, unsigned half) { return of(row, half) + ds_step; });
+        P::apply(grad_query, rounded_ds, applied_key, j);
       }
-    }
+    });
     if (a.grad_q.data == nullptr) continue;
 
     __syncthreads();  // all probabilities are there; nobody needs k and v any more
     // Their strips serve the results: that of k first for the gradient of q, which frees registers.
-    T* staging = memory.at(stage, Memory::kKey, strip);
-    const int* row = memory.slots.row + strip * kStrip;
-    stage_strip<T, D>(grad_query, a.scale, a.scale, staging);
-    const typename P::ApplyRight query(memory.at(stage, Memory::kQuery));
-    const typename P::ApplyRight grad_out(memory.at(stage, Memory::kGradOut));
+    const SharedAddress staging = tile + Memory::kKey * tile_bytes + own_strip;
+    results.stage(grad_query, a.scale, a.scale, rows, staging);
     Wide<D> grad_key, grad_value;  // The strip as keys.
     clear<D>(grad_key);
     clear<D>(grad_value);
+    with_strips(band.count(), [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      const typename P::ApplyRight query{tile + Memory::kQuery * tile_bytes + apply_at};
+      const typename P::ApplyRight grad_out{tile + Memory::kGradOut * tile_bytes + apply_at};
 #pragma unroll
-    for (int j = 0; j < kMostStrips; ++j) {
-      if (!band.holds(j)) continue;
-      const int at = j * kStrip * kWide + strip * kStrip;
-      P::apply_transposed(grad_value, memory.p + at, kWide, grad_out, j);
-      P::apply_transposed(grad_key, memory.ds + at, kWide, query, j);
-    }
+      for (int j = 0; j < kCount; ++j) {
+        const SharedAddress p = transposed_p + j * kStrip * kWideBytes;
+        P::apply_transposed(grad_value, p, grad_out, j);
+        P::apply_transposed(grad_key, p + ds_step, query, j);
+      }
+    });
     __syncwarp();
-    write_strips<T, D, kGeneral>(staging, {HeadRows<T>(a.grad_q, place.head, image)}, row, a.head_dim);
+    results.pieces.template store<kGeneral>(staging, {grad_query_rows}, a.head_dim);
     __syncwarp();
-    stage_strip<T, D>(grad_key, a.scale, a.scale, staging);
-    stage_strip<T, D>(grad_value, 1, 1, staging + memory.tile);
+    results.stage(grad_key, a.scale, a.scale, rows, staging);
+    results.stage(grad_value, 1, 1, rows, staging + tile_bytes);
     __syncwarp();
-    write_strips<T, D, kGeneral>(
-        staging, {HeadRows<T>(a.grad_k, place.head, image), HeadRows<T>(a.grad_v, place.head, image)},
-        row, a.head_dim, memory.tile);
+    results.pieces.template store<kGeneral>(
+        staging, {grad_key_rows, grad_value_rows}, a.head_dim, tile_bytes);
+    grad_query_rows.to_next_image();
+    grad_key_rows.to_next_image();
+    grad_value_rows.to_next_image();
     if (kGeneral && a.partial_pad != nullptr) {
-      add_padding<T, D>(memory.pad_sums(strip), staging, row);
-      add_padding<T, D>(memory.pad_sums(strip) + D, staging + memory.tile, row);
+      const T* staged = memory.stages + (stage * Memory::kTiles + Memory::kKey) * memory.tile +
+                        strip * kStrip * Row::kStride;
+      add_padding<T, D>(memory.pad_sums(strip), staged, rows);
+      add_padding<T, D>(memory.pad_sums(strip) + D, staged + memory.tile, rows);
     }
   }
   copy_async_wait<0>();
@@ -208,11 +253,10 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   __syncthreads();  // nobody reads tiles or probabilities any more
   store_padding<D>(memory.pad_sums(0), memory.strips, a);
   if (a.partial == nullptr) return;
-  const int g = lane / 4, q = lane % 4;
   float* own = memory.bias_gradient(strip);
 #pragma unroll
   for (int j = 0; j < kMostStrips; ++j) {
-    if (!band.holds(j)) continue;
+    if (j >= band.count()) break;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -221,8 +265,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
                    grad_bias[j][n][2 * half], grad_bias[j][n][2 * half + 1]);
   }
   __syncwarp();
-  add_to_table(memory.table_copies(strip, a), own + band.first * kStrip, kWide, a, memory.slots,
-               strip, band);
+  add_to_table(memory.table_copies(strip, a), own, kWide, a, memory.slots, strip, band);
   __syncthreads();
   store_partial(memory.table_copies(0, a), memory.strips * kTableCopies, a);
 }

@@ -96,8 +96,9 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   using Memory = LongBackwardMemory<T, D>;
   DYNAMIC_SHARED(shared);
   const Memory memory(shared, a);
+  memory.slots.start_table(a);
   const Place place = memory.slots.find_place(a, false);
-  const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int warp = warp_index(), lane = lane_index(), g = lane / 4, q = lane % 4;
   const int first_own = place.own - place.base, strip = first_own + warp;
   const Slots& slots = memory.slots;
   constexpr float kLog2E = 1.4426950408889634f;
@@ -105,6 +106,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   allow_next_kernel();
   __syncthreads();
   if (!place.has_images() || memory.slots.nothing_from(first_own, a.grad_q.data != nullptr)) {
+    copy_async_wait<0>();
     store_padding<D>(nullptr, 0, a);
     return store_partial(nullptr, 0, a);
   }
@@ -145,24 +147,25 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   };
   const auto start_load = [&](int stage, const Cursor& cursor) {
     if (cursor.image < place.last_image) {
+      const bool is_own = cursor.step == Step::OwnQueries || cursor.step == Step::OwnKeys;
+      const int first = is_own ? first_own : whole.first + cursor.piece * a.strips;
+      const int* row = memory.slots.row + first * kStrip;
+      const Pieces<T, D> copied(row, threadIdx.x, blockDim.x);
       const auto rows_of = [&](const Rows& x, int pads = 0) {
         return HeadRows<T>(x, place.head, cursor.image,
                            pads == 0 ? nullptr : padding_of<T>(a, pads, place.head));
       };
-      const bool is_own = cursor.step == Step::OwnQueries || cursor.step == Step::OwnKeys;
-      const int first = is_own ? first_own : whole.first + cursor.piece * a.strips;
-      const int* row = memory.slots.row + first * kStrip;
       if (cursor.step == Step::OwnQueries || cursor.step == Step::Queries) {
-        load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kQuery),
-                         {rows_of(a.q), rows_of(a.grad_out), rows_of(a.out)}, row, a.head_dim,
-                         memory.tile);
+        copied.template load<kGeneral>(shared_address(memory.at(stage, Memory::kQuery)),
+                                       {rows_of(a.q), rows_of(a.grad_out), rows_of(a.out)},
+                                       a.head_dim, memory.tile * unsigned(sizeof(T)));
         load_numbers(memory.lse + stage * memory.rows,
                      nth<const float>(a.lse + int64_t(place.head) * a.rows, cursor.image,
                                            a.heads * a.rows),
                      row);
       } else {
-        load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kKey), {rows_of(a.k, 1), rows_of(a.v, 2)}, row,
-                         a.head_dim, memory.tile);
+        copied.template load<kGeneral>(shared_address(memory.at(stage, Memory::kKey)),
+                                       {rows_of(a.k, 1), rows_of(a.v, 2)}, a.head_dim, memory.tile * unsigned(sizeof(T)));
       }
     }
     copy_async_commit();
@@ -182,8 +185,9 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   typename P::Left first_left, second_left;  // q and grad_out, then k and v
   const auto load_left = [&](int first, int second) {
     T* kept = memory.kept_of(warp);
-    first_left.load(memory.at(stage, first, warp), kept);
-    second_left.load(memory.at(stage, second, warp), kept + P::kKept);
+    const auto at = [&](int which) { return P::at(memory.at(stage, which, warp)) + P::Left::lane_offset(); };
+    first_left.load(at(first), kept);
+    second_left.load(at(second), kept + P::kKept);
   };
   const float scale = a.scale * kLog2E;
   const auto probability = [&](float score, int2 query, int2 key, float lse) {
@@ -192,15 +196,18 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
 
   start_load(0, next);
   advance(next);
-  memory.slots.read_table(a, place);  // while the first strips are on their way
+  copy_async_wait<1>();
+  memory.slots.scale_table(a, kLog2E);  // while the first strips are on their way
+  const int* row = slots.row + strip * kStrip;
+  const Results<T, D> results(row);
   for (int image = place.first_image; image < place.last_image; ++image) {
-    const auto write = [&](const Wide<D>& x, float factor, const Rows& to, int pads = 0) {
+    const auto write = [&](Wide<D>& x, float factor, const Rows& to, int pads = 0) {
       T* staging = memory.staging_of(warp);
-      const int* row = slots.row + strip * kStrip;
       __syncwarp();
-      stage_strip<T, D>(x, factor, factor, staging);
+      results.stage(x, factor, factor, row, P::at(staging));
       __syncwarp();
-      write_strips<T, D, kGeneral>(staging, {HeadRows<T>(to, place.head, image)}, row, a.head_dim);
+      results.pieces.template store<kGeneral>(
+          shared_address(staging), {HeadRows<T>(to, place.head, image)}, a.head_dim);
       if (kGeneral && pads != 0 && a.partial_pad != nullptr)
         add_padding<T, D>(memory.pad_sums(warp) + (pads - 1) * D, staging, row);
     };
@@ -222,9 +229,9 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
     }
     for (int first = whole.first; first < whole.last; first += a.strips) {  // Step::Keys
       take_step();
-      const typename P::ScoresRight key(memory.at(stage, Memory::kKey));
-      const typename P::ScoresRight value(memory.at(stage, Memory::kValue));
-      const typename P::ApplyRight applied_key(memory.at(stage, Memory::kKey));
+      const typename P::ScoresRight key{P::at(memory.at(stage, Memory::kKey)) + P::ScoresRight::lane_offset()};
+      const typename P::ScoresRight value{P::at(memory.at(stage, Memory::kValue)) + P::ScoresRight::lane_offset()};
+      const typename P::ApplyRight applied_key{P::at(memory.at(stage, Memory::kKey)) + P::ApplyRight::lane_offset()};
       for (int j = 0; j < a.strips; ++j) {
         if (!band.holds(first + j)) continue;
         const int2* keys = slots.key + (first + j) * kStrip + 2 * q;
@@ -250,7 +257,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
               *two = float2{two->x + dp[n][2 * half], two->y + dp[n][2 * half + 1]};
             }
           }
-        if (a.grad_q.data != nullptr) P::apply(grad_query, dp, applied_key, j);
+        if (a.grad_q.data != nullptr) P::apply(grad_query, typename P::Rounded(dp), applied_key, j);
       }
     }
     if (a.grad_q.data == nullptr) continue;
@@ -264,10 +271,10 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
     clear<D>(grad_value);
     for (int first = whole.first; first < whole.last; first += a.strips) {  // Step::Queries
       take_step();
-      const typename P::ScoresRight query(memory.at(stage, Memory::kQuery));
-      const typename P::ScoresRight grad_out(memory.at(stage, Memory::kGradOut));
-      const typename P::ApplyRight applied_query(memory.at(stage, Memory::kQuery));
-      const typename P::ApplyRight applied_grad_out(memory.at(stage, Memory::kGradOut));
+      const typename P::ScoresRight query{P::at(memory.at(stage, Memory::kQuery)) + P::ScoresRight::lane_offset()};
+      const typename P::ScoresRight grad_out{P::at(memory.at(stage, Memory::kGradOut)) + P::ScoresRight::lane_offset()};
+      const typename P::ApplyRight applied_query{P::at(memory.at(stage, Memory::kQuery)) + P::ApplyRight::lane_offset()};
+      const typename P::ApplyRight applied_grad_out{P::at(memory.at(stage, Memory::kGradOut)) + P::ApplyRight::lane_offset()};
       for (int j = 0; j < a.strips; ++j) {
         if (!band.holds(first + j)) continue;
         Square p, dp;  // transposed: rows are the block's keys
@@ -292,8 +299,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
               dp[n][e] = p[n][e] * (dp[n][e] - query_delta);
             }
           }
-        P::apply(grad_value, p, applied_grad_out, j);
-        P::apply(grad_key, dp, applied_query, j);
+        P::apply(grad_value, typename P::Rounded(p), applied_grad_out, j);
+        P::apply(grad_key, typename P::Rounded(dp), applied_query, j);
       }
     }
     write(grad_key, a.scale, a.grad_k, 1);

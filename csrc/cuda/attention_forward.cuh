@@ -8,8 +8,9 @@ namespace greenmim::cuda {
 
 template <class T, int D>
 struct ForwardMemory {
-  // Two tiles on their way while one is worked on.
-  static constexpr int kStages = 3;
+  // One image on its way while one is worked on: with more, blocks that read the same lines for other heads
+  // are further from one another, and memory is slower.
+  static constexpr int kStages = 2;
   enum Tile { kQuery, kKey, kValue, kTiles };
 
   int tile;      // elements of a tile
@@ -34,10 +35,11 @@ struct ForwardMemory {
         bytes(carver.bytes) {}
 };
 
-// kLong: keys come in several pieces, with a running softmax, and the bias is looked up; otherwise
-// there is one piece and the bias stays in registers for all images. kGeneral:
-// heads may have fewer columns than D, and padding a value. Where 128 registers are enough, a processor
-// holds four blocks.
+// kLong: keys come in several pieces, with a running softmax, and the bias is looked up; otherwise there is
+// one piece, and the bias stays in registers for all images, as what products of q and k are added to: so
+// scores are without their scale, which has to be above zero, until they are exponents. kGeneral: heads may
+// have fewer columns than D, and padding a value. Where 128 registers are enough, a processor holds four
+// blocks.
 template <class T, int D, bool kLong, bool kGeneral>
 __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 4 : 1)
     attention_forward_kernel(const Attention a) {
@@ -45,12 +47,14 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   using Memory = ForwardMemory<T, D>;
   DYNAMIC_SHARED(shared);
   const Memory memory(shared, a);
+  memory.slots.start_table(a);
   const Place place = memory.slots.find_place(a, !kLong);
-  const int warp = int(threadIdx.x) / 32, lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int warp = warp_index(), lane = lane_index(), g = lane / 4, q = lane % 4;
   const int first_own = place.own - place.base, strip = first_own + warp;
+  constexpr float kLog2E = 1.4426950408889634f;
 
   __syncthreads();
-  if (!place.has_images() || memory.slots.nothing_from(first_own, true)) return;
+  if (!place.has_images() || memory.slots.nothing_from(first_own, true)) return copy_async_wait<0>();
   Band band{0, 0}, keys{0, a.strips};
   if constexpr (kLong) {
     band = band_of(memory.slots, place, strip, a.reach());
@@ -68,22 +72,30 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
       ++cursor.image;
     }
   };
+  const Pieces<T, D> own(memory.slots.row + first_own * kStrip, threadIdx.x, blockDim.x);
+  // Of the image whose copies start next.
+  HeadRows<T> query_rows(a.q, place.head, place.first_image);
+  HeadRows<T> key_rows(a.k, place.head, place.first_image, padding_of<T>(a, 1, place.head));
+  HeadRows<T> value_rows(a.v, place.head, place.first_image, padding_of<T>(a, 2, place.head));
+  const SharedAddress tiles = in_register(shared_address(memory.stages));
+  const unsigned tile_bytes = memory.tile * unsigned(sizeof(T)), stage_bytes = Memory::kTiles * tile_bytes;
   const auto start_load = [&](int stage, const Cursor& cursor) {
     if (cursor.image < place.last_image) {
-      const int* row = memory.slots.row;
-      const HeadRows<T> query(a.q, place.head, cursor.image);
-      const HeadRows<T> key(a.k, place.head, cursor.image, padding_of<T>(a, 1, place.head));
-      const HeadRows<T> value(a.v, place.head, cursor.image, padding_of<T>(a, 2, place.head));
+      const SharedAddress to = tiles + stage * stage_bytes;
       if constexpr (!kLong) {
-        load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kQuery), {query, key, value}, row, a.head_dim,
-                         memory.tile);
+        own.template load<kGeneral>(to, {query_rows, key_rows, value_rows}, a.head_dim, tile_bytes);
       } else {
         if (cursor.piece == 0)
-          load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kQuery), {query}, row + first_own * kStrip,
-                           a.head_dim);
-        load_tiles<T, D, kGeneral>(memory.at(stage, Memory::kKey), {key, value},
-                         row + (keys.first + cursor.piece * a.strips) * kStrip, a.head_dim,
-                         memory.tile);
+          own.template load<kGeneral>(to + Memory::kQuery * tile_bytes, {query_rows}, a.head_dim);
+        const int first = keys.first + cursor.piece * a.strips;
+        Pieces<T, D>(memory.slots.row + first * kStrip, threadIdx.x, blockDim.x)
+            .template load<kGeneral>(
+                to + Memory::kKey * tile_bytes, {key_rows, value_rows}, a.head_dim, tile_bytes);
+      }
+      if (!kLong || cursor.piece == pieces_or_one - 1) {
+        query_rows.to_next_image();
+        key_rows.to_next_image();
+        value_rows.to_next_image();
       }
     }
     copy_async_commit();
@@ -96,20 +108,41 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
   }
 
   // While the first images are on their way.
-  memory.slots.read_table(a, place);
+  copy_async_wait<Memory::kStages - 1>();
+  memory.slots.scale_table(a, kLong ? kLog2E : 1 / a.scale);
   if constexpr (!kLong) {
     band = band_of(memory.slots, place, strip, a.reach());
     __syncthreads();  // the table is there
   }
   [[maybe_unused]] const int2 upper = memory.slots.query[strip * kStrip + g];
   [[maybe_unused]] const int2 lower = memory.slots.query[strip * kStrip + g + 8];
-  float bias[kLong ? 1 : kMostStrips][2][4];
-  if constexpr (!kLong) make_bias(bias, memory.slots, strip, band);
+  float4 bias[kLong ? 1 : kMostStrips][2];
+  if constexpr (!kLong)
+    make_bias(memory.slots, strip, band, [&](int j, int n, float4 x) { bias[j][n] = x; });
+  const int* rows = memory.slots.row + strip * kStrip;
+  const Results<T, D> results(rows);
+  HeadRows<T> out_rows(a.out, place.head, place.first_image);
+  // Two lanes of four write a row's sum each.
+  int lse_row = q < 2 ? rows[g + 8 * q] : Slots::kNothing;
+  const bool has_no_sum = lse_row <= Slots::kZeroRow;
+  if (has_no_sum) lse_row = Slots::zero_row(lse_row);
+  float* lse = nth(a.lse + int64_t(place.head) * a.rows, place.first_image, a.heads * a.rows);
+
+  // Where the lane reads in a stage: as queries, and, in a kernel with one piece, the strips of the band.
+  constexpr unsigned kStripBytes = TileRow<T, D>::kStripBytes;
+  const unsigned own_strip = in_register(warp * kStripBytes);
+  const unsigned query_at = in_register(own_strip + P::Left::lane_offset());
+  const unsigned key_at = in_register(
+      Memory::kKey * tile_bytes + band.first * kStripBytes + P::ScoresRight::lane_offset());
+  const unsigned value_at = in_register(
+      Memory::kValue * tile_bytes + band.first * kStripBytes + P::ApplyRight::lane_offset());
+  const typename P::At first_tile = P::at(memory.stages);
 
   typename P::Left query;
   Wide<D> out;
   float top[2], sum[2];
-  const float scale = a.scale * 1.4426950408889634f;
+  const float scale = a.scale * kLog2E;
+  const float unit = kLong ? 1 : scale;  // of what is in `top`, and in scores, in base 2
   int stage = 0;
   for (; now.image < place.last_image; advance(now)) {
     copy_async_wait<Memory::kStages - 2>();
@@ -117,90 +150,93 @@ __global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 
     __syncthreads();
     start_load(stage == 0 ? Memory::kStages - 1 : stage - 1, next);
     advance(next);
-    T* own_rows = memory.at(stage, Memory::kQuery) + warp * kStrip * TileRow<T, D>::kStride;
+    const typename P::At tile = first_tile + stage * stage_bytes;
     if (now.piece == 0) {
-      query.load(own_rows, memory.kept + warp * P::kKept);
+      query.load(tile + query_at, memory.kept + warp * P::kKept);
       clear<D>(out);
       top[0] = top[1] = -INFINITY;
       sum[0] = sum[1] = 0;
     }
-    const int first = kLong ? keys.first + now.piece * a.strips : 0;
-    const typename P::ScoresRight key(memory.at(stage, Memory::kKey));
-    const typename P::ApplyRight value(memory.at(stage, Memory::kValue));
-    Square score[kMostStrips];
-    float new_top[2] = {top[0], top[1]};
+    // The band, or what of it is in the piece.
+    const int before = kLong ? keys.first + now.piece * a.strips : 0;
+    const int first = kLong ? std::max(band.first, before) : band.first;
+    const int last = kLong ? std::min(band.last, before + a.strips) : band.last;
+    const int skipped = kLong ? (first - before - band.first) * int(kStripBytes) : 0;
+    with_strips(last - first, [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      const typename P::ScoresRight key{tile + key_at + skipped};
+      const typename P::ApplyRight value{tile + value_at + skipped};
+      Square score[kCount];
 #pragma unroll
-    for (int j = 0; j < kMostStrips; ++j) {
-      if (j >= a.strips || !band.holds(first + j)) continue;
-      clear(score[j]);
-      P::scores(score[j], query, key, j);
+      for (int j = 0; j < kCount; ++j) {
+        clear(score[j]);
+        if constexpr (!kLong)
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float added;
-          if constexpr (kLong)
-            added = bias_of(e < 2 ? upper : lower,
-                            memory.slots.key[(first + j) * kStrip + 8 * n + 2 * q + e % 2],
-                            memory.slots.table);
-          else
-            added = bias[j][n][e];
-          score[j][n][e] = fmaf(score[j][n][e], scale, added);
-          new_top[e / 2] = fmaxf(new_top[e / 2], score[j][n][e]);
-        }
-    }
-    float pivot[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      new_top[half] = quad_max(new_top[half]);
-      pivot[half] = new_top[half];
-      if constexpr (kLong) {
-        // No key of the row's window yet.
-        if (new_top[half] == -INFINITY) pivot[half] = 0;
-        const float factor = exp2_fast(top[half] - pivot[half]);
-        sum[half] *= factor;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-          out[n][2 * half] *= factor;
-          out[n][2 * half + 1] *= factor;
-        }
+          for (int n = 0; n < 2; ++n) set(score[j][n], bias[j][n]);
+        P::scores(score[j], query, key, j);
       }
-      top[half] = new_top[half];
-    }
+      float new_top[2][2] = {{top[0], top[0]}, {top[1], top[1]}};
 #pragma unroll
-    for (int j = 0; j < kMostStrips; ++j) {
-      if (j >= a.strips || !band.holds(first + j)) continue;
+      for (int j = 0; j < kCount; ++j)
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+        for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          score[j][n][e] = exp2_fast(score[j][n][e] - pivot[e / 2]);
-          sum[e / 2] += score[j][n][e];
-        }
-      P::apply(out, score[j], value, j);
-    }
-    if (now.piece == pieces_or_one - 1) {
-      float inverse[2];
-      float* lse = nth(a.lse + int64_t(place.head) * a.rows, now.image, a.heads * a.rows);
+          for (int e = 0; e < 4; ++e) {
+            if constexpr (kLong) {
+              const int2 by = memory.slots.key[(first + j) * kStrip + 8 * n + 2 * q + e % 2];
+              score[j][n][e] = fmaf(
+                  score[j][n][e], scale, bias_of(e < 2 ? upper : lower, by, memory.slots.table));
+            }
+            new_top[e / 2][e % 2] = fmaxf(new_top[e / 2][e % 2], score[j][n][e]);
+          }
+      float pivot[2], more[2][2] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float total = quad_sum(sum[half]);
-        // Infinite where no score is above minus infinity: zero times it is NaN, as there is no softmax.
-        // Padding, which has no key, is not written, or as zeros.
-        inverse[half] = reciprocal_fast(total);
-        const int to = memory.slots.row[strip * kStrip + g + 8 * half];
-        if (q == 0 && to >= 0)
-          lse[to] = (top[half] + log2_fast(total)) * 0.6931471805599453f;
-        else if (q == 0 && to <= Slots::kZeroRow)
-          lse[Slots::zero_row(to)] = 0;
+        const float found = quad_max(fmaxf(new_top[half][0], new_top[half][1]));
+        pivot[half] = found * unit;
+        if constexpr (kLong) {
+          // No key of the row's window yet.
+          if (found == -INFINITY) pivot[half] = 0;
+          const float factor = exp2_fast(top[half] - pivot[half]);
+          sum[half] *= factor;
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n) {
+            out[n][2 * half] *= factor;
+            out[n][2 * half + 1] *= factor;
+          }
+        }
+        top[half] = found;
       }
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            score[j][n][e] = exp2_fast(fmaf(score[j][n][e], unit, -pivot[e / 2]));
+            more[e / 2][e % 2] += score[j][n][e];
+          }
+        P::apply(out, typename P::Rounded(score[j]), value, j);
+      }
+      sum[0] += more[0][0] + more[0][1];
+      sum[1] += more[1][0] + more[1][1];
+    });
+    if (now.piece == pieces_or_one - 1) {
+      const float total[2] = {quad_sum(sum[0]), quad_sum(sum[1])};
       // The strip of queries is in registers now, so its memory serves the results; in later pieces
       // nothing was loaded there.
       __syncwarp();
-      stage_strip<T, D>(out, inverse[0], inverse[1], own_rows);
+      // Infinite where no score is above minus infinity: zero times it is NaN, as there is no softmax.
+      // Padding, which has no key, is not written, or as zeros.
+      results.stage(
+          out, reciprocal_fast(total[0]), reciprocal_fast(total[1]), rows, tile + own_strip);
+      const float own_lse = (q % 2 == 0 ? top[0] : top[1]) * unit + log2_fast(q % 2 == 0 ? total[0] : total[1]);
+      if (lse_row >= 0) lse[computed_here(lse_row)] = has_no_sum ? 0 : own_lse * 0.6931471805599453f;
       __syncwarp();
-      write_strips<T, D, kGeneral>(own_rows, {HeadRows<T>(a.out, place.head, now.image)},
-                         memory.slots.row + strip * kStrip, a.head_dim);
+      results.pieces.template store<kGeneral>(
+          tiles + stage * stage_bytes + own_strip, {out_rows}, a.head_dim);
+      out_rows.to_next_image();
+      lse = nth(lse, 1, a.heads * a.rows);
     }
     stage = stage == Memory::kStages - 1 ? 0 : stage + 1;
   }

@@ -70,7 +70,9 @@ template <class T, int D>
 bool plan(Attention& a, Pass pass, const Device& device) {
   const auto room = size_t(device.shared_bytes);
   a.strips = std::min(a.group_strips(), kMostStrips);
-  a.is_long = a.group_strips() > kMostStrips ||
+  // Kernels for short groups divide the bias by the scale.
+  constexpr float kLeastScale = 1e-6f;
+  a.is_long = a.group_strips() > kMostStrips || !(a.scale >= kLeastScale) ||
               (pass == Pass::Backward && !kHasShortBackward<T, D>);
   a.is_long = a.is_long || shared_bytes<T, D>(a, pass) > room;
   if (a.is_long)

@@ -20,18 +20,18 @@
 #include <tuple>
 #include <type_traits>
 
-// What tests/kernels/test_cuda_on_gpu.py compares on a GPU. Bytes that a copy of 16 brings into the
-// second cache: 0, 64, 128 or 256.
+// Bytes that a copy of 16 brings into the second cache: 0, 64, 128 or 256. The neighbours of a head's are
+// another head's, which another block reads at about the same time.
 #ifndef GREENMIM_L2_PREFETCH
-#define GREENMIM_L2_PREFETCH 0
+#define GREENMIM_L2_PREFETCH 128
 #endif
 #if GREENMIM_L2_PREFETCH
 #define GREENMIM_TEXT_OF(x) #x
 #define GREENMIM_TEXT(x) GREENMIM_TEXT_OF(x)
 #define GREENMIM_COPY_16 \
-  "cp.async.cg.shared.global.L2::" GREENMIM_TEXT(GREENMIM_L2_PREFETCH) "B [%0], [%1], 16, %2;"
+  "cp.async.cg.shared.global.L2::" GREENMIM_TEXT(GREENMIM_L2_PREFETCH) "B [%0], [%1], 16, ignored;"
 #else
-#define GREENMIM_COPY_16 "cp.async.cg.shared.global [%0], [%1], 16, %2;"
+#define GREENMIM_COPY_16 "cp.async.cg.shared.global [%0], [%1], 16, ignored;"
 #endif
 
 // A name for all of the block's dynamic shared memory, as bytes.
@@ -92,6 +92,18 @@ using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* at) {
   return SharedAddress(__cvta_generic_to_shared(at));
 }
+__device__ __forceinline__ uint4 load_16(SharedAddress at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(at)
+               : "memory");
+  return x;
+}
+
+// The value of the warp's first lane: the same number, where all have the same, but the compiler knows
+// that they do, and that a branch on it is taken by all lanes or none.
+__device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }
 
 // Four 8 x 8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8
 // of matrix l / 8. Lane l receives elements 2 (l % 4) and the next of row l / 4, or, transposed, of
@@ -110,19 +122,40 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress ad
                  : "memory");
 }
 
+// Such matrices, as load_matrices<false> gives them, into a [16, 16] tile in shared memory, of which they
+// are the upper left, lower left, upper right and lower right quarter: the left operand of an mma.
+// `of(row, half)` is the address of half a row, `own` that of row l % 16 and half l / 16 for lane l.
+template <class Of>
+__device__ __forceinline__ void store_matrices(
+    const uint32_t (&r)[4], SharedAddress own, [[maybe_unused]] const Of& of) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(own),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned i = 0; i < 4; ++i)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(of(lane / 4 + i % 2 * 8, i / 2) + lane % 4 * 4),
+                 "r"(r[i])
+                 : "memory");
+#endif
+}
+
 // 16 bytes from global to shared memory without a register between; zeros where not valid, and then
 // nothing is read. Complete after the commit and the wait that follow.
-__device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid) {
-  asm volatile(GREENMIM_COPY_16 ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+__device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from, bool valid) {
+  asm volatile("{.reg .pred ignored; setp.eq.u32 ignored, %2, 0;" GREENMIM_COPY_16 "}" ::"r"(to),
+               "l"(from), "r"(unsigned(valid))
                : "memory");
 }
-__device__ __forceinline__ void copy_async_8(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from),
+__device__ __forceinline__ void copy_async_8(SharedAddress to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 8 : 0)
                : "memory");
 }
-__device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+__device__ __forceinline__ void copy_async_4(SharedAddress to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 4 : 0)
                : "memory");
 }
@@ -138,6 +171,12 @@ __device__ __forceinline__ void copy_async_wait() {
 // The same number, but what is computed from it is not moved out of the loop around: an address that
 // takes an instruction or two is not worth a register for the whole loop.
 __device__ __forceinline__ int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// The same number, but it stays in a register and is not computed again where it is needed, which the
+// compiler prefers where it is a few instructions.
+__device__ __forceinline__ unsigned in_register(unsigned x) {
   asm volatile("" : "+r"(x));
   return x;
 }

@@ -18,7 +18,8 @@
 
 namespace greenmim::cuda {
 
-__device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
+__device__ __forceinline__ int lane_index() { return int(threadIdx.x % 32); }
+__device__ __forceinline__ int warp_index() { return same_in_warp(int(threadIdx.x / 32)); }
 
 // The sum, or largest, over the four lanes that share a row.
 __device__ __forceinline__ float quad_sum(float x) {
@@ -62,31 +63,33 @@ struct Products {
   using Row = TileRow<T, D>;
   static constexpr int kKept = 0;  // elements of shared memory that a left operand takes
 
-  // A tile as the right operand of each product: where this lane reads the first pieces of its rows. The
-  // others' places differ in the bits of the piece alone.
-  struct ScoresRight {
-    SharedAddress first;
+  // A place in a tile, and that of a pointer, which is not computed again.
+  using At = SharedAddress;
+  static __device__ __forceinline__ At at(const T* x) { return in_register(shared_address(x)); }
 
-    __device__ __forceinline__ explicit ScoresRight(const T* tile) {
+  // A tile as the right operand of each product: where this lane reads the first pieces of its rows, from
+  // the tile's start and in shared memory. The others' places differ in the bits of the piece alone.
+  struct ScoresRight {
+    At first;
+    static __device__ __forceinline__ unsigned lane_offset() {
       const unsigned lane = unsigned(lane_index());
-      first = shared_address(tile) +
-              Row::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) * unsigned(sizeof(T));
+      return Row::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) * unsigned(sizeof(T));
     }
   };
   struct ApplyRight {
-    SharedAddress first;
-
-    __device__ __forceinline__ explicit ApplyRight(const T* tile) {
+    At first;
+    static __device__ __forceinline__ unsigned lane_offset() {
       const unsigned lane = unsigned(lane_index());
-      first = shared_address(tile) + Row::offset(lane % 16, lane / 16) * unsigned(sizeof(T));
+      return Row::offset(lane % 16, lane / 16) * unsigned(sizeof(T));
     }
   };
 
+  // The left operand of scores: a strip.
   struct Left {
     uint32_t a[D / 16][4];
+    static __device__ __forceinline__ unsigned lane_offset() { return ApplyRight::lane_offset(); }
 
-    __device__ __forceinline__ void load(const T* rows, T*) {
-      const SharedAddress first = ApplyRight(rows).first;  // the same rows and pieces
+    __device__ __forceinline__ void load(At first, T*) {
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) load_matrices<false>(a[k], first ^ (32 * k));
     }
@@ -103,22 +106,32 @@ struct Products {
     }
   }
 
+  // A square as a left operand: rounded to the element type.
+  struct Rounded {
+    uint32_t a[4];
+
+    __device__ __forceinline__ explicit Rounded(const Square& p)
+        : a{pack<T>(p[0][0], p[0][1]), pack<T>(p[0][2], p[0][3]), pack<T>(p[1][0], p[1][1]),
+            pack<T>(p[1][2], p[1][3])} {}
+  };
+
   static __device__ __forceinline__ void apply(
-      Wide<D>& out, const Square& p, ApplyRight right, int strip) {
-    const uint32_t a[4] = {
-        pack<T>(p[0][0], p[0][1]), pack<T>(p[0][2], p[0][3]), pack<T>(p[1][0], p[1][1]),
-        pack<T>(p[1][2], p[1][3])};
-    multiply(out, a, right, strip);
+      Wide<D>& out, const Rounded& p, ApplyRight right, int strip) {
+    multiply(out, p.a, right, strip);
   }
 
-  // The same with the transpose of a square that lies in shared memory, rows `stride` apart.
+  // The same with the transpose of a square that lies in shared memory: where this lane reads it.
   static __device__ __forceinline__ void apply_transposed(
-      Wide<D>& out, const T* p, int stride, ApplyRight right, int strip) {
-    const int lane = lane_index();
+      Wide<D>& out, SharedAddress p, ApplyRight right, int strip) {
     uint32_t a[4];
-    load_matrices<true>(
-        a, shared_address(p + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8));
+    load_matrices<true>(a, p);
     multiply(out, a, right, strip);
+  }
+  // That of the first square, of which the rows are `stride` apart.
+  static __device__ __forceinline__ SharedAddress transposed(const T* p, int stride) {
+    const unsigned lane = unsigned(lane_index());
+    return shared_address(p) +
+           ((lane % 8 + lane / 16 * 8) * unsigned(stride) + lane / 8 % 2 * 8) * unsigned(sizeof(T));
   }
 
  private:
@@ -144,16 +157,25 @@ struct Products<float, D> {
   static constexpr int kStride = TileRow<float, D>::kStride;
   static constexpr int kKept = kStrip * kStride;
 
+  using At = const char*;
+  static __device__ __forceinline__ At at(const float* x) { return reinterpret_cast<At>(x); }
+
   struct ScoresRight {
-    const float* tile;
-    __device__ __forceinline__ explicit ScoresRight(const float* tile) : tile(tile) {}
+    At first;
+    static __device__ __forceinline__ unsigned lane_offset() { return 0; }
+    __device__ __forceinline__ const float* tile() const {
+      return reinterpret_cast<const float*>(first);
+    }
   };
   using ApplyRight = ScoresRight;
+  using Rounded = const Square&;
 
   struct Left {
     const float* rows;
+    static __device__ __forceinline__ unsigned lane_offset() { return 0; }
 
-    __device__ __forceinline__ void load(const float* from, float* kept) {
+    __device__ __forceinline__ void load(At first, float* kept) {
+      const float* from = reinterpret_cast<const float*>(first);
       __syncwarp();
 #pragma unroll
       for (int i = 4 * lane_index(); i < kKept; i += 4 * 32)
@@ -166,7 +188,7 @@ struct Products<float, D> {
   static __device__ __forceinline__ void scores(
       Square& s, const Left& left, ScoresRight from, int strip) {
     const int q = lane_index() % 4;
-    const float* right = from.tile + strip * kKept;
+    const float* right = from.tile() + strip * kKept;
     const float* left_row = left.rows + lane_index() / 4 * kStride + 4 * q;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -206,7 +228,7 @@ struct Products<float, D> {
   static __device__ __forceinline__ void apply(
       Wide<D>& out, const Square& p, ApplyRight from, int strip) {
     const int lane = lane_index(), q = lane % 4;
-    const float* right = from.tile + strip * kKept;
+    const float* right = from.tile() + strip * kKept;
 #pragma unroll 1  // one turn for each lane of the quad; all of them would be a very long program
     for (int holder = 0; holder < 4; ++holder)
 #pragma unroll
@@ -233,6 +255,14 @@ __device__ __forceinline__ void clear(Square& s) {
   for (int n = 0; n < 2; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[n][e] = 0;
+}
+
+// Half of a square's columns.
+__device__ __forceinline__ void set(float (&half)[4], float4 x) {
+  half[0] = x.x;
+  half[1] = x.y;
+  half[2] = x.z;
+  half[3] = x.w;
 }
 
 template <int D>

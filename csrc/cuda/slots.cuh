@@ -18,6 +18,15 @@ struct Carver {
   }
 };
 
+// The n-th of images, or of rows, that begin `elements` apart: fewer than 4 GB, so that the address is
+// one multiplication of 32 bits by 32.
+template <class T>
+__device__ __forceinline__ T* nth(T* first, int n, unsigned elements) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(
+      reinterpret_cast<Byte*>(first) + uint64_t(unsigned(n)) * (elements * unsigned(sizeof(T))));
+}
+
 // Which head, group, strips and images a block works on. Heads are innermost: blocks that run at the
 // same time then read neighbouring bytes.
 //
@@ -57,7 +66,7 @@ struct Place {
   __device__ bool has_images() const { return first_image < last_image; }
 };
 
-// The slots in reach, and the head's column of the bias table in base 2.
+// The slots in reach, and the head's column of the bias table.
 struct Slots {
   int2* query;   // window and number of the table's row; -2 as window where there is none
   int2* key;     // the same as key; -1 where there is none
@@ -148,18 +157,27 @@ struct Slots {
     return filled;
   }
 
-  __device__ void read_table(const Attention& a, const Place& place) const {
-    constexpr float kLog2E = 1.4426950408889634f;
+  // Starts the copy of the head's column of the table: first of all, since what is behind the tiles of all
+  // blocks comes late.
+  __device__ void start_table(const Attention& a) const {
+    const float* column = a.table + blockIdx.x % unsigned(a.heads);
     if (a.table == nullptr && threadIdx.x == 0) table[0] = 0;
 #pragma unroll 1
     for (int i = int(threadIdx.x); a.table != nullptr && i < a.table_rows; i += int(blockDim.x))
-      table[i] = a.table[int64_t(i) * a.heads + place.head] * kLog2E;
+      copy_async_4(shared_address(table + i), nth(column, i, a.heads), true);
+    copy_async_commit();
+  }
+  // Multiplies what the thread has copied, once it is there.
+  __device__ void scale_table(const Attention& a, float factor) const {
+#pragma unroll 1
+    for (int i = int(threadIdx.x); a.table != nullptr && i < a.table_rows; i += int(blockDim.x))
+      table[i] *= factor;
   }
 };
 
 __device__ __forceinline__ bool share_window(int2 query, int2 key) { return query.x == key.x; }
 
-// What is added to the score, in base 2; minus infinity between windows.
+// What is added to the score; minus infinity between windows.
 __device__ __forceinline__ float bias_of(int2 query, int2 key, const float* table) {
   const bool shared = share_window(query, key);
   const float bias = table[shared ? query.y + key.y : 0];  // without a branch around
@@ -173,7 +191,23 @@ struct Band {
   __device__ __forceinline__ bool holds(int strip) const {
     return first <= strip && strip < last;
   }
+  __device__ __forceinline__ int count() const { return last - first; }
 };
+
+// Calls `body` with a number of strips, up to kMostStrips, that the compiler knows: products of one strip
+// then overlap with those of the next, which they do not across a branch. Nothing where it is zero.
+template <class Body>
+__device__ __forceinline__ void with_strips(int count, const Body& body) {
+  static_assert(kMostStrips == 4);
+  if (count == 3)
+    body(std::integral_constant<int, 3>());
+  else if (count >= 4)
+    body(std::integral_constant<int, 4>());
+  else if (count == 2)
+    body(std::integral_constant<int, 2>());
+  else if (count == 1)
+    body(std::integral_constant<int, 1>());
+}
 
 // The strips that share a window with `strip`: the slots of a window are neighbours, so what is
 // beyond the strip's own slots belongs to its first and its last window.
@@ -200,24 +234,25 @@ __device__ inline Band band_of(
   // Slots that are not sorted by window must not lead out of the memory set aside for the band.
   first = first > strip - reach ? first : strip - reach;
   last = last < strip + reach ? last : strip + reach;
-  return {first, last + 1};
+  return {same_in_warp(first), same_in_warp(last + 1)};
 }
 
-// The bias of a warp's strip and those of its band, as the lanes hold scores; zeros beyond the band.
+// The bias of a warp's strip and those of its band, as the lanes hold scores: calls `keep` with the number of
+// a strip in the band, that of eight of its columns, and the lane's four values.
+template <class Keep>
 __device__ __forceinline__ void make_bias(
-    float (&bias)[kMostStrips][2][4], const Slots& slots, int strip, Band band) {
+    const Slots& slots, int strip, Band band, const Keep& keep) {
   const int g = lane_index() / 4, q = lane_index() % 4;
   const int2 upper = slots.query[strip * kStrip + g], lower = slots.query[strip * kStrip + g + 8];
 #pragma unroll
   for (int j = 0; j < kMostStrips; ++j) {
-    clear(bias[j]);
-    if (!band.holds(j)) continue;
+    if (j >= band.count()) break;
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        bias[j][n][e] = bias_of(
-            e < 2 ? upper : lower, slots.key[j * kStrip + 8 * n + 2 * q + e % 2], slots.table);
+    for (int n = 0; n < 2; ++n) {
+      const int2* keys = slots.key + (band.first + j) * kStrip + 8 * n + 2 * q;
+      keep(j, n, float4{bias_of(upper, keys[0], slots.table), bias_of(upper, keys[1], slots.table),
+                        bias_of(lower, keys[0], slots.table), bias_of(lower, keys[1], slots.table)});
+    }
   }
 }
 
@@ -237,29 +272,22 @@ __device__ inline Band union_of(Band own, Band* all) {
   return whole;
 }
 
-// The n-th of images, or of rows, that begin `elements` apart: fewer than 4 GB, so that the address is
-// one multiplication of 32 bits by 32.
-template <class T>
-__device__ __forceinline__ T* nth(T* first, int n, unsigned elements) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<T*>(
-      reinterpret_cast<Byte*>(first) + uint64_t(unsigned(n)) * (elements * unsigned(sizeof(T))));
-}
-
 // One head of the rows of one image.
 template <class T>
 struct HeadRows {
   T* first;
-  unsigned row;  // elements from one to the next
-  const T* pad;  // what padding that attends has; null: zeros
+  unsigned row, image;  // elements from one to the next
+  const T* pad;         // what padding that attends has; null: zeros
 
   __device__ __forceinline__ HeadRows(
       const Rows& x, int head, int image, const void* pad_value = nullptr)
       : first(nth(static_cast<T*>(x.data) + uint64_t(unsigned(head)) * x.head, image, x.image)),
         row(x.row),
+        image(x.image),
         pad(static_cast<const T*>(pad_value)) {}
 
   __device__ __forceinline__ T* of(int i, unsigned column) const { return nth(first + column, i, row); }
+  __device__ __forceinline__ void to_next_image() { first = nth(first, 1, image); }
 };
 
 // k (1) or v (2) of the padding of a head.
@@ -271,112 +299,160 @@ __device__ __forceinline__ const T* padding_of(const Attention& a, int which, in
 
 // A piece of a row that has only so many of its columns, none or a multiple of four.
 template <class T>
-__device__ __forceinline__ void copy_async_part(T* to, const T* from, int columns, bool valid) {
+__device__ __forceinline__ void copy_async_part(
+    SharedAddress to, const T* from, int columns, bool valid) {
   if constexpr (sizeof(T) == 4) {
     copy_async_16(to, from, valid && columns >= 4);
   } else {
     copy_async_8(to, from, valid && columns >= 4);
-    copy_async_8(to + 4, from + 4, valid && columns >= 8);
+    copy_async_8(to + 8, from + 4, valid && columns >= 8);
   }
 }
 
-// Starts the copy of a block's strips of rows into shared memory, from kTensors tensors into tiles that
-// lie `tile_step` apart. Rows of nothing become zeros, since a product takes all rows and zero times NaN
-// is NaN. A block has two threads for a row.
-template <class T, int D, bool kGeneral, int kTensors>
-__device__ __forceinline__ void load_tiles(
-    T* tile, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim, int tile_step = 0) {
+// The pieces of a strip's, or a block's, rows that a thread copies: of every row, as many threads as it
+// has pieces copy one each. kRows: of a thread.
+template <class T, int D>
+struct Pieces {
   using Row = TileRow<T, D>;
-  const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
-  const unsigned slot = thread / Row::kPieces, piece = thread % Row::kPieces;
-  const unsigned step = blockDim.x / Row::kPieces, column = piece * Row::kPiece;
-  int from[Row::kPieces / 2];  // all read before the first copy, behind which they would wait
+  static constexpr int kRows = Row::kPieces / 2;  // two threads, or lanes, for a row
+  unsigned column;        // in elements
+  unsigned place[kRows];  // in a tile, in bytes
+  int row[kRows];         // of the tensor, or below zero: see Slots
+
+  // Of `threads` threads, two for each of the rows at `rows`, this is the one with that number.
+  __device__ __forceinline__ Pieces(const int* rows, unsigned thread, unsigned threads)
+      : column(thread % Row::kPieces * Row::kPiece) {
 #pragma unroll
-  for (int i = 0; i < Row::kPieces / 2; ++i) from[i] = row[slot + i * step];
+    for (int i = 0; i < kRows; ++i) {
+      const unsigned slot = thread / Row::kPieces + i * (threads / Row::kPieces);
+      place[i] = in_register(Row::offset(slot, thread % Row::kPieces) * unsigned(sizeof(T)));
+      row[i] = rows[slot];
+    }
+  }
+
+  // Starts their copy from kTensors tensors into tiles in shared memory, which lie `tile_step` bytes
+  // apart. Rows of nothing become zeros, since a product takes all rows and zero times NaN is NaN.
+  template <bool kGeneral, int kTensors>
+  __device__ __forceinline__ void load(
+      SharedAddress tile, const HeadRows<T> (&x)[kTensors], int head_dim,
+      unsigned tile_step = 0) const {
 #pragma unroll
-  for (int t = 0; t < kTensors; ++t)
+    for (int t = 0; t < kTensors; ++t)
 #pragma unroll
-    for (int i = 0; i < Row::kPieces / 2; ++i) {
-      T* to = tile + t * tile_step + Row::offset(slot + i * step, piece);
-      if constexpr (!kGeneral) {
-        copy_async_16(to, x[t].of(from[i] < 0 ? 0 : from[i], column), from[i] >= 0);
-      } else {
-        const bool pads = x[t].pad != nullptr && from[i] == Slots::kPadding;
-        const T* source = pads ? x[t].pad + column : x[t].of(from[i] < 0 ? 0 : from[i], column);
-        if (head_dim == D)
-          copy_async_16(to, source, pads || from[i] >= 0);
-        else
-          copy_async_part(to, source, head_dim - int(column), pads || from[i] >= 0);
+      for (int i = 0; i < kRows; ++i) {
+        const SharedAddress to = tile + t * tile_step + place[i];
+        const bool is_there = row[i] >= 0;
+        const T* from = x[t].of(computed_here(is_there ? row[i] : 0), column);
+        if constexpr (!kGeneral) {
+          copy_async_16(to, from, is_there);
+        } else {
+          const bool pads = x[t].pad != nullptr && row[i] == Slots::kPadding;
+          if (pads) from = x[t].pad + column;
+          if (head_dim == D)
+            copy_async_16(to, from, pads || is_there);
+          else
+            copy_async_part(to, from, head_dim - int(column), pads || is_there);
+        }
+      }
+  }
+
+  // Writes them from tiles in shared memory, as load has read them. Rows of nothing are not written.
+  template <bool kGeneral, int kTensors>
+  __device__ __forceinline__ void store(
+      SharedAddress tile, const HeadRows<T> (&x)[kTensors], int head_dim,
+      unsigned tile_step = 0) const {
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const uint4 piece = load_16(tile + t * tile_step + place[i]);
+        if (row[i] < 0) continue;
+        T* to = x[t].of(computed_here(row[i]), column);
+        if (!kGeneral || head_dim == D || (sizeof(T) == 4 && int(column) < head_dim)) {
+          *reinterpret_cast<uint4*>(to) = piece;
+        } else if (sizeof(T) == 2) {
+          if (int(column) < head_dim) reinterpret_cast<uint2*>(to)[0] = uint2{piece.x, piece.y};
+          if (int(column) + 4 < head_dim) reinterpret_cast<uint2*>(to)[1] = uint2{piece.z, piece.w};
+        }
+      }
+  }
+};
+
+// The rows of a strip of results: what is written, and which of them as zeros, where what was computed may
+// be NaN, beside a token that is not finite.
+template <class T, int D>
+struct Results {
+  using At = typename Products<T, D>::At;
+  Pieces<T, D> pieces;
+  unsigned place;  // where the lane brings its first ones, from the start of a strip's memory
+  bool some_zero;  // in the strip
+
+  // `rows`: of the strip.
+  __device__ __forceinline__ explicit Results(const int* rows)
+      : pieces(rows, unsigned(lane_index()), 32) {
+    using Row = TileRow<T, D>;
+    const unsigned lane = unsigned(lane_index());
+    place = in_register(
+        sizeof(T) == 2 ? Products<T, D>::Left::lane_offset()
+                       : (lane / 4 * Row::kStride + lane % 4 * 2) * unsigned(sizeof(T)));
+    bool is_zero = false;
+#pragma unroll
+    for (int i = 0; i < Pieces<T, D>::kRows; ++i)
+      if (pieces.row[i] <= Slots::kZeroRow) {
+        pieces.row[i] = Slots::zero_row(pieces.row[i]);
+        is_zero = true;
+      }
+    some_zero = __ballot_sync(0xFFFFFFFF, is_zero) != 0;
+  }
+
+  // Brings a warp's strip, times `factor` for each of the lane's two rows, into shared memory for 16 rows
+  // that no other warp uses now; `pieces` takes it from there after a __syncwarp.
+  __device__ __forceinline__ void stage(
+      Wide<D>& x, float upper_factor, float lower_factor, const int* rows, At staging) const {
+    constexpr unsigned kStride = TileRow<T, D>::kStride;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      x[n][0] *= upper_factor;
+      x[n][1] *= upper_factor;
+      x[n][2] *= lower_factor;
+      x[n][3] *= lower_factor;
+    }
+    if (some_zero) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (rows[lane_index() / 4 + 8 * half] <= Slots::kZeroRow)
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n) x[n][2 * half] = x[n][2 * half + 1] = 0;
+    }
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int n = 0; n < D / 8; n += 2)
+        store_matrices(
+            {pack<T>(x[n][0], x[n][1]), pack<T>(x[n][2], x[n][3]), pack<T>(x[n + 1][0], x[n + 1][1]),
+             pack<T>(x[n + 1][2], x[n + 1][3])},
+            staging + (place ^ (16 * n)), [&](unsigned row, unsigned half) {
+              return staging + TileRow<T, D>::offset(row, n + half) * unsigned(sizeof(T));
+            });
+    } else {
+      float* to = reinterpret_cast<float*>(const_cast<char*>(staging) + place);
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        store_pair(to + 8 * n, x[n][0], x[n][1]);
+        store_pair(to + 8 * n + 8 * kStride, x[n][2], x[n][3]);
       }
     }
-}
+  }
+};
 
-// The same for one number per row. Ends with a warp whose lanes go on together: with one strip, half of
-// them have nothing to copy.
+// Starts the copy of one number per row of a block's strips. Ends with a warp whose lanes go on together:
+// with one strip, half of them have nothing to copy.
 __device__ __forceinline__ void load_numbers(float* to, const float* source, const int* row) {
   const int slot = int(threadIdx.x);
   if (slot < int(blockDim.x) / 2) {
     const int from = row[slot];
-    copy_async_4(to + slot, source + (from < 0 ? 0 : from), from >= 0);
+    copy_async_4(shared_address(to + slot), source + (from < 0 ? 0 : from), from >= 0);
   }
   __syncwarp();
-}
-
-// Brings a warp's strip of results, times `factor` for each of the lane's two rows, into shared
-// memory for 16 rows that no other warp uses now, from where write_strips takes it after a
-// __syncwarp.
-template <class T, int D>
-__device__ __forceinline__ void stage_strip(
-    const Wide<D>& x, float upper_factor, float lower_factor, T* staging) {
-  using Row = TileRow<T, D>;
-  const unsigned lane = unsigned(computed_here(lane_index())), g = lane / 4, q = lane % 4;
-#pragma unroll
-  for (int n = 0; n < D / 8; ++n) {
-    const unsigned column = 8 * n + 2 * q;
-    T* to = staging + (Row::offset(g, column / Row::kPiece) + column % Row::kPiece);
-    store_pair(to, x[n][0] * upper_factor, x[n][1] * upper_factor);
-    store_pair(to + 8 * Row::kStride, x[n][2] * lower_factor, x[n][3] * lower_factor);
-  }
-}
-
-// 16 bytes of a row, or those that are columns of a head of fewer than D.
-template <bool kGeneral, int D, class T>
-__device__ __forceinline__ void write_piece(T* to, const T* from, unsigned column, int head_dim) {
-  if (!kGeneral || head_dim == D || (sizeof(T) == 4 && int(column) < head_dim)) {
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-  } else if (sizeof(T) == 2) {
-    for (int half = 0; half < 2; ++half)
-      if (int(column) + 4 * half < head_dim)
-        reinterpret_cast<uint2*>(to)[half] = reinterpret_cast<const uint2*>(from)[half];
-  }
-}
-
-// Writes staged strips to kTensors tensors, from strips that lie `staging_step` apart. `row` is that of
-// the strip's first slot.
-template <class T, int D, bool kGeneral, int kTensors>
-__device__ __forceinline__ void write_strips(
-    const T* staging, const HeadRows<T> (&x)[kTensors], const int* row, int head_dim,
-    int staging_step = 0) {
-  using Row = TileRow<T, D>;
-  const unsigned lane = unsigned(computed_here(lane_index()));
-  const unsigned slot = lane / Row::kPieces, piece = lane % Row::kPieces;
-  const unsigned column = piece * Row::kPiece;
-#pragma unroll
-  for (int i = 0; i < Row::kPieces / 2; ++i) {
-    const int to = row[slot + i * (32 / Row::kPieces)];
-    const T* from = staging + Row::offset(slot + i * (32 / Row::kPieces), piece);
-    if (to >= 0) {
-#pragma unroll
-      for (int t = 0; t < kTensors; ++t)
-        write_piece<kGeneral, D>(x[t].of(to, column), from + t * staging_step, column, head_dim);
-    } else if (to <= Slots::kZeroRow) {
-      // Beside a token that is not finite, what was computed for padding is NaN.
-      const uint4 zeros{};
-      for (int t = 0; t < kTensors; ++t)
-        write_piece<kGeneral, D>(
-            x[t].of(Slots::zero_row(to), column), reinterpret_cast<const T*>(&zeros), column, head_dim);
-    }
-  }
 }
 
 // A warp's sums for k and v of the padding.

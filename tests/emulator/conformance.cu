@@ -54,10 +54,10 @@ __global__ void conformance_kernel(const float* numbers, Results* results) {
   results->shuffled[lane][1] = __shfl_sync(0xFFFFFFFF, x, (lane * 11 + 3) % 32);
   __syncwarp();
   float* copies = reinterpret_cast<float*>(shared);
-  copy_async_16(copies + 4 * lane, numbers + 4 * (lane % 16), lane % 3 != 0);
+  copy_async_16(shared_address(copies + 4 * lane), numbers + 4 * (lane % 16), lane % 3 != 0);
   copy_async_commit();
-  copy_async_4(copies + 128 + lane, numbers + 63 - lane, lane % 5 != 0);
-  copy_async_8(copies + 160 + 2 * lane, numbers + 2 * (lane * 5 % 32), lane % 7 != 0);
+  copy_async_4(shared_address(copies + 128 + lane), numbers + 63 - lane, lane % 5 != 0);
+  copy_async_8(shared_address(copies + 160 + 2 * lane), numbers + 2 * (lane * 5 % 32), lane % 7 != 0);
   copy_async_commit();
   copy_async_wait<1>();
   for (int i = 0; i < 4; ++i) results->copied_16[lane][i] = copies[4 * lane + i];

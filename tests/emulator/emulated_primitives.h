@@ -94,6 +94,7 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 
 using SharedAddress = uintptr_t;
 inline SharedAddress shared_address(const void* at) { return reinterpret_cast<uintptr_t>(at); }
+inline uint4 load_16(SharedAddress at) { return *reinterpret_cast<const uint4*>(at); }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 template <bool kTransposed>
@@ -130,21 +131,53 @@ inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
       });
 }
 
+inline int same_in_warp(int x) {
+  const int first = emulator::shuffle("same in warp", x, 0);
+  if (first != x) emulator::stop("what should be the same in a warp is not");
+  return first;
+}
+
+template <class Of>
+inline void store_matrices(const uint32_t (&r)[4], SharedAddress own, const Of& of) {
+  const unsigned lane = unsigned(emulator::lane());
+  struct Lane {
+    SharedAddress own;
+  } self{own};
+  if (own % 16 != 0) emulator::stop("stmatrix to an address that is no multiple of 16");
+  if (own != of(lane % 16, lane / 16)) emulator::stop("stmatrix to another row than it says");
+  emulator::collective("stmatrix", &self, [](void** lanes) EMULATOR_UNWATCHED {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      unsigned banks = 0;
+      for (int i = 0; i < 8; ++i)
+        banks |= 1u << static_cast<Lane*>(lanes[8 * matrix + i])->own / 16 % 8;
+      if (banks != 0xFF) emulator::stop("rows of one matrix of an stmatrix in the same banks");
+    }
+  });
+  // By the lane itself, so that the sanitizers see the access in its thread.
+  for (unsigned i = 0; i < 4; ++i)
+    *reinterpret_cast<uint32_t*>(of(lane / 4 + i % 2 * 8, i / 2) + lane % 4 * 4) = r[i];
+}
+
 // The bytes land at the wait that completes them and no sooner; until then NaN is there, so that
 // both reading too early and writing too early give wrong results, or a race.
-inline void copy_async(int bytes, void* to, const void* from, bool valid) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
+inline void copy_async(int bytes, SharedAddress at, const void* from, bool valid) {
+  char* to = reinterpret_cast<char*>(at);
+  if (at % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
     emulator::stop("cp.async between addresses that are no multiples of its size");
   std::memset(to, 0xFF, bytes);
   emulator::Fiber* self = emulator::block->current;
-  self->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, valid});
+  self->copies.push_back({to, static_cast<const char*>(from), bytes, valid});
   ++self->uncommitted;
 }
-inline void copy_async_16(void* to, const void* from, bool valid) {
+inline void copy_async_16(SharedAddress to, const void* from, bool valid) {
   copy_async(16, to, from, valid);
 }
-inline void copy_async_8(void* to, const void* from, bool valid) { copy_async(8, to, from, valid); }
-inline void copy_async_4(void* to, const void* from, bool valid) { copy_async(4, to, from, valid); }
+inline void copy_async_8(SharedAddress to, const void* from, bool valid) {
+  copy_async(8, to, from, valid);
+}
+inline void copy_async_4(SharedAddress to, const void* from, bool valid) {
+  copy_async(4, to, from, valid);
+}
 
 inline void copy_async_commit() {
   emulator::Fiber* self = emulator::block->current;
@@ -170,6 +203,10 @@ inline void copy_async_wait() {
 }
 
 inline int computed_here(int x) { return x; }
+template <class T>  // also of an address, which is wider here
+inline T in_register(T x) {
+  return x;
+}
 
 // One kernel ends before the next one starts.
 inline void allow_next_kernel() {}

@@ -48,7 +48,7 @@ void copies() {
         float* numbers = reinterpret_cast<float*>(shared);
         for (int group = 0; group < 2; ++group) {
           const int at = 4 * (group * kThreads + int(threadIdx.x));
-          copy_async_16(numbers + at, source + at, threadIdx.x % 2 == 0);
+          copy_async_16(shared_address(numbers + at), source + at, threadIdx.x % 2 == 0);
           copy_async_commit();
         }
         copy_async_wait<kPending>();
@@ -79,7 +79,7 @@ int main(int, char** arguments) {
         +[] {
           DYNAMIC_SHARED(shared);
           alignas(16) static const float source[4] = {};
-          copy_async_16(shared, source, true);
+          copy_async_16(shared_address(shared), source, true);
           copy_async_commit();
         },
         1, 1, 16, nullptr);
@@ -88,7 +88,7 @@ int main(int, char** arguments) {
         +[] {
           DYNAMIC_SHARED(shared);
           alignas(16) static const float source[8] = {};
-          copy_async_16(shared, source + 1, true);
+          copy_async_16(shared_address(shared), source + 1, true);
         },
         1, 1, 16, nullptr);
   if (name == "misaligned-ldmatrix")

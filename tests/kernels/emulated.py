@@ -128,6 +128,7 @@ class Launch:
     apart: bool = False  # q, k and v head by head, each on its own
     need_qkv: bool = True
     need_table: bool = True
+    scale: float | None = None  # head_dim ** -0.5
 
     @classmethod
     def of_gpu(cls) -> Launch:
@@ -222,7 +223,7 @@ def encode(inputs: Inputs, launch: Launch) -> bytes:
         inputs.table is not None, inputs.pad_value is not None, launch.gathered, launch.apart,
         launch.need_qkv,
         launch.need_table and inputs.table is not None, launch.processors,
-        launch.shared_bytes, head_dim**-0.5,
+        launch.shared_bytes, head_dim**-0.5 if launch.scale is None else launch.scale,
     )  # fmt: skip
     if launch.apart:
         qkv = qkv.unflatten(-1, (3, inputs.num_heads, -1)).permute(2, 0, 3, 1, 4)

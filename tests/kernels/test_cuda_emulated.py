@@ -251,6 +251,23 @@ def test_many_partial_sums_of_the_table(per_image):
         assert torch.equal(again["grad_table"], first["grad_table"]), order
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-9, 3.0])
+def test_any_scale(scale, dtype):
+    """Kernels of short groups divide the bias by it, where it is above zero."""
+    inputs = make_inputs(Case(stage=2, num_heads=1, dtype=dtype))
+
+    def attention(*arguments):
+        return gk.group_window_attention(*arguments, scale=scale)
+
+    with gk.use_backend("reference"):
+        exact = run(inputs.to(torch.float64), attention)
+    actual = emulate(inputs, Launch(scale=scale))
+    for key, expected in exact.items():
+        error = relative_error(actual[key], expected)
+        assert error < 4 * torch.finfo(dtype).eps + 1e-5, key
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("head_dim", [16, 32, 64])
 def test_little_shared_memory(head_dim, dtype):

@@ -229,6 +229,26 @@ def test_one_gradient_and_no_table(window, only, backend):
     assert relative_error(out, out2) < 1e-5 and relative_error(grad, grad2) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-9, 3.0])
+def test_any_scale(scale, dtype, backend):
+    """Kernels may divide the bias by it."""
+    inputs = make_inputs(Case(stage=2, num_heads=1, dtype=dtype), device=DEVICE)
+
+    def attention(*arguments):
+        return gk.group_window_attention(*arguments, scale=scale)
+
+    with gk.use_backend("reference"):
+        exact = run(inputs.to(torch.float64), attention)
+    with gk.use_backend(backend):
+        actual = run(inputs, attention)
+    for name, expected in exact.items():
+        error = relative_error(actual[name], expected)
+        # Where nothing depends on k, its gradient is zero, and so is what it is relative to.
+        assert error < 4 * torch.finfo(dtype).eps + 1e-5, name
+
+
 @kernel_test
 def test_images_per_program_change_no_output(monkeypatch):
     """However the batch is cut into programs; the table's sums are cut differently."""
