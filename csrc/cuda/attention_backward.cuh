@@ -54,12 +54,12 @@ struct BackwardMemory {
         bytes(carver.bytes) {}
 };
 
-// With 168 registers a processor holds three blocks, as it does not with the bias in registers.
+// A processor holds two blocks. Three of them, in 168 registers each, are no faster: see benchmarks/README.md.
 //
 // kGeneral: heads may have fewer columns than D, and padding a value. Scores have no scale until they are
 // exponents, and it has to be above zero: see attention_forward_kernel.
 template <class T, int D, bool kGeneral>
-__global__ void __launch_bounds__(32 * kMostStrips, 3)
+__global__ void __launch_bounds__(32 * kMostStrips, 2)
     attention_backward_kernel(const Attention a) {
   using P = Products<T, D>;
   static_assert(P::kKept == 0, "left operands have to be in registers");
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 3)
   memory.slots.scale_table(a, 1 / a.scale);
   const Band band = band_of(memory.slots, place, strip, a.reach());
   __syncthreads();  // the table is there
-  // Registers are scarcer than shared memory.
+  // Not in registers, of which the gradient of the bias takes as many.
   float4* bias = memory.bias + strip * kMostStrips * 2 * 32 + lane;
   make_bias(memory.slots, strip, band, [&](int j, int n, float4 x) { bias[(2 * j + n) * 32] = x; });
 
