@@ -12,6 +12,7 @@ import argparse
 import csv
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -27,13 +28,21 @@ from .environment import describe, folder_of, write_json
 
 SKIPPED = 77  # exit code: nothing failed, and nothing was done
 BACKENDS = ("cuda", "triton")
-METRICS = (
-    "gpu__time_duration.sum",
-    "dram__bytes_read.sum",
-    "dram__bytes_write.sum",
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "launch__registers_per_thread",
-)
+# What is kept of what ncu counts, by its name.
+METRICS = {
+    "gpu__time_duration.sum": "nanoseconds",
+    "dram__bytes_read.sum": "bytes_read",
+    "dram__bytes_write.sum": "bytes_written",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "l2_percent",
+    "l1tex__throughput.avg.pct_of_peak_sustained_active": "l1_percent",
+    "launch__registers_per_thread": "registers",
+    "launch__grid_size": "blocks",
+    "smsp__inst_executed.sum": "instructions",
+    "smsp__issue_active.avg.per_cycle_active": "issued_per_scheduler_and_cycle",
+    "smsp__warps_active.avg.per_cycle_active": "warps_per_scheduler",
+}
+# Warps of a scheduler that wait, on average, while it issues an instruction; by what for.
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active.ratio")
 
 
 def profiled(backend: str) -> None:
@@ -56,24 +65,36 @@ def command(log: pathlib.Path, backend: str) -> list[str] | None:
     if ncu is None:
         return None
     return [
-        ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
+        ncu, "--clock-control", "none", "--profile-from-start", "off",
+        "--csv", "--page", "raw", "--print-units", "base",
         "--log-file", str(log), "--kernel-name", "regex:attention", "--section", "Occupancy",
         "--section", "WarpStateStats", "--metrics", ",".join(METRICS),
         sys.executable, "-m", "benchmarks.counters", "--profiled", backend,
     ]  # fmt: skip
 
 
-def kernels_of(log: str) -> list[dict[str, str]]:
-    """A row for each kernel from ncu's CSV: names, units, then values; "name [unit]" -> value."""
+def kernels_of(log: str) -> list[dict]:
+    """A row for each kernel from ncu's CSV, which has names, units, and then values."""
     lines = list(csv.reader(line for line in log.splitlines() if line.startswith('"')))
     if len(lines) < 3:
         return []
-    names, units, *rows = lines
-    keys = [f"{name} [{unit}]" if unit else name for name, unit in zip(names, units, strict=True)]
-    return [dict(zip(keys, row, strict=True)) for row in rows]
+    names, _, *values = lines
+    rows = []
+    for line in values:
+        of = dict(zip(names, line, strict=True))
+        counted = {
+            ours: float(of[name].replace(",", "")) for name, ours in METRICS.items() if name in of
+        }
+        stalls = {
+            found[1]: float(value)
+            for name, value in of.items()
+            if (found := STALL.fullmatch(name)) and float(value) >= 0.01
+        }
+        rows.append({"kernel": of["Kernel Name"], **counted, "stalls": stalls})
+    return rows
 
 
-def count(backend: str) -> tuple[int, list[dict[str, str]]]:
+def count(backend: str) -> tuple[int, list[dict]]:
     """An exit code, and what ncu counted of one backend's kernels; says what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "ncu.csv"
@@ -117,9 +138,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         kernels += counted
         write_json(file, {"environment": environment, "kernels": kernels})
-        for kernel in counted:
-            shown = [key for key in kernel if key.split(" ")[0] in METRICS]
-            print(kernel["Kernel Name"][:40], *(f"{key} {kernel[key]}" for key in shown), sep="  ")
+        for row in counted:
+            shown = (f"{key} {row[key]:g}" for key in METRICS.values() if key in row)
+            print(row["kernel"][:40], *shown, sep="  ")
     return 1 if 1 in codes else min(codes)
 
 

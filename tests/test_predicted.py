@@ -45,13 +45,14 @@ def test_no_block_has_more_than_its_share_of_the_images():
 
 
 def test_what_was_measured_is_what_is_predicted_at_that_rate_of_a_copy():
-    """On the H200, but for stage 4, where launches between the copies of the problem count: each
-    was a graph of its own."""
     file = predicted.ROOT / "benchmarks" / "results" / "nvidia-h200" / "operators.json"
-    rows = [row for row in predicted.beside(json.loads(file.read_text())) if row["stage"] < 4]
-    assert len(rows) == 24
+    rows = predicted.beside(json.loads(file.read_text()))
+    assert len(rows) == 32
+    # Triton's programs of 16 slots wait less than their way through the code says.
+    bounds = {"cuda": (0.9, 1.2), "triton": (0.69, 1.25)}
     for row in rows:
-        assert 0.7 <= row["ms"] / row["predicted_ms"] <= 1.31, row
+        least, most = bounds[row["backend"]]
+        assert least <= row["ms"] / row["predicted_ms"] <= most, row
 
 
 def test_measured_stands_beside_predicted():

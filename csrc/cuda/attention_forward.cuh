@@ -35,13 +35,25 @@ struct ForwardMemory {
         bytes(carver.bytes) {}
 };
 
+// Blocks that a processor holds: four where 128 registers are enough without a spill.
+template <class T, int D, bool kLong>
+constexpr int forward_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int kMost = 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr int kMost = kLong ? 3 : 4;
+#else
+  constexpr int kMost = 4;
+#endif
+  return sizeof(T) == 2 && D <= 32 ? kMost : 1;
+}
+
 // kLong: keys come in several pieces, with a running softmax, and the bias is looked up; otherwise there is
 // one piece, and the bias stays in registers for all images, as what products of q and k are added to: so
 // scores are without their scale, which has to be above zero, until they are exponents. kGeneral: heads may
-// have fewer columns than D, and padding a value. Where 128 registers are enough, a processor holds four
-// blocks.
+// have fewer columns than D, and padding a value.
 template <class T, int D, bool kLong, bool kGeneral>
-__global__ void __launch_bounds__(32 * kMostStrips, sizeof(T) == 2 && D <= 32 ? 4 : 1)
+__global__ void __launch_bounds__(32 * kMostStrips, forward_blocks<T, D, kLong>())
     attention_forward_kernel(const Attention a) {
   using P = Products<T, D>;
   using Memory = ForwardMemory<T, D>;

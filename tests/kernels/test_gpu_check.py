@@ -463,11 +463,12 @@ NCU = """#!/bin/sh
 for last; do case $previous in --log-file) file=$last;; esac; previous=$last; done
 {body}
 """
-CSV = """==PROF== Connected to process 1
-"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum"
-"","","us","Mbyte"
-"0","attention_forward_kernel","40.5","75.2"
-"1","group_attention_bwd_kernel","80.1","140.0"
+STALL = "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
+CSV = f"""==PROF== Connected to process 1
+"ID","Kernel Name","gpu__time_duration.sum","{STALL}"
+"","","ns","inst"
+"0","attention_forward_kernel","40,500","1.65"
+"1","group_attention_bwd_kernel","80,100","0.00"
 """
 
 
@@ -492,11 +493,14 @@ def ncu(tmp_path, monkeypatch):
 def test_counters_are_kept_by_kernel(ncu, tmp_path):
     assert ncu(f"cat > $file <<'END'\n{CSV}END") == 0
     kernels = json.loads((tmp_path / "counters.json").read_text())["kernels"]
-    assert [kernel["Kernel Name"] for kernel in kernels] == [
-        "attention_forward_kernel",
-        "group_attention_bwd_kernel",
-    ] * 2  # of both backends
-    assert kernels[0]["dram__bytes_read.sum [Mbyte]"] == "75.2"
+    assert (
+        kernels
+        == [
+            {"kernel": "attention_forward_kernel", "nanoseconds": 40500, "stalls": {"wait": 1.65}},
+            {"kernel": "group_attention_bwd_kernel", "nanoseconds": 80100, "stalls": {}},
+        ]
+        * 2
+    )  # of both backends
 
 
 def test_counters_keep_the_backends_done(tmp_path):
