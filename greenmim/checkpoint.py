@@ -78,12 +78,7 @@ def convert_checkpoint(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    # What DistributedDataParallel puts before every name, and torch.compile into it.
-    tensors = {
-        name.replace("_orig_mod.", "").removeprefix("module."): tensor
-        for name, tensor in state_dict.items()
-    }
-    encoder, decoder = _read(tensors, source)
+    encoder, decoder = _read(_plain_names(state_dict), source)
     if merge_order == "row-major":
         encoder = {name: _to_swin_order(name, tensor) for name, tensor in encoder.items()}
     if target == "timm":
@@ -91,6 +86,30 @@ def convert_checkpoint(
     if target == "official":
         encoder = _to_official(encoder)
     return {**{_ENCODER + name: tensor for name, tensor in encoder.items()}, **decoder}
+
+
+def kind_of(state_dict: Mapping[str, Tensor]) -> str:
+    """Which of `KINDS` a state dict is.
+
+    Raises:
+        ValueError: none of them; says whose it looks like.
+    """
+    tensors = _plain_names(state_dict)
+    for kind in KINDS:
+        try:
+            _read(tensors, kind)
+        except ValueError:
+            continue
+        return kind
+    raise ValueError(f"this is not a Swin state dict of a known kind, but like {_maker(tensors)}")
+
+
+def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what DistributedDataParallel puts before every name, and torch.compile into it."""
+    return {
+        name.replace("_orig_mod.", "").removeprefix("module."): tensor
+        for name, tensor in state_dict.items()
+    }
 
 
 def _read(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -192,7 +211,9 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, 
                 f"{path} holds a {refused[1]}, and only tensors and plain values are read, for a"
                 " pickle can run code; save its state dict alone"
             ) from error
-        raise ValueError(f"{path} is damaged or no checkpoint: {first_line(error)}") from error
+        why = first_line(error)
+        why = "" if "weights_only" in why else f": {why}"  # which is torch's advice, not a reason
+        raise ValueError(f"{path} is damaged or no checkpoint{why}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

@@ -158,6 +158,9 @@ def build_parser(command: str = "pretrain") -> tuple[ArgumentParser, ArgumentPar
 
 # ---- pretrain -----------------------------------------------------------------------------------
 
+# Options that are no part of a recipe: a run's next command need not repeat them.
+OF_A_CALL = ("config", "resume", "max_steps", "profile", "mask_per_image", "dry_run", "launcher")
+
 
 class _Preset(ActionConfigFile):
     """`--config` that takes the name of a preset as well as a file."""
@@ -170,7 +173,8 @@ class _Preset(ActionConfigFile):
 def _pretrain_command() -> tuple[ArgumentParser, Callable]:
     parser = _parser(
         usage="greenmim pretrain --config NAME_OR_FILE --data.root FOLDER --work-dir FOLDER"
-        " [--resume [CHECKPOINT]] [--dry-run] [--launcher slurm] [--any.value X]",
+        " [--init CHECKPOINT] [--resume [CHECKPOINT]] [--dry-run] [--launcher slurm]"
+        " [--any.value X]",
         description="Pre-train on a folder of images, with a preset (`greenmim presets`).",
         epilog=EXIT_CODES,
     )
@@ -180,12 +184,15 @@ def _pretrain_command() -> tuple[ArgumentParser, Callable]:
         "launcher": "slurm submits the run as a job, with the options that follow; torchrun and"
         " srun need none",
         "dry_run": "say what would run and what it would cost",
+        "max_steps": "end after so many updates, with a checkpoint; the schedule stays as it is",
+        "profile": "record a few updates: a trace, and on a GPU their memory, in the work dir",
         "mask_per_image": "the same as --mask.per-image true",
     }
     add = parser.add_argument
     add("--config", action=_Preset, metavar="NAME_OR_FILE", help=texts["config"])
     add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=texts["resume"])
-    for name in ("mask_per_image", "dry_run"):
+    add("--max_steps", type=int | None, metavar="N", help=texts["max_steps"])
+    for name in ("mask_per_image", "dry_run", "profile"):
         add(f"--{name}", action="store_true", help=texts[name])
     add("--launcher", choices=("none", "slurm"), default="none", help=texts["launcher"])
     parser.add_class_arguments(SlurmJob, None, as_group=False)
@@ -208,7 +215,7 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
 
     end_of_imports()
     values = options.clone()
-    for name in ("config", "resume", "mask_per_image", "dry_run", "launcher"):
+    for name in OF_A_CALL:
         values.pop(name, None)
     job = {field.name: values.pop(field.name) for field in dataclasses.fields(SlurmJob)}
     try:
@@ -216,9 +223,12 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
     except (UserError, ValueError) as error:  # the recipe's own checks and the model's
         raise _told_once(str(error)) from error
     recipe.mask.per_image |= options.mask_per_image
+    max_steps, profile = options.max_steps, options.profile
+    if max_steps is not None and max_steps < 1:
+        raise _told_once(f"--max-steps is {max_steps}; it has to be at least 1.")
     if options.launcher == "none" and not options.dry_run:
         # What it raises, torchrun shows as the cause.
-        return record(pretrain)(recipe, options.resume).exit_code
+        return record(pretrain)(recipe, options.resume, max_steps, profile).exit_code
 
     world = World.from_environment()
     job = SlurmJob(**job) if options.launcher == "slurm" else None
@@ -229,7 +239,7 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
     if world.is_main:
         print(*([text] if options.dry_run else []), *lines, sep="\n")
     if job is not None and not options.dry_run:
-        number, folder = submit(recipe, options.resume, job)
+        number, folder = submit(recipe, options.resume, job, max_steps, profile)
         print(f"submitted job {number}; its logs will be in {folder}")
     return 0
 

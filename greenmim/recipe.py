@@ -26,6 +26,8 @@ class DataConfig:
     Args:
         root: Folder of images, nested in any way; class folders are fine and ignored. Or, by a
             prefix: tar/FILE_OR_FOLDER, wds/SHARDS, hfds/DATASET.
+        val_root: The same of held-out images, whose loss is measured with the same masks each time
+            (see log.val_every_epochs); null measures none.
         batch_size: Images per process and per forward pass.
         repeats: How often an epoch goes through the images, each time with other crops; for small
             data sets.
@@ -45,6 +47,7 @@ class DataConfig:
     """
 
     root: str | None = None
+    val_root: str | None = None
     batch_size: int = 128
     repeats: int = 1
     num_samples: int | None = None
@@ -143,6 +146,8 @@ class LogConfig:
         pictures_every_epochs: Draw reconstructions of some of the images after this many epochs;
             null draws none.
         pictures: Number of images drawn.
+        val_every_epochs: Measure the loss on the images of data.val_root after this many epochs,
+            and at the end.
     """
 
     every_steps: int = 20
@@ -150,6 +155,7 @@ class LogConfig:
     wandb: str | None = None
     pictures_every_epochs: int | None = 10
     pictures: int = 6
+    val_every_epochs: int = 1
 
 
 @dataclass
@@ -158,6 +164,9 @@ class Recipe:
 
     Args:
         work_dir: Folder of the run: config.yaml, log.jsonl, TensorBoard events, checkpoints.
+        init: Weights that a new run starts from: a checkpoint of this package, an official one,
+            timm's Swin or Microsoft's; the encoder's alone, or all. Tables of other windows are
+            interpolated.
         epochs: Passes over the data (each data.repeats times the folder).
         seed: Seed of weights, masks, crops and order.
         device: Where to train; auto takes CUDA when there is one.
@@ -189,6 +198,7 @@ class Recipe:
     """
 
     work_dir: str | None = None
+    init: str | None = None
     epochs: int = 800
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -260,6 +270,7 @@ def _check(recipe: Recipe) -> None:
         ("log.every-steps", recipe.log.every_steps),
         ("log.pictures-every-epochs", recipe.log.pictures_every_epochs),
         ("log.pictures", recipe.log.pictures),
+        ("log.val-every-epochs", recipe.log.val_every_epochs),
         ("threads", recipe.threads),
     ):
         need(value is None or value >= 1, name, value, "at least 1")

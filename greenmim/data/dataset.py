@@ -231,10 +231,14 @@ class AugmentedImages(Dataset):
         )
         return Sample(item, None, False, tuple(failures), stop)
 
-    def _read(self, index: int, item: Item) -> Sample:
+    def crop(self, height: int, width: int, item: Item) -> Crop:
+        """The part that is taken of a picture of so many pixels."""
         generator = torch.Generator()
         generator.manual_seed(torch_seed(self.seed, CROP, item.epoch, item.position))
-        draw = functools.partial(draw_crop, config=self.config, generator=generator)
+        return draw_crop(height, width, self.config, generator)
+
+    def _read(self, index: int, item: Item) -> Sample:
+        draw = functools.partial(self.crop, item=item)
         reduce = self.config.decode == "reduced"
         file = self.source.open(index)
         with named_chatter(lambda: self.source.path(index)):

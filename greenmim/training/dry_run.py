@@ -9,12 +9,19 @@ import yaml
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import find_source
 from greenmim.flops import forward_flops
-from greenmim.masking import draw_visible
+from greenmim.masking import num_visible_units
 from greenmim.mim import GreenMIM
 from greenmim.recipe import Recipe
 from greenmim.training.log import check_trackers
 from greenmim.training.run_folder import RunFolder, find_checkpoint
-from greenmim.training.startup import precision_of, scaled_rates, user_errors
+from greenmim.training.startup import (
+    find_held_out,
+    precision_of,
+    scaled_rates,
+    start_from,
+    training_flops,
+    user_errors,
+)
 
 
 def dry_run(
@@ -27,26 +34,28 @@ def dry_run(
     """
     check_trackers(recipe)
     precision = str(precision_of(recipe, device)).removeprefix("torch.")
-    source = find_source(recipe.data)
+    source, held_out = find_source(recipe.data), find_held_out(recipe.data)
     found = find_checkpoint(RunFolder(recipe.work_dir), resume)
     with user_errors():
         sampler = EpochSampler.of(recipe, source, 0, processes)
         model = GreenMIM(recipe.model).train()
-        grid, units, mask = model.config.unit_grid, model.config.num_units, recipe.mask
-        visible = draw_visible(np.random.default_rng(0), grid, mask.ratio, kind=mask.kind)
-    flops = forward_flops(model, model.plan(visible), loss_only=True)
+    units = model.config.num_units
+    visible = num_visible_units(units, recipe.mask.ratio)
+    notes = start_from(model, recipe.init) if recipe.init and not found.checkpoint else []
+    flops = training_flops(model, recipe) / 3
     dense = forward_flops(model, model.plan(np.ones(units, dtype=bool)))
     steps = sampler.updates_per_epoch
     lines = [
         f"processes        {processes}, on {device.type} in {precision}"
         + (f", {recipe.strategy}" if processes > 1 else ""),
         f"parameters       {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-        f"visible          {visible.sum()} of {units} units of an image",
+        f"visible          {visible} of {units} units of an image",
         f"GFLOPs           {flops / 1e9:.2f} per image forward, {100 * flops / dense:.0f}% of the"
         f" {dense / 1e9:.2f} with everything visible; about"
         f" {3 * flops * sampler.images_per_update / 1e12:.2f} TFLOPs per update",
         f"images           {len(source)} in {recipe.data.root}"
         + (f", {recipe.data.repeats} times per epoch" if recipe.data.repeats > 1 else ""),
+        *([f"held out         {len(held_out)} in {recipe.data.val_root}"] if held_out else []),
         f"images/update    {sampler.images_per_update} = {recipe.data.batch_size} x"
         f" {recipe.optim.accumulate} accumulated x {processes} processes",
         f"steps per epoch  {steps}, {steps * recipe.epochs} in {recipe.epochs} epochs;"
@@ -55,5 +64,6 @@ def dry_run(
         f" {recipe.schedule.warmup_epochs:g} epochs",
         f"checkpoint       {found.checkpoint or 'none: the run starts from the beginning'}",
         *found.notes,
+        *notes,
     ]
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False), lines

@@ -120,7 +120,7 @@ class RunLog:
     def train(self, step: int, values: dict[str, float]) -> None:
         """The figures after `step` updates."""
         self.event("train", step=step, **values)
-        self._each_tracker(lambda tracker: tracker.scalars(self.number(step), values))
+        self._each_tracker(lambda tracker: tracker.scalars(self.number(step), "train", values))
         speed = f"{values['images_per_second']:.1f} img/s"
         wait = f"wait {100 * values['data_wait']:.0f}%"
         if self._bar is not None:  # short, for terminals of 80 columns
@@ -133,9 +133,21 @@ class RunLog:
                 f"step {self.number(step):>6}/{self.number(self.total_steps)}"
                 f"  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
                 f"  grad {values['grad_norm']:.2f}"
-                f"  {speed}  {wait}  mem {values['peak_memory_gib']:.2f} GiB"
+                f"  {speed}  {values['model_tflops']:.3g} TFLOP/s  {wait}"
+                f"  mem {values['peak_memory_gib']:.2f} GiB"
                 f" + loaders {values['loader_memory_gib']:.2f}"
             )
+
+    def held_out(self, step: int, epoch: float, loss: float, images: int) -> None:
+        """The loss on held-out images after `step` updates."""
+        self.event("val", step=step, epoch=epoch, loss=loss, images=images)
+        self._each_tracker(
+            lambda tracker: tracker.scalars(self.number(step), "val", {"loss": loss})
+        )
+        self.say(
+            f"step {self.number(step):>6}/{self.number(self.total_steps)}  epoch {epoch:.2f}"
+            f"  held-out loss {loss:.4f} ({images} images)"
+        )
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture for the trackers, uint8 [H, W, 3]."""
@@ -281,10 +293,10 @@ class TensorBoard:
             rows = [f"| {key} | {value} |" for key, value in flat(recipe.to_dict()).items()]
             self._writer.add_text("recipe", "\n".join(["| value | |", "|---|---|", *rows]), 0)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         for name, value in values.items():
             if name != "epoch":  # a straight line
-                self._writer.add_scalar(f"train/{name}", value, step)
+                self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._writer.add_image(name, pixels, step, dataformats="HWC")
@@ -327,8 +339,8 @@ class WandB:
                 " WANDB_MODE=offline."
             ) from error
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        figures = {f"train/{name}": value for name, value in values.items()}
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        figures = {f"{group}/{name}": value for name, value in values.items()}
         self._run.log({"update": step, **figures})
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:

@@ -27,8 +27,15 @@ _WARNING_SECONDS = 180
 class Piece:
     """One job's part of a run, as submitit pickles it and calls it in every process."""
 
-    def __init__(self, recipe: Recipe, resume: str | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        resume: str | None,
+        max_steps: int | None = None,
+        profile: bool = False,
+    ) -> None:
         self.recipe, self.resume = recipe, resume
+        self.max_steps, self.profile = max_steps, profile
 
     def __call__(self) -> int:
         """Ends the process where the run did not go well: only so does Slurm see it."""
@@ -37,7 +44,7 @@ class Piece:
         return 0
 
     def _run(self) -> int:
-        result = pretrain(self.recipe, self.where_to_resume())
+        result = pretrain(self.recipe, self.where_to_resume(), self.max_steps, self.profile)
         if result.signal not in _WARNINGS:
             return result.exit_code
         if os.environ.get("SLURM_PROCID") == "0":
@@ -60,7 +67,13 @@ class Piece:
         return DelayedSubmission(self)
 
 
-def submit(recipe: Recipe, resume: str | None, job: SlurmJob) -> tuple[str, Path]:
+def submit(
+    recipe: Recipe,
+    resume: str | None,
+    job: SlurmJob,
+    max_steps: int | None = None,
+    profile: bool = False,
+) -> tuple[str, Path]:
     """Submit a run whose input `dry_run` has checked; the job's number and its logs' folder.
 
     `work_dir` and `data.root` have to be the same on the nodes. UserError where Slurm is not here
@@ -93,7 +106,7 @@ def submit(recipe: Recipe, resume: str | None, job: SlurmJob) -> tuple[str, Path
         **{name: value for name, value in wanted.items() if value is not None},
     )
     try:
-        submitted = executor.submit(Piece(recipe, resume))
+        submitted = executor.submit(Piece(recipe, resume, max_steps, profile))
     except (submitit.core.utils.FailedJobError, RuntimeError, OSError) as error:
         raise UserError(f"Slurm refuses the job: {first_line(error)}") from error
     return submitted.job_id, folder

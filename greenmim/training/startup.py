@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import platform
@@ -12,19 +13,25 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import greenmim
 from greenmim.data.dataset import AugmentedImages, Finish, finishes_in_loader
+from greenmim.data.held_out import HeldOutImages
 from greenmim.data.images import Source
 from greenmim.data.loader import Collate, Feed, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import find_source
 from greenmim.encoders.swin import VisibleBlock
+from greenmim.flops import forward_flops
 from greenmim.guards import UserError, first_line
+from greenmim.initial import initialise
 from greenmim.launch import World
+from greenmim.masking import draw_visible
 from greenmim.mim import GreenMIM
-from greenmim.recipe import Recipe
+from greenmim.recipe import DataConfig, Recipe
+from greenmim.training.held_out import HeldOut
 from greenmim.training.log import RunLog, check_trackers, make_trackers
 from greenmim.training.passes import GraphedPasses, Passes, distribute, make_optimizer
 from greenmim.training.processes import Processes
@@ -63,6 +70,9 @@ class Run:
     feed: Feed
     progress: Progress  # at the start
     notes: list[str]  # what the user should know, one line each
+    held_out: HeldOut | None
+    flops: float  # of an image: forward and twice as many backward
+    last_step: int  # where this call ends: that of the schedule, or of --max-steps
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,8 +95,13 @@ class Run:
         return learning_rate(epoch, peak=peak, final=final, warmup_epochs=warmup, epochs=epochs)
 
 
-def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
+def prepare(
+    recipe: Recipe, resume: str | None, processes: Processes, max_steps: int | None = None
+) -> Run:
     """Check the recipe against this machine and build the run; writes nothing. A collective.
+
+    Args:
+        recipe, resume, max_steps: As of `pretrain`.
 
     Raises:
         UserError: any bad input.
@@ -100,15 +115,15 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     folder, state = RunFolder(recipe.work_dir), None
 
     # The main process looks for all: what is found may change from one moment to the next.
-    def look() -> tuple[Source, Found]:
+    def look() -> tuple[Source, Source | None, Found]:
         nonlocal state
-        source = find_source(recipe.data)
+        source, held_out = find_source(recipe.data), find_held_out(recipe.data)
         folder.lock.check_free()
         found = find_checkpoint(folder, resume)
         state = found.state  # too large to be sent: the others read it themselves
-        return source, found._replace(state=None)
+        return source, held_out, found._replace(state=None)
 
-    source, (checkpoint, notes, _) = processes.from_main(look)
+    source, val_source, (checkpoint, notes, _) = processes.from_main(look)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     progress = Progress()
@@ -129,6 +144,9 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
             model.load_state_dict(state["model"])
             progress = progress_of(state, recipe, sampler, checkpoint, folder.owns(checkpoint))
             sampler.first_update = progress.first_step
+        elif recipe.init:
+            notes += start_from(model, recipe.init)
+        flops = training_flops(model, recipe) if world.is_main else 0.0
         folder.check_room(recipe.checkpoint, sum(p.numel() for p in model.parameters()))
     if resume is not None and state is None:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
@@ -158,10 +176,49 @@ def prepare(recipe: Recipe, resume: str | None, processes: Processes) -> Run:
     with processes.agreed():
         check_shared_memory(loader, processes=hosts.count(socket.gethostname()))
     feed = Feed(loader, device, None if in_loader else finish)
+    held_out = None
+    if val_source is not None:
+        with processes.agreed():
+            images = HeldOutImages(val_source, recipe.data, recipe.model.image_hw, recipe.seed)
+            notes = [*notes, *images.check_readable()]
+        held_out = HeldOut(images, collate, recipe.data.workers, feed.finish, processes)
+    last_step = sampler.total_updates
+    if max_steps is not None:
+        last_step = min(last_step, max_steps)
     return Run(
         recipe, processes, folder, precision, model, optimizer, scaler, autocast, passes, dataset,
-        sampler, feed, progress, [*notes, *progress.notes],
+        sampler, feed, progress, [*notes, *progress.notes], held_out, flops, last_step,
     )  # fmt: skip
+
+
+def find_held_out(data: DataConfig) -> Source | None:
+    """The held-out images of a recipe, if it has some.
+
+    Raises:
+        UserError: there are none where it says.
+    """
+    if data.val_root is None:
+        return None
+    try:
+        return find_source(dataclasses.replace(data, root=data.val_root, num_samples=None))
+    except UserError as error:
+        raise UserError(f"--data.val-root {data.val_root}: {error}") from error
+
+
+def start_from(model: GreenMIM, checkpoint: str) -> list[str]:
+    """As `initialise`, for a person: raises UserError."""
+    try:
+        return initialise(model, checkpoint)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--init {checkpoint}: {first_line(error)}.") from error
+
+
+def training_flops(model: GreenMIM, recipe: Recipe) -> float:
+    """Floating-point operations of an image in an update; nothing that is computed again counts."""
+    mask, config = recipe.mask, recipe.model
+    visible = draw_visible(np.random.default_rng(0), config.unit_grid, mask.ratio, kind=mask.kind)
+    with torch.random.fork_rng([]):  # stochastic depth draws
+        return 3.0 * forward_flops(model, model.plan(visible), loss_only=True)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from greenmim.training import run_folder
 from greenmim.training.log import RunLog, peak_memory_gib
 from greenmim.training.passes import whole_weights
 from greenmim.training.processes import LAG, Processes, Report, Reports
+from greenmim.training.profile import Profile
 from greenmim.training.startup import Run, choose_device, prepare, started
 
 # A run ends when so many checkpoints in a row could not be written.
@@ -52,7 +53,9 @@ class Result:
     signal: signal.Signals | None = None  # what stopped the run, if it was stopped
 
 
-def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
+def pretrain(
+    recipe: Recipe, resume: str | None = None, max_steps: int | None = None, profile: bool = False
+) -> Result:
     """Run a recipe, in every process of the run (see `launch` for how they are started).
 
     Args:
@@ -60,6 +63,9 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
         resume: None starts a new run; "auto" goes on from the newest checkpoint of the work dir,
             or starts where there is none yet (a scheduler can repeat one command); else the path
             of a checkpoint.
+        max_steps: End after so many updates of the run, with a checkpoint; the schedule stays that
+            of all epochs. None goes on to their end.
+        profile: Record a few updates in the work dir (see `Profile`).
 
     Raises:
         UserError: bad input; nothing was written. Or the disk is full: old checkpoints are whole.
@@ -70,27 +76,30 @@ def pretrain(recipe: Recipe, resume: str | None = None) -> Result:
         contextlib.ExitStack() as outside,
         Processes(world, lambda: choose_device(recipe, world), recipe.hang_minutes) as processes,
     ):
-        run = prepare(recipe, resume, processes)
-        if run.progress.first_step >= run.total_steps:
+        run = prepare(recipe, resume, processes, max_steps)
+        if run.progress.first_step >= run.last_step:
             newest = run.folder.newest_checkpoint()
             if world.is_main:
-                print(
-                    f"The run in {recipe.work_dir} is finished ({recipe.epochs} epochs): {newest}"
-                )
+                whole = run.last_step == run.total_steps
+                length = f"{recipe.epochs} epochs" if whole else f"--max-steps {max_steps}"
+                print(f"The run in {recipe.work_dir} is finished ({length}): {newest}")
             return Result(0, run.progress.first_step, newest)
         with started(run) as log:
             # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the
             # others, which are then finding out which one it was.
             stop = outside.enter_context(StopSignal())
             with contextlib.closing(run.feed), told_of_memory(processes.device):
-                return Trainer(run, log, stop).train()
+                with recorded(run, log) if profile else contextlib.nullcontext() as recorder:
+                    return Trainer(run, log, stop, recorder).train()
 
 
 class Trainer:
     """The loop of a run, and what it does besides training: log, save, stop."""
 
-    def __init__(self, run: Run, log: RunLog, stop: StopSignal) -> None:
-        self.run, self.log, self.stop = run, log, stop
+    def __init__(
+        self, run: Run, log: RunLog, stop: StopSignal, profile: Profile | None = None
+    ) -> None:
+        self.run, self.log, self.stop, self.profile = run, log, stop, profile
         processes = run.processes
         # One process alone need not wait for a loader that hangs; others would wait for it.
         run.feed.give_up = lambda: processes.alone and stop.received is not None
@@ -110,14 +119,16 @@ class Trainer:
         """From the run's first update to its last."""
         run = self.run
         run.model.train()
-        for step in range(run.progress.first_step + 1, run.total_steps + 1):
+        for step in range(run.progress.first_step + 1, run.last_step + 1):
             if not self.update(step):
                 return self.stopped(step - 1)
             self.log.step_done()
+            if self.profile is not None:
+                self.profile.step()
 
             # One process alone ends at its own signal. Several have to end at the same update: each
             # learns of the others' signals from the reports.
-            last = step == run.total_steps
+            last = step == run.last_step
             end = last or (run.processes.alone and self.stop.received is not None)
             # A report is read LAG updates late, when it has long arrived: nothing waits for it.
             self.read_reports(step if end else step - LAG)
@@ -130,11 +141,15 @@ class Trainer:
                 self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
             if self.stop_asked and not last:
                 return self.stopped(step)
-            pictures = run.recipe.log.pictures_every_epochs
-            if not self.stop_asked and (last or self._epochs_done(step, pictures)):
+            every = run.recipe.log
+            if not self.stop_asked and (last or self._epochs_done(step, every.val_every_epochs)):
+                self.measure_held_out(step)
+            if not self.stop_asked and (
+                last or self._epochs_done(step, every.pictures_every_epochs)
+            ):
                 self.draw(step)
         self.say_the_end()
-        return Result(0, run.total_steps, self.checkpoint)
+        return Result(0, run.last_step, self.checkpoint)
 
     def update(self, step: int) -> bool:
         """Forward and backward passes of the global batch, and one step of the optimiser.
@@ -186,7 +201,7 @@ class Trainer:
                 self._count_skipped(report)
             else:
                 self.skipped_in_a_row = 0
-            first_or_last = report.step in (run.progress.first_step + 1, run.total_steps)
+            first_or_last = report.step in (run.progress.first_step + 1, run.last_step)
             if first_or_last or report.step % every == 0:
                 self._log_window(report.step, seconds, waited)
             if self.diverged:
@@ -257,9 +272,24 @@ class Trainer:
             "greenmim": greenmim.__version__,
         }
 
+    def measure_held_out(self, step: int) -> None:
+        """Log the loss on held-out images, if there are some. A collective."""
+        run = self.run
+        if run.held_out is None:
+            return
+        self.read_reports(step)  # what it takes is no time of theirs
+        start = time.perf_counter()
+        found = run.held_out.measure(run.model, run.autocast, run.recipe.data.batch_size)
+        for failures in run.processes.gather(found.failures):
+            self.log.unreadable(failures)
+        self.log.held_out(step, step / run.steps_per_epoch, found.loss, found.images)
+        self.window_start += time.perf_counter() - start
+
     def draw(self, step: int) -> None:
         """Show how well the model fills in hidden units. A collective; it ends no run."""
-        run, start = self.run, time.perf_counter()
+        run = self.run
+        self.read_reports(step)  # what it takes is no time of theirs
+        start = time.perf_counter()
         network, sliced = run.model, run.recipe.strategy == "fsdp" and not run.processes.alone
         # Only slices are brought together here. A model of its own, not compiled, is drawn with
         # where they are: nothing that fails there keeps the other processes waiting.
@@ -296,10 +326,13 @@ class Trainer:
     def say_the_end(self) -> None:
         run, log = self.run, self.log
         self._name_unreadable()
-        log.event("end", step=run.total_steps, skipped=self.skipped, unreadable=log.num_unreadable)
+        log.event("end", step=run.last_step, skipped=self.skipped, unreadable=log.num_unreadable)
+        whole = run.last_step == run.total_steps
+        updates = f"{run.last_step}" if whole else f"{run.last_step} of {run.total_steps}"
         log.say(
-            f"finished: {run.recipe.epochs} epochs, {run.total_steps} updates, {self.skipped}"
-            f" skipped, {log.num_unreadable} unreadable images; checkpoint {self.checkpoint}"
+            f"{'finished' if whole else 'ended by --max-steps'}: {run.recipe.epochs} epochs,"
+            f" {updates} updates, {self.skipped} skipped, {log.num_unreadable} unreadable images;"
+            f" checkpoint {self.checkpoint}"
         )
 
     def _name_unreadable(self) -> None:
@@ -325,6 +358,8 @@ class Trainer:
             "lr": run.learning_rate(step),
             "epoch": step / run.steps_per_epoch,
             "images_per_second": images / seconds,
+            # Of one process: what its device could do at most is for all to look up.
+            "model_tflops": run.flops * images / seconds / run.processes.world.size / 1e12,
             "data_wait": min((waited - self.window_waited) / seconds, 1.0),
             "peak_memory_gib": peak_memory_gib(run.processes.device),
             "loader_memory_gib": run.feed.memory() / 2**30,
@@ -366,6 +401,18 @@ class Trainer:
         """Whether all weights are finite. A collective."""
         own = (p.to_local() if isinstance(p, DTensor) else p for p in self.run.model.parameters())
         return all(self.run.processes.gather(all(bool(p.isfinite().all()) for p in own)))
+
+
+@contextlib.contextmanager
+def recorded(run: Run, log: RunLog) -> Iterator[Profile | None]:
+    """The main process's profile of a few updates."""
+    if not run.processes.world.is_main:
+        yield None
+        return
+    updates = run.last_step - run.progress.first_step
+    profile = Profile(run.folder.path, run.processes.device, updates, log.say)
+    with contextlib.closing(profile):
+        yield profile
 
 
 @contextlib.contextmanager

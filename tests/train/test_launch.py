@@ -200,7 +200,7 @@ def test_a_slurm_job_runs_stops_at_its_limit_and_goes_on(
     [(0, 0), (3, 3), (75, 75), (UserError("no images"), 2), (PeerError("no images"), 4)],
 )
 def test_slurm_sees_how_a_run_ended(ends, code: int, monkeypatch, capsys) -> None:
-    def pretrain(recipe, resume):
+    def pretrain(recipe, resume, max_steps, profile):
         if isinstance(ends, Exception):
             raise ends
         return Result(ends, 1, None)

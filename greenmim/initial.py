@@ -1,0 +1,91 @@
+"""Weights to start from, whoever trained them: an encoder, and a decoder where there is one."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from greenmim.checkpoint import convert_checkpoint, kind_of, load_state_dict_file
+from greenmim.mim import GreenMIM
+
+_TABLE = re.compile(r"encoder\.layers\.(\d+)\..*\.relative_position_bias_table")
+# Follows from the size of images alone.
+_FIXED = "decoder_pos_embed"
+
+
+def initialise(model: GreenMIM, path: str | Path) -> list[str]:
+    """Bring the weights of a checkpoint into a model.
+
+    Args:
+        model: On the CPU; its window and image size may be others than the checkpoint's.
+        path: A checkpoint of this package (of a run, or exported), an official one, timm's Swin or
+            Microsoft's, with Swin's order of patch merging.
+
+    Returns:
+        What people should know, a line each: what was taken, what was interpolated, what is new.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or its encoder is of another model; the first difference is
+            named. The model is as it was.
+    """
+    weights = load_state_dict_file(path)
+    kind = kind_of(weights)
+    found = convert_checkpoint(weights, source=kind, target="greenmim")
+    found.pop(_FIXED, None)
+    own = model.state_dict()
+    windows = [window for _, window, _ in model.config.stage_windows()]
+    resized: dict[int, int] = {}  # tables by their rows before
+    for name, tensor in found.items():
+        table = _TABLE.fullmatch(name)
+        shape = own[name].shape if name in own else tensor.shape
+        if table and tensor.ndim == 2 and len(tensor) != shape[0] and tensor.shape[1] == shape[1]:
+            found[name] = _resized(tensor, windows[int(table[1])])
+            resized[len(tensor)] = resized.get(len(tensor), 0) + 1
+    _check_encoder(found, own)
+    decoder = {name for name in own if not name.startswith("encoder.")} - {_FIXED}
+    fits = all(name in found and found[name].shape == own[name].shape for name in decoder)
+    taken = {name: t for name, t in found.items() if fits or name.startswith("encoder.")}
+    model.load_state_dict(taken, strict=False)
+    what = "encoder and decoder" if fits else "the encoder; the decoder starts anew"
+    if not fits and decoder & set(found):
+        what += ", as the checkpoint's has other sizes"
+    notes = [f"starts from {path} ({kind}): {what}"]
+    for rows, count in resized.items():
+        side = (math.isqrt(rows) + 1) // 2
+        notes.append(f"{count} position tables of windows of {side} were interpolated")
+    return notes
+
+
+def _resized(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """A table [(2 M - 1)^2, heads] for another window, as Swin's own code does it."""
+    side = math.isqrt(len(table))
+    if side**2 != len(table):
+        raise ValueError("its windows are not square, and tables of those are not interpolated")
+    size = tuple(2 * length - 1 for length in window)
+    grid = table.float().T.unflatten(1, (side, side))[None]
+    return F.interpolate(grid, size, mode="bicubic")[0].flatten(1).T.to(table.dtype)
+
+
+def _check_encoder(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raises ValueError where the encoders differ."""
+    for name, tensor in own.items():
+        if not name.startswith("encoder."):
+            continue
+        short = name.removeprefix("encoder.")
+        if name not in found:
+            raise ValueError(f"it is of another model: it lacks {short}")
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"it is of another model: {short} is {list(found[name].shape)} there and"
+                f" {list(tensor.shape)} in this recipe"
+            )
+    more = [name for name in found if name.startswith("encoder.") and name not in own]
+    if more:
+        raise ValueError(
+            f"it is of another model: this recipe's has no {more[0].removeprefix('encoder.')}"
+        )

@@ -1,0 +1,232 @@
+"""Runs that start from weights, measure held-out images, end early, and are profiled."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from crew import command, records, run_crew, weights
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_pictures import picture
+
+from greenmim.cli import main
+from greenmim.data.dataset import Finish
+from greenmim.data.held_out import HeldOutImages, HeldOutSampler
+from greenmim.data.images import Folder
+from greenmim.data.loader import Collate
+from greenmim.launch import World
+from greenmim.recipe import DataConfig, MaskConfig
+from greenmim.tools.loading import load_model
+from greenmim.training import profile
+from greenmim.training.held_out import HeldOut
+from greenmim.training.processes import Processes
+
+SIZE = (96, 64)  # of the tiny run's images
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Five pictures."""
+    folder = tmp_path_factory.mktemp("held_out")
+    for index in range(5):
+        Image.fromarray(picture(20 + index)).save(folder / f"{index}.png")
+    return folder
+
+
+# ---- the images ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_all_images_are_taken_and_all_processes_have_as_many_batches(world):
+    samplers = [HeldOutSampler(5, 2, rank, world) for rank in range(world)]
+    batches = [list(sampler) for sampler in samplers]
+    assert {len(own) for own in batches} == {len(samplers[0])}
+    taken = [item.position for own in batches for batch in own for item in batch]
+    assert set(taken) == set(range(5)) and len(taken) < 5 + world
+    assert all(len(batch) <= 2 for own in batches for batch in own)
+    assert batches == [list(sampler) for sampler in samplers]
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 80), (200, 64), (96, 64), (3, 500)])
+def test_the_middle_of_an_image(height, width, tmp_path):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    images = HeldOutImages(Folder(str(tmp_path)), DataConfig(root=str(tmp_path)), SIZE, seed=0)
+    ((item,),) = HeldOutSampler(1, 1)
+    crop = images.crop(height, width, item)
+    assert crop.top == (height - crop.height) // 2 and crop.left == (width - crop.width) // 2
+    assert crop.height == height or crop.width == width
+    assert abs(crop.height / crop.width - SIZE[0] / SIZE[1]) <= 1.5 / min(crop.height, crop.width)
+    assert not crop.flip and images[item].image.shape == (3, *SIZE)
+
+
+# ---- the loss -----------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_the_model_and_the_same_again(finished_run, held_out):
+    model, run = load_model(finished_run / "checkpoints" / "last.pth")
+    images = HeldOutImages(Folder(str(held_out)), DataConfig(root=str(held_out)), SIZE, seed=0)
+    collate = Collate(model.planner, MaskConfig(ratio=0.5), 0, Finish(DataConfig()))
+    with Processes(World(), lambda: torch.device("cpu"), None) as processes:
+        measured = HeldOut(images, collate, 0, None, processes)
+
+        def measure():
+            return measured.measure(model, lambda: torch.autocast("cpu", enabled=False), 2)
+
+        model.train()
+        first, again = measure(), measure()
+    assert first == again and first.images == 5 and model.training
+    expected = []
+    with torch.no_grad():
+        for batch in HeldOutSampler(5, 2):
+            made = collate([images[item] for item in batch])
+            loss = model.eval()(made.images, plan=made.plan).loss
+            expected.append((loss.item(), len(batch)))
+    assert first.loss == pytest.approx(sum(a * n for a, n in expected) / 5, rel=1e-5)
+
+
+def test_a_run_logs_it_after_every_epoch(tiny, photos, held_out, tmp_path, capsys):
+    work = tmp_path / "run"
+    assert main(command(tiny, photos, work, "--data.val-root", str(held_out))) == 0
+    found = records(work, "val")
+    assert [(r["step"], r["epoch"], r["images"]) for r in found] == [(4, 1.0, 5), (8, 2.0, 5)]
+    assert all(0 < r["loss"] < 10 for r in found) and found[0]["loss"] != found[1]["loss"]
+    assert f"held-out loss {found[1]['loss']:.4f} (5 images)" in capsys.readouterr().out
+    events = EventAccumulator(str(work / "tensorboard"))
+    events.Reload()
+    curve = events.Scalars("val/loss")
+    assert [e.step for e in curve] == [4, 8]
+    assert [e.value for e in curve] == pytest.approx([r["loss"] for r in found])
+    # It changes nothing of the training, nor the figures of its time.
+    plain = tmp_path / "plain"
+    assert main(command(tiny, photos, plain)) == 0
+    assert all(torch.equal(t, weights(plain)[n]) for n, t in weights(work).items())
+    assert all(r["images_per_second"] < 1e5 for r in records(work, "train"))
+
+
+def test_every_second_epoch_and_at_the_end(tiny, photos, held_out, tmp_path):
+    more = ("--data.val-root", str(held_out), "--log.val-every-epochs", "2", "--epochs", "3")
+    assert main(command(tiny, photos, tmp_path / "run", *more)) == 0
+    assert [r["step"] for r in records(tmp_path / "run", "val")] == [8, 12]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_measure_all_images(strategy, resumable, held_out, tmp_path):
+    more = ("--data.val-root", str(held_out), "--strategy", strategy)
+    run_crew(resumable("two", 2, *more), 2, tmp_path)
+    found = records(tmp_path / "two", "val")
+    assert [r["images"] for r in found] == [6] * len(found) and found  # one of five twice
+    assert all(0 < r["loss"] < 10 for r in found)
+
+
+def test_what_cannot_be_read_is_named_and_what_is_not_there_refused(
+    tiny, photos, held_out, tmp_path, capsys
+):
+    some = shutil.copytree(held_out, tmp_path / "some")
+    (some / "2.png").write_bytes(b"no picture")
+    assert main(command(tiny, photos, tmp_path / "run", "--data.val-root", str(some))) == 0
+    assert f"cannot read {some / '2.png'}" in capsys.readouterr().out
+    nowhere = command(tiny, photos, tmp_path / "none", "--data.val-root", str(tmp_path / "gone"))
+    assert main(nowhere) == 2
+    error = capsys.readouterr().err
+    assert "--data.val-root" in error and "There is no folder" in error
+    assert not (tmp_path / "none").exists()
+
+
+# ---- start from weights -------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_weights_and_goes_on_without_them(
+    tiny, photos, finished_run, tmp_path, capsys
+):
+    file = shutil.copy(finished_run / "checkpoints" / "last.pth", tmp_path / "weights.pth")
+    before = weights(finished_run)
+    more = ("--init", str(file), "--optim.lr", "1e-30")
+    assert main(command(tiny, photos, tmp_path / "run", *more, "--max-steps", "2")) == 0
+    assert f"starts from {file} (greenmim): encoder and decoder" in capsys.readouterr().out
+    assert all(torch.allclose(t, before[n]) for n, t in weights(tmp_path / "run").items())
+    # What it started from may be gone by then.
+    (tmp_path / "weights.pth").unlink()
+    assert main(command(tiny, photos, tmp_path / "run", *more, "--resume")) == 0
+    said = capsys.readouterr().out
+    assert "resumed after update 2" in said and "starts from" not in said
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_weights_that_do_not_fit_are_refused(more, tiny, photos, finished_run, tmp_path, capsys):
+    weights = str(finished_run / "checkpoints" / "last.pth")
+    sizes = ("--model.embed-dim", "32")
+    argv = command(tiny, photos, tmp_path / "run", "--init", weights, *sizes, *more)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"--init {weights}" in error and "patch_embed.proj.weight is [16" in error
+    assert not (tmp_path / "run").exists()
+
+
+# ---- end early, and be profiled -----------------------------------------------------------------
+
+
+def test_it_ends_after_so_many_updates_and_goes_on_as_if_it_had_not(tiny, photos, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(tiny, photos, whole)) == 0
+    assert main(command(tiny, photos, parts, "--max-steps", "3")) == 0
+    assert "ended by --max-steps: 2 epochs, 3 of 8 updates" in capsys.readouterr().out
+    assert [r["step"] for r in records(parts, "end")] == [3]
+    assert (parts / "checkpoints" / "step_00000003.pth").exists()
+    assert "max_steps" not in (parts / "config.yaml").read_text()
+    assert main(command(tiny, photos, parts, "--max-steps", "3", "--resume")) == 0
+    assert "is finished (--max-steps 3)" in capsys.readouterr().out
+    assert main(command(tiny, photos, parts, "--resume")) == 0
+    assert all(torch.equal(t, weights(whole)[n]) for n, t in weights(parts).items())
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_a_number_of_updates_below_one_is_refused(number, tiny, photos, tmp_path, capsys):
+    argv = command(tiny, photos, tmp_path / "run", f"--max-steps={number}")
+    assert main(argv) == 2
+    assert f"--max-steps is {number}; it has to be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+def test_a_few_updates_are_profiled(steps, tiny, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profile, "WARM_UP", 3)
+    work = tmp_path / "run"
+    assert main(command(tiny, photos, work, "--profile", "--max-steps", str(steps))) == 0
+    count = min(steps, profile.RECORDED)
+    trace = work / "profile" / "trace.json.gz"
+    assert f"the trace of {count} updates is {trace}" in capsys.readouterr().out
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps_of_adamw = [e for e in events if e.get("name", "").startswith("Optimizer.step")]
+    assert len(steps_of_adamw) == count
+    assert any("group_window_attention" in e.get("name", "") for e in events)
+
+
+def test_a_profile_that_fails_ends_no_run(tiny, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        torch.profiler.profile, "start", lambda self: (_ for _ in ()).throw(RuntimeError("taken"))
+    )
+    assert main(command(tiny, photos, tmp_path / "run", "--profile")) == 0
+    said = capsys.readouterr().out
+    assert "nothing is profiled, for it failed: " in said and "taken" in said
+    assert "finished: 2 epochs, 8 updates" in said
+
+
+# ---- operations ---------------------------------------------------------------------------------
+
+
+def test_the_line_has_the_model_s_operations_per_second(tiny, photos, tmp_path, capsys):
+    work = tmp_path / "run"
+    assert main(command(tiny, photos, work)) == 0
+    lines = records(work, "train")
+    per_image = [r["model_tflops"] / r["images_per_second"] for r in lines]
+    assert per_image == pytest.approx([per_image[0]] * len(lines))
+    main([*command(tiny, photos, tmp_path / "other"), "--dry-run"])
+    said = capsys.readouterr().out
+    billions = float(said.partition("GFLOPs")[2].split()[0])
+    assert per_image[0] * 1e3 == pytest.approx(3 * billions, abs=0.02)
+    assert f"{lines[0]['model_tflops']:.3g} TFLOP/s  wait" in said
