@@ -7,7 +7,7 @@
 # and, on a machine with an NVIDIA GPU,
 #
 #   make gpu-check         five minutes: build, are the kernels right, a first table of their times
-#   make gpu-check-more    seven more: what failed, tuning, steps, counters, sanitizers
+#   make gpu-check-more    eight more: what failed, tuning, steps, counters, sanitizers
 #
 # Both set up a virtual environment first. Variables:
 #

@@ -23,15 +23,14 @@ STEP_CODE = (
     *MEASURED_CODE,
     *(f"benchmarks/{name}.py" for name in ("steps", "step_variants", "step_processes", "costs")),
     "benchmarks/measure.py",
-    *(f"greenmim/{name}" for name in ("encoders", "mim.py", "decoder.py", "planning.py")),
-    *(f"greenmim/training/{name}.py" for name in ("passes", "parallel")),
+    *(f"greenmim/{name}" for name in ("encoders", "mim.py", "planning.py")),
+    "greenmim/training/passes.py",
     "greenmim_kernels/onednn.py",
     "benchmarks/naive_model.py",
     "benchmarks/simmim_model.py",
 )
 CODE = {
     "operators.json": MEASURED_CODE,
-    "cpu_attention.json": MEASURED_CODE,
     "steps.json": STEP_CODE,
     "step_profile.json": STEP_CODE,
     "swap.json": (*MEASURED_CODE, "benchmarks/swap.py"),

@@ -150,7 +150,6 @@ UNWANTED = {
     "greenmim_kernels.integrations": ["timm", "torchvision", "transformers", "monai"],
     "greenmim_kernels.testing": ["timm", "jsonargparse", "tensorboard", "matplotlib"],
     "greenmim": ["jsonargparse", "tensorboard", "matplotlib", "tqdm.rich"],
-    "benchmarks.cpu_attention": ["timm", "jsonargparse", "tensorboard", "matplotlib"],
     **dict.fromkeys(
         ON_A_GPU, ["jsonargparse", "tensorboard", "matplotlib", "submitit", "skimage", "tqdm.rich"]
     ),
