@@ -80,7 +80,8 @@ SWITCHES = {
 def test_the_switches_change_no_bit():
     inputs, launch = make_inputs(SMALL_CASES[0]), Launch.of_gpu()
     shipped, other = (
-        run(inputs, launch, build_for_gpu("attention.cu", *ONLY, *more)) for more in ((), NO_PREFETCH)
+        run(inputs, launch, build_for_gpu("attention.cu", *ONLY, *more))
+        for more in ((), NO_PREFETCH)
     )
     for name, value in other.items():
         assert torch.equal(value, shipped[name]), name
