@@ -76,8 +76,12 @@ def in_words(error: argparse.ArgumentError, parser: ArgumentParser, typed: Seque
         value = re.search(r"(?:Got value|Given value): ?(.*)$", text)
         wanted = _wanted(key, parser, ": give ")
         if value and wanted:
-            given = _value_of(dashes(key), typed) or value[1] or repr("")
-            return f"{dashes(key)} {given}{wanted}"
+            given = _value_of(dashes(key), typed)
+            # Or in a value of several.
+            is_typed = given is not None or _value_of(dashes(key.partition(".")[0]), typed)
+            if not is_typed and (file := _value_of("--config", typed)):
+                return f"{file} has {key}: {value[1]}{wanted}"
+            return f"{dashes(key)} {given or value[1] or repr('')}{wanted}"
         text = text.replace(found[0], f"{dashes(found[1])}:")
     if found := re.search(r"are required: (.+)", text):
         # A tool's have the tool's name before them.

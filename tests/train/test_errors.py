@@ -156,6 +156,8 @@ def test_broken_recipe_files(tmp_path: Path, photos: Path, capsys) -> None:
         ("epochs: [3\n", "parsing"),
         ("epochz: 3\n", "--config has epochz, which is no option; did you mean epochs?"),
         ("data: {root: [1]}\n", "root"),
+        ("epochs: many\n", f"{recipe} has epochs: many: give a whole number"),
+        ("data: {batch_size: 1.5}\n", f"{recipe} has data.batch_size: 1.5: give a whole number"),
     ):
         recipe.write_text(content)
         assert wanted in complaint(capsys, *pretrain(recipe, photos, tmp_path / "run"))
