@@ -150,12 +150,13 @@ def test_a_tracker_that_fails_does_not_end_the_run(recipe: Recipe, tmp_path: Pat
     (tracker,) = trackers = make_trackers(tmp_path, recipe, 0)
     with RunLog(tmp_path / "log.jsonl", trackers, 0, 0, 10) as log:
 
-        def scalars(step: int, values: dict[str, float]) -> None:
+        def scalars(step: int, group: str, values: dict[str, float]) -> None:
             raise OSError(28, "No space left on device")
 
         tracker.scalars = scalars
         values = dict.fromkeys(
-            ("loss", "grad_norm", "lr", "epoch", "images_per_second", "data_wait"), 0.5
+            ("loss", "grad_norm", "lr", "epoch", "images_per_second", "model_tflops", "data_wait"),
+            0.5,
         )
         for step in (1, 2):
             memory = {"peak_memory_gib": 1.0, "loader_memory_gib": 0.1}
