@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import tarfile
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,7 @@ from greenmim.data.sources import Tars, find_source, of_samples, open_shard
 from greenmim.data.tars import DamagedTar, Member, members_in
 from greenmim.guards import UserError
 from greenmim.recipe import DataConfig
+from greenmim_kernels.host_memory import give_back_freed_memory
 
 # ---- pictures -----------------------------------------------------------------------------------
 
@@ -386,12 +388,17 @@ class Heavy(torch.utils.data.Dataset):
         return 4
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        time.sleep(0.2)  # longer than it takes to look at the process as it starts
         return torch.ones(50_000_000)[:1].clone()  # 200 MB for a moment
 
 
 def test_the_memory_of_the_loaders_is_their_own() -> None:
     held = np.ones(40_000_000)  # 320 MB that a fork shares, as it does the files of libraries
-    feed = Feed(torch.utils.data.DataLoader(Heavy(), num_workers=2), torch.device("cpu"))
+    # A run before this test in the process had freed memory kept, as its loaders do not.
+    loader = torch.utils.data.DataLoader(
+        Heavy(), num_workers=2, worker_init_fn=lambda _: give_back_freed_memory()
+    )
+    feed = Feed(loader, torch.device("cpu"))
     feed.start()
     with contextlib.closing(feed):
         for _ in range(4):
