@@ -53,7 +53,7 @@ def initialise(model: GreenMIM, path: str | Path) -> list[str]:
     model.load_state_dict(taken, strict=False)
     what = "encoder and decoder" if fits else "the encoder; the decoder starts anew"
     if not fits and decoder & set(found):
-        what += ", as the checkpoint's has other sizes"
+        what += ", as the checkpoint's is not whole or has other sizes"
     notes = [f"starts from {path} ({kind}): {what}"]
     for rows, count in resized.items():
         side = (math.isqrt(rows) + 1) // 2
@@ -64,7 +64,7 @@ def initialise(model: GreenMIM, path: str | Path) -> list[str]:
 def _resized(table: Tensor, window: tuple[int, int]) -> Tensor:
     """A table [(2 M - 1)^2, heads] for another window, as Swin's own code does it."""
     side = math.isqrt(len(table))
-    if side**2 != len(table):
+    if side**2 != len(table) or side % 2 == 0:
         raise ValueError("its windows are not square, and tables of those are not interpolated")
     size = tuple(2 * length - 1 for length in window)
     grid = table.float().T.unflatten(1, (side, side))[None]
@@ -84,6 +84,8 @@ def _check_encoder(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
                 f"it is of another model: {short} is {list(found[name].shape)} there and"
                 f" {list(tensor.shape)} in this recipe"
             )
+    if broken := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"its {broken[0].removeprefix('encoder.')} is not finite")
     more = [name for name in found if name.startswith("encoder.") and name not in own]
     if more:
         raise ValueError(

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 2)
   HeadRows<T> key_rows(a.k, place.head, place.first_image, padding_of<T>(a, 1, place.head));
   HeadRows<T> value_rows(a.v, place.head, place.first_image, padding_of<T>(a, 2, place.head));
   HeadRows<T> grad_out_rows(a.grad_out, place.head, place.first_image);
-  const int lse_row[2] = {std::max(rows[g], 0), std::max(rows[g + 8], 0)};
+  const int lse_row[2] = {rows[g], rows[g + 8]};
   const float* lse = nth(
       static_cast<const float*>(a.lse) + int64_t(place.head) * a.rows, place.first_image,
       a.heads * a.rows);
@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(32 * kMostStrips, 2)
   float next_lse[2] = {};
   const auto load_lse = [&](int image) {
     if (image >= place.last_image) return;
-    next_lse[0] = lse[computed_here(lse_row[0])];
-    next_lse[1] = lse[computed_here(lse_row[1])];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)  // rows without a token have none: any other may be NaN
+      next_lse[half] = lse_row[half] < 0 ? 0 : lse[computed_here(lse_row[half])];
     lse = nth(lse, 1, a.heads * a.rows);
   };
   load_lse(place.first_image);

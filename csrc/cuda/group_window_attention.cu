@@ -332,6 +332,7 @@ bool fits(int device, ScalarType type, int64_t head_dim, int64_t slots, int64_t 
   a.head_dim = int(head_dim), a.window_slots = a.slots, a.table_rows = int(table_rows);
   a.table = table_rows > 0 ? &something : nullptr;
   a.token_index = &token;
+  a.scale = 1;
   const auto plans = [&](Pass pass) {
     switch (type) {
       case ScalarType::Float: return plan_attention<float>(a, int(head_dim), pass, facts);

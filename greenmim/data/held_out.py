@@ -1,4 +1,4 @@
-"""Held-out images: the middle of each, in the source's order, with the same masks every time."""
+"""Held-out images: the middle of each, with the same mask whenever and wherever it is taken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from greenmim.data.dataset import AugmentedImages, Crop
-from greenmim.data.sampler import Item
+from greenmim.data.loader import Collate
+from greenmim.data.sampler import MASK, Item, generator
+from greenmim.masking import draw_visible
 
 
 class HeldOutImages(AugmentedImages):
@@ -23,31 +25,45 @@ class HeldOutImages(AugmentedImages):
         return Crop((height - high) // 2, (width - wide) // 2, high, wide, flip=False)
 
 
-class HeldOutSampler(Sampler[list[Item]]):
-    """Yields one process's part of all images, in batches; what is drawn depends on their number.
+class HeldOutCollate(Collate):
+    """Draws the mask of each image by its place among them, whatever batch it is in."""
 
-    Where the processes do not divide the images, the last of them take some twice, so that all have
-    as many batches.
+    def visible(self, items: list[Item]) -> np.ndarray:
+        mask, grid = self.mask, self.planner.unit_grid
+        # No update of a run has this number.
+        rngs = (generator(self.seed, MASK, 2**32, item.position) for item in items)
+        return np.stack([draw_visible(rng, grid, mask.ratio, kind=mask.kind) for rng in rngs])
+
+
+class HeldOutSampler(Sampler[list[Item]]):
+    """Yields one process's part of all images, in batches of one size.
+
+    All processes have as many batches; what is missing at the end is filled with images that do not
+    count.
 
     Args:
         num_images: Images of the source.
-        batch_size: Images of a batch; the last one has those that are left.
+        batch_size: Images of a batch.
         rank, world_size: This process and the number of processes.
+
+    Attributes:
+        counted: Images of each batch that count, the first ones.
     """
 
     accumulate = 1
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1):
         self.batch_size, self.rank = batch_size, rank
-        each = -(-num_images // world_size)
+        batches = -(-num_images // (batch_size * world_size))
         # Runs of neighbours, since shards are read from front to back.
-        self._positions = np.arange(rank * each, (rank + 1) * each) % num_images
+        first = rank * batches * batch_size
+        places = np.arange(first, first + batches * batch_size).reshape(batches, batch_size)
+        self.counted = (places < num_images).sum(1).tolist()
+        self._positions = np.minimum(places, num_images - 1)
 
     def __len__(self) -> int:
-        return -(-len(self._positions) // self.batch_size)
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[list[Item]]:
-        for number in range(len(self)):
-            start = number * self.batch_size
-            chosen = self._positions[start : start + self.batch_size]
-            yield [Item(number, self.rank, 0, int(position)) for position in chosen]
+        for number, positions in enumerate(self._positions):
+            yield [Item(number, self.rank, 0, int(position)) for position in positions]

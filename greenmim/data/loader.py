@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from greenmim.config import UNIT_PIXELS
 from greenmim.data.dataset import AugmentedImages, Finish, Sample
-from greenmim.data.sampler import MASK, READERS, EpochSampler, generator
+from greenmim.data.sampler import MASK, READERS, EpochSampler, Item, generator
 from greenmim.guards import StopSignal, UserError, first_line
 from greenmim.masking import draw_visible
 from greenmim.planning import Plan, Planner
@@ -93,8 +93,7 @@ class Collate:
         return Batch(None, None, failures, stop=stop)
 
     def _batch(self, samples: list[Sample], failures: tuple[tuple[str, str], ...]) -> Batch:
-        item = samples[0].item
-        plan = self._plan(generator(self.seed, MASK, item.step, item.micro_batch), len(samples))
+        plan = self._plan([sample.item for sample in samples])
         height, width = (side * UNIT_PIXELS for side in self.planner.unit_grid)
         if self.finish is not None:
             images = empty_shared((len(samples), 3, height, width), torch.float32)
@@ -109,17 +108,21 @@ class Collate:
         flips = copied_shared(torch.tensor([sample.flip for sample in samples]))
         return Batch(images, plan, failures, flips)
 
-    def _plan(self, rng: np.random.Generator, count: int) -> Plan:
-        """The plan of masks for so many images."""
-        mask, grid = self.mask, self.planner.unit_grid
-        batch = count if mask.per_image else None
-        plan = self.planner(draw_visible(rng, grid, mask.ratio, batch, mask.kind))
+    def visible(self, items: list[Item]) -> np.ndarray:
+        """Visible units of some images: bool [L] of all, or [B, L] of each."""
+        mask, first = self.mask, items[0]
+        rng = generator(self.seed, MASK, first.step, first.micro_batch)
+        batch = len(items) if mask.per_image else None
+        return draw_visible(rng, self.planner.unit_grid, mask.ratio, batch, mask.kind)
+
+    def _plan(self, items: list[Item]) -> Plan:
+        plan = self.planner(self.visible(items))
         return Plan(copied_shared(plan.memory), plan.layout)
 
     def batch_bytes(self, count: int) -> int:
         pixels = count * 3 * math.prod(side * UNIT_PIXELS for side in self.planner.unit_grid)
         images = pixels * (1 if self.finish is None else 4)
-        return images + self._plan(generator(self.seed, MASK), count).memory.nbytes
+        return images + self._plan([Item(0, 0, 0, 0)] * count).memory.nbytes
 
 
 def empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

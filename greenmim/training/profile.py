@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from greenmim.guards import one_line
 
-# Updates before: compilation, the growth of memory; of them the profiler needs one for itself.
+# Updates before: compilation, the growth of memory.
 WARM_UP, RECORDED = 10, 3
 MOST_EVENTS = 100_000  # of memory
 
@@ -35,13 +36,12 @@ class Profile:
         if self.first == 0:
             self._try(self._start)
 
-    def step(self) -> None:
-        """An update is done."""
+    def step(self) -> bool:
+        """An update is done; whether it was the last one, and `close` is to write."""
         self.done += 1
         if self.done == self.first:
             self._try(self._start)
-        elif self.done == self.first + self.recorded:
-            self.close()
+        return self.done == self.first + self.recorded
 
     def close(self) -> None:
         """Write what was recorded; nothing where it was written."""
@@ -73,9 +73,14 @@ class Profile:
         if on_gpu:
             memory = self.folder / "memory.pickle"
             torch.cuda.memory._dump_snapshot(str(memory))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            self._forget_memory()
             told += f", their memory {memory} (https://pytorch.org/memory_viz)"
         self.say(told)
+
+    def _forget_memory(self) -> None:
+        """No longer keep a stack trace for every allocation."""
+        if self.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _try(self, work: Callable[[], None]) -> None:
         if self._failed:
@@ -84,4 +89,6 @@ class Profile:
             work()
         except Exception as error:  # a full disk, a profiler that another program has
             self._failed = True
+            with contextlib.suppress(Exception):
+                self._forget_memory()
             self.say(f"nothing is profiled, for it failed: {one_line(error)}")

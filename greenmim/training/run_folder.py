@@ -37,7 +37,7 @@ RUN_FORMAT = "greenmim.pretrain"
 RUN_VERSION = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Parts of a recipe that change no number of a run.
-UNIMPORTANT = ("work_dir", "init", "log", "checkpoint")
+UNIMPORTANT = ("work_dir", "init", "log", "checkpoint", "data.val_root")
 # Of a checkpoint: weights and two moments in float32.
 _BYTES_PER_WEIGHT = 12
 _MOMENTS_FOLDER = re.compile(r"step_\d+\.optimizer")
@@ -435,7 +435,10 @@ def progress_of(
     changed = [
         f"{name} {before[name]} -> {value}"
         for name, value in now.items()
-        if name in before and before[name] != value and name.split(".")[0] not in UNIMPORTANT
+        if name in before
+        and before[name] != value
+        and name not in UNIMPORTANT
+        and name.split(".")[0] not in UNIMPORTANT
     ]
     if changed:
         notes.append(f"changed since the checkpoint: {', '.join(changed)}")

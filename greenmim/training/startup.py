@@ -18,7 +18,7 @@ import torch
 
 import greenmim
 from greenmim.data.dataset import AugmentedImages, Finish, finishes_in_loader
-from greenmim.data.held_out import HeldOutImages
+from greenmim.data.held_out import HeldOutCollate, HeldOutImages
 from greenmim.data.images import Source
 from greenmim.data.loader import Collate, Feed, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
@@ -146,7 +146,8 @@ def prepare(
             sampler.first_update = progress.first_step
         elif recipe.init:
             notes += start_from(model, recipe.init)
-        flops = training_flops(model, recipe) if world.is_main else 0.0
+        with user_errors():
+            flops = training_flops(model, recipe) if world.is_main else 0.0
         folder.check_room(recipe.checkpoint, sum(p.numel() for p in model.parameters()))
     if resume is not None and state is None:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
@@ -174,17 +175,20 @@ def prepare(
     loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
     hosts = processes.gather(socket.gethostname())
     with processes.agreed():
-        check_shared_memory(loader, processes=hosts.count(socket.gethostname()))
+        # Those of held-out images come while those of training wait.
+        sets = 1 if val_source is None else 2
+        check_shared_memory(loader, processes=sets * hosts.count(socket.gethostname()))
     feed = Feed(loader, device, None if in_loader else finish)
     held_out = None
     if val_source is not None:
         with processes.agreed():
             images = HeldOutImages(val_source, recipe.data, recipe.model.image_hw, recipe.seed)
             notes = [*notes, *images.check_readable()]
-        held_out = HeldOut(images, collate, recipe.data.workers, feed.finish, processes)
+        masks = HeldOutCollate(model.planner, recipe.mask, recipe.seed, collate.finish)
+        held_out = HeldOut(images, masks, recipe.data.workers, feed.finish, processes)
     last_step = sampler.total_updates
-    if max_steps is not None:
-        last_step = min(last_step, max_steps)
+    if max_steps is not None:  # of all updates ever done, as the log counts them
+        last_step = min(last_step, max(max_steps - progress.shift, progress.first_step))
     return Run(
         recipe, processes, folder, precision, model, optimizer, scaler, autocast, passes, dataset,
         sampler, feed, progress, [*notes, *progress.notes], held_out, flops, last_step,
@@ -202,7 +206,10 @@ def find_held_out(data: DataConfig) -> Source | None:
     try:
         return find_source(dataclasses.replace(data, root=data.val_root, num_samples=None))
     except UserError as error:
-        raise UserError(f"--data.val-root {data.val_root}: {error}") from error
+        text = str(error).removeprefix(f"--data.root {data.val_root}: ")
+        # That option is of the other images.
+        text = text.replace("pass --data.num-samples", "put their info file beside them")
+        raise UserError(f"--data.val-root {data.val_root}: {text}") from error
 
 
 def start_from(model: GreenMIM, checkpoint: str) -> list[str]:
@@ -217,7 +224,8 @@ def training_flops(model: GreenMIM, recipe: Recipe) -> float:
     """Floating-point operations of an image in an update; nothing that is computed again counts."""
     mask, config = recipe.mask, recipe.model
     visible = draw_visible(np.random.default_rng(0), config.unit_grid, mask.ratio, kind=mask.kind)
-    with torch.random.fork_rng([]):  # stochastic depth draws
+    # On a CPU, whatever backend is forced; stochastic depth draws.
+    with use_backend("auto"), torch.random.fork_rng([]):
         return 3.0 * forward_flops(model, model.plan(visible), loss_only=True)
 
 

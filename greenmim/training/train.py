@@ -123,8 +123,11 @@ class Trainer:
             if not self.update(step):
                 return self.stopped(step - 1)
             self.log.step_done()
-            if self.profile is not None:
-                self.profile.step()
+            if self.profile is not None and self.profile.step():
+                self.read_reports(step)  # what it takes is no time of theirs
+                start = time.perf_counter()
+                self.profile.close()
+                self.window_start += time.perf_counter() - start
 
             # One process alone ends at its own signal. Several have to end at the same update: each
             # learns of the others' signals from the reports.
@@ -144,10 +147,14 @@ class Trainer:
             every = run.recipe.log
             if not self.stop_asked and (last or self._epochs_done(step, every.val_every_epochs)):
                 self.measure_held_out(step)
+                if self.stop_asked and not last:
+                    return self.stopped(step)
             if not self.stop_asked and (
                 last or self._epochs_done(step, every.pictures_every_epochs)
             ):
                 self.draw(step)
+            if self.diverged:
+                return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
         self.say_the_end()
         return Result(0, run.last_step, self.checkpoint)
 
@@ -278,8 +285,14 @@ class Trainer:
         if run.held_out is None:
             return
         self.read_reports(step)  # what it takes is no time of theirs
+        if self.diverged:
+            return
         start = time.perf_counter()
-        found = run.held_out.measure(run.model, run.autocast, run.recipe.data.batch_size)
+        size, stop = run.recipe.data.batch_size, lambda: self.stop.received is not None
+        found = run.held_out.measure(run.model, run.autocast, size, stop)
+        if found is None:
+            self.stop_asked = True
+            return
         for failures in run.processes.gather(found.failures):
             self.log.unreadable(failures)
         self.log.held_out(step, step / run.steps_per_epoch, found.loss, found.images)
@@ -289,6 +302,8 @@ class Trainer:
         """Show how well the model fills in hidden units. A collective; it ends no run."""
         run = self.run
         self.read_reports(step)  # what it takes is no time of theirs
+        if self.diverged:
+            return
         start = time.perf_counter()
         network, sliced = run.model, run.recipe.strategy == "fsdp" and not run.processes.alone
         # Only slices are brought together here. A model of its own, not compiled, is drawn with
@@ -328,7 +343,8 @@ class Trainer:
         self._name_unreadable()
         log.event("end", step=run.last_step, skipped=self.skipped, unreadable=log.num_unreadable)
         whole = run.last_step == run.total_steps
-        updates = f"{run.last_step}" if whole else f"{run.last_step} of {run.total_steps}"
+        last, total = log.number(run.last_step), log.number(run.total_steps)
+        updates = f"{last}" if whole else f"{last} of {total}"
         log.say(
             f"{'finished' if whole else 'ended by --max-steps'}: {run.recipe.epochs} epochs,"
             f" {updates} updates, {self.skipped} skipped, {log.num_unreadable} unreadable images;"

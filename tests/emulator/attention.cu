@@ -178,6 +178,7 @@ void print_plan(const Header& h) {
   a.window_slots = int(h.window_slots);
   a.table_rows = int(h.table_rows);
   a.rows = int(h.rows);
+  a.scale = float(h.scale);
   int unread = 0;
   a.token_index = &unread;
   float unused;

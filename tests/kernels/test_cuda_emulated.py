@@ -358,13 +358,17 @@ def test_lse(case):
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_group_and_shows(poison):
-    case = Case(batch=1, num_heads=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("more", [{}, {"group_size": 50}, {"capacity": True}], ids=str)
+def test_what_is_not_finite_stays_in_its_group_and_shows(more, dtype, poison):
+    """Of the first token, whose row is read where there is none."""
+    case = Case(batch=1, num_heads=1, dtype=dtype, **more)
     inputs = make_inputs(case)
-    group = inputs.part.token_index[0, 0]
+    holds = (inputs.part.token_index[0] == 0).any(1)
+    (group,) = inputs.part.token_index[0, holds]
     members = group[group >= 0].long()
     clean = emulate(inputs)
-    inputs.qkv[0, members[0], case.channels] = poison  # a key
+    inputs.qkv[0, 0, [0, case.channels]] = poison  # its query and its key
     result = emulate(inputs)
     others = torch.ones(inputs.part.num_tokens, dtype=torch.bool)
     others[members] = False

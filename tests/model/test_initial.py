@@ -105,7 +105,9 @@ def test_a_decoder_of_other_sizes_starts_anew(tmp_path):
     trained, fresh = model(1), model(2, decoder_dim=64)
     before = {n: p.clone() for n, p in fresh.named_parameters() if n.startswith("decoder_")}
     notes = initialise(fresh, written(tmp_path, trained.state_dict()))
-    assert "the decoder starts anew, as the checkpoint's has other sizes" in notes[0]
+    assert (
+        "the decoder starts anew, as the checkpoint's is not whole or has other sizes" in notes[0]
+    )
     assert same(fresh, trained, "encoder.")
     assert all(torch.equal(p, before[n]) for n, p in fresh.named_parameters() if n in before)
 
@@ -127,6 +129,36 @@ def test_another_model_is_refused_and_left_as_it_is(other, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         initialise(fresh, written(tmp_path, trained.state_dict()))
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensor: tensor[:0], "not square"),
+        (lambda tensor: tensor[:36], "not square"),  # of no window
+        (lambda tensor: tensor * torch.nan, "is not finite"),
+    ],
+)
+def test_broken_tables_are_refused(change, said, tmp_path):
+    weights = model(1).state_dict()
+    name = "encoder.layers.0.blocks.0.attn.relative_position_bias_table"
+    weights[name] = change(weights[name])
+    with pytest.raises(ValueError, match=said):
+        initialise(model(2), written(tmp_path, weights))
+
+
+def test_a_decoder_that_is_not_whole_starts_anew(tmp_path):
+    weights = model(1).state_dict()
+    del weights["decoder_embed.weight"]
+    notes = initialise(model(2), written(tmp_path, weights))
+    assert "the decoder starts anew, as the checkpoint's is not whole" in notes[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"PK", b"epochs: 3\n"])
+def test_a_file_that_is_none_is_told(content, tmp_path):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged or no checkpoint"):
+        initialise(model(), tmp_path / "x.pth")
 
 
 def test_what_is_no_swin_is_told_by_whose_it_looks_like(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -15,18 +17,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train_pictures import picture
 
 from greenmim.cli import main
+from greenmim.config import ModelConfig
 from greenmim.data.dataset import Finish
-from greenmim.data.held_out import HeldOutImages, HeldOutSampler
+from greenmim.data.held_out import HeldOutCollate, HeldOutImages, HeldOutSampler
 from greenmim.data.images import Folder
-from greenmim.data.loader import Collate
+from greenmim.data.sampler import Item
 from greenmim.launch import World
-from greenmim.recipe import DataConfig, MaskConfig
+from greenmim.mim import GreenMIM
+from greenmim.recipe import DataConfig, MaskConfig, Recipe
 from greenmim.tools.loading import load_model
 from greenmim.training import profile
 from greenmim.training.held_out import HeldOut
 from greenmim.training.processes import Processes
+from greenmim.training.startup import training_flops
+from greenmim_kernels import use_backend
 
 SIZE = (96, 64)  # of the tiny run's images
+SMALL = dict(image_size=SIZE, window_size=2, embed_dim=16, depths=(1, 1, 1, 1),
+             num_heads=(1, 2, 4, 8), decoder_dim=32, decoder_heads=2)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +50,28 @@ def held_out(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_all_images_are_taken_and_all_processes_have_as_many_batches(world):
+def test_all_images_count_once_and_all_processes_have_as_many_batches(world):
     samplers = [HeldOutSampler(5, 2, rank, world) for rank in range(world)]
     batches = [list(sampler) for sampler in samplers]
     assert {len(own) for own in batches} == {len(samplers[0])}
-    taken = [item.position for own in batches for batch in own for item in batch]
-    assert set(taken) == set(range(5)) and len(taken) < 5 + world
-    assert all(len(batch) <= 2 for own in batches for batch in own)
+    assert all(len(batch) == 2 for own in batches for batch in own)
+    counting = [
+        item.position
+        for sampler, own in zip(samplers, batches, strict=True)
+        for counted, batch in zip(sampler.counted, own, strict=True)
+        for item in batch[:counted]
+    ]
+    assert sorted(counting) == list(range(5))
     assert batches == [list(sampler) for sampler in samplers]
+
+
+def test_a_mask_follows_from_the_image_alone():
+    planner, mask = GreenMIM(ModelConfig(**SMALL)).planner, MaskConfig(ratio=0.5)
+    collate = HeldOutCollate(planner, mask, 0, None)
+    one, two = ([Item(n, n, 0, p) for n, p in enumerate(places)] for places in ([3, 4], [4, 9, 3]))
+    first, again = collate.visible(one), collate.visible(two)
+    assert (first == again[[2, 0]]).all() and (first[0] != first[1]).any()
+    assert (first.sum(1) == 3).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 80), (200, 64), (96, 64), (3, 500)])
@@ -71,23 +93,26 @@ def test_the_middle_of_an_image(height, width, tmp_path):
 def test_the_loss_is_that_of_the_model_and_the_same_again(finished_run, held_out):
     model, run = load_model(finished_run / "checkpoints" / "last.pth")
     images = HeldOutImages(Folder(str(held_out)), DataConfig(root=str(held_out)), SIZE, seed=0)
-    collate = Collate(model.planner, MaskConfig(ratio=0.5), 0, Finish(DataConfig()))
+    collate = HeldOutCollate(model.planner, MaskConfig(ratio=0.5), 0, Finish(DataConfig()))
     with Processes(World(), lambda: torch.device("cpu"), None) as processes:
         measured = HeldOut(images, collate, 0, None, processes)
 
-        def measure():
-            return measured.measure(model, lambda: torch.autocast("cpu", enabled=False), 2)
+        def measure(batch_size, stop=lambda: False):
+            autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
+            return measured.measure(model, autocast, batch_size, stop)
 
         model.train()
-        first, again = measure(), measure()
-    assert first == again and first.images == 5 and model.training
-    expected = []
+        first, again, whole = measure(2), measure(2), measure(9)
+        asked = iter([False, False, True])
+        assert measure(2, lambda: next(asked)) is None and model.training
+    assert first == again and first.images == whole.images == 5
+    losses = []
     with torch.no_grad():
-        for batch in HeldOutSampler(5, 2):
-            made = collate([images[item] for item in batch])
-            loss = model.eval()(made.images, plan=made.plan).loss
-            expected.append((loss.item(), len(batch)))
-    assert first.loss == pytest.approx(sum(a * n for a, n in expected) / 5, rel=1e-5)
+        for position in range(5):
+            made = collate([images[Item(0, 0, 0, position)]])
+            losses.append(model.eval()(made.images, plan=made.plan).loss.item())
+    assert first.loss == pytest.approx(sum(losses) / 5, rel=1e-5)
+    assert whole.loss == pytest.approx(first.loss, rel=1e-5)
 
 
 def test_a_run_logs_it_after_every_epoch(tiny, photos, held_out, tmp_path, capsys):
@@ -116,12 +141,40 @@ def test_every_second_epoch_and_at_the_end(tiny, photos, held_out, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_measure_all_images(strategy, resumable, held_out, tmp_path):
+def test_two_processes_measure_what_one_does(strategy, resumable, held_out, tmp_path):
     more = ("--data.val-root", str(held_out), "--strategy", strategy)
-    run_crew(resumable("two", 2, *more), 2, tmp_path)
-    found = records(tmp_path / "two", "val")
-    assert [r["images"] for r in found] == [6] * len(found) and found  # one of five twice
-    assert all(0 < r["loss"] < 10 for r in found)
+    for size in (1, 2):
+        run_crew(resumable(str(size), size, *more), size, tmp_path)
+    one, two = ({r["step"]: r for r in records(tmp_path / str(size), "val")} for size in (1, 2))
+    assert one.keys() == two.keys() and one
+    for step, row in one.items():
+        assert row["images"] == two[step]["images"] == 5
+        assert two[step]["loss"] == pytest.approx(row["loss"], rel=1e-4)
+
+
+def test_a_signal_ends_the_measurement_and_the_run_is_saved(
+    tiny, photos, held_out, tmp_path, monkeypatch, capsys
+):
+    real = HeldOut.measure
+
+    def measure(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(HeldOut, "measure", measure)
+    more = ("--data.val-root", str(held_out), "--checkpoint.every-epochs", "9")
+    assert main(command(tiny, photos, tmp_path / "run", *more)) == 75
+    assert records(tmp_path / "run", "val") == []
+    assert (tmp_path / "run" / "checkpoints" / "step_00000004.pth").exists()
+    assert "SIGTERM received: saved" in capsys.readouterr().out
+
+
+def test_a_forced_backend_does_not_count_operations():
+    """The count is of one image on the CPU, whatever the run computes with."""
+    recipe = Recipe(work_dir="x", data=DataConfig(root="x"), model=ModelConfig(**SMALL))
+    expected = training_flops(GreenMIM(recipe.model), recipe)
+    with use_backend("reference"):
+        assert training_flops(GreenMIM(recipe.model), recipe) == expected > 0
 
 
 def test_what_cannot_be_read_is_named_and_what_is_not_there_refused(
