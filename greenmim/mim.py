@@ -187,12 +187,15 @@ class GreenMIM(nn.Module):
 
     def loss(self, images: Tensor, prediction: Tensor, plan: Plan) -> Tensor:
         """Mean squared error over the hidden units, at least in float32; a scalar."""
-        target = self.target(images)
-        error = (prediction.to(target.dtype) - target).square().mean(-1)  # [B, L]
         hidden = plan.visible.logical_not()
         count = len(images) * (plan.visible.shape[1] - plan.unit_index.shape[1])
         # Not a division by zero where nothing is hidden or the batch is empty: the sum is 0 then.
-        return (error * hidden).sum() / max(count, 1)
+        return (self.errors(images, prediction) * hidden).sum() / max(count, 1)
+
+    def errors(self, images: Tensor, prediction: Tensor) -> Tensor:
+        """Mean squared error of each unit [B, L], hidden or not, at least in float32."""
+        target = self.target(images)
+        return (prediction.to(target.dtype) - target).square().mean(-1)
 
     def target(self, images: Tensor, index: Tensor | None = None) -> Tensor:
         """What to predict: images [B, 3, H, W] -> [B, L, 3072].

@@ -97,7 +97,5 @@ class HeldOut:
 
 def image_losses(model: GreenMIM, images: Tensor, output: MIMOutput) -> Tensor:
     """The loss of each image [B]: the mean squared error over its hidden units."""
-    target = model.target(images)
-    error = (output.prediction.to(target.dtype) - target).square().mean(-1)  # [B, L]
     hidden = output.visible.logical_not()
-    return (error * hidden).sum(1) / hidden.sum(1)
+    return (model.errors(images, output.prediction) * hidden).sum(1) / hidden.sum(1)

@@ -437,8 +437,7 @@ def progress_of(
         for name, value in now.items()
         if name in before
         and before[name] != value
-        and name not in UNIMPORTANT
-        and name.split(".")[0] not in UNIMPORTANT
+        and {name, name.split(".")[0]}.isdisjoint(UNIMPORTANT)
     ]
     if changed:
         notes.append(f"changed since the checkpoint: {', '.join(changed)}")

@@ -125,9 +125,8 @@ class Trainer:
             self.log.step_done()
             if self.profile is not None and self.profile.step():
                 self.read_reports(step)  # what it takes is no time of theirs
-                start = time.perf_counter()
-                self.profile.close()
-                self.window_start += time.perf_counter() - start
+                with self.not_training():
+                    self.profile.close()
 
             # One process alone ends at its own signal. Several have to end at the same update: each
             # learns of the others' signals from the reports.
@@ -287,24 +286,26 @@ class Trainer:
         self.read_reports(step)  # what it takes is no time of theirs
         if self.diverged:
             return
-        start = time.perf_counter()
         size, stop = run.recipe.data.batch_size, lambda: self.stop.received is not None
-        found = run.held_out.measure(run.model, run.autocast, size, stop)
-        if found is None:
-            self.stop_asked = True
-            return
-        for failures in run.processes.gather(found.failures):
-            self.log.unreadable(failures)
-        self.log.held_out(step, step / run.steps_per_epoch, found.loss, found.images)
-        self.window_start += time.perf_counter() - start
+        with self.not_training():
+            found = run.held_out.measure(run.model, run.autocast, size, stop)
+            if found is None:
+                self.stop_asked = True
+                return
+            for failures in run.processes.gather(found.failures):
+                self.log.unreadable(failures)
+            self.log.held_out(step, step / run.steps_per_epoch, found.loss, found.images)
 
     def draw(self, step: int) -> None:
         """Show how well the model fills in hidden units. A collective; it ends no run."""
-        run = self.run
         self.read_reports(step)  # what it takes is no time of theirs
         if self.diverged:
             return
-        start = time.perf_counter()
+        with self.not_training():
+            self._draw(step)
+
+    def _draw(self, step: int) -> None:
+        run = self.run
         network, sliced = run.model, run.recipe.strategy == "fsdp" and not run.processes.alone
         # Only slices are brought together here. A model of its own, not compiled, is drawn with
         # where they are: nothing that fails there keeps the other processes waiting.
@@ -324,6 +325,12 @@ class Trainer:
             except Exception as error:  # a full GPU, a disk that is gone: pictures are not the run
                 self.drawing = False
                 self.log.say(f"no more pictures are drawn, for one failed: {one_line(error)}")
+
+    @contextlib.contextmanager
+    def not_training(self) -> Iterator[None]:
+        """What is done inside is no time of the updates that the next line of the log is on."""
+        start = time.perf_counter()
+        yield
         self.window_start += time.perf_counter() - start
 
     def stopped(self, step: int) -> Result:
