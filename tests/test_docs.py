@@ -16,6 +16,8 @@ import sys
 import pytest
 from PIL import Image
 
+from tests.train.crew import Crew
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKS = ("", "install", "make", "gpu", "cluster")
@@ -56,14 +58,13 @@ def test_commands_run(page, tmp_path):
         for words in commands(text) if mark == "" else []:
             assert words[0] == "greenmim", words
             short = SHORT if words[1] == "pretrain" else ()
-            done = subprocess.run(
-                [sys.executable, "-m", *words, *short],
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+            folder = {"FOLDER": str(tmp_path)}
+            with Crew([*words[1:], *short], 1, tmp_path, enter_folder, folder) as crew:
+                assert crew.wait() == [0], f"{shlex.join(words)}\n{crew.text()}"
+
+
+def enter_folder(rank: int) -> None:
+    os.chdir(os.environ["FOLDER"])
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)

@@ -5,11 +5,14 @@ casts, so that results are wrong by orders of magnitude without an error. Here b
 widened to float32 before an operation and rounded to nearest even after it.
 
 It also puts its own functions into triton.language at every call of a function that a kernel calls,
-where they are since the launch, and looks for overflow of integers in its own slow arithmetic: more
-than half of the time of a test.
+where they are since the launch, looks for overflow of integers in its own slow arithmetic, and
+makes its table of types and the shape of each tensor anew: three quarters of the time of a test.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import numpy as np
 import triton.language as tl
@@ -92,6 +95,34 @@ def repair() -> None:
         fits = kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()
         assert fits, f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
 
+    @functools.cache
+    def constant_shape(shape):
+        return tl.tuple([tl.constexpr(side) for side in shape]), tl.constexpr(math.prod(shape))
+
+    def make_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = constant_shape(tuple(type.shape) if type.is_block() else ())
+
+    block_type, shapes = tl.block_type.__init__, {}
+
+    def make_block_type(self, element_ty, shape):
+        sides = tuple([side.value if isinstance(side, tl.constexpr) else side for side in shape])
+        if sides not in shapes:
+            block_type(self, element_ty, shape)  # which checks it
+            shapes[sides] = self.shape, self.numel, str(self.shape)
+        self.element_ty = element_ty
+        self.shape, self.numel, text = shapes[sides]
+        self.name = f"<{text}, {element_ty}>"
+
+    numpy_dtype, by_name = interpreter._get_np_dtype, {}
+
+    def get_np_dtype(type):
+        if (found := by_name.get(type.scalar.name)) is None:
+            found = by_name[type.scalar.name] = numpy_dtype(type.scalar)
+        return found
+
+    interpreter._get_np_dtype = get_np_dtype
+    tl.tensor.__init__, tl.block_type.__init__ = make_tensor, make_block_type
     interpreter._patch_lang = patch_lang
     TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
     Builder.create_dot, Builder.binary_op, Builder.unary_op = create_dot, binary_op, unary_op
