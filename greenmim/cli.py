@@ -1,4 +1,4 @@
-"""The command line: `greenmim pretrain | reconstruct | export | convert | presets | doctor`."""
+"""The command line: `greenmim pretrain`, what looks at its result, and tools."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
     job = SlurmJob(**job) if options.launcher == "slurm" else None
     # A login node need not have the GPUs of the job.
     on_gpu = job is not None and recipe.device != "cpu"
-    device = torch.device("cuda") if on_gpu else choose_device(recipe, world)
+    device = torch.device("cuda") if on_gpu else choose_device(recipe.device, world)
     text, lines = dry_run(recipe, options.resume, device, job.processes if job else world.size)
     if world.is_main:
         print(*([text] if options.dry_run else []), *lines, sep="\n")
@@ -265,10 +265,17 @@ def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, C
 
     def run(_: ArgumentParser, options: Namespace) -> int:
         end_of_imports()
-        print(tell(tool(**vars(options)), options))
+        result = tool(**vars(parser.instantiate(options)))
+        if result is not None:  # one process of several speaks
+            print(tell(result, options))
         return 0
 
     return parser, run
+
+
+_EVALUATE = (
+    "{} --checkpoint FILE --data.root FOLDER --data.val-root FOLDER --output FILE.json [options]"
+)
 
 
 def _reconstruct() -> tuple[ArgumentParser, Callable]:
@@ -276,6 +283,20 @@ def _reconstruct() -> tuple[ArgumentParser, Callable]:
 
     usage = "reconstruct --checkpoint FILE --images FILE_OR_FOLDER ... --output PICTURE"
     return _tool(usage, reconstruct, lambda path, _: f"wrote {path}")
+
+
+def _knn() -> tuple[ArgumentParser, Callable]:
+    from greenmim.tools.evaluate import knn, said
+
+    return _tool(_EVALUATE.format("knn"), knn, lambda found, options: said(found, options.output))
+
+
+def _probe() -> tuple[ArgumentParser, Callable]:
+    from greenmim.tools.evaluate import probe, said
+
+    return _tool(
+        _EVALUATE.format("probe"), probe, lambda found, options: said(found, options.output)
+    )
 
 
 def _export() -> tuple[ArgumentParser, Callable]:
@@ -316,6 +337,8 @@ def _doctor() -> tuple[ArgumentParser, Callable]:
 COMMANDS = {
     "pretrain": ("pre-train a Swin on a folder of images", _pretrain_command),
     "reconstruct": ("draw original, masked and reconstructed images", _reconstruct),
+    "knn": ("classify images by their nearest neighbours' features", _knn),
+    "probe": ("classify images by a linear layer on their features", _probe),
     "export": ("write the encoder as a file that timm loads", _export),
     "convert": ("convert checkpoints: official, greenmim, timm", _convert),
     "presets": ("list the recipes that --config may name", _presets),

@@ -1,15 +1,21 @@
-"""Weights to start from, whoever trained them: an encoder, and a decoder where there is one."""
+"""Weights to start from, whoever trained them: an encoder, and a decoder where there is one.
+
+And the sizes of an encoder that only its weights tell.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
 from greenmim.checkpoint import convert_checkpoint, kind_of, load_state_dict_file
+from greenmim.config import UNIT_PIXELS, ModelConfig
 from greenmim.mim import GreenMIM
 
 _TABLE = re.compile(r"encoder\.layers\.(\d+)\..*\.relative_position_bias_table")
@@ -59,6 +65,53 @@ def initialise(model: GreenMIM, path: str | Path) -> list[str]:
         side = (math.isqrt(rows) + 1) // 2
         notes.append(f"{count} position tables of windows of {side} were interpolated")
     return notes
+
+
+def config_of(path: str | Path) -> ModelConfig:
+    """The sizes of a checkpoint's encoder, from the shapes of its weights; the decoder's are ours.
+
+    Images are as large as the last stage's window: a position table knows no more. A file that
+    `greenmim export` wrote says how large they were.
+
+    Raises:
+        FileNotFoundError, ValueError: as `initialise`.
+    """
+    weights = load_state_dict_file(path)
+    kind = kind_of(weights)
+    encoder = convert_checkpoint(weights, source=kind, target="timm")
+    depths: dict[int, int] = {}
+    sides: dict[int, int] = {}
+    heads: dict[int, int] = {}
+    for name, tensor in encoder.items():
+        if found := re.fullmatch(r"layers\.(\d)\.blocks\.(\d+)\.attn\.(\w+_table)", name):
+            stage, block = int(found[1]), int(found[2])
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+            sides[stage], heads[stage] = (math.isqrt(len(tensor)) + 1) // 2, tensor.shape[1]
+            if (2 * sides[stage] - 1) ** 2 != len(tensor):
+                raise ValueError("its windows are not square; give the checkpoint of a run")
+    if sorted(depths) != [0, 1, 2, 3] or "patch_embed.proj.weight" not in encoder:
+        raise ValueError("it has not the four stages of a Swin")
+    facts = safetensors_facts(path)
+    return ModelConfig(
+        image_size=tuple(
+            json.loads(facts.get("image_size", "null")) or [UNIT_PIXELS * sides[3]] * 2
+        ),
+        window_size=max(sides.values()),
+        embed_dim=encoder["patch_embed.proj.weight"].shape[0],
+        depths=tuple(depths[stage] for stage in range(4)),
+        num_heads=tuple(heads[stage] for stage in range(4)),
+        # timm's default, and Swin's own.
+        norm_eps=float(facts.get("norm_eps", 1e-5 if kind == "timm" else 1e-6)),
+    )
+
+
+def safetensors_facts(path: str | Path) -> dict[str, str]:
+    """What an exported file says of itself; {} of another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _resized(table: Tensor, window: tuple[int, int]) -> Tensor:

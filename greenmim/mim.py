@@ -256,6 +256,27 @@ class GreenMIM(nn.Module):
             maps.append(x[:, row_major].transpose(1, 2).unflatten(2, grid).contiguous())
         return maps
 
+    def embed(self, images: Tensor, plan: Plan | None = None) -> Tensor:
+        """One vector per image, for classifiers: the mean of the encoder's tokens, after its norm.
+
+        Args:
+            images: float [B, 3, H, W] of the model's size.
+            plan: with everything visible, made ahead (see :meth:`plan`).
+
+        Returns:
+            [B, C4].
+
+        Raises:
+            ValueError: images of another size, or a plan made for another model.
+        """
+        self._check_images(images, self.config.image_hw)
+        if plan is None:
+            plan = self.plan(np.ones(self.config.num_units, dtype=bool))
+        self._check_plan(plan, images)
+        if plan.memory.device != images.device:
+            plan = plan.to(images.device, non_blocking=True)
+        return self.encoder(images, plan).mean(1)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training computes activations again in the backward pass: less memory, slower."""
         self.encoder.set_grad_checkpointing(enable)

@@ -28,6 +28,8 @@ class DataConfig:
             prefix: tar/FILE_OR_FOLDER, wds/SHARDS, hfds/DATASET.
         val_root: The same of held-out images, whose loss is measured with the same masks each time
             (see log.val_every_epochs); null measures none.
+        probe_root: The same of labelled images, which are classified by their nearest neighbours
+            among one another (see log.probe_every_epochs); null measures none.
         batch_size: Images per process and per forward pass.
         repeats: How often an epoch goes through the images, each time with other crops; for small
             data sets.
@@ -48,6 +50,7 @@ class DataConfig:
 
     root: str | None = None
     val_root: str | None = None
+    probe_root: str | None = None
     batch_size: int = 128
     repeats: int = 1
     num_samples: int | None = None
@@ -148,6 +151,8 @@ class LogConfig:
         pictures: Number of images drawn.
         val_every_epochs: Measure the loss on the images of data.val_root after this many epochs,
             and at the end.
+        probe_every_epochs: Classify the images of data.probe_root after this many epochs, and at
+            the end.
     """
 
     every_steps: int = 20
@@ -156,6 +161,7 @@ class LogConfig:
     pictures_every_epochs: int | None = 10
     pictures: int = 6
     val_every_epochs: int = 1
+    probe_every_epochs: int = 10
 
 
 @dataclass
@@ -271,6 +277,7 @@ def _check(recipe: Recipe) -> None:
         ("log.pictures-every-epochs", recipe.log.pictures_every_epochs),
         ("log.pictures", recipe.log.pictures),
         ("log.val-every-epochs", recipe.log.val_every_epochs),
+        ("log.probe-every-epochs", recipe.log.probe_every_epochs),
         ("threads", recipe.threads),
     ):
         need(value is None or value >= 1, name, value, "at least 1")

@@ -178,6 +178,7 @@ class Sample(NamedTuple):
     flip: bool  # whether it is still to be flipped
     failures: tuple[tuple[str, str], ...]  # (path, reason) of files that could not be read
     stop: str | None = None  # why the run cannot go on
+    label: str | None = None  # its class, where that was asked for and is known
 
 
 class AugmentedImages(Dataset):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,6 +48,12 @@ def is_image(name: str) -> bool:
 def kind_of(name: str) -> str:
     """What people call the kind of a file by its name."""
     return os.path.splitext(name)[1].lower() or "without a suffix"
+
+
+def first_folder(name: str) -> str | None:
+    """The first folder in a relative path, if it is in one."""
+    folder, slash, _ = name.partition("/")
+    return folder if slash else None
 
 
 def ignored_note(where: str, ignored: Counter[str]) -> list[str]:
@@ -149,7 +157,9 @@ class Source:
 
     - root: what it was asked for by;
     - path(index): the image's name for people;
-    - open(index): a file's path, or its bytes in a file; raises anything if it cannot be read.
+    - open(index): a file's path, or its bytes in a file; raises anything if it cannot be read;
+    - label(index): the image's class, if it has one; raises as `open`;
+    - files(): local files and other names that say, with the files' times, what the images are.
 
     Attributes:
         shards: int64 [number of shards], images of each, where neighbours are to be read together;
@@ -174,6 +184,16 @@ class Source:
         count = min(count, len(self))
         return [index * len(self) // count for index in range(count)]
 
+    def fingerprint(self) -> str:
+        """Differs where images do, in number, name, or the time of their files."""
+        found = hashlib.sha256()
+        for name in self.files():
+            found.update(os.fsencode(name) + b"\0")
+            with contextlib.suppress(OSError):  # of a URL, the name alone
+                state = os.stat(name)
+                found.update(f"{state.st_size} {state.st_mtime_ns}\n".encode())
+        return found.hexdigest()
+
     def notes(self) -> list[str]:
         """What people should know before a run, once its first image was read."""
         return []
@@ -197,6 +217,13 @@ class Folder(Source):
         return os.path.join(self.root, self.names[index])
 
     open = path
+
+    def label(self, index: int) -> str | None:
+        """The folder below the root that it is in, at whatever depth, as torchvision has it."""
+        return first_folder(self.names[index])
+
+    def files(self) -> Iterator[str]:
+        return map(self.path, range(len(self)))
 
     def notes(self) -> list[str]:
         return ignored_note(self.root, self._ignored)

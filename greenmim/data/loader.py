@@ -56,6 +56,7 @@ class Batch:
     failures: tuple[tuple[str, str], ...]  # (path, reason) of files that could not be read
     flips: torch.Tensor | None = None  # bool [B], which images to flip; None where all is done
     stop: str | None = None  # why the run cannot go on
+    labels: tuple[str | None, ...] = ()  # as of the samples
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
@@ -95,18 +96,19 @@ class Collate:
     def _batch(self, samples: list[Sample], failures: tuple[tuple[str, str], ...]) -> Batch:
         plan = self._plan([sample.item for sample in samples])
         height, width = (side * UNIT_PIXELS for side in self.planner.unit_grid)
+        labels = tuple(sample.label for sample in samples)
         if self.finish is not None:
             images = empty_shared((len(samples), 3, height, width), torch.float32)
             # One by one: an image stays in the processor's cache, a batch does not.
             for image, sample in zip(images, samples, strict=True):
                 self.finish.into(image, sample.image, sample.flip)
-            return Batch(images, plan, failures)
+            return Batch(images, plan, failures, labels=labels)
         # Crops are channels last, and are left so.
         images = empty_shared((len(samples), height, width, 3), torch.uint8).permute(0, 3, 1, 2)
         for image, sample in zip(images, samples, strict=True):
             image.copy_(sample.image)
         flips = copied_shared(torch.tensor([sample.flip for sample in samples]))
-        return Batch(images, plan, failures, flips)
+        return Batch(images, plan, failures, flips, labels=labels)
 
     def visible(self, items: list[Item]) -> np.ndarray:
         """Visible units of some images: bool [L] of all, or [B, L] of each."""

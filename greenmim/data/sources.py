@@ -10,6 +10,7 @@ those of datasets want labels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import io
 import itertools
@@ -32,6 +33,7 @@ from greenmim.data.images import (
     Names,
     Source,
     Unavailable,
+    first_folder,
     hopeless,
     ignored_note,
     is_image,
@@ -41,6 +43,7 @@ from greenmim.data.images import (
 from greenmim.data.sampler import WINDOW
 from greenmim.data.tars import DamagedTar, Member, Opened, members_in, read_part
 from greenmim.guards import UserError, one_line
+from greenmim.messages import dashes
 from greenmim.recipe import DataConfig
 
 PREFIXES = ("tar/", "wds/", "hfds/")
@@ -54,16 +57,31 @@ _META = re.compile("__[^/]*__($|/)")  # which WebDataset keeps for itself
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 
 
-def find_source(config: DataConfig) -> Source:
-    """What `--data.root` names.
+def find_source(config: DataConfig, option: str = "data.root") -> Source:
+    """What `--data.root` names, or another option: `data.val_root`.
 
     Raises:
         UserError: there is no such thing, or no image in it, or a package is missing.
     """
+    name = option.rpartition(".")[2]
+    if name != "root":
+        config = dataclasses.replace(config, root=getattr(config, name), num_samples=None)
     try:
         return _find_source(config)
     except OSError as error:
-        raise _error(config.root, f"it cannot be read: {one_line(error)}") from error
+        problem = _error(config.root, f"it cannot be read: {one_line(error)}")
+        raise _of_option(problem, config.root, option) from error
+    except UserError as error:
+        raise _of_option(error, config.root, option) from error
+
+
+def _of_option(error: UserError, root: str, option: str) -> UserError:
+    if option == "data.root":
+        return error
+    text = str(error).removeprefix(f"--data.root {root}: ")
+    # That option is of the other images.
+    text = text.replace("pass --data.num-samples", "put their info file beside them")
+    return UserError(f"{dashes(option)} {root}: {text}")
 
 
 def _find_source(config: DataConfig) -> Source:
@@ -100,10 +118,10 @@ class Tars(Source):
         if not os.path.exists(path):
             raise _error(root, f"there is no tar file or folder {path}")
         tars = filter(os.path.isfile, sorted(glob.glob(f"{glob.escape(path)}/*.tar")))
-        self.files = [path] if os.path.isfile(path) else list(tars)
+        self.tars = [path] if os.path.isfile(path) else list(tars)
         self._ignored: Counter[str] = Counter()
         found = []
-        for number, name in enumerate(self.files):
+        for number, name in enumerate(self.tars):
             try:
                 with open(name, "rb") as file:
                     for member in members_in(file):
@@ -115,7 +133,7 @@ class Tars(Source):
                 raise _error(root, f"{name}: {error}; make it anew, without compression") from error
         if not found:
             none = (
-                no_image("it", self.notes()) if self.files else "there is no tar file (*.tar) in it"
+                no_image("it", self.notes()) if self.tars else "there is no tar file (*.tar) in it"
             )
             raise _error(root, none)
         names, files, offsets, sizes = zip(*found, strict=True)
@@ -123,30 +141,44 @@ class Tars(Source):
         self.file_of = np.array(files, dtype=np.int32)
         self.offsets_and_sizes = np.array([offsets, sizes], dtype=np.int64).T
         self._opened = Opened(self._open_tar, _MOST_OPEN_TARS)
+        # What all names have in common says nothing of a class.
+        shared = os.path.commonprefix([os.fsdecode(name) for name in names])
+        self._above_classes = shared.rpartition("/")[0] + "/" if "/" in shared else ""
 
     def _open_tar(self, number: int) -> BinaryIO:
-        return open(self.files[number], "rb")
+        return open(self.tars[number], "rb")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.files[self.file_of[index]], self.names[index])
+        return os.path.join(self.tars[self.file_of[index]], self.names[index])
 
     def open(self, index: int) -> io.BytesIO:
         offset, size = self.offsets_and_sizes[index].tolist()
         file = int(self.file_of[index])
         return io.BytesIO(self._opened.use(file, lambda opened: read_part(opened, offset, size)))
 
+    def label(self, index: int) -> str | None:
+        """Its folder below what all have in common; else of several tars the name of its own."""
+        inside = first_folder(self.names[index].removeprefix(self._above_classes))
+        name = inside or (len(self.tars) > 1 and os.path.basename(self.tars[self.file_of[index]]))
+        return re.sub(r"\.tar$", "", name, flags=re.IGNORECASE) if name else None
+
+    def files(self) -> Iterator[str]:
+        return iter(self.tars)
+
     def notes(self) -> list[str]:
         return ignored_note(self.root, self._ignored)
 
 
 class HuggingFace(Source):
-    """The training split of a dataset of the Hugging Face hub, or of a folder in their form."""
+    """A dataset of the Hugging Face hub, or of a folder in their form: NAME, or NAME:SPLIT."""
 
     def __init__(self, root: str, name: str) -> None:
-        self.root, self.name = root, name
+        self.root = root
+        self.name, _, split = (name, "", "") if os.path.exists(name) else name.partition(":")
+        self.split = split or "train"
         try:
             self._data = self._load()
         except ImportError as error:
@@ -156,15 +188,19 @@ class HuggingFace(Source):
         self._length = len(self._data)
 
     def _load(self):
-        """The first column of images, alone and not decoded."""
+        """The first columns of images, not decoded, and of classes, if there is one; no others."""
         import datasets
 
-        data = datasets.load_dataset(self.name, split="train")
-        images = [k for k, feature in data.features.items() if isinstance(feature, datasets.Image)]
+        data = datasets.load_dataset(self.name, split=self.split)
+        images, classes = (
+            [name for name, feature in data.features.items() if isinstance(feature, kind)]
+            for kind in (datasets.Image, datasets.ClassLabel)
+        )
         if not images:
             raise ValueError(f"none of its columns ({', '.join(data.features)}) holds images.")
-        data = data.select_columns(images[0])
-        return data.cast_column(images[0], datasets.Image(decode=False))
+        self._image, self._class = images[0], next(iter(classes), None)
+        data = data.select_columns([*images[:1], *classes[:1]])
+        return data.cast_column(self._image, datasets.Image(decode=False))
 
     def __getstate__(self) -> dict:
         # Another process, perhaps elsewhere, loads it from its own cache; a fork shares the map.
@@ -177,20 +213,34 @@ class HuggingFace(Source):
         return f"{self.root}/{index}"
 
     def open(self, index: int) -> str | io.BytesIO:
+        image = self._row(index)[self._image]
+        return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+
+    def label(self, index: int) -> str | None:
+        """That of the first column of classes."""
+        number = self._row(index).get(self._class)
+        if number is None or number < 0:  # as they say that there is none
+            return None
+        return self._data.features[self._class].int2str(number)
+
+    def files(self) -> Iterator[str]:
+        return iter((self.name, self.split, str(self._data._fingerprint)))
+
+    def _row(self, index: int) -> dict:
         if self._data is None:
             self._data = self._load()
-        (image,) = self._data[int(index)].values()
-        return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+        return self._data[int(index)]
 
 
 class Shard(NamedTuple):
-    """An open shard and its images, one for each sample.
+    """An open shard and its images, one for each sample, with what holds their classes.
 
     What else is in it is counted by kind; `damage` says how it is damaged, if it is.
     """
 
     file: BinaryIO
     images: list[Member]
+    labels: list[Member | None]
     ignored: Counter[str]
     damage: str | None
 
@@ -267,17 +317,30 @@ class Shards(Source):
         url, name = self.urls[shard], str(number % self.shards[shard])
         if _is_file(url) or shard in self._opened:
             with contextlib.suppress(Exception):
-                name = self._image(self._opened[shard], shard, number).name
+                opened = self._opened[shard]
+                name = opened.images[self._place(opened, shard, number)].name
         return f"{url}/{name}"
 
     def open(self, index: int) -> io.BytesIO:
         shard, number = self._find(index)
 
         def read(opened: Shard) -> bytes:
-            image = self._image(opened, shard, number)
-            return read_part(opened.file, image.offset, image.size)
+            return _read_member(opened, opened.images[self._place(opened, shard, number)])
 
         return io.BytesIO(self._opened.use(shard, read))
+
+    def label(self, index: int) -> str | None:
+        """What its .cls says."""
+        shard, number = self._find(index)
+
+        def read(opened: Shard) -> bytes:
+            label = opened.labels[self._place(opened, shard, number)]
+            return b"" if label is None else _read_member(opened, label)
+
+        return self._opened.use(shard, read).decode(errors="backslashreplace").strip() or None
+
+    def files(self) -> Iterator[str]:
+        return iter(self.urls)
 
     def notes(self) -> list[str]:
         if self._seen is not None:
@@ -300,14 +363,19 @@ class Shards(Source):
         shard = int(np.searchsorted(self._ends, position, side="right"))
         return shard, int(position - self._ends[shard] + (1 + turn) * self.shards[shard])
 
-    def _image(self, opened: Shard, shard: int, number: int) -> Member:
-        images = opened.images
+    def _place(self, opened: Shard, shard: int, number: int) -> int:
+        """Of an image among those of its shard; OSError where it has not so many."""
+        count = len(opened.images)
         if self.assumed:
-            number %= len(images)
-        if number >= len(images):
+            number %= count
+        if number >= count:
             why = f"; {opened.damage}" if opened.damage else ""
-            raise OSError(f"the shard holds {len(images)} images, not {self.shards[shard]}{why}")
-        return images[number]
+            raise OSError(f"the shard holds {count} images, not {self.shards[shard]}{why}")
+        return number
+
+
+def _read_member(shard: Shard, member: Member) -> bytes:
+    return read_part(shard.file, member.offset, member.size)
 
 
 def find_shards(root: str, pattern: str, num_samples: int | None) -> Shards:
@@ -365,23 +433,27 @@ def open_shard(url: str) -> Shard:
                 members.append(member)
         except DamagedTar as error:
             damage = str(error)
-        images = list(of_samples(members, ignored))
-        if damage and images and "." in _field(images[-1]):
-            images.pop()  # its sample may have had a plain one
+        samples = list(of_samples(members, ignored))
+        if damage and samples and "." in _field(samples[-1][0]):
+            samples.pop()  # it may have had a plain one
+        images, labels = ([sample[part] for sample in samples] for part in (0, 1))
         if not images:
             raise OSError(f"{url}: {damage or no_image('it', _shards_note('it', ignored))}")
     except BaseException:
         file.close()  # of a temporary file, the space
         raise
-    return Shard(file, images, ignored, damage)
+    return Shard(file, images, labels, ignored, damage)
 
 
-def of_samples(members: Iterable[Member], ignored: Counter[str]) -> Iterator[Member]:
-    """The image of each sample, as WebDataset's own library cuts samples (`group_by_keys`).
+def of_samples(
+    members: Iterable[Member], ignored: Counter[str]
+) -> Iterator[tuple[Member, Member | None]]:
+    """Image and class of each sample, as WebDataset's own library cuts samples (`group_by_keys`).
 
     A sample is neighbours whose names are the same up to the first dot of the last part. Of several
     images in it, 1.jpg and 1.seg.png, the plain one is taken; where none is plain, as of 1.left.jpg
-    and 1.right.jpg, none. All else is counted in `ignored` by what follows that dot.
+    and 1.right.jpg, none. The class is in 1.cls, if there is one. All else is counted in `ignored`
+    by what follows that dot.
     """
     data = []
     for member in members:
@@ -398,9 +470,11 @@ def of_samples(members: Iterable[Member], ignored: Counter[str]) -> Iterator[Mem
         images = [member for member in fields.values() if is_image(member.name)]
         plain = [member for member in images if "." not in _field(member)]
         chosen = (plain or images)[0] if plain or len(images) == 1 else None
-        ignored.update(f".{_field(member)}".lower() for member in sample if member is not chosen)
+        label = fields.get("cls")
+        others = (member for member in sample if member is not chosen and member is not label)
+        ignored.update(f".{_field(member)}".lower() for member in others)
         if chosen is not None:
-            yield chosen
+            yield chosen, label
 
 
 def _field(member: Member) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkpoint
 from greenmim.config import ModelConfig
 from greenmim.guards import UserError, first_line, one_line
+from greenmim.initial import config_of, initialise, safetensors_facts
 from greenmim.mim import GreenMIM, create_model
 from greenmim.training.run_folder import RUN_FORMAT
 
@@ -54,3 +56,28 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
         except (RuntimeError, ValueError, KeyError) as error:
             problems.append(one_line(error))
     raise UserError(f"The checkpoint {path} is of another model: {problems[0][:300]}")
+
+
+def load_encoder(checkpoint: str | Path) -> tuple[GreenMIM, dict[str, Any]]:
+    """A model with the encoder of a checkpoint, whoever trained it, and the recipe of its run.
+
+    The decoder is that of a run's checkpoint, else as it happens to be. Of an exported file the
+    recipe has mean and standard deviation of the images alone; of others it is {}.
+
+    Raises:
+        UserError: unreadable file, or no Swin.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}.")
+    content, _ = read_weights(path)
+    if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
+        return load_model(path)
+    try:
+        network = GreenMIM(config_of(path))
+        initialise(network, path)
+    except ValueError as error:
+        raise UserError(f"The checkpoint {path}: {first_line(error)}.") from error
+    facts = safetensors_facts(path)
+    data = {name: json.loads(facts[name]) for name in ("mean", "std") if name in facts}
+    return network, {"data": data} if data else {}

@@ -15,7 +15,7 @@ from greenmim.recipe import Recipe
 from greenmim.training.log import check_trackers
 from greenmim.training.run_folder import RunFolder, find_checkpoint
 from greenmim.training.startup import (
-    find_held_out,
+    other_sources,
     precision_of,
     scaled_rates,
     start_from,
@@ -34,7 +34,7 @@ def dry_run(
     """
     check_trackers(recipe)
     precision = str(precision_of(recipe, device)).removeprefix("torch.")
-    source, held_out = find_source(recipe.data), find_held_out(recipe.data)
+    source, (held_out, probe) = find_source(recipe.data), other_sources(recipe.data)
     found = find_checkpoint(RunFolder(recipe.work_dir), resume)
     with user_errors():
         sampler = EpochSampler.of(recipe, source, 0, processes)
@@ -56,6 +56,7 @@ def dry_run(
         f"images           {len(source)} in {recipe.data.root}"
         + (f", {recipe.data.repeats} times per epoch" if recipe.data.repeats > 1 else ""),
         *([f"held out         {len(held_out)} in {recipe.data.val_root}"] if held_out else []),
+        *([f"labelled         {len(probe)} in {recipe.data.probe_root}"] if probe else []),
         f"images/update    {sampler.images_per_update} = {recipe.data.batch_size} x"
         f" {recipe.optim.accumulate} accumulated x {processes} processes",
         f"steps per epoch  {steps}, {steps * recipe.epochs} in {recipe.epochs} epochs;"

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from greenmim.data.dataset import Finish
-from greenmim.data.held_out import HeldOutCollate, HeldOutImages, HeldOutSampler
-from greenmim.data.loader import Feed, make_loader
+from greenmim.data.loader import Batch
 from greenmim.mim import GreenMIM, MIMOutput
-from greenmim.training.processes import Processes
-
-# Several processes ask one another so often, in batches, whether one was told to stop.
-ASK = 16
+from greenmim.training.sweep import Sweep
 
 
 class HeldOutLoss(NamedTuple):
@@ -34,65 +28,32 @@ class HeldOutLoss(NamedTuple):
     failures: list[tuple[str, str]]
 
 
-class HeldOut:
-    """Measures the loss of a model on the same images with the same masks again and again.
+def held_out_loss(
+    sweep: Sweep,
+    model: GreenMIM,
+    autocast: Callable[[], torch.autocast],
+    stop: Callable[[], bool] = lambda: False,
+) -> HeldOutLoss | None:
+    """The loss of a model on the images of a sweep, whose plans hold their masks. A collective.
 
-    Args:
-        images: Which ones.
-        collate: Stacks them and draws their masks.
-        workers: Loader processes, for as long as it takes.
-        finish: As of `Feed`.
+    None where a process was to `stop` meanwhile.
     """
+    processes = sweep.processes
+    total, images = torch.zeros((), device=processes.device, dtype=torch.float64), 0
 
-    def __init__(
-        self,
-        images: HeldOutImages,
-        collate: HeldOutCollate,
-        workers: int,
-        finish: Finish | None,
-        processes: Processes,
-    ) -> None:
-        self.images, self.collate, self.workers = images, collate, workers
-        self.finish, self.processes = finish, processes
+    def add(batch: Batch, counted: int) -> None:
+        nonlocal images
+        with autocast():
+            output = model(batch.images, plan=batch.plan)
+        total.add_(image_losses(model, batch.images, output)[:counted].sum())
+        images += counted
 
-    def measure(
-        self,
-        model: GreenMIM,
-        autocast: Callable[[], torch.autocast],
-        batch_size: int,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> HeldOutLoss | None:
-        """None where a process was to `stop` meanwhile. A collective; the model is left in the mode
-        that it was in."""
-        processes, device = self.processes, self.processes.device
-        world = processes.world
-        sampler = HeldOutSampler(len(self.images), batch_size, world.rank, world.size)
-        loader = make_loader(
-            self.images, sampler, self.collate, self.workers, device.type == "cuda"
-        )
-        feed = Feed(loader, device, self.finish)
-        # One process alone need not wait for a loader that hangs; others would wait for it.
-        feed.give_up = lambda: processes.alone and stop()
-        learning = model.training
-        model.eval()
-        total = torch.zeros((), device=device, dtype=torch.float64)
-        try:
-            with contextlib.closing(feed), torch.no_grad():
-                for number, counted in enumerate(sampler.counted):
-                    if number % (1 if processes.alone else ASK) == 0:
-                        if any(processes.gather(stop())):
-                            return None
-                    if (batch := feed.next()) is None:
-                        return None
-                    with autocast():
-                        output = model(batch.images, plan=batch.plan)
-                    total += image_losses(model, batch.images, output)[:counted].sum()
-                failures = feed.take_failures()
-        finally:
-            model.train(learning)
-        sums = processes.gather((total.item(), sum(sampler.counted)))
-        images = sum(images for _, images in sums)
-        return HeldOutLoss(sum(part for part, _ in sums) / images, images, failures)
+    failures = sweep.run(model, add, stop)
+    if failures is None:
+        return None
+    sums = processes.gather((total.item(), images))
+    images = sum(count for _, count in sums)
+    return HeldOutLoss(sum(part for part, _ in sums) / images, images, failures)
 
 
 def image_losses(model: GreenMIM, images: Tensor, output: MIMOutput) -> Tensor:

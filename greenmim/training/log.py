@@ -140,26 +140,36 @@ class RunLog:
 
     def held_out(self, step: int, epoch: float, loss: float, images: int) -> None:
         """The loss on held-out images after `step` updates."""
-        self.event("val", step=step, epoch=epoch, loss=loss, images=images)
-        self._each_tracker(
-            lambda tracker: tracker.scalars(self.number(step), "val", {"loss": loss})
-        )
-        self.say(
-            f"step {self.number(step):>6}/{self.number(self.total_steps)}  epoch {epoch:.2f}"
-            f"  held-out loss {loss:.4f} ({images} images)"
-        )
+        text = f"held-out loss {loss:.4f} ({images} images)"
+        self._measured("val", step, epoch, {"loss": loss}, text, images=images)
+
+    def knn(self, step: int, epoch: float, found: dict[str, float], images: int, k: int) -> None:
+        """The accuracies of nearest neighbours after `step` updates, 0 to 1."""
+        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items())
+        text = f"{k} nearest neighbours {shares} ({images} images)"
+        self._measured("knn", step, epoch, found, text, images=images, k=k)
+
+    def _measured(
+        self, name: str, step: int, epoch: float, found: dict[str, float], text: str, **facts: int
+    ) -> None:
+        self.event(name, step=step, epoch=epoch, **found, **facts)
+        self._each_tracker(lambda tracker: tracker.scalars(self.number(step), name, found))
+        total = self.number(self.total_steps)
+        self.say(f"step {self.number(step):>6}/{total}  epoch {epoch:.2f}  {text}")
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture for the trackers, uint8 [H, W, 3]."""
         self._each_tracker(lambda tracker: tracker.picture(self.number(step), name, pixels))
 
-    def unreadable(self, failures: Iterable[tuple[str, str]]) -> None:
-        """Name image files that could not be read, each once."""
+    def unreadable(
+        self, failures: Iterable[tuple[str, str]], instead: str = "another image takes its place"
+    ) -> None:
+        """Name image files that could not be read, each once, and what is done instead."""
         for path, reason in failures:
             if path not in self._named:
                 self._named.add(path)
                 self.event("unreadable_image", path=path, reason=reason, count=len(self._named))
-                self.say(f"cannot read {path} ({reason}); another image takes its place")
+                self.say(f"cannot read {path} ({reason}); {instead}")
 
     def _show(self, write: Callable[[], object], stream: TextIO | None = None) -> None:
         """To a reader who may have gone: the run goes on, and log.jsonl has it all."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,7 +64,9 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
                 # Sizes differ from stage to stage and never else: each has a graph of its own.
                 block.compile(fullgraph=True, dynamic=False)
             fully_shard(block)
-        return fully_shard(model)
+        fully_shard(model)
+        register_fsdp_forward_method(model, "embed")
+        return model
     # Compiled inside: traced as one graph, which PyTorch cuts where DDP's buckets end, so that
     # their gradients travel while the rest of the backward pass runs.
     inner = torch.compile(model, fullgraph=True) if recipe.compile else model

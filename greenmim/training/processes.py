@@ -203,6 +203,20 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def collect(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Everybody's tensor by rank, in the main process alone; of one dtype, on the CPU, their
+        first sides may differ. A collective."""
+        if self.alone:
+            return [tensor]
+        lengths = self.gather(len(tensor))
+        if not self.world.is_main:
+            dist.send(tensor.contiguous(), dst=0)
+            return []
+        found = [tensor, *(tensor.new_empty(n, *tensor.shape[1:]) for n in lengths[1:])]
+        for rank, part in enumerate(found[1:], 1):
+            dist.recv(part, src=rank)
+        return found
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the processes, in place; does not wait for a GPU. A collective."""
         if not self.alone:

@@ -37,7 +37,7 @@ RUN_FORMAT = "greenmim.pretrain"
 RUN_VERSION = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Parts of a recipe that change no number of a run.
-UNIMPORTANT = ("work_dir", "init", "log", "checkpoint", "data.val_root")
+UNIMPORTANT = ("work_dir", "init", "log", "checkpoint", "data.val_root", "data.probe_root")
 # Of a checkpoint: weights and two moments in float32.
 _BYTES_PER_WEIGHT = 12
 _MOMENTS_FOLDER = re.compile(r"step_\d+\.optimizer")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import platform
@@ -20,6 +19,7 @@ import greenmim
 from greenmim.data.dataset import AugmentedImages, Finish, finishes_in_loader
 from greenmim.data.held_out import HeldOutCollate, HeldOutImages
 from greenmim.data.images import Source
+from greenmim.data.labelled import LabelledCollate, LabelledImages, find_labelled
 from greenmim.data.loader import Collate, Feed, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import find_source
@@ -31,7 +31,6 @@ from greenmim.launch import World
 from greenmim.masking import draw_visible
 from greenmim.mim import GreenMIM
 from greenmim.recipe import DataConfig, Recipe
-from greenmim.training.held_out import HeldOut
 from greenmim.training.log import RunLog, check_trackers, make_trackers
 from greenmim.training.passes import GraphedPasses, Passes, distribute, make_optimizer
 from greenmim.training.processes import Processes
@@ -45,6 +44,7 @@ from greenmim.training.run_folder import (
     read_run_checkpoint,
     restore_moments,
 )
+from greenmim.training.sweep import Sweep
 from greenmim_kernels import use_backend
 from greenmim_kernels.host_memory import keep_freed_memory
 from greenmim_kernels.onednn import use_onednn
@@ -70,7 +70,8 @@ class Run:
     feed: Feed
     progress: Progress  # at the start
     notes: list[str]  # what the user should know, one line each
-    held_out: HeldOut | None
+    held_out: Sweep | None  # held-out images, and labelled ones
+    probe: Sweep | None
     flops: float  # of an image: forward and twice as many backward
     last_step: int  # where this call ends: that of the schedule, or of --max-steps
 
@@ -115,15 +116,15 @@ def prepare(
     folder, state = RunFolder(recipe.work_dir), None
 
     # The main process looks for all: what is found may change from one moment to the next.
-    def look() -> tuple[Source, Source | None, Found]:
+    def look() -> tuple[Source, tuple[Source | None, Source | None], Found]:
         nonlocal state
-        source, held_out = find_source(recipe.data), find_held_out(recipe.data)
+        source, others = find_source(recipe.data), other_sources(recipe.data)
         folder.lock.check_free()
         found = find_checkpoint(folder, resume)
         state = found.state  # too large to be sent: the others read it themselves
-        return source, held_out, found._replace(state=None)
+        return source, others, found._replace(state=None)
 
-    source, val_source, (checkpoint, notes, _) = processes.from_main(look)
+    source, (val_source, probe_source), (checkpoint, notes, _) = processes.from_main(look)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     progress = Progress()
@@ -175,41 +176,40 @@ def prepare(
     loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
     hosts = processes.gather(socket.gethostname())
     with processes.agreed():
-        # Those of held-out images come while those of training wait.
-        sets = 1 if val_source is None else 2
+        # Those of other images come while those of training wait.
+        sets = 1 if val_source is None and probe_source is None else 2
         check_shared_memory(loader, processes=sets * hosts.count(socket.gethostname()))
     feed = Feed(loader, device, None if in_loader else finish)
-    held_out = None
+    size, workers = recipe.data.batch_size, recipe.data.workers
+    held_out = probe = None
     if val_source is not None:
         with processes.agreed():
             images = HeldOutImages(val_source, recipe.data, recipe.model.image_hw, recipe.seed)
             notes = [*notes, *images.check_readable()]
         masks = HeldOutCollate(model.planner, recipe.mask, recipe.seed, collate.finish)
-        held_out = HeldOut(images, masks, recipe.data.workers, feed.finish, processes)
+        held_out = Sweep(images, masks, size, workers, feed.finish, processes)
+    if probe_source is not None:
+        labelled = LabelledImages(probe_source, recipe.data, recipe.model.image_hw)
+        whole = LabelledCollate(model.planner, collate.finish)
+        probe = Sweep(labelled, whole, size, workers, feed.finish, processes)
+        notes = [*notes, *probe_source.notes()]
     last_step = sampler.total_updates
     if max_steps is not None:  # of all updates ever done, as the log counts them
         last_step = min(last_step, max(max_steps - progress.shift, progress.first_step))
     return Run(
         recipe, processes, folder, precision, model, optimizer, scaler, autocast, passes, dataset,
-        sampler, feed, progress, [*notes, *progress.notes], held_out, flops, last_step,
+        sampler, feed, progress, [*notes, *progress.notes], held_out, probe, flops, last_step,
     )  # fmt: skip
 
 
-def find_held_out(data: DataConfig) -> Source | None:
-    """The held-out images of a recipe, if it has some.
+def other_sources(data: DataConfig) -> tuple[Source | None, Source | None]:
+    """Where the held-out images of a recipe are, and the labelled ones, if it has some.
 
     Raises:
         UserError: there are none where it says.
     """
-    if data.val_root is None:
-        return None
-    try:
-        return find_source(dataclasses.replace(data, root=data.val_root, num_samples=None))
-    except UserError as error:
-        text = str(error).removeprefix(f"--data.root {data.val_root}: ")
-        # That option is of the other images.
-        text = text.replace("pass --data.num-samples", "put their info file beside them")
-        raise UserError(f"--data.val-root {data.val_root}: {text}") from error
+    held_out = find_source(data, "data.val_root") if data.val_root else None
+    return held_out, find_labelled(data, "data.probe_root") if data.probe_root else None
 
 
 def start_from(model: GreenMIM, checkpoint: str) -> list[str]:
@@ -291,9 +291,12 @@ def scaled_rates(recipe: Recipe, images_per_update: int) -> tuple[float, float, 
     return peak, final, how
 
 
-def choose_device(recipe: Recipe, world: World) -> torch.device:
-    """The device of this process: of several GPUs that of its local rank; UserError without."""
-    name = recipe.device
+def choose_device(name: str, world: World) -> torch.device:
+    """The device of this process, by `Recipe.device`: of several GPUs that of its local rank.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":

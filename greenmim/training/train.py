@@ -25,12 +25,15 @@ from torch.distributed.tensor import DTensor
 
 import greenmim
 from greenmim.data.sampler import FORWARD, torch_seed
+from greenmim.evaluation.accuracy import neighbours_accuracy
+from greenmim.evaluation.features import extract
 from greenmim.guards import EXIT_DIVERGED, StopSignal, UserError, exit_code_of, first_line, one_line
 from greenmim.launch import World
 from greenmim.mim import GreenMIM
 from greenmim.pictures import Album
 from greenmim.recipe import Recipe
 from greenmim.training import run_folder
+from greenmim.training.held_out import held_out_loss
 from greenmim.training.log import RunLog, peak_memory_gib
 from greenmim.training.passes import whole_weights
 from greenmim.training.processes import LAG, Processes, Report, Reports
@@ -39,6 +42,8 @@ from greenmim.training.startup import Run, choose_device, prepare, started
 
 # A run ends when so many checkpoints in a row could not be written.
 FAILED_SAVES = 3
+# That vote while a run is watched.
+NEIGHBOURS = 20
 # So many images of a skipped update are named in log.jsonl.
 NAMED_FILES = 64
 
@@ -74,7 +79,9 @@ def pretrain(
     world = World.from_environment()
     with (
         contextlib.ExitStack() as outside,
-        Processes(world, lambda: choose_device(recipe, world), recipe.hang_minutes) as processes,
+        Processes(
+            world, lambda: choose_device(recipe.device, world), recipe.hang_minutes
+        ) as processes,
     ):
         run = prepare(recipe, resume, processes, max_steps)
         if run.progress.first_step >= run.last_step:
@@ -146,6 +153,10 @@ class Trainer:
             every = run.recipe.log
             if not self.stop_asked and (last or self._epochs_done(step, every.val_every_epochs)):
                 self.measure_held_out(step)
+                if self.stop_asked and not last:
+                    return self.stopped(step)
+            if not self.stop_asked and (last or self._epochs_done(step, every.probe_every_epochs)):
+                self.measure_neighbours(step)
                 if self.stop_asked and not last:
                     return self.stopped(step)
             if not self.stop_asked and (
@@ -286,15 +297,39 @@ class Trainer:
         self.read_reports(step)  # what it takes is no time of theirs
         if self.diverged:
             return
-        size, stop = run.recipe.data.batch_size, lambda: self.stop.received is not None
         with self.not_training():
-            found = run.held_out.measure(run.model, run.autocast, size, stop)
+            found = held_out_loss(run.held_out, run.model, run.autocast, self._told_to_stop)
             if found is None:
                 self.stop_asked = True
                 return
             for failures in run.processes.gather(found.failures):
                 self.log.unreadable(failures)
             self.log.held_out(step, step / run.steps_per_epoch, found.loss, found.images)
+
+    def measure_neighbours(self, step: int) -> None:
+        """Log how well labelled images are told by their neighbours, if there are some. A
+        collective."""
+        run = self.run
+        if run.probe is None:
+            return
+        self.read_reports(step)  # what it takes is no time of theirs
+        if self.diverged:
+            return
+        with self.not_training():
+            found = extract(run.probe, run.model, run.autocast, self._told_to_stop)
+            if found is None:
+                self.stop_asked = True
+                return
+            self.log.unreadable(found.failures, "it is left out")
+            k = min(NEIGHBOURS, len(found.labels) - 1)
+            if run.processes.world.is_main and k > 0:
+                accuracy = neighbours_accuracy(found, k, run.processes.device)
+                shares = {"top1": accuracy.top1, "top5": accuracy.top5}
+                epoch = step / run.steps_per_epoch
+                self.log.knn(step, epoch, shares, len(found.labels), k)
+
+    def _told_to_stop(self) -> bool:
+        return self.stop.received is not None
 
     def draw(self, step: int) -> None:
         """Show how well the model fills in hidden units. A collective; it ends no run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -27,9 +28,10 @@ from greenmim.mim import GreenMIM
 from greenmim.recipe import DataConfig, MaskConfig, Recipe
 from greenmim.tools.loading import load_model
 from greenmim.training import profile
-from greenmim.training.held_out import HeldOut
+from greenmim.training.held_out import held_out_loss
 from greenmim.training.processes import Processes
 from greenmim.training.startup import training_flops
+from greenmim.training.sweep import Sweep
 from greenmim_kernels import use_backend
 
 SIZE = (96, 64)  # of the tiny run's images
@@ -95,11 +97,10 @@ def test_the_loss_is_that_of_the_model_and_the_same_again(finished_run, held_out
     images = HeldOutImages(Folder(str(held_out)), DataConfig(root=str(held_out)), SIZE, seed=0)
     collate = HeldOutCollate(model.planner, MaskConfig(ratio=0.5), 0, Finish(DataConfig()))
     with Processes(World(), lambda: torch.device("cpu"), None) as processes:
-        measured = HeldOut(images, collate, 0, None, processes)
 
         def measure(batch_size, stop=lambda: False):
-            autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
-            return measured.measure(model, autocast, batch_size, stop)
+            sweep = Sweep(images, collate, batch_size, 0, None, processes)
+            return held_out_loss(sweep, model, contextlib.nullcontext, stop)
 
         model.train()
         first, again, whole = measure(2), measure(2), measure(9)
@@ -152,19 +153,22 @@ def test_two_processes_measure_what_one_does(strategy, resumable, held_out, tmp_
         assert two[step]["loss"] == pytest.approx(row["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("option", ["--data.val-root", "--data.probe-root"])
 def test_a_signal_ends_the_measurement_and_the_run_is_saved(
-    tiny, photos, held_out, tmp_path, monkeypatch, capsys
+    option, tiny, photos, held_out, tmp_path, monkeypatch, capsys
 ):
-    real = HeldOut.measure
+    root = photos if option == "--data.probe-root" else held_out
+    real = Sweep.run
 
-    def measure(self, *arguments):
+    def run(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *arguments)
 
-    monkeypatch.setattr(HeldOut, "measure", measure)
-    more = ("--data.val-root", str(held_out), "--checkpoint.every-epochs", "9")
+    monkeypatch.setattr(Sweep, "run", run)
+    more = (option, str(root), "--checkpoint.every-epochs", "9")
+    more += ("--log.probe-every-epochs", "1")
     assert main(command(tiny, photos, tmp_path / "run", *more)) == 75
-    assert records(tmp_path / "run", "val") == []
+    assert not records(tmp_path / "run", "val") and not records(tmp_path / "run", "knn")
     assert (tmp_path / "run" / "checkpoints" / "step_00000004.pth").exists()
     assert "SIGTERM received: saved" in capsys.readouterr().out
 

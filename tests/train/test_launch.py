@@ -91,11 +91,11 @@ def test_a_process_without_a_gpu_of_its_own(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device(recipe, World(5, 1, 8)) == torch.device("cuda", 1)
+    assert choose_device(recipe.device, World(5, 1, 8)) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="number 3 of its machine, which has 2 GPUs"):
-        choose_device(recipe, World(3, 3, 4))
+        choose_device(recipe.device, World(3, 3, 4))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm shows each its own alone
-    assert choose_device(recipe, World(3, 3, 4)) == torch.device("cuda", 0)
+    assert choose_device(recipe.device, World(3, 3, 4)) == torch.device("cuda", 0)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -325,12 +325,15 @@ def names_of(names: list[str]) -> list[Member]:
         (["a.1.jpg", "a.1.JPG"], ["a.1.jpg"], {".1.jpg": 1}),
         (["__meta__", "__more__/a.jpg", "b.jpg"], ["b.jpg"], {}),
         (["a.img", "b"], [], {".img": 1, "without a suffix": 1}),
+        (["a.cls", "a.jpg", "a.txt"], ["a.jpg"], {".txt": 1}),
     ],
 )
 def test_an_image_is_taken_of_each_sample(names, taken, ignored) -> None:
     found = Counter()
-    assert [member.name for member in of_samples(names_of(names), found)] == taken
+    samples = list(of_samples(names_of(names), found))
+    assert [image.name for image, _ in samples] == taken
     assert found == ignored
+    assert all((label is None) == ("a.cls" not in names) for _, label in samples)
 
 
 @given(

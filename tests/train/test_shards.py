@@ -120,7 +120,7 @@ def test_no_more_shards_are_kept_than_are_in_use(length, workers, most, monkeypa
     def open_one(url: str) -> sources.Shard:
         opened[url] += 1
         kept.add(len(source._opened._open))
-        return sources.Shard(None, [], Counter(), None)
+        return sources.Shard(None, [], [], Counter(), None)
 
     monkeypatch.setattr(sources, "open_shard", open_one)
     for batch in batches:

@@ -1,0 +1,1 @@
+"""What the encoder has learned: features, and classifiers on them."""

@@ -1,0 +1,325 @@
+"""How good an encoder's features are for classes that it never saw: kNN, and a linear probe."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import greenmim
+from greenmim.data.dataset import Finish, finishes_in_loader
+from greenmim.data.labelled import LabelledCollate, LabelledImages, find_labelled
+from greenmim.evaluation import accuracy
+from greenmim.evaluation.classifiers import knn_scores, linear_probe
+from greenmim.evaluation.features import Features, extract, key_of, load_features, save_features
+from greenmim.guards import UserError, first_line
+from greenmim.launch import World
+from greenmim.messages import listed
+from greenmim.mim import GreenMIM
+from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from greenmim.tools.loading import load_encoder
+from greenmim.training.processes import Processes
+from greenmim.training.startup import PRECISIONS, choose_device
+from greenmim.training.sweep import Sweep
+
+# Named on stderr of those that cannot be read.
+_NAMED = 10
+
+
+@dataclass
+class LabelledData:
+    """Labelled images, to learn from and to classify.
+
+    Args:
+        root: Folder with a folder for each class; or, by a prefix: tar/FILE_OR_FOLDER with folders,
+            wds/SHARDS with .cls, hfds/DATASET[:SPLIT] with a column of classes.
+        val_root: The same of the images to classify.
+        batch_size: Images per process and per forward pass.
+        workers: Loader processes; 0 loads in the main process.
+        crop: Side of the middle of each image that is taken, as a share of the largest that fits.
+        max_pixels: Pixels of an image, above which it is not read.
+    """
+
+    root: str | None = None
+    val_root: str | None = None
+    batch_size: int = 64
+    workers: int = 4
+    crop: float = 0.875
+    max_pixels: int = DataConfig.max_pixels
+
+
+def knn(
+    checkpoint: str | Path,
+    data: LabelledData,
+    output: str | Path,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    features: str | Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Classify images by their nearest neighbours among labelled ones, by the encoder's features.
+
+    Args:
+        checkpoint: A run's checkpoint, or an encoder: exported, official, timm's or Microsoft's.
+        data: The images.
+        output: A .json file; a picture of what is taken for what is drawn beside it.
+        k: Neighbours that vote.
+        temperature: A neighbour's vote is exp(cosine / temperature).
+        features: Folder where features are kept for the next command; null takes `features` beside
+            the output.
+        device: Where to run.
+        precision: Autocast type; auto is bf16 on CUDA and fp32 on the CPU.
+        overwrite: Replace an output that is there already.
+
+    Returns:
+        What is in the file; None in all processes but the main one.
+
+    Raises:
+        UserError: a file is missing or unreadable, or there are no labels or too few images.
+    """
+    for name, value in (("k", k), ("temperature", temperature)):
+        if not value > 0:
+            raise UserError(f"--{name} is {value}; it has to be above 0.")
+
+    def classify(train: Tensor, labels: Tensor, values: Tensor, answers: Tensor, classes: int):
+        scores = knn_scores(train, labels, values, classes, k, temperature)
+        return scores, {"k": k, "temperature": temperature}
+
+    options = (features, device, precision, overwrite)
+    return _evaluate("knn", checkpoint, data, Path(output), classify, *options)
+
+
+def probe(
+    checkpoint: str | Path,
+    data: LabelledData,
+    output: str | Path,
+    *,
+    lr: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    epochs: int = 100,
+    images_per_update: int = 256,
+    seed: int = 0,
+    features: str | Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Classify images by a linear layer on the encoder's features, which stay as they are.
+
+    Args:
+        checkpoint: A run's checkpoint, or an encoder: exported, official, timm's or Microsoft's.
+        data: The images.
+        output: A .json file; a picture of what is taken for what is drawn beside it.
+        lr: Learning rates, all tried at once; a tenth of the labelled images chooses.
+        epochs: Passes over the features.
+        images_per_update: Of the probe, not of the encoder.
+        seed: Of the order, and of which images choose.
+        features: Folder where features are kept for the next command; null takes `features` beside
+            the output.
+        device: Where to run.
+        precision: Autocast type; auto is bf16 on CUDA and fp32 on the CPU.
+        overwrite: Replace an output that is there already.
+
+    Returns:
+        What is in the file; None in all processes but the main one.
+
+    Raises:
+        UserError: a file is missing or unreadable, or there are no labels or too few images.
+    """
+    of_updates = ("images-per-update", images_per_update)
+    for name, value in (("epochs", epochs), of_updates, ("lr", min(lr, default=0))):
+        if not value > 0:
+            raise UserError(f"--{name} is {value}; it has to be above 0.")
+
+    def classify(train: Tensor, labels: Tensor, values: Tensor, answers: Tensor, classes: int):
+        scores, found, best = linear_probe(
+            train, labels, values, answers, classes,
+            rates=tuple(lr), epochs=epochs, batch_size=images_per_update, seed=seed,
+        )  # fmt: skip
+        rows = [rate._asdict() for rate in found]
+        return scores, {"lr": best.lr, "epochs": epochs, "seed": seed, "rates": rows}
+
+    options = (features, device, precision, overwrite)
+    return _evaluate("probe", checkpoint, data, Path(output), classify, *options)
+
+
+def said(result: dict[str, Any], output: str | Path) -> str:
+    """A result for people."""
+    if result["task"] == "knn":
+        how = f"{result['k']} neighbours"
+    else:
+        how = f"learning rate {result['lr']:g}"
+    facts = f"{result['images']} images, {result['classes']} classes, {how}"
+    lines = [
+        accuracy.table(result["by_class"]),
+        f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} % ({facts})",
+        f"wrote {output} and {picture_of(output)}",
+    ]
+    return "\n".join(lines)
+
+
+def picture_of(output: str | Path) -> Path:
+    """The picture beside an output."""
+    return Path(output).with_suffix(".png")
+
+
+def _evaluate(
+    task: str,
+    checkpoint: str | Path,
+    data: LabelledData,
+    output: Path,
+    classify: Callable[..., tuple[Tensor, dict[str, Any]]],
+    kept: str | Path | None,
+    device: str,
+    precision: str,
+    overwrite: bool,
+) -> dict[str, Any] | None:
+    for name, value in (("data.root", data.root), ("data.val-root", data.val_root)):
+        if not value:
+            raise UserError(f"--{name} is missing; pass a folder with a folder for each class.")
+    if not 0 < data.crop <= 1:
+        raise UserError(f"--data.crop is {data.crop}; it has to be above 0 and at most 1.")
+    if data.batch_size < 1 or data.workers < 0:
+        raise UserError("--data.batch-size has to be at least 1, and --data.workers 0 or more.")
+    if output.suffix != ".json":
+        raise UserError(f"--output {output} has to end in .json.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
+    folder = Path(kept) if kept else output.absolute().parent / "features"
+    world = World.from_environment()
+    with Processes(world, lambda: choose_device(device, world)) as processes:
+        if precision == "auto":
+            precision = "bf16" if processes.device.type == "cuda" else "fp32"
+        with processes.agreed():
+            network, run = load_encoder(checkpoint)
+        network = network.to(processes.device)
+        train, held_out = (
+            _features(network, run, data, option, folder, PRECISIONS[precision], processes)
+            for option in ("data.root", "data.val_root")
+        )
+
+        def result() -> dict[str, Any]:
+            facts = {"task": task, "checkpoint": str(checkpoint), "precision": precision}
+            facts |= {"root": data.root, "val_root": data.val_root, "crop": data.crop}
+            return _result(facts, train, held_out, classify, output, processes.device)
+
+        found = processes.from_main(result)
+        return found if world.is_main else None
+
+
+def _features(
+    network: GreenMIM,
+    run: dict[str, Any],
+    data: LabelledData,
+    option: str,
+    folder: Path,
+    precision: torch.dtype,
+    processes: Processes,
+) -> Features:
+    """Those that were kept, or computed and kept. A collective."""
+    device, is_main = processes.device, processes.world.is_main
+    trained = run.get("data", {})
+    config = DataConfig(
+        root=data.root,
+        val_root=data.val_root,
+        max_pixels=data.max_pixels,
+        mean=tuple(trained.get("mean", IMAGENET_MEAN)),
+        std=tuple(trained.get("std", IMAGENET_STD)),
+    )
+    source = processes.from_main(lambda: find_labelled(config, option))
+    images = LabelledImages(source, config, network.config.image_hw, data.crop)
+    path, found = None, None
+    if is_main:
+        path = folder / f"{key_of(network, images, precision)}.safetensors"
+        found = load_features(path)
+    if not processes.from_main(lambda: found is not None):
+        in_loader = finishes_in_loader(config, device)
+        finish = Finish(config, "cpu" if in_loader else device)
+        collate = LabelledCollate(network.planner, finish if in_loader else None)
+        later = None if in_loader else finish
+        sweep = Sweep(images, collate, data.batch_size, data.workers, later, processes)
+        autocast = functools.partial(
+            torch.autocast, device.type, precision, enabled=precision != torch.float32
+        )
+        with tqdm(
+            total=len(images), desc=source.root, unit="img", disable=None if is_main else True
+        ) as bar:
+            found = extract(sweep, network, autocast, progress=bar.update)
+        if is_main:
+            try:
+                save_features(found, path)
+            except OSError as error:
+                _tell(f"the features are not kept: {path} cannot be written: {error.strerror}")
+    if is_main:
+        for note in source.notes():
+            _tell(note)
+        for name, reason in found.failures[:_NAMED]:
+            _tell(f"cannot read {name} ({reason}); it is left out")
+        if len(found.failures) > _NAMED:
+            _tell(f"and {len(found.failures) - _NAMED} more of {source.root} cannot be read")
+        if found.without_label:
+            _tell(f"{found.without_label} images of {source.root} have no class and are left out")
+    return found
+
+
+def _result(
+    facts: dict[str, Any],
+    train: Features,
+    held_out: Features,
+    classify: Callable[..., tuple[Tensor, dict[str, Any]]],
+    output: Path,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Classify, write the file and the picture; what is in the file."""
+    classes = accuracy.classes_of(train.labels)
+    if unknown := sorted(set(held_out.labels) - set(classes)):
+        count = sum(label not in classes for label in held_out.labels)
+        _tell(
+            f"--data.root has no class {listed(unknown[:5], 'or')}{' ...' * (len(unknown) > 5)}:"
+            f" {count} images of --data.val-root cannot be right"
+        )
+    labels, answers = (
+        torch.tensor([classes.get(name, -1) for name in some.labels]).to(device)
+        for some in (train, held_out)
+    )
+    try:
+        scores, how = classify(
+            train.values.to(device), labels, held_out.values.to(device), answers, len(classes)
+        )
+        found = accuracy.measure(scores, answers)
+    except ValueError as error:
+        raise UserError(f"{first_line(error)}.".capitalize()) from error
+    result = {
+        **facts,
+        "top1": found.top1,
+        "top5": found.top5,
+        "images": len(answers),
+        "train_images": len(labels),
+        "classes": len(classes),
+        **how,
+        "by_class": accuracy.by_class(found.confusion, list(classes)),
+        "unreadable": [name for name, _ in train.failures + held_out.failures],
+        "greenmim": greenmim.__version__,
+    }
+    title = f"{facts['task']}, top-1 {100 * found.top1:.1f} %"
+    try:
+        accuracy.draw(found.confusion, list(classes), title, picture_of(output))
+        accuracy.save(result, output)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
+    return result
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)

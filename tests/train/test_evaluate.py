@@ -1,0 +1,412 @@
+"""kNN and the linear probe: against scikit-learn, on labels of every kind of source, as commands
+and while a run is watched."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from crew import command, losses, records, run_crew
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from tar_files import encoded, name_of, source_of, write_tar
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import greenmim
+from greenmim.checkpoint import convert_checkpoint
+from greenmim.cli import main
+from greenmim.config import MODELS, ModelConfig
+from greenmim.evaluation.accuracy import by_class, measure, table
+from greenmim.evaluation.classifiers import knn_scores, linear_probe
+from greenmim.evaluation.features import load_features
+from greenmim.guards import UserError
+from greenmim.initial import config_of
+from greenmim.mim import GreenMIM
+from greenmim.tools import evaluate
+from greenmim.tools.loading import load_encoder, load_model
+from greenmim.training.sweep import Sweep
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+
+def coloured(folder: Path, each: int, first: int = 0) -> Path:
+    """Noisy pictures of three colours in class folders."""
+    rng = np.random.default_rng(first)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = np.clip(rng.normal(colour, 30, (60, 50, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{first + number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("labelled")
+    return coloured(folder / "train", 6), coloured(folder / "val", 3, first=50)
+
+
+@pytest.fixture
+def options(finished_run, labelled, tmp_path) -> list[str]:
+    train, val = labelled
+    return [
+        *("--checkpoint", str(finished_run / "checkpoints" / "last.pth"), "--device", "cpu"),
+        *("--data.root", str(train), "--data.val-root", str(val), "--data.workers", "0"),
+        *("--output", str(tmp_path / "found.json")),
+    ]
+
+
+def found(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "found.json").read_text())
+
+
+def clusters(images: int, seed: int, classes: int = 7, width: int = 16, spread: float = 2.0):
+    """Features of images around a centre for each class, and their classes."""
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (images,), generator=draw)
+    noise = torch.randn(images, width, generator=draw)
+    return centres[labels] + spread * noise + 3, labels
+
+
+# ---- the classifiers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (200, 1.0)])
+def test_knn_is_that_of_scikit_learn(k, temperature, monkeypatch):
+    monkeypatch.setattr("greenmim.evaluation.classifiers._AT_ONCE", 300 * 11)  # in pieces
+    train, labels = clusters(300, 0)
+    features, answers = clusters(90, 1)
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", weights=lambda distance: np.exp(-distance / temperature)
+    ).fit(train.double().numpy(), labels.numpy())
+    expected = theirs.predict_proba(features.double().numpy())
+    scores = knn_scores(train, labels, features, 7, k, temperature)
+    np.testing.assert_allclose(scores.exp(), expected, atol=2e-5)
+    top1 = theirs.score(features.double().numpy(), answers.numpy())
+    assert measure(scores, answers).top1 == pytest.approx(top1) and 0.2 < top1 < 0.95
+
+
+def test_each_image_is_told_by_the_others():
+    train, labels = clusters(60, 2)
+    scores = knn_scores(train, labels, None, 7, k=5)
+    for number in range(60):
+        rest = torch.arange(60) != number
+        alone = knn_scores(train[rest], labels[rest], train[number : number + 1], 7, k=5)
+        torch.testing.assert_close(scores[number], alone[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="k is 60 and there are 59 neighbours"):
+        knn_scores(train, labels, None, 7, k=60)
+
+
+def test_the_probe_is_as_good_as_scikit_learns_regression():
+    train, labels = clusters(1500, 3)
+    features, answers = clusters(1000, 4)
+    mean, deviation = train.mean(0), train.std(0)
+    theirs = LogisticRegression(C=1e4, max_iter=2000).fit((train - mean) / deviation, labels)
+    expected = theirs.score((features - mean) / deviation, answers)
+    scores, rates, best = linear_probe(train, labels, features, answers, 7, epochs=60)
+    assert measure(scores, answers).top1 == best.top1 == pytest.approx(expected, abs=0.015)
+    assert expected > 0.55 and best in rates and len({rate.top1 for rate in rates}) > 1
+    # The answers choose nothing.
+    wrong = (answers + 1) % 7
+    again, _, same = linear_probe(train, labels, features, wrong, 7, epochs=60)
+    assert torch.equal(again, scores) and same.lr == best.lr and same.top1 < 0.3
+
+
+def test_the_probe_of_a_few_images_and_of_one_batch_of_one():
+    train, labels = torch.randn(3, 8), torch.tensor([0, 1, 0])
+    scores, rates, _ = linear_probe(train, labels, train, labels, 2, epochs=5, batch_size=2)
+    assert scores.isfinite().all() and len(rates) == 8
+    with pytest.raises(ValueError, match="at least 2"):
+        linear_probe(train[:1], labels[:1], train, labels, 2)
+
+
+def test_accuracies_by_hand():
+    no = -math.inf
+    scores = torch.tensor([[0.9, 0.1, no], [0.1, 0.9, no], [0.6, 0.4, no], [0.3, 0.7, no]])
+    accuracy = measure(scores, torch.tensor([0, 1, 1, 2]))
+    assert (accuracy.top1, accuracy.top5) == (0.5, 0.75)  # nobody voted for the last one's class
+    assert accuracy.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
+    unknown = measure(scores, torch.tensor([0, 1, 1, -1]))
+    assert unknown.top1 == 0.5 and unknown.confusion.sum() == 3
+    rows = by_class(accuracy.confusion, ["a", "b", "c"])
+    assert rows[1] == {"class": "b", "images": 2, "top1": 0.5, "taken_for": "a", "taken": 1}
+    assert [line.split()[0] for line in table(rows).splitlines()] == ["class", "c", "b", "a"]
+    assert "2 more" in table(rows, most=1)
+
+
+# ---- labels -------------------------------------------------------------------------------------
+
+
+def labels_of(source) -> list[str | None]:
+    return [source.label(index) for index in range(len(source))]
+
+
+def test_labels_of_folders_and_tars(photos, tar, tmp_path):
+    assert labels_of(source_of(str(photos))) == [None, None, "cats", "cats", "dogs", "dogs"]
+    assert labels_of(source_of(str(tar))) == [f"class{n % 3}" for n in range(12)]
+    below = {f"./set/train/{'ab'[n % 2]}/{name_of(n)}": encoded(n) for n in range(4)}
+    source = source_of(str(write_tar(tmp_path / "below.tar", below)))
+    assert labels_of(source) == ["a", "b", "a", "b"]
+    for part in "xy":
+        write_tar(tmp_path / "parts" / f"{part}.tar", {name_of(n): encoded(n) for n in range(2)})
+    assert labels_of(source_of(f"tar/{tmp_path}/parts")) == ["x", "x", "y", "y"]
+    inner = {f.name: f.read_bytes() for f in sorted((tmp_path / "parts").iterdir())}
+    nested = source_of(str(write_tar(tmp_path / "nested.tar", inner)))
+    assert labels_of(nested) == ["x", "x", "y", "y"]
+    assert labels_of(source_of(str(tmp_path / "parts" / "x.tar"))) == [None, None]
+
+
+def test_labels_of_shards(shards, tmp_path):
+    assert labels_of(source_of(f"wds/{shards}/train-{{0..3}}.tar")) == ["7"] * 12
+    write_tar(tmp_path / "s-0.tar", {"0.cls": b" 3\n", "0.png": encoded(0), "1.png": encoded(0)})
+    assert labels_of(source_of(f"wds/{tmp_path}/s-0.tar")) == ["3", None]
+
+
+def test_labels_and_splits_of_hugging_face(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for number in range(6):
+        folder = tmp_path / "hub" / ("train" if number < 4 else "test") / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name_of(number)).write_bytes(encoded(number))
+    train, test = (source_of(f"hfds/{tmp_path}/hub{split}") for split in ("", ":test"))
+    assert sorted(labels_of(train)) == ["class0", "class0", "class1", "class1"]
+    assert sorted(labels_of(test)) == ["class0", "class1"]
+    assert train.fingerprint() != test.fingerprint()
+
+
+def test_a_fingerprint_changes_where_images_do(tmp_path):
+    folder = coloured(tmp_path / "some", 2)
+    first = source_of(str(folder)).fingerprint()
+    assert source_of(str(folder)).fingerprint() == first
+    Image.new("RGB", (9, 9)).save(folder / "red" / "0.png")
+    second = source_of(str(folder)).fingerprint()
+    (folder / "red" / "0.png").rename(folder / "red" / "9.png")
+    assert len({first, second, source_of(str(folder)).fingerprint()}) == 3
+
+
+# ---- the commands -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "more"), [("knn", ["--k", "3"]), ("probe", ["--epochs", "30"])])
+def test_colours_are_told_apart(task, more, options, tmp_path, capsys):
+    assert main([task, *options, *more]) == 0
+    result = found(tmp_path)
+    assert result["top1"] == result["top5"] == 1.0
+    assert (result["images"], result["train_images"], result["classes"]) == (9, 18, 3)
+    assert {row["class"]: row["images"] for row in result["by_class"]} == dict.fromkeys(COLOURS, 3)
+    assert result["k"] == 3 if task == "knn" else result["lr"] in [r["lr"] for r in result["rates"]]
+    said = capsys.readouterr().out
+    assert "top-1 100.00 %" in said and f"wrote {tmp_path}/found.json" in said
+    with Image.open(tmp_path / "found.png") as picture:
+        assert picture.width > 300
+
+
+def test_features_are_kept_until_weights_or_images_change(options, tmp_path, monkeypatch, capsys):
+    assert main(["knn", *options, "--k", "3"]) == 0
+    first = found(tmp_path)
+    counted = []
+    real = Sweep.run
+
+    def run(self, *arguments):
+        counted.append(len(self.images))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Sweep, "run", run)
+    assert main(["knn", *options, "--k", "3"]) == 2
+    assert "is there already; add --overwrite" in capsys.readouterr().err
+    assert main(["knn", *options, "--k", "3", "--overwrite"]) == 0 and not counted
+    assert found(tmp_path) == first
+    # One file is damaged, then images are taken otherwise.
+    kept = sorted((tmp_path / "features").iterdir())
+    kept[0].write_bytes(kept[0].read_bytes()[:-5])
+    assert load_features(kept[0]) is None
+    assert main(["knn", *options, "--k", "3", "--overwrite"]) == 0 and len(counted) == 1
+    assert main(["knn", *options, "--k", "3", "--overwrite", "--data.crop", "1"]) == 0
+    assert sorted(counted[1:]) == [9, 18]
+    elsewhere = ["--features", str(tmp_path / "elsewhere"), "--overwrite"]
+    assert main(["knn", *options, "--k", "3", *elsewhere]) == 0 and len(counted) == 5
+
+
+def test_what_cannot_be_read_or_has_no_class_is_left_out_and_said(
+    options, finished_run, labelled, tmp_path, capsys
+):
+    train = coloured(tmp_path / "train", 4)
+    (train / "red" / "0.png").write_bytes(b"no picture")
+    Image.new("RGB", (9, 9)).save(train / "lost.png")
+    (tmp_path / "val" / "violet").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "val" / "violet" / "0.png")
+    (tmp_path / "val" / "red").symlink_to(labelled[1] / "red")
+    places = ["--data.root", str(train), "--data.val-root", str(tmp_path / "val")]
+    assert main(["knn", *options, *places, "--k", "2"]) == 0
+    result, said = found(tmp_path), capsys.readouterr().err
+    assert result["train_images"] == 11 and result["images"] == 4
+    assert result["unreadable"] == [str(train / "red" / "0.png")]
+    assert "red/0.png (cannot identify image" in said and "left out" in said
+    assert f"1 images of {train} have no class and are left out" in said
+    assert "no class violet: 1 images of --data.val-root cannot be right" in said
+    assert result["top1"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--k", "19"], "K is 19 and there are 18 neighbours; take a smaller k."),
+        (["--k", "0"], "--k is 0; it has to be above 0."),
+        (["--data.root", "{flat}"], "--data.root {flat}: its images have no classes"),
+        (["--data.val-root", "{flat}"], "--data.val-root {flat}: its images have no classes"),
+        (["--data.val-root", "gone"], "There is no folder gone"),
+        (["--output", "{flat}/a.txt"], "has to end in .json"),
+        (["--output", "gone/a.json"], "there is no folder gone"),
+        (["--checkpoint", "gone.pth"], "There is no checkpoint gone.pth."),
+        (["--checkpoint", "{flat}/0.png"], "cannot be read"),
+        (["--data.crop", "1.5"], "--data.crop is 1.5"),
+    ],
+)
+def test_errors_are_told(changed, said, options, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (9, 9)).save(flat / "0.png")
+    changed = [word.format(flat=flat) for word in changed]
+    assert main(["knn", *options, *changed]) == 2
+    error = capsys.readouterr().err
+    assert said.format(flat=flat) in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_data_must_be_named(options, capsys):
+    place = options.index("--data.val-root")
+    without = options[:place] + options[place + 2 :]
+    assert main(["probe", *without]) == 2
+    assert "--data.val-root is missing" in capsys.readouterr().err
+
+
+def test_two_processes_find_what_one_does(options, tmp_path):
+    more = ["--k", "3", "--data.batch-size", "2"]
+    assert main(["knn", *options, *more, "--features", str(tmp_path / "one")]) == 0
+    first = found(tmp_path)
+    apart = ["--overwrite", "--features", str(tmp_path / "two")]
+    said = run_crew(["knn", *options, *more, *apart], 2, tmp_path / "outputs")
+    assert found(tmp_path) == first and said.count("top-1") == 1
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert [file.name for file in one] == [file.name for file in two]
+    for a, b in zip(one, two, strict=True):
+        a, b = load_features(a), load_features(b)
+        assert a.labels == b.labels
+        torch.testing.assert_close(a.values, b.values, rtol=1e-5, atol=1e-5)
+
+
+# ---- whose encoder ------------------------------------------------------------------------------
+
+
+def test_an_embedding_is_the_mean_of_timms_features():
+    config = ModelConfig(image_size=64, window_size=2, embed_dim=16, depths=(2, 2, 2, 2),
+                         num_heads=(1, 2, 4, 8), decoder_dim=32, decoder_heads=2)  # fmt: skip
+    model = GreenMIM(config).double().eval()
+    theirs = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=16, num_classes=0,
+        depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8),
+    ).double().eval()  # fmt: skip
+    theirs.load_state_dict(convert_checkpoint(model.state_dict(), "greenmim", "timm"))
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = config.norm_eps
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(images), theirs(images), rtol=1e-9, atol=1e-9)
+        whole = model.plan(np.ones(4, dtype=bool))
+        assert torch.equal(model.embed(images, whole), model.embed(images))
+    with pytest.raises(ValueError, match=r"\[B, 3, 64, 64\]"):
+        model.embed(images[..., :32])
+
+
+def test_whoever_wrote_the_file_the_features_are_the_same(finished_run, tmp_path):
+    path = finished_run / "checkpoints" / "last.pth"
+    exported = tmp_path / "encoder.safetensors"
+    assert main(["export", "--checkpoint", str(path), "--output", str(exported)]) == 0
+    model, run = load_model(path)
+    images = torch.rand(2, 3, *model.config.image_hw)
+    expected = model.eval().embed(images)
+    for file in (path, exported):
+        other, facts = load_encoder(file)
+        assert other.config.image_hw == model.config.image_hw
+        assert torch.equal(other.eval().embed(images), expected)
+        assert facts["data"]["mean"] == run["data"]["mean"]
+    # Weights alone do not say that images were 96 x 64.
+    images, found = torch.rand(2, 3, 64, 64), []
+    for kind in ("official", "greenmim", "timm"):
+        weights = convert_checkpoint(model.state_dict(), "greenmim", kind)
+        torch.save({"model": weights}, tmp_path / "weights.pth")
+        other, facts = load_encoder(tmp_path / "weights.pth")
+        assert facts == {}
+        found.append(other.eval().embed(images))
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[2], found[0], rtol=1e-3, atol=1e-3)  # with timm's epsilon
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    weights[table] = torch.zeros(15, 1)
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="its windows are not square"):
+        load_encoder(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("kind", ["timm", "official", "greenmim"])
+def test_sizes_are_known_from_weights_alone(name, kind, tmp_path):
+    if "large" in name or "base" in name and "14" not in name:
+        pytest.skip("as large ones of the same kind")
+    model = greenmim.create_model(name)
+    weights = convert_checkpoint(model.state_dict(), "greenmim", kind)
+    torch.save(weights, tmp_path / "weights.pth")
+    found, own = config_of(tmp_path / "weights.pth"), model.config
+    assert found.norm_eps == (1e-5 if kind == "timm" else 1e-6)
+    for field in ("window_size", "embed_dim", "depths", "num_heads"):
+        assert tuple(np.atleast_1d(getattr(found, field))) == tuple(
+            np.atleast_1d(getattr(own, field))
+        )
+    assert found.image_hw == (224, 224)
+
+
+# ---- while a run is watched ---------------------------------------------------------------------
+
+
+def test_a_run_is_watched_and_goes_its_way(tiny, photos, labelled, tmp_path, capsys):
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    assert main(command(tiny, photos, plain)) == 0
+    more = ("--data.probe-root", str(labelled[0]), "--log.probe-every-epochs", "1")
+    assert main(command(tiny, photos, watched, *more)) == 0
+    assert losses(plain) == losses(watched)
+    rows = records(watched, "knn")
+    assert [row["step"] for row in rows] == [4, 8]
+    assert all(row["images"] == 18 and row["k"] == 17 for row in rows)
+    assert all(0 <= row["top1"] <= row["top5"] == 1 for row in rows)
+    assert "17 nearest neighbours top1" in capsys.readouterr().out
+    board = EventAccumulator(str(watched / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("knn/top1")] == [4, 8]
+    nowhere = command(tiny, photos, tmp_path / "none", "--data.probe-root", str(photos / "cats"))
+    assert main(nowhere) == 2
+    assert "its images have no classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_find_what_one_does_while_they_train(strategy, resumable, labelled, tmp_path):
+    more = ("--data.probe-root", str(labelled[0]), "--log.probe-every-epochs", "1")
+    more += ("--strategy", strategy)
+    found = []
+    for size in (1, 2):
+        run_crew(resumable(f"run{size}", size, *more), size, tmp_path / "outputs")
+        found.append([row["top1"] for row in records(tmp_path / f"run{size}", "knn")])
+    assert found[0] == pytest.approx(found[1], abs=0.06) and len(found[0]) == 2
+
+
+def test_a_picture_of_many_classes(tmp_path):
+    from greenmim.evaluation.accuracy import draw
+
+    draw(np.eye(200, dtype=np.int64), [str(n) for n in range(200)], "many", tmp_path / "many.png")
+    assert (tmp_path / "many.png").exists() and len(list(tmp_path.iterdir())) == 1
+    assert evaluate.picture_of("a/b.json") == Path("a/b.png")
