@@ -16,6 +16,7 @@ from tqdm import tqdm
 import greenmim
 from greenmim.data.dataset import Finish, finishes_in_loader
 from greenmim.data.labelled import LabelledCollate, LabelledImages, find_labelled
+from greenmim.encoders.swin import VisibleBlock
 from greenmim.evaluation import accuracy
 from greenmim.evaluation.classifiers import knn_scores, linear_probe
 from greenmim.evaluation.features import Features, extract, key_of, load_features, save_features
@@ -28,6 +29,7 @@ from greenmim.tools.loading import load_encoder
 from greenmim.training.processes import Processes
 from greenmim.training.startup import PRECISIONS, choose_device
 from greenmim.training.sweep import Sweep
+from greenmim_kernels.onednn import use_onednn
 
 # Named on stderr of those that cannot be read.
 _NAMED = 10
@@ -204,6 +206,8 @@ def _evaluate(
         with processes.agreed():
             network, run = load_encoder(checkpoint)
         network = network.to(processes.device)
+        if processes.device.type == "cpu" and precision == "fp32":
+            use_onednn(network, VisibleBlock)
         train, held_out = (
             _features(network, run, data, option, folder, PRECISIONS[precision], processes)
             for option in ("data.root", "data.val_root")

@@ -1,0 +1,213 @@
+"""What a small Swin learns on a CPU, and two questions: what docs/findings.md says, measured.
+
+    apt-get download openclipart-png && dpkg-deb -x openclipart-png_*.deb clip
+    python -m benchmarks.findings prepare --drawings clip/usr/share/openclipart/png --data data
+    python -m benchmarks.findings run --data data --runs runs/findings    # two hours of two cores
+
+The data are Debian's 8,000 drawings in folders, public domain. One in five of each folder is held
+out. Pre-training sees all others, without their labels; kNN and probe tell ten kinds of drawings by
+the folders' names. A run that was stopped goes on; rows that the result file has are not done again.
+
+Arms, each with three seeds:
+
+- `correct`: one mask for each batch, as the paper has it;
+- `published placement`: the decoder takes the latents of visible units in another order than theirs,
+  as the published code does: drawn anew for each mask;
+- `mask per image`: all images of a batch have masks of their own.
+
+`untrained` is the same network before its first update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from greenmim.config import ModelConfig
+from greenmim.guards import UserError
+from greenmim.mim import GreenMIM
+from greenmim.planning import Plan
+from greenmim.recipe import (
+    DataConfig,
+    LogConfig,
+    MaskConfig,
+    OptimConfig,
+    Recipe,
+    ScheduleConfig,
+)
+from greenmim.tools.evaluate import LabelledData, knn, probe
+from greenmim.training import startup, train
+from greenmim.training.log import read_log
+
+from .environment import describe, folder_of, processor, write_json
+
+# Kinds of drawings that their folder tells, with at most so many of each: three folders hold two
+# thirds of all.
+KINDS = (
+    "animals", "computer", "food", "people", "recreation", "shapes", "signs_and_symbols", "tools",
+    "transportation", "office",
+)  # fmt: skip
+MOST = 400
+HELD_OUT = 5  # one in so many
+SIDE = 160  # pixels of the shorter side: more than a crop needs
+SEEDS = (0, 1, 2)
+ARMS = ("correct", "published placement", "mask per image")
+MODEL = ModelConfig(
+    image_size=128, window_size=4, embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8),
+    decoder_dim=128, decoder_depth=2, decoder_heads=4,
+)  # fmt: skip
+
+
+class PublishedPlacement(GreenMIM):
+    """Latents of visible units at places of other visible units, by chance.
+
+    The published code looks up latents in the order of the noise that a mask was drawn from, while
+    they stand row by row.
+    """
+
+    def training_loss(self, images: Tensor, latent: Tensor, plan: Plan) -> Tensor:
+        return super().training_loss(images, self._mixed(latent), plan)
+
+    def decode(self, latent: Tensor, plan: Plan) -> Tensor:
+        return super().decode(self._mixed(latent), plan)
+
+    def _mixed(self, latent: Tensor) -> Tensor:
+        return latent[:, torch.randperm(latent.shape[1])]
+
+
+def prepare(drawings: pathlib.Path, data: pathlib.Path) -> None:
+    """Small copies on white: data/all to pre-train on, data/val of the same folders, and
+    data/labelled, data/labelled-val of ten kinds."""
+    labelled: dict[tuple[str, bool], int] = {}
+    names = [file.relative_to(drawings) for file in drawings.rglob("*.png")]
+    # By chance, and the same again.
+    names.sort(key=lambda name: hashlib.sha256(str(name).encode()).digest())
+    seen: dict[str, int] = {}
+    for name in names:
+        kind = name.parts[0]
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
+            picture = Image.open(drawings / name).convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture).convert("RGB")
+            factor = SIDE / min(picture.size)
+            size = [max(1, round(side * factor)) for side in picture.size]
+            if max(size) > 8 * SIDE:
+                continue
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
+            seen[kind] = seen.get(kind, 0) + 1
+            held_out = seen[kind] % HELD_OUT == 0
+            places = ["val" if held_out else "all"]
+            count = labelled.get((kind, held_out), 0)
+            if kind in KINDS and count < (MOST // HELD_OUT if held_out else MOST):
+                labelled[kind, held_out] = count + 1
+                places.append("labelled-val" if held_out else "labelled")
+            for place in places:
+                file = data / place / kind / f"{seen[kind]:05d}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(file, quality=92)
+
+
+def recipe_of(arm: str, seed: int, data: pathlib.Path, runs: pathlib.Path, epochs: int) -> Recipe:
+    return Recipe(
+        work_dir=str(runs / f"{arm.replace(' ', '-')}-{seed}"),
+        epochs=epochs,
+        seed=seed,
+        device="cpu",
+        model=MODEL,
+        data=DataConfig(root=str(data / "all"), val_root=str(data / "val"), batch_size=64,
+                        workers=1, crop_scale=(0.4, 1.0)),
+        mask=MaskConfig(per_image=arm == "mask per image"),
+        optim=OptimConfig(lr=1e-3),
+        schedule=ScheduleConfig(warmup_epochs=2),
+        log=LogConfig(tensorboard=False, pictures_every_epochs=None, val_every_epochs=epochs),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def model_of(arm: str) -> Iterator[None]:
+    """Inside, runs train the arm's model."""
+    startup.GreenMIM = PublishedPlacement if arm == "published placement" else GreenMIM
+    try:
+        yield
+    finally:
+        startup.GreenMIM = GreenMIM
+
+
+def measured(checkpoint: pathlib.Path, data: pathlib.Path) -> dict[str, float]:
+    """kNN and probe on ten kinds of drawings."""
+    places = LabelledData(str(data / "labelled"), str(data / "labelled-val"), workers=1)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [pathlib.Path(folder) / f"{name}.json" for name in ("knn", "probe")]
+        near = knn(checkpoint, places, outputs[0], device="cpu")
+        line = probe(checkpoint, places, outputs[1], device="cpu")
+    return {"knn": near["top1"], "probe": line["top1"], "images": near["images"]}
+
+
+def row_of(arm: str, seed: int, data: pathlib.Path, runs: pathlib.Path, epochs: int) -> dict:
+    """Train an arm and measure it; `untrained` ends before its first update."""
+    trained = arm != "untrained"
+    recipe = recipe_of(arm, seed, data, runs, epochs)
+    if not trained:
+        torch.manual_seed(seed)
+        checkpoint = pathlib.Path(recipe.work_dir) / "untrained.pth"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(GreenMIM(MODEL).state_dict(), checkpoint)
+        return {"arm": arm, "seed": seed, **measured(checkpoint, data)}
+    with model_of(arm):
+        result = train.pretrain(recipe, resume="auto")
+    if result.exit_code:
+        raise UserError(f"the run in {recipe.work_dir} ended with code {result.exit_code}")
+    log = read_log(pathlib.Path(recipe.work_dir) / "log.jsonl")
+    (loss,) = [record["loss"] for record in log if record["event"] == "val"]
+    found = measured(result.checkpoint, data)
+    return {"arm": arm, "seed": seed, "held_out_loss": loss, **found}
+
+
+def run(data: pathlib.Path, runs: pathlib.Path, epochs: int, out: pathlib.Path) -> None:
+    """All rows, each written when it is there."""
+    result = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    done = {(row["arm"], row["seed"]) for row in result["rows"]}
+    result["environment"] = describe(torch.get_num_threads())
+    result["recipe"] = dataclasses.asdict(MODEL) | {"epochs": epochs, "lr": 1e-3, "batch": 64}
+    for place in ("all", "val", "labelled", "labelled-val"):
+        result.setdefault("images", {})[place] = len(list((data / place).rglob("*.jpg")))
+    for seed in SEEDS:
+        for arm in ("untrained", *ARMS):
+            if (arm, seed) not in done:
+                result["rows"].append(row_of(arm, seed, data, runs, epochs))
+                write_json(out, result)
+                print(result["rows"][-1], flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("prepare")
+    first.add_argument("--drawings", type=pathlib.Path, required=True)
+    second = commands.add_parser("run")
+    second.add_argument("--runs", type=pathlib.Path, required=True)
+    second.add_argument("--epochs", type=int, default=40)
+    second.add_argument(
+        "--out", type=pathlib.Path, default=folder_of(processor()) / "findings.json"
+    )
+    for command in (first, second):
+        command.add_argument("--data", type=pathlib.Path, required=True)
+    options = parser.parse_args(argv)
+    if options.command == "prepare":
+        prepare(options.drawings, options.data)
+    else:
+        run(options.data, options.runs, options.epochs, options.out)
+
+
+if __name__ == "__main__":
+    main()
