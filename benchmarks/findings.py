@@ -2,17 +2,18 @@
 
     apt-get download openclipart-png && dpkg-deb -x openclipart-png_*.deb clip
     python -m benchmarks.findings prepare --drawings clip/usr/share/openclipart/png --data data
-    python -m benchmarks.findings run --data data --runs runs/findings    # two hours of two cores
+    python -m benchmarks.findings run --data data --runs runs/findings    # an hour of two cores
 
 The data are Debian's 8,000 drawings in folders, public domain. One in five of each folder is held
-out. Pre-training sees all others, without their labels; kNN and probe tell ten kinds of drawings by
-the folders' names. A run that was stopped goes on; rows that the result file has are not done again.
+out. Pre-training sees all others, without their labels; kNN and probe tell ten kinds of drawings
+by the folders' names. A run that was stopped goes on, and rows that are in the result file are not
+done again.
 
 Arms, each with three seeds:
 
 - `correct`: one mask for each batch, as the paper has it;
-- `published placement`: the decoder takes the latents of visible units in another order than theirs,
-  as the published code does: drawn anew for each mask;
+- `published placement`: the decoder takes the latents of visible units in another order than
+  theirs, as the published code does: drawn anew for each mask;
 - `mask per image`: all images of a batch have masks of their own.
 
 `untrained` is the same network before its first update.
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     first.add_argument("--drawings", type=pathlib.Path, required=True)
     second = commands.add_parser("run")
     second.add_argument("--runs", type=pathlib.Path, required=True)
-    second.add_argument("--epochs", type=int, default=40)
+    second.add_argument("--epochs", type=int, default=24)
     second.add_argument(
         "--out", type=pathlib.Path, default=folder_of(processor()) / "findings.json"
     )
