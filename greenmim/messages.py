@@ -19,9 +19,9 @@ from jsonargparse import ArgumentParser
 # Of `pretrain --help`: what a first run needs, and what most people change.
 NEEDED = ("config", "data.root", "work_dir", "resume", "dry_run")
 OFTEN = (
-    "epochs", "max_steps", "init", "data.val_root", "data.batch_size", "data.workers", "optim.lr",
-    "optim.accumulate", "mask.ratio", "mask_per_image", "model.image_size", "device", "precision",
-    "compile", "cuda_graph",
+    "epochs", "max_steps", "init", "data.val_root", "data.probe_root", "data.batch_size",
+    "data.workers", "optim.lr", "optim.accumulate", "mask.ratio", "mask_per_image",
+    "model.image_size", "device", "precision", "compile", "cuda_graph",
 )  # fmt: skip
 ONE, SEVERAL = {int: "a whole number", float: "a number"}, {int: "whole numbers", float: "numbers"}
 PLAIN = {bool: "true or false", str: "text", type(None): "null", **ONE}

@@ -25,7 +25,7 @@ class DataConfig:
 
     Args:
         root: Folder of images, nested in any way; class folders are fine and ignored. Or, by a
-            prefix: tar/FILE_OR_FOLDER, wds/SHARDS, hfds/DATASET.
+            prefix: tar/FILE_OR_FOLDER, wds/SHARDS, hfds/DATASET[:SPLIT].
         val_root: The same of held-out images, whose loss is measured with the same masks each time
             (see log.val_every_epochs); null measures none.
         probe_root: The same of labelled images, which are classified by their nearest neighbours
