@@ -8,10 +8,9 @@ import inspect
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import greenmim
 from greenmim import messages
@@ -65,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], typed: list[str], debug: bool) -> int:
     parser, subparser, function = build_parser(next(iter(arguments), ""))
     asked, topic = messages.asked_for_help(typed)
-    if arguments[:1] == ["pretrain"] and asked:
+    if asked and subparser is not None and arguments[0] != "pretrain":
+        print(messages.tool_help(subparser), end="")
+        return 0
+    if asked and subparser is not None:
         of_slurm = [field.name for field in dataclasses.fields(SlurmJob)]
         try:
             print(messages.help_text(subparser, topic, of_slurm), end="")
@@ -113,31 +115,8 @@ def _config_first(arguments: list[str]) -> list[str]:
     return ["pretrain", *configs, *rest]
 
 
-class _Formatter(DefaultHelpFormatter):
-    """Option names with dashes, as they are usually typed; line breaks of a text are kept."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(
-            textwrap.fill(
-                line, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-            )
-            for line in text.splitlines()
-        )
-
-    def _get_type_str(self, action: argparse.Action) -> str | None:
-        return None  # as Python writes it, that helps nobody; a wrong value is told in words
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        text = super()._format_action_invocation(action)
-        for option in action.option_strings:
-            text = text.replace(option, option.replace("_", "-"))
-        return text
-
-
 def _parser(**options: str) -> ArgumentParser:
-    return ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, formatter_class=_Formatter, **options
-    )
+    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
 
 
 def build_parser(command: str = "pretrain") -> tuple[ArgumentParser, ArgumentParser, Callable]:
@@ -197,11 +176,15 @@ def _pretrain_command() -> tuple[ArgumentParser, Callable]:
     add("--launcher", choices=("none", "slurm"), default="none", help=texts["launcher"])
     parser.add_class_arguments(SlurmJob, None, as_group=False)
     parser.add_class_arguments(Recipe, None, as_group=False)
-    groups = {f.name for f in dataclasses.fields(Recipe) if "Config" in str(f.type)}
-    for action in parser._actions:
-        if action.dest in groups:  # `--model FILE` and the like work, but only clutter the help
-            action.help = argparse.SUPPRESS
+    _hide_groups(parser, {f.name for f in dataclasses.fields(Recipe) if "Config" in str(f.type)})
     return parser, _pretrain
+
+
+def _hide_groups(parser: ArgumentParser, names: set[str]) -> None:
+    """`--model FILE` and the like work, but only clutter the help."""
+    for action in parser._actions:
+        if action.dest in names:
+            action.help = argparse.SUPPRESS
 
 
 def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
@@ -232,8 +215,8 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
 
     world = World.from_environment()
     job = SlurmJob(**job) if options.launcher == "slurm" else None
-    # A login node need not have the GPUs of the job.
-    on_gpu = job is not None and recipe.device != "cpu"
+    # A login node need not have the GPUs of the job, nor who asks what a run on one would be.
+    on_gpu = (job is not None or recipe.cuda_graph) and recipe.device != "cpu"
     device = torch.device("cuda") if on_gpu else choose_device(recipe.device, world)
     text, lines = dry_run(recipe, options.resume, device, job.processes if job else world.size)
     if world.is_main:
@@ -254,14 +237,15 @@ def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, C
         "images": {
             "nargs": "+",
             "required": True,
-            "help": "image files, or what --data.root names",
+            "help": "Image files, or what --data.root names.",
         },
-        "source": {"choices": KINDS, "help": "what the input is; a run's need not be named"},
-        "overwrite": {"action": "store_true", "help": "replace an output that is there"},
+        "source": {"choices": KINDS, "help": "What the input is; a run's need not be named."},
+        "overwrite": {"action": "store_true", "help": "Replace an output that is there."},
     }
     parser.add_function_arguments(tool, as_group=False, skip=set(by_hand))
     for name in by_hand.keys() & inspect.signature(tool).parameters.keys():
         parser.add_argument(f"--{name}", **by_hand[name])
+    _hide_groups(parser, {"data"})
 
     def run(_: ArgumentParser, options: Namespace) -> int:
         end_of_imports()

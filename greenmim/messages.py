@@ -235,14 +235,27 @@ def help_text(parser: ArgumentParser, topic: str | None, of_slurm: Sequence[str]
         "",
         textwrap.fill(parser.epilog, 80),
     ]
+    return _page(parser, chosen, "\n".join(epilog))
+
+
+def tool_help(parser: ArgumentParser) -> str:
+    """Of a command with few options: all of them, those that are needed first."""
+    options = [a for a in parser._actions if a.dest != "help" and a.help != argparse.SUPPRESS]
+    needed = [a for a in options if a.required or a.dest in ("data.root", "data.val_root")]
+    others = [a for a in options if a not in needed]
+    chosen = [("needed", needed), ("options", others)]
+    return _page(parser, [group for group in chosen if group[1]], "")
+
+
+def _page(parser: ArgumentParser, groups: list[tuple[str, list]], epilog: str) -> str:
     shown = argparse.ArgumentParser(
         usage=parser.usage,
         description=parser.description,
-        epilog="\n".join(epilog),
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    for title, actions in chosen:
+    for title, actions in groups:
         group = shown.add_argument_group(title)
         for action in actions:
             _show(group, action)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from greenmim.cli import build_parser, main
+from greenmim.cli import COMMANDS, build_parser, main
 from greenmim.guards import UserError
 from greenmim.presets import CONFIGS, preset_names, resolve_config
 from greenmim.recipe import DataConfig, OptimConfig, Recipe, ScheduleConfig
@@ -268,6 +268,12 @@ sys.exit(main())
 
 
 def test_each_command_has_help(capsys) -> None:
-    for command in ("reconstruct", "convert", "presets", "doctor"):
+    for command in COMMANDS:
         assert main([command, "--help"]) == 0
-        assert f"greenmim {command}" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert f"greenmim {command}" in text
+        assert not re.findall(r"--[a-z.]+_", text) and "False" not in text, text
+    assert main(["reconstruct", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--paste-visible {true,false}" in text and "(default: true)" in text
+    assert text.index("--images") < text.index("options:") < text.index("--seed")

@@ -195,6 +195,9 @@ def test_dry_run_says_it_all_and_writes_nothing(
     assert not (tmp_path / "run").exists()
     assert main([*argv, "--data.batch-size", "50"]) == 2
     assert "fewer than the 100" in capsys.readouterr().err
+    # Of a run that needs a GPU, wherever that is.
+    assert main([*argv, "--device", "auto", "--compile", "true", "--cuda-graph", "true"]) == 0
+    assert "on cuda in bfloat16" in capsys.readouterr().out
 
 
 TINY = ModelConfig(
