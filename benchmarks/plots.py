@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+import numpy as np
+
 from .tables import STUDIES, growth, measured_rows, stage_name
 
 NAMES = {
@@ -19,10 +21,43 @@ COLOURS = {
     "three-operators": "#8FD3BF", "naive": "#E69F00", "naive-compiled": "#D55E00",
     "padded-sdpa": "#CC79A7", "flex": "#0072B2", "varlen": "#999999", "xformers": "#555555",
 }  # fmt: skip
+FINDINGS_COLOURS = ("#999999", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 
 
 def draw(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
     """Draw everything that an operators.json holds; the files written."""
+    _settle()
+    figures = {"speedup": speedup, "memory": memory, "roofline": roofline, "growth": growing}
+    made = {name: make(result) for name, make in figures.items()}
+    return [file for name, figure in made.items() if figure for file in _save(figure, folder, name)]
+
+
+def draw_findings(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draw what a findings.json holds: top-1 by the number of labels; the files written."""
+    from matplotlib.figure import Figure
+
+    _settle()
+    figure = Figure(figsize=(8, 3.4))
+    panels = figure.subplots(1, 2, sharey=True)
+    arms = list(dict.fromkeys(row["arm"] for row in result["rows"]))
+    numbers = list(result["rows"][0]["top1"])
+    for axes, kind, title in zip(panels, ("knn", "probe"), ("kNN", "linear probe"), strict=True):
+        for shift, (arm, colour) in enumerate(zip(arms, FINDINGS_COLOURS, strict=False)):
+            rows = [row["top1"] for row in result["rows"] if row["arm"] == arm]
+            values = np.array([[100 * row[number][kind] for number in numbers] for row in rows])
+            spread = values.std(0, ddof=1) if len(rows) > 1 else None
+            places = np.arange(len(numbers)) + 0.04 * (shift - len(arms) / 2)
+            axes.errorbar(places, values.mean(0), spread, label=arm, color=colour, marker="o",
+                          capsize=3)  # fmt: skip
+        axes.set_xticks(range(len(numbers)), numbers)
+        axes.set(title=title, xlabel="labelled drawings of each kind")
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("top-1, %")
+    panels[0].legend(frameon=False, fontsize=9)
+    return _save(figure, folder, "findings")
+
+
+def _settle() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,16 +70,13 @@ def draw(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
             "figure.constrained_layout.use": True,
         }
     )
+
+
+def _save(figure, folder: pathlib.Path, name: str) -> list[pathlib.Path]:
     written = []
-    for name, make in (("speedup", speedup), ("memory", memory), ("roofline", roofline),
-                       ("growth", growing)):  # fmt: skip
-        figure = make(result)
-        if figure is None:
-            continue
-        for suffix, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
-            file = folder / f"{name}.{suffix}"
-            figure.savefig(file, **options)
-            written.append(file)
+    for suffix, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
+        written.append(folder / f"{name}.{suffix}")
+        figure.savefig(written[-1], **options)
     return written
 
 

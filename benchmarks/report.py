@@ -147,11 +147,21 @@ def _step_lines(result: dict) -> list[str]:
     return lines
 
 
+def findings_tables(results: pathlib.Path = RESULTS) -> str:
+    """The small runs of all devices."""
+    parts = []
+    for file in sorted(results.glob("*/findings.json")):
+        result = json.loads(file.read_text())
+        parts.append(f"{tables.where(result['environment'])}\n{tables.findings_table(result)}")
+    return "\n".join(parts)
+
+
 # Between which marks of which page stands what.
 GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"summary": summary_table},
     ROOT / "docs" / "benchmarks.md": {"measured": all_tables},
     ROOT / "docs" / "kernels.md": {"swap": swap_tables},
+    ROOT / "docs" / "findings.md": {"findings": findings_tables},
 }
 
 
@@ -263,12 +273,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.check:
         pages = {file: file.read_text() for file in GENERATED}
         return int(any(text != with_tables(text, GENERATED[file]) for file, text in pages.items()))
-    from .plots import draw
+    from .plots import draw, draw_findings
 
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         (folder / "report.md").write_text(page(folder))
         if (file := folder / "operators.json").exists():
             draw(json.loads(file.read_text()), folder)
+        if (file := folder / "findings.json").exists():
+            draw_findings(json.loads(file.read_text()), folder)
         for file in sorted(folder.glob("*.json")):
             if line := staleness(file.name, json.loads(file.read_text())):
                 print(line)

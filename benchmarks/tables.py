@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 
@@ -247,3 +248,29 @@ def _time(row: dict | None) -> str:
 def _three_digits(value: float) -> str:
     digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
     return f"{value:.{digits}f}"
+
+
+def findings_table(result: dict) -> str:
+    """What arms of the small runs learned: top-1 in percent by labels of each kind, as mean and
+    standard deviation over seeds."""
+    arms = list(dict.fromkeys(row["arm"] for row in result["rows"]))
+    numbers = list(result["rows"][0]["top1"])
+
+    def cell(values: list[float], scale: float, digits: int) -> str:
+        if not values:
+            return ""
+        mean = scale * statistics.fmean(values)
+        spread = scale * statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+    kinds = [(kind, number) for kind in ("knn", "probe") for number in numbers]
+    head = ["arm", "seeds", "held-out loss"]
+    head += [f"{'kNN' if kind == 'knn' else kind}, {number}" for kind, number in kinds]
+    text = _line(head) + _line(["---", *["---:"] * (len(head) - 1)])
+    for arm in arms:
+        rows = [row for row in result["rows"] if row["arm"] == arm]
+        losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+        found = [[row["top1"][number][kind] for row in rows] for kind, number in kinds]
+        cells = [cell(values, 100, 1) for values in found]
+        text += _line([arm, str(len(rows)), cell(losses, 1, 4), *cells])
+    return text

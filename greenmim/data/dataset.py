@@ -212,20 +212,18 @@ class AugmentedImages(Dataset):
         """
         failures: list[tuple[str, str]] = []
         index, stop = self._index(item), None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
-            for step in range(min(len(self), MAX_BAD_IN_A_ROW)):
-                candidate = self.source.stand_in(index, step)
-                try:
-                    sample = patiently(lambda chosen=candidate: self._read(chosen, item))
-                    failures += self.source.take_damaged()
-                    return sample._replace(failures=tuple(failures))
-                except Exception as error:  # decoders raise anything on a broken file
-                    path = self.source.path(candidate)
-                    if why := hopeless(error):
-                        stop = f"{path} cannot be read, for {why} ({one_line(error)})."
-                        break
-                    failures.append((path, one_line(error)))
+        for step in range(min(len(self), MAX_BAD_IN_A_ROW)):
+            candidate = self.source.stand_in(index, step)
+            try:
+                sample = patiently(lambda chosen=candidate: self._read(chosen, item))
+                failures += self.source.take_damaged()
+                return sample._replace(failures=tuple(failures))
+            except Exception as error:  # decoders raise anything on a broken file
+                path = self.source.path(candidate)
+                if why := hopeless(error):
+                    stop = f"{path} cannot be read, for {why} ({one_line(error)})."
+                    break
+                failures.append((path, one_line(error)))
         stop = stop or (
             f"No image can be read: {len(failures)} in a row under {self.source.root} failed;"
             f" the first is {failures[0][0]} ({failures[0][1]})."
@@ -242,7 +240,8 @@ class AugmentedImages(Dataset):
         draw = functools.partial(self.crop, item=item)
         reduce = self.config.decode == "reduced"
         file = self.source.open(index)
-        with named_chatter(lambda: self.source.path(index)):
+        with named_chatter(lambda: self.source.path(index)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
             crop = read_crop(file, self.image_size, draw, reduce, self.config.max_pixels)
         return Sample(item, *crop, ())
 

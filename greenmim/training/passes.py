@@ -54,11 +54,11 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
         blocks = [*model.encoder.blocks(), *model.decoder_blocks]
         if recipe.compile:
             # The blocks are one function to the compiler, which gives up a function after 8 graphs:
-            # for as many blocks, with and without gradients.
+            # for as many blocks, with and without gradients, and with everything visible.
             import torch._dynamo.config as dynamo  # seconds, which only who compiles need spend
 
             for name in ("recompile_limit", "accumulated_recompile_limit"):
-                setattr(dynamo, name, max(getattr(dynamo, name), 2 * len(blocks)))
+                setattr(dynamo, name, max(getattr(dynamo, name), 3 * len(blocks)))
         for block in blocks:
             if recipe.compile:  # by block: the hooks around it are Python
                 # Sizes differ from stage to stage and never else: each has a graph of its own.
