@@ -67,6 +67,7 @@ LABELS = (5, 20)  # of each kind, beside all
 HELD_OUT = 5  # one in so many
 SIDE = 160  # pixels of the shorter side: more than a crop needs
 SEEDS = (0, 1, 2)
+BATCH = 64
 ARMS = ("correct", "published placement", "mask per image")
 MODEL = ModelConfig(
     image_size=128, window_size=4, embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8),
@@ -130,7 +131,7 @@ def recipe_of(arm: str, seed: int, data: pathlib.Path, runs: pathlib.Path, epoch
         seed=seed,
         device="cpu",
         model=MODEL,
-        data=DataConfig(root=str(data / "all"), val_root=str(data / "val"), batch_size=64,
+        data=DataConfig(root=str(data / "all"), val_root=str(data / "val"), batch_size=BATCH,
                         workers=1, crop_scale=(0.4, 1.0)),
         mask=MaskConfig(per_image=arm == "mask per image"),
         optim=OptimConfig(lr=1e-3),
@@ -198,7 +199,7 @@ def run(
     result = json.loads(out.read_text()) if out.exists() else {"rows": []}
     done = {(row["arm"], row["seed"]) for row in result["rows"]}
     result["environment"] = describe(torch.get_num_threads())
-    result["recipe"] = dataclasses.asdict(MODEL) | {"epochs": epochs, "lr": 1e-3, "batch": 64}
+    result["recipe"] = dataclasses.asdict(MODEL) | {"epochs": epochs, "lr": 1e-3, "batch": BATCH}
     for place in ("all", "val", "labelled", "labelled-val"):
         result.setdefault("images", {})[place] = len(list((data / place).rglob("*.jpg")))
     for seed in seeds:
