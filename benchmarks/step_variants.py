@@ -16,8 +16,8 @@ from greenmim import GreenMIM, ModelConfig
 from greenmim.encoders.swin import VisibleBlock
 from greenmim.launch import World
 from greenmim.masking import random_visible
+from greenmim.processes import Processes
 from greenmim.training.passes import GraphedPasses, Passes, recompute_pointwise
-from greenmim.training.processes import Processes
 from greenmim_kernels.onednn import use_onednn
 
 from .naive_model import NaiveGreenMIM

@@ -1,1 +1,1 @@
-"""What the encoder has learned: features, and classifiers on them."""
+"""What is measured of a model besides training: held-out loss, features, classifiers on them."""

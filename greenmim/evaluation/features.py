@@ -17,8 +17,8 @@ from torch import Tensor
 from greenmim.checkpoint import save_safetensors
 from greenmim.data.labelled import LabelledImages
 from greenmim.data.loader import Batch
+from greenmim.evaluation.sweep import Sweep
 from greenmim.mim import GreenMIM
-from greenmim.training.sweep import Sweep
 
 # Changed when the same images and weights give other features.
 VERSION = 1

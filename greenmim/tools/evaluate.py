@@ -20,15 +20,15 @@ from greenmim.encoders.swin import VisibleBlock
 from greenmim.evaluation import accuracy
 from greenmim.evaluation.classifiers import knn_scores, linear_probe
 from greenmim.evaluation.features import Features, extract, key_of, load_features, save_features
+from greenmim.evaluation.sweep import Sweep
 from greenmim.guards import UserError, first_line
 from greenmim.launch import World
 from greenmim.messages import listed
 from greenmim.mim import GreenMIM
+from greenmim.processes import Processes
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from greenmim.tools.loading import load_encoder
-from greenmim.training.processes import Processes
 from greenmim.training.startup import PRECISIONS, choose_device
-from greenmim.training.sweep import Sweep
 from greenmim_kernels.onednn import use_onednn
 
 # Named on stderr of those that cannot be read.

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from greenmim.checkpoint import save_text
 from greenmim.guards import UserError
-from greenmim.training.processes import Processes
+from greenmim.processes import Processes
 
 # How long a command that was killed may need to be gone.
 SECONDS_TO_DIE = 2.0

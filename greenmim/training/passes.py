@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from greenmim.mim import GreenMIM
 from greenmim.planning import Plan
+from greenmim.processes import Processes
 from greenmim.recipe import Recipe
-from greenmim.training.processes import Processes
 
 # Passes before the one that is recorded: compilation, choice of algorithms, first use of libraries.
 WARM_UP = 3

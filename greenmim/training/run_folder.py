@@ -27,11 +27,11 @@ from greenmim.checkpoint import free_name, load_checkpoint, save_atomic, save_te
 from greenmim.config import ModelConfig
 from greenmim.data.sampler import EpochSampler
 from greenmim.guards import UserError, first_line
+from greenmim.processes import Processes
 from greenmim.recipe import CheckpointConfig, Recipe, flat
 from greenmim.sharded import load_sharded, save_sharded, sharded_sizes
 from greenmim.training.folder_lock import FolderLock, writing
 from greenmim.training.log import read_log
-from greenmim.training.processes import Processes
 
 RUN_FORMAT = "greenmim.pretrain"
 RUN_VERSION = 2

@@ -24,16 +24,17 @@ from greenmim.data.loader import Collate, Feed, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
 from greenmim.data.sources import find_source
 from greenmim.encoders.swin import VisibleBlock
+from greenmim.evaluation.sweep import Sweep
 from greenmim.flops import forward_flops
 from greenmim.guards import UserError, first_line
 from greenmim.initial import initialise
 from greenmim.launch import World
 from greenmim.masking import draw_visible
 from greenmim.mim import GreenMIM
+from greenmim.processes import Processes
 from greenmim.recipe import DataConfig, Recipe
 from greenmim.training.log import RunLog, check_trackers, make_trackers
 from greenmim.training.passes import GraphedPasses, Passes, distribute, make_optimizer
-from greenmim.training.processes import Processes
 from greenmim.training.run_folder import (
     Found,
     Progress,
@@ -44,7 +45,6 @@ from greenmim.training.run_folder import (
     read_run_checkpoint,
     restore_moments,
 )
-from greenmim.training.sweep import Sweep
 from greenmim_kernels import use_backend
 from greenmim_kernels.host_memory import keep_freed_memory
 from greenmim_kernels.onednn import use_onednn

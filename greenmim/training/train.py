@@ -27,16 +27,16 @@ import greenmim
 from greenmim.data.sampler import FORWARD, torch_seed
 from greenmim.evaluation.accuracy import neighbours_accuracy
 from greenmim.evaluation.features import extract
+from greenmim.evaluation.held_out import held_out_loss
 from greenmim.guards import EXIT_DIVERGED, StopSignal, UserError, exit_code_of, first_line, one_line
 from greenmim.launch import World
 from greenmim.mim import GreenMIM
 from greenmim.pictures import Album
+from greenmim.processes import LAG, Processes, Report, Reports
 from greenmim.recipe import Recipe
 from greenmim.training import run_folder
-from greenmim.training.held_out import held_out_loss
 from greenmim.training.log import RunLog, peak_memory_gib
 from greenmim.training.passes import whole_weights
-from greenmim.training.processes import LAG, Processes, Report, Reports
 from greenmim.training.profile import Profile
 from greenmim.training.startup import Run, choose_device, prepare, started
 

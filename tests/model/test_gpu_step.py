@@ -12,8 +12,8 @@ from torch._functorch import config as functorch_config
 from greenmim import GreenMIM, ModelConfig
 from greenmim.launch import World
 from greenmim.masking import random_visible
+from greenmim.processes import Processes, Reports
 from greenmim.training.passes import GraphedPasses, Passes
-from greenmim.training.processes import Processes, Reports
 
 UPDATES, BATCH = 6, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -25,12 +25,12 @@ from greenmim.config import MODELS, ModelConfig
 from greenmim.evaluation.accuracy import by_class, measure, table
 from greenmim.evaluation.classifiers import knn_scores, linear_probe
 from greenmim.evaluation.features import load_features
+from greenmim.evaluation.sweep import Sweep
 from greenmim.guards import UserError
 from greenmim.initial import config_of
 from greenmim.mim import GreenMIM
 from greenmim.tools import evaluate
 from greenmim.tools.loading import load_encoder, load_model
-from greenmim.training.sweep import Sweep
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from crew import Crew, wait_for
 
+from greenmim import processes
 from greenmim.data import dataset
-from greenmim.training import processes, run_folder
+from greenmim.training import run_folder
 from greenmim.training.run_folder import RunFolder, read_run_checkpoint
 
 

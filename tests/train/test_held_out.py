@@ -23,15 +23,15 @@ from greenmim.data.dataset import Finish
 from greenmim.data.held_out import HeldOutCollate, HeldOutImages, HeldOutSampler
 from greenmim.data.images import Folder
 from greenmim.data.sampler import Item
+from greenmim.evaluation.held_out import held_out_loss
+from greenmim.evaluation.sweep import Sweep
 from greenmim.launch import World
 from greenmim.mim import GreenMIM
+from greenmim.processes import Processes
 from greenmim.recipe import DataConfig, MaskConfig, Recipe
 from greenmim.tools.loading import load_model
 from greenmim.training import profile
-from greenmim.training.held_out import held_out_loss
-from greenmim.training.processes import Processes
 from greenmim.training.startup import training_flops
-from greenmim.training.sweep import Sweep
 from greenmim_kernels import use_backend
 
 SIZE = (96, 64)  # of the tiny run's images

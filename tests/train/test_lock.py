@@ -16,9 +16,9 @@ from crew import Crew, command, context, losses, wait_for
 from greenmim.cli import main
 from greenmim.guards import UserError
 from greenmim.launch import World
+from greenmim.processes import Processes
 from greenmim.recipe import CheckpointConfig
 from greenmim.training import folder_lock, run_folder
-from greenmim.training.processes import Processes
 from greenmim.training.run_folder import RunFolder
 
 ALONE = Processes(World(), torch.device("cpu"))

@@ -17,11 +17,11 @@ from greenmim import GreenMIM
 from greenmim.cli import main
 from greenmim.launch import World
 from greenmim.masking import random_visible
+from greenmim.processes import Processes
 from greenmim.recipe import DataConfig, Recipe
 from greenmim.training import passes
 from greenmim.training.log import read_log
 from greenmim.training.passes import GraphedPasses, Passes, distribute
-from greenmim.training.processes import Processes
 from greenmim.training.train import Trainer
 from greenmim_kernels import use_backend
 

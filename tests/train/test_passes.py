@@ -18,10 +18,10 @@ from greenmim import GreenMIM
 from greenmim.cli import main
 from greenmim.launch import World
 from greenmim.masking import random_visible
+from greenmim.processes import Processes, Reports
 from greenmim.recipe import DataConfig, Recipe
 from greenmim.training import passes
 from greenmim.training.passes import GraphedPasses, Passes, clip_gradients
-from greenmim.training.processes import Processes, Reports
 
 PARTS, UPDATES = 2, 3
 

@@ -13,9 +13,9 @@ import torch
 from greenmim.data.sampler import EpochSampler
 from greenmim.guards import UserError
 from greenmim.launch import World
+from greenmim.processes import Processes, Reports
 from greenmim.recipe import DataConfig, Recipe
 from greenmim.training.log import LogFile, RunLog, make_trackers, read_log
-from greenmim.training.processes import Processes, Reports
 
 CPU = torch.device("cpu")
 

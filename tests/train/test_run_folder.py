@@ -22,11 +22,11 @@ from greenmim.checkpoint import sync_folder
 from greenmim.cli import main
 from greenmim.guards import UserError
 from greenmim.launch import World
+from greenmim.processes import Processes
 from greenmim.recipe import CheckpointConfig, DataConfig, Recipe
 from greenmim.sharded import sharded_sizes
 from greenmim.training import run_folder
 from greenmim.training.log import LogFile, RunLog, cut_log, read_log
-from greenmim.training.processes import Processes
 from greenmim.training.run_folder import (
     Found,
     RunFolder,

@@ -11,7 +11,7 @@ from greenmim.data.dataset import Finish
 from greenmim.data.held_out import HeldOutImages, HeldOutSampler
 from greenmim.data.loader import Batch, Collate, Feed, make_loader
 from greenmim.mim import GreenMIM
-from greenmim.training.processes import Processes
+from greenmim.processes import Processes
 
 # Several processes ask one another so often, in batches, whether one was told to stop.
 ASK = 16

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from greenmim.data.loader import Batch
+from greenmim.evaluation.sweep import Sweep
 from greenmim.mim import GreenMIM, MIMOutput
-from greenmim.training.sweep import Sweep
 
 
 class HeldOutLoss(NamedTuple):
