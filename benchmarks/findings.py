@@ -167,7 +167,7 @@ def measured(checkpoint: pathlib.Path, data: pathlib.Path) -> dict[str, dict[str
         some = train.values[chosen], labels[chosen], val.values
         near = knn_scores(*some, len(classes), k=min(20, len(chosen)))
         line, *_ = linear_probe(*some, answers, len(classes))
-        top1 = [accuracy.measure(scores, answers).top1 for scores in (near, line)]
+        top1 = [accuracy.measure([scores], answers).top1 for scores in (near, line)]
         rows["all" if each == MOST else str(each)] = dict(zip(("knn", "probe"), top1, strict=True))
     return rows
 
@@ -187,9 +187,11 @@ def row_of(arm: str, seed: int, data: pathlib.Path, runs: pathlib.Path, epochs: 
     if result.exit_code:
         raise UserError(f"the run in {recipe.work_dir} ended with code {result.exit_code}")
     log = read_log(pathlib.Path(recipe.work_dir) / "log.jsonl")
-    (loss,) = [record["loss"] for record in log if record["event"] == "val"]
+    losses = [record["loss"] for record in log if record["event"] == "val"]
+    if not losses:
+        raise UserError(f"{recipe.work_dir} has no held-out loss: it was stopped there; remove it")
     found = measured(result.checkpoint, data)
-    return {"arm": arm, "seed": seed, "held_out_loss": loss, "top1": found}
+    return {"arm": arm, "seed": seed, "held_out_loss": losses[-1], "top1": found}
 
 
 def run(
@@ -197,8 +199,11 @@ def run(
 ) -> None:
     """All rows, each written when it is there."""
     result = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    environment = describe(torch.get_num_threads())
+    if result.get("environment", environment)["device"] != environment["device"]:
+        raise UserError(f"{out} is of another machine; take another file")
     done = {(row["arm"], row["seed"]) for row in result["rows"]}
-    result["environment"] = describe(torch.get_num_threads())
+    result["environment"] = environment
     result["recipe"] = dataclasses.asdict(MODEL) | {"epochs": epochs, "lr": 1e-3, "batch": BATCH}
     for place in ("all", "val", "labelled", "labelled-val"):
         result.setdefault("images", {})[place] = len(list((data / place).rglob("*.jpg")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -23,13 +24,16 @@ _TABLE = re.compile(r"encoder\.layers\.(\d+)\..*\.relative_position_bias_table")
 _FIXED = "decoder_pos_embed"
 
 
-def initialise(model: GreenMIM, path: str | Path) -> list[str]:
+def initialise(
+    model: GreenMIM, path: str | Path, weights: Mapping[str, Tensor] | None = None
+) -> list[str]:
     """Bring the weights of a checkpoint into a model.
 
     Args:
         model: On the CPU; its window and image size may be others than the checkpoint's.
         path: A checkpoint of this package (of a run, or exported), an official one, timm's Swin or
             Microsoft's, with Swin's order of patch merging.
+        weights: The state dict in it, where it was read before.
 
     Returns:
         What people should know, a line each: what was taken, what was interpolated, what is new.
@@ -39,7 +43,7 @@ def initialise(model: GreenMIM, path: str | Path) -> list[str]:
         ValueError: it cannot be read, or its encoder is of another model; the first difference is
             named. The model is as it was.
     """
-    weights = load_state_dict_file(path)
+    weights = load_state_dict_file(path) if weights is None else weights
     kind = kind_of(weights)
     found = convert_checkpoint(weights, source=kind, target="greenmim")
     found.pop(_FIXED, None)
@@ -67,16 +71,17 @@ def initialise(model: GreenMIM, path: str | Path) -> list[str]:
     return notes
 
 
-def config_of(path: str | Path) -> ModelConfig:
-    """The sizes of a checkpoint's encoder, from the shapes of its weights; the decoder's are ours.
+def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelConfig:
+    """The sizes of an encoder from the shapes of its weights; the decoder's are ours.
 
-    Images are as large as the last stage's window: a position table knows no more. A file that
-    `greenmim export` wrote says how large they were.
+    Args:
+        weights: A state dict of any kind that `initialise` takes.
+        facts: What its file says, as `safetensors_facts`: `greenmim export` writes how large images
+            were. Else they are as large as the last stage's window: a table knows no more.
 
     Raises:
-        FileNotFoundError, ValueError: as `initialise`.
+        ValueError: it is no Swin's.
     """
-    weights = load_state_dict_file(path)
     kind = kind_of(weights)
     encoder = convert_checkpoint(weights, source=kind, target="timm")
     depths: dict[int, int] = {}
@@ -85,13 +90,14 @@ def config_of(path: str | Path) -> ModelConfig:
     for name, tensor in encoder.items():
         if found := re.fullmatch(r"layers\.(\d)\.blocks\.(\d+)\.attn\.(\w+_table)", name):
             stage, block = int(found[1]), int(found[2])
+            if tensor.ndim != 2:
+                raise ValueError(f"its {name} has {tensor.ndim} axes, not 2")
             depths[stage] = max(depths.get(stage, 0), block + 1)
             sides[stage], heads[stage] = (math.isqrt(len(tensor)) + 1) // 2, tensor.shape[1]
             if (2 * sides[stage] - 1) ** 2 != len(tensor):
                 raise ValueError("its windows are not square; give the checkpoint of a run")
     if sorted(depths) != [0, 1, 2, 3] or "patch_embed.proj.weight" not in encoder:
         raise ValueError("it has not the four stages of a Swin")
-    facts = safetensors_facts(path)
     return ModelConfig(
         image_size=tuple(
             json.loads(facts.get("image_size", "null")) or [UNIT_PIXELS * sides[3]] * 2

@@ -185,8 +185,10 @@ class Source:
         return [index * len(self) // count for index in range(count)]
 
     def fingerprint(self) -> str:
-        """Differs where images do, in number, name, or the time of their files."""
-        found = hashlib.sha256()
+        """Differs where images or their labels may: by place, reader, number, files' times."""
+        place = os.path.abspath(self.root) if os.path.exists(self.root) else self.root
+        shards = None if self.shards is None else self.shards.tolist()
+        found = hashlib.sha256(repr((type(self).__name__, place, len(self), shards)).encode())
         for name in self.files():
             found.update(os.fsencode(name) + b"\0")
             with contextlib.suppress(OSError):  # of a URL, the name alone

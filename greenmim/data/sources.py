@@ -141,9 +141,11 @@ class Tars(Source):
         self.file_of = np.array(files, dtype=np.int32)
         self.offsets_and_sizes = np.array([offsets, sizes], dtype=np.int64).T
         self._opened = Opened(self._open_tar, _MOST_OPEN_TARS)
-        # What all names have in common says nothing of a class.
-        shared = os.path.commonprefix([os.fsdecode(name) for name in names])
+        # What the names of all that is in folders have in common says nothing of a class.
+        inside = [name for name in map(os.fsdecode, names) if "/" in name]
+        shared = os.path.commonprefix(inside)
         self._above_classes = shared.rpartition("/")[0] + "/" if "/" in shared else ""
+        self._named_by_tar = len(self.tars) > 1 and not inside
 
     def _open_tar(self, number: int) -> BinaryIO:
         return open(self.tars[number], "rb")
@@ -160,9 +162,10 @@ class Tars(Source):
         return io.BytesIO(self._opened.use(file, lambda opened: read_part(opened, offset, size)))
 
     def label(self, index: int) -> str | None:
-        """Its folder below what all have in common; else of several tars the name of its own."""
-        inside = first_folder(self.names[index].removeprefix(self._above_classes))
-        name = inside or (len(self.tars) > 1 and os.path.basename(self.tars[self.file_of[index]]))
+        """Its folder below what all have in common; of several tars without folders its tar."""
+        name = first_folder(self.names[index].removeprefix(self._above_classes))
+        if self._named_by_tar:
+            name = os.path.basename(self.tars[self.file_of[index]])
         return re.sub(r"\.tar$", "", name, flags=re.IGNORECASE) if name else None
 
     def files(self) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,45 +12,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from greenmim.checkpoint import save_text
-from greenmim.evaluation.classifiers import knn_scores
+from greenmim.evaluation.classifiers import knn_pieces
 from greenmim.evaluation.features import Features
 from greenmim.messages import columns
 
-# So many classes have their names on the picture.
-_NAMED = 60
+# So many classes have their names on the picture; of more than the other number none is drawn.
+_NAMED, _DRAWN = 60, 2000
 
 
 class Accuracy(NamedTuple):
-    """Of scores [m, K] and the true classes.
+    """Of scores and true classes.
 
     Attributes:
         top1, top5: shares of images, 0 to 1. A score of minus infinity is never among the first.
-        confusion: int64 [K, K], images of the class of a row taken for that of a column; those of a
-            class that nobody learned are missing.
+        confusion: images by (true class, class taken for); those of a class that nobody learned are
+            missing.
     """
 
     top1: float
     top5: float
-    confusion: np.ndarray
+    confusion: Counter[tuple[int, int]]
 
 
-def measure(scores: Tensor, answers: Tensor) -> Accuracy:
-    """Accuracy of scores float [m, K]; answers int64 [m], -1 for a class that nobody learned.
+def measure(pieces: Iterable[Tensor], answers: Tensor) -> Accuracy:
+    """The accuracy of scores.
 
-    Raises:
-        ValueError: there is nothing to measure.
+    Args:
+        pieces: float [b, K], whose rows follow one another.
+        answers: int64 [m], -1 for a class that nobody learned; at least one.
     """
-    if not len(scores):
-        raise ValueError("there is no image to classify")
-    classes = scores.shape[1]
-    known = answers >= 0
-    best = scores.topk(min(5, classes), 1)
-    hits = (best.indices == answers[:, None]) & (best.values > -torch.inf)
-    pairs = answers[known] * classes + best.indices[known, 0]
-    confusion = torch.bincount(pairs.cpu(), minlength=classes**2).view(classes, classes)
-    top1, top5 = (hits[:, :n].any(1).double().mean().item() for n in (1, 5))
-    return Accuracy(top1, top5, confusion.numpy())
+    confusion: Counter[tuple[int, int]] = Counter()
+    right, start = torch.zeros(2, dtype=torch.int64), 0
+    for scores in pieces:
+        wanted = answers[start : start + len(scores)]
+        start += len(scores)
+        best = scores.topk(min(5, scores.shape[1]), 1)
+        hits = (best.indices == wanted[:, None]) & (best.values > -torch.inf)
+        right += torch.stack([hits[:, :number].any(1).sum() for number in (1, 5)]).cpu()
+        confusion.update(zip(wanted.tolist(), best.indices[:, 0].tolist(), strict=True))
+    top1, top5 = (right.double() / len(answers)).tolist()
+    return Accuracy(top1, top5, Counter({pair: n for pair, n in confusion.items() if pair[0] >= 0}))
 
 
 def classes_of(labels: Iterable[str]) -> dict[str, int]:
@@ -66,25 +67,26 @@ def neighbours_accuracy(features: Features, k: int, device: torch.device) -> Acc
     """
     classes = classes_of(features.labels)
     labels = torch.tensor([classes[name] for name in features.labels], device=device)
-    scores = knn_scores(features.values.to(device), labels, None, len(classes), k)
-    return measure(scores, labels)
+    return measure(knn_pieces(features.values.to(device), labels, None, len(classes), k), labels)
 
 
-def by_class(confusion: np.ndarray, classes: list[str]) -> list[dict[str, Any]]:
+def by_class(accuracy: Accuracy, classes: Iterable[str]) -> list[dict[str, Any]]:
     """One row for each class: images, share that was right, what others are taken for."""
+    names = list(classes)
+    taken: list[Counter[int]] = [Counter() for _ in names]
+    for (wanted, found), count in accuracy.confusion.items():
+        taken[wanted][found] = count
     rows = []
-    for number, name in enumerate(classes):
-        taken = confusion[number].copy()
-        images, right = int(taken.sum()), int(taken[number])
-        taken[number] = 0
-        other = int(taken.argmax())
+    for number, name in enumerate(names):
+        images, right = taken[number].total(), taken[number].pop(number, 0)
+        ((other, count),) = taken[number].most_common(1) or [(None, 0)]
         rows.append(
             {
                 "class": name,
                 "images": images,
                 "top1": right / images if images else None,
-                "taken_for": classes[other] if taken[other] else None,
-                "taken": int(taken[other]),
+                "taken_for": None if other is None else names[other],
+                "taken": count,
             }
         )
     return rows
@@ -95,7 +97,7 @@ def table(rows: list[dict[str, Any]], most: int = 40) -> str:
     there = sorted((row for row in rows if row["images"]), key=lambda row: row["top1"])
     lines = [("class", "images", "right", "mostly taken for")]
     for row in there[:most]:
-        taken = f"{row['taken_for']} ({row['taken']})" if row["taken_for"] else ""
+        taken = f"{row['taken_for']} ({row['taken']})" if row["taken"] else ""
         lines.append((row["class"], str(row["images"]), f"{100 * row['top1']:.1f} %", taken))
     text = "\n".join(columns(lines))
     if len(there) > most:
@@ -103,24 +105,38 @@ def table(rows: list[dict[str, Any]], most: int = 40) -> str:
     return text
 
 
-def draw(confusion: np.ndarray, classes: list[str], title: str, path: Path) -> None:
+def draw(accuracy: Accuracy, classes: Iterable[str], title: str, path: Path) -> bool:
     """Draw which share of each class (row) is taken for which (column), as a PNG.
+
+    Of too many classes for a picture nothing is drawn.
+
+    Returns:
+        Whether it was drawn.
 
     Raises:
         OSError: it cannot be written.
     """
     from matplotlib.figure import Figure
 
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    side = min(max(4.0, 0.22 * len(classes) + 2.0), 15.0)
+    names = list(classes)
+    if len(names) > _DRAWN:
+        return False
+    shares = np.zeros((len(names), len(names)))
+    for pair, count in accuracy.confusion.items():
+        shares[pair] = count
+    shares /= np.maximum(shares.sum(1, keepdims=True), 1)
+    side = min(max(4.0, 0.22 * len(names) + 2.0), 15.0)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set(xlabel="taken for", ylabel="class", title=title)
-    if len(classes) <= _NAMED:
-        names = [name if len(name) <= 24 else f"{name[:21]}..." for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(classes)), names, fontsize=8)
+    if len(names) <= _NAMED:
+        # Names of folders may hold what is no text, or what looks like mathematics.
+        texts = [name.encode(errors="replace").decode() for name in names]
+        texts = [name if len(name) <= 24 else f"{name[:21]}..." for name in texts]
+        options = {"labels": texts, "fontsize": 8, "parse_math": False}
+        axes.set_xticks(range(len(names)), rotation=90, **options)
+        axes.set_yticks(range(len(names)), **options)
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -128,8 +144,4 @@ def draw(confusion: np.ndarray, classes: list[str], title: str, path: Path) -> N
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """Write a result as JSON, whole or not at all; OSError where it cannot be."""
-    save_text(json.dumps(result, indent=1) + "\n", path)
+    return True

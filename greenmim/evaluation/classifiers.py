@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 # Similarities that are held at a time.
 _AT_ONCE = 2**26
-# Of all images, so many have one for the choice of a learning rate.
+# One of so many images chooses a learning rate.
 _CHOOSING = 10
+
+
+def knn_pieces(
+    train: Tensor,
+    labels: Tensor,
+    features: Tensor | None,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Iterator[Tensor]:
+    """As `knn_scores`, a few images at a time: float32 [b, K], whose rows follow one another."""
+    leave_out = features is None
+    there = len(train) - leave_out
+    if k > there:
+        raise ValueError(f"k is {k} and there are {there} neighbours")
+    train = F.normalize(train.float(), dim=1)
+    features = train if leave_out else F.normalize(features.float(), dim=1)
+    rows = max(1, _AT_ONCE // len(train))
+    for start in range(0, len(features), rows):
+        part = features[start : start + rows].to(train.device)
+        similarity = part @ train.T
+        if leave_out:
+            number = torch.arange(len(part), device=train.device)
+            similarity[number, start + number] = -math.inf
+        nearest, index = similarity.topk(k, dim=1)
+        votes = (nearest / temperature).softmax(1)
+        found = votes.new_zeros(len(part), num_classes)
+        yield found.scatter_add_(1, labels[index], votes).log_()
 
 
 def knn_scores(
@@ -43,25 +72,7 @@ def knn_scores(
     Raises:
         ValueError: there are fewer neighbours than k.
     """
-    leave_out = features is None
-    there = len(train) - leave_out
-    if k > there:
-        raise ValueError(f"k is {k} and there are {there} neighbours; take a smaller k")
-    train = F.normalize(train.float(), dim=1)
-    features = train if leave_out else F.normalize(features.float(), dim=1)
-    scores = []
-    for start in range(0, len(features), rows := max(1, _AT_ONCE // max(len(train), 1))):
-        part = features[start : start + rows].to(train.device)
-        similarity = part @ train.T
-        if leave_out:
-            number = torch.arange(len(part), device=train.device)
-            similarity[number, start + number] = -math.inf
-        nearest, index = similarity.topk(k, dim=1)
-        votes = ((nearest - 1) / temperature).exp()  # at most 1: nothing overflows
-        votes = votes / votes.sum(1, keepdim=True)
-        found = votes.new_zeros(len(part), num_classes)
-        scores.append(found.scatter_add_(1, labels[index], votes))
-    return torch.cat(scores).log() if scores else train.new_zeros(0, num_classes)
+    return torch.cat(list(knn_pieces(train, labels, features, num_classes, k, temperature)))
 
 
 class Rate(NamedTuple):
@@ -91,12 +102,14 @@ def linear_probe(
     epochs: int = 100,
     batch_size: int = 256,
     seed: int = 0,
+    progress: Callable[[int], object] = lambda epochs: None,
 ) -> tuple[Tensor, list[Rate], Rate]:
     """A linear layer after batch norm on frozen features, for several learning rates in one pass.
 
-    Every rate trains two layers on the same batches: one without every tenth image of a class, on
-    which its accuracy is measured; one on all images. The first kind chooses the rate, so the
-    images to classify choose nothing. SGD with momentum 0.9 and a cosine to zero, no weight decay.
+    Every rate trains two layers on the same batches: one without a tenth of the images, spread over
+    the classes, on which its accuracy is measured; one on all images. The first kind chooses the
+    rate, so the images to classify choose nothing. The statistics of batch norm are those of all
+    images: features stay as they are. SGD with momentum 0.9 and a cosine to zero, no weight decay.
 
     Source: He et al., CVPR 2022 (arXiv 2111.06377), appendix A.1, with SGD in place of LARS.
 
@@ -106,10 +119,11 @@ def linear_probe(
         features: float [m, C] of images to classify.
         answers: int64 [m], their classes; -1 is of none.
         num_classes: K.
-        rates: learning rates, for any batch size.
+        rates: learning rates.
         epochs: passes over the features.
         batch_size: images of an update.
         seed: of the order and of which images choose.
+        progress: told of every epoch.
 
     Returns:
         Scores float32 [m, K] of the chosen rate, all rates, and the chosen one.
@@ -125,53 +139,60 @@ def linear_probe(
     by_class = mixed[labels[mixed].argsort(stable=True)]
     chooses = torch.zeros(len(train), dtype=torch.bool, device=device)
     chooses[by_class[_CHOOSING // 2 :: _CHOOSING] if len(train) > 5 else by_class[:1]] = True
+    variance, mean = torch.var_mean(train, 0, correction=0)
+    scale = (variance + 1e-6).rsqrt()
 
-    # Without momentum its statistics are the mean over all batches: features stay as they are.
-    norm = nn.BatchNorm1d(train.shape[1], eps=1e-6, momentum=None, affine=False).to(device)
-    # [2 R, C, K] and [2 R, 1, K]: first those that leave images out. Zero: nothing is drawn.
-    weight = torch.zeros(2 * count, train.shape[1], num_classes, device=device)
-    bias = torch.zeros(2 * count, 1, num_classes, device=device)
-    layers = [nn.Parameter(layer) for part in (weight, bias) for layer in part]
-    groups = [{"params": layers[i :: 2 * count], "lr": rates[i % count]} for i in range(2 * count)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, foreach=True)
+    # First those that leave images out. Zeros: nothing is drawn, and the problem is convex.
+    weight = torch.zeros(2 * count, train.shape[1], num_classes, device=device, requires_grad=True)
+    bias = torch.zeros(2 * count, 1, num_classes, device=device, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
     batches = -(-len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    lr = torch.tensor(rates * 2, device=device)
 
-    def scores_of(some: Tensor) -> Tensor:
-        """[b, C] -> [2 R, b, K]."""
-        weights, biases = torch.stack(layers[: 2 * count]), torch.stack(layers[2 * count :])
-        return torch.baddbmm(biases, norm(some).expand(2 * count, -1, -1), weights)
+    def scores_of(some: Tensor, layers: slice) -> Tensor:
+        """[b, C] -> [layers, b, K]."""
+        x = (some - mean) * scale
+        part = weight[layers]
+        return torch.baddbmm(bias[layers], x.expand(len(part), -1, -1), part)
 
     for _ in range(epochs):
-        order = torch.randperm(len(train), generator=draw).to(device)
-        for index in order.tensor_split(batches):
-            norm.train(len(index) > 1)
-            scores = scores_of(train[index])
-            wanted = labels[index].expand(2 * count, -1)
-            losses = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="none")
-            losses = losses.view(2 * count, -1)
+        for index in torch.randperm(len(train), generator=draw).to(device).tensor_split(batches):
+            losses = _losses(scores_of(train[index], slice(None)), labels[index])
             kept = (~chooses[index]).float().expand(count, -1)
             kept = torch.cat([kept, torch.ones_like(kept)])
             loss = (losses * kept).sum(1) / kept.sum(1).clamp(min=1)
             optimizer.zero_grad()
-            loss.sum().backward()
+            # A rate times the loss is that rate: momentum is linear in gradients.
+            (loss * lr).sum().backward()
             optimizer.step()
             schedule.step()
+        progress(1)
 
-    norm.eval()
     with torch.no_grad():
-        of_choosing = scores_of(train[chooses])[:count]
-        right = labels[chooses]
-        found = torch.cat([scores_of(some)[count:] for some in features.split(batch_size)], 1)
-    results = []
-    for number, lr in enumerate(rates):
-        results.append(
-            Rate(
-                lr,
-                (of_choosing[number].argmax(1) == right).double().mean().item(),
-                F.cross_entropy(of_choosing[number], right).item(),
-                (found[number].argmax(1) == answers).double().mean().item(),
-            )
+        right, loss, top1 = torch.zeros(3, count, device=device, dtype=torch.float64)
+        for index in chooses.nonzero()[:, 0].split(batch_size):
+            scores = scores_of(train[index], slice(count))
+            right += (scores.argmax(2) == labels[index]).sum(1)
+            loss += _losses(scores, labels[index]).sum(1)
+        for part, wanted in zip(features.split(batch_size), answers.split(batch_size), strict=True):
+            top1 += (scores_of(part, slice(count, None)).argmax(2) == wanted).sum(1)
+        number = int(chooses.sum())
+        columns = (
+            (right / number).tolist(),
+            (loss / number).tolist(),
+            (top1 / len(answers)).tolist(),
         )
-    best = max(range(count), key=lambda i: (results[i].choosing, -results[i].loss))
-    return found[best], results, results[best]
+        found = [Rate(*row) for row in zip(rates, *columns, strict=True)]
+        best = max(found, key=lambda rate: (rate.choosing, -rate.loss))
+        chosen = count + found.index(best)
+        parts = [
+            scores_of(part, slice(chosen, chosen + 1))[0] for part in features.split(batch_size)
+        ]
+    return torch.cat(parts), found, best
+
+
+def _losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropies [layers, b] of scores [layers, b, K]."""
+    wanted = labels.expand(len(scores), -1)
+    return F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from greenmim.checkpoint import save_safetensors
-from greenmim.data.labelled import LabelledImages
+from greenmim.data.labelled import UNREADABLE, LabelledImages
 from greenmim.data.loader import Batch
 from greenmim.evaluation.sweep import Sweep
 from greenmim.mim import GreenMIM
@@ -36,8 +36,8 @@ class Features(NamedTuple):
 
     values: Tensor
     labels: list[str]
-    without_label: int
-    failures: list[tuple[str, str]]
+    without_label: int = 0
+    failures: tuple[tuple[str, str], ...] = ()
 
 
 def extract(
@@ -52,28 +52,32 @@ def extract(
     None where a process was to `stop` meanwhile; `progress` is told of every batch.
     """
     processes = sweep.processes
-    values, labels, images = [], [], 0
+    values: list[Tensor] = []
+    labels: list[str] = []
+    without = 0
 
     def add(batch: Batch, counted: int) -> None:
-        nonlocal images
+        nonlocal without
         with autocast():
             found = model.embed(batch.images, batch.plan)[:counted].float().cpu()
-        known = [label is not None for label in batch.labels[:counted]]
+        own = batch.labels[:counted]
+        known = [label not in (None, UNREADABLE) for label in own]
         values.append(found[torch.tensor(known, dtype=torch.bool)])
-        labels.extend(label for label in batch.labels[:counted] if label is not None)
-        images += counted
+        labels.extend(label for label, has_one in zip(own, known, strict=True) if has_one)
+        without += own.count(None)
         progress(counted * processes.world.size)
 
     failures = sweep.run(model, add, stop)
     if failures is None:
         return None
-    parts = processes.collect(torch.cat(values))
-    others = processes.gather((labels, failures, images))
+    own = torch.cat(values)
+    values.clear()
+    parts = processes.collect(own)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else own[:0]
+    others = processes.gather((labels, without, failures))
+    named = dict.fromkeys(failure for _, _, part in others for failure in part)
     labels = [label for part, _, _ in others for label in part]
-    failures = list(dict.fromkeys(failure for _, part, _ in others for failure in part))
-    without = sum(count for _, _, count in others) - len(labels) - len(failures)
-    whole = torch.cat(parts) if parts else values[0][:0]
-    return Features(whole, labels, max(without, 0), failures)
+    return Features(whole, labels, sum(count for _, count, _ in others), tuple(named))
 
 
 def key_of(model: GreenMIM, images: LabelledImages, precision: torch.dtype) -> str:
@@ -82,9 +86,10 @@ def key_of(model: GreenMIM, images: LabelledImages, precision: torch.dtype) -> s
     for name, tensor in sorted(model.encoder.state_dict().items()):
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    how = (VERSION, images.image_size, images.share, images.mean, images.std, str(precision))
-    found.update(repr((*how, model.config.norm_eps, images.config.decode)).encode())
-    found.update(images.source.fingerprint().encode())
+    config = images.config
+    how = (images.image_size, images.share, config.max_pixels, config.decode, config.mean)
+    how = (VERSION, *how, config.std, str(precision), model.config.norm_eps)
+    found.update(f"{how} {images.source.fingerprint()}".encode())
     return found.hexdigest()[:16]
 
 
@@ -95,8 +100,7 @@ def load_features(path: Path) -> Features | None:
             kept = json.loads(file.metadata()["features"])
             numbers = file.get_tensor("labels").tolist()
             labels = [kept["classes"][number] for number in numbers]
-            failures = [tuple(failure) for failure in kept["failures"]]
-            return Features(file.get_tensor("values"), labels, kept["without_label"], failures)
+            return Features(file.get_tensor("values"), labels, kept["without_label"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
         return None
 
@@ -104,17 +108,18 @@ def load_features(path: Path) -> Features | None:
 def save_features(features: Features, path: Path) -> None:
     """Keep them in a file, which is whole or not there.
 
+    Those of files that could not be read are missing, and may be there the next time: nothing is
+    kept then.
+
     Raises:
         OSError: it cannot be written.
     """
+    if features.failures:
+        return
     classes = sorted(set(features.labels))
     number = {name: index for index, name in enumerate(classes)}
     labels = torch.tensor([number[label] for label in features.labels], dtype=torch.int32)
-    kept = {
-        "classes": classes,
-        "without_label": features.without_label,
-        "failures": features.failures,
-    }
+    kept = {"classes": classes, "without_label": features.without_label}
     os.makedirs(path.parent, exist_ok=True)
     save_safetensors(
         {"values": features.values, "labels": labels}, path, {"features": json.dumps(kept)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import greenmim
+from greenmim.checkpoint import save_text
 from greenmim.data.dataset import Finish, finishes_in_loader
-from greenmim.data.labelled import LabelledCollate, LabelledImages, find_labelled
+from greenmim.data.images import Source
+from greenmim.data.labelled import CROP, LabelledCollate, LabelledImages, find_labelled
 from greenmim.encoders.swin import VisibleBlock
-from greenmim.evaluation import accuracy
-from greenmim.evaluation.classifiers import knn_scores, linear_probe
+from greenmim.evaluation.accuracy import Accuracy, by_class, classes_of, draw, measure, table
+from greenmim.evaluation.classifiers import knn_pieces, linear_probe
 from greenmim.evaluation.features import Features, extract, key_of, load_features, save_features
 from greenmim.evaluation.sweep import Sweep
-from greenmim.guards import UserError, first_line
+from greenmim.guards import UserError, one_line
 from greenmim.launch import World
 from greenmim.messages import listed
 from greenmim.mim import GreenMIM
@@ -29,6 +33,7 @@ from greenmim.processes import Processes
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from greenmim.tools.loading import load_encoder
 from greenmim.training.startup import PRECISIONS, choose_device
+from greenmim.training.train import told_of_memory
 from greenmim_kernels.onednn import use_onednn
 
 # Named on stderr of those that cannot be read.
@@ -53,7 +58,7 @@ class LabelledData:
     val_root: str | None = None
     batch_size: int = 64
     workers: int = 4
-    crop: float = 0.875
+    crop: float = CROP
     max_pixels: int = DataConfig.max_pixels
 
 
@@ -89,15 +94,15 @@ def knn(
     Raises:
         UserError: a file is missing or unreadable, or there are no labels or too few images.
     """
-    for name, value in (("k", k), ("temperature", temperature)):
-        if not value > 0:
-            raise UserError(f"--{name} is {value}; it has to be above 0.")
 
     def classify(train: Tensor, labels: Tensor, values: Tensor, answers: Tensor, classes: int):
-        scores = knn_scores(train, labels, values, classes, k, temperature)
-        return scores, {"k": k, "temperature": temperature}
+        if k > len(train):
+            raise UserError(f"--k is {k} and {len(train)} images can vote; take a smaller one.")
+        pieces = knn_pieces(train, labels, values, classes, k, temperature)
+        return measure(pieces, answers), {"k": k, "temperature": temperature}
 
-    options = (features, device, precision, overwrite)
+    positive = {"k": k, "temperature": temperature}
+    options = (features, device, precision, overwrite, positive)
     return _evaluate("knn", checkpoint, data, Path(output), classify, *options)
 
 
@@ -106,7 +111,7 @@ def probe(
     data: LabelledData,
     output: str | Path,
     *,
-    lr: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    lr: float | tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     epochs: int = 100,
     images_per_update: int = 256,
     seed: int = 0,
@@ -137,20 +142,26 @@ def probe(
     Raises:
         UserError: a file is missing or unreadable, or there are no labels or too few images.
     """
-    of_updates = ("images-per-update", images_per_update)
-    for name, value in (("epochs", epochs), of_updates, ("lr", min(lr, default=0))):
-        if not value > 0:
-            raise UserError(f"--{name} is {value}; it has to be above 0.")
+    rates = lr if isinstance(lr, tuple) else (lr,)
 
     def classify(train: Tensor, labels: Tensor, values: Tensor, answers: Tensor, classes: int):
-        scores, found, best = linear_probe(
-            train, labels, values, answers, classes,
-            rates=tuple(lr), epochs=epochs, batch_size=images_per_update, seed=seed,
-        )  # fmt: skip
+        if len(train) < 2:
+            raise UserError(f"--data.root has {len(train)} images that can be read; give more.")
+        with tqdm(total=epochs, desc="probe", unit="epoch", disable=None) as bar:
+            scores, found, best = linear_probe(
+                train, labels, values, answers, classes, rates=rates, epochs=epochs,
+                batch_size=images_per_update, seed=seed, progress=bar.update,
+            )  # fmt: skip
         rows = [rate._asdict() for rate in found]
-        return scores, {"lr": best.lr, "epochs": epochs, "seed": seed, "rates": rows}
+        how = {"lr": best.lr, "epochs": epochs, "seed": seed, "rates": rows}
+        return measure([scores], answers), how
 
-    options = (features, device, precision, overwrite)
+    positive = {
+        "epochs": epochs,
+        "images-per-update": images_per_update,
+        "lr": min(rates, default=0),
+    }
+    options = (features, device, precision, overwrite, positive)
     return _evaluate("probe", checkpoint, data, Path(output), classify, *options)
 
 
@@ -162,9 +173,9 @@ def said(result: dict[str, Any], output: str | Path) -> str:
         how = f"learning rate {result['lr']:g}"
     facts = f"{result['images']} images, {result['classes']} classes, {how}"
     lines = [
-        accuracy.table(result["by_class"]),
+        table(result["by_class"]),
         f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} % ({facts})",
-        f"wrote {output} and {picture_of(output)}",
+        f"wrote {output}",
     ]
     return "\n".join(lines)
 
@@ -179,12 +190,70 @@ def _evaluate(
     checkpoint: str | Path,
     data: LabelledData,
     output: Path,
-    classify: Callable[..., tuple[Tensor, dict[str, Any]]],
+    classify: Callable[..., tuple[Accuracy, dict[str, Any]]],
     kept: str | Path | None,
     device: str,
     precision: str,
     overwrite: bool,
+    positive: dict[str, float],
 ) -> dict[str, Any] | None:
+    folder = Path(kept) if kept else output.absolute().parent / "features"
+    world = World.from_environment()
+    with Processes(world, lambda: choose_device(device, world)) as processes:
+
+        def prepare() -> tuple[DataConfig, Source, Source]:
+            """What may be wrong is found before anything is computed."""
+            _check(data, output, overwrite, positive)
+            config = DataConfig(data.root, data.val_root, max_pixels=data.max_pixels)
+            sources = [find_labelled(config, option) for option in ("data.root", "data.val_root")]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"--features {folder} cannot be made: {one_line(error)}."
+                ) from error
+            return config, *sources
+
+        config, *sources = processes.from_main(prepare)
+        if precision == "auto":
+            precision = "bf16" if processes.device.type == "cuda" else "fp32"
+        with processes.agreed():
+            network, run = load_encoder(checkpoint)
+        trained = run.get("data", {})
+        mean, std = (
+            tuple(trained.get(name, usual))
+            for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
+        )
+        config = dataclasses.replace(config, mean=mean, std=std)
+        network = network.to(processes.device)
+        if processes.device.type == "cpu" and precision == "fp32":
+            use_onednn(network, VisibleBlock)
+        with told_of_memory(processes.device, "lower --data.batch-size"):
+            train, held_out = (
+                _features(
+                    network,
+                    LabelledImages(source, config, network.config.image_hw, data.crop),
+                    data,
+                    folder,
+                    PRECISIONS[precision],
+                    processes,
+                )
+                for source in sources
+            )
+
+            def result() -> dict[str, Any]:
+                facts = {"task": task, "checkpoint": str(checkpoint), "precision": precision}
+                facts |= {"root": data.root, "val_root": data.val_root, "crop": data.crop}
+                return _result(facts, train, held_out, classify, output, processes.device)
+
+            found = processes.from_main(result)
+        return found if world.is_main else None
+
+
+def _check(data: LabelledData, output: Path, overwrite: bool, positive: dict[str, float]) -> None:
+    for name, value in positive.items():
+        if not value > 0:
+            raise UserError(f"--{name} is {value}; it has to be above 0.")
     for name, value in (("data.root", data.root), ("data.val-root", data.val_root)):
         if not value:
             raise UserError(f"--{name} is missing; pass a folder with a folder for each class.")
@@ -196,75 +265,45 @@ def _evaluate(
         raise UserError(f"--output {output} has to end in .json.")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
-    folder = Path(kept) if kept else output.absolute().parent / "features"
-    world = World.from_environment()
-    with Processes(world, lambda: choose_device(device, world)) as processes:
-        if precision == "auto":
-            precision = "bf16" if processes.device.type == "cuda" else "fp32"
-        with processes.agreed():
-            network, run = load_encoder(checkpoint)
-        network = network.to(processes.device)
-        if processes.device.type == "cpu" and precision == "fp32":
-            use_onednn(network, VisibleBlock)
-        train, held_out = (
-            _features(network, run, data, option, folder, PRECISIONS[precision], processes)
-            for option in ("data.root", "data.val_root")
-        )
-
-        def result() -> dict[str, Any]:
-            facts = {"task": task, "checkpoint": str(checkpoint), "precision": precision}
-            facts |= {"root": data.root, "val_root": data.val_root, "crop": data.crop}
-            return _result(facts, train, held_out, classify, output, processes.device)
-
-        found = processes.from_main(result)
-        return found if world.is_main else None
+    for file in (output, picture_of(output)):
+        if file.exists() and not overwrite:
+            raise UserError(f"--output: {file} is there already; add --overwrite to replace it.")
 
 
 def _features(
     network: GreenMIM,
-    run: dict[str, Any],
+    images: LabelledImages,
     data: LabelledData,
-    option: str,
     folder: Path,
     precision: torch.dtype,
     processes: Processes,
 ) -> Features:
     """Those that were kept, or computed and kept. A collective."""
-    device, is_main = processes.device, processes.world.is_main
-    trained = run.get("data", {})
-    config = DataConfig(
-        root=data.root,
-        val_root=data.val_root,
-        max_pixels=data.max_pixels,
-        mean=tuple(trained.get("mean", IMAGENET_MEAN)),
-        std=tuple(trained.get("std", IMAGENET_STD)),
-    )
-    source = processes.from_main(lambda: find_labelled(config, option))
-    images = LabelledImages(source, config, network.config.image_hw, data.crop)
+    device, is_main, source = processes.device, processes.world.is_main, images.source
     path, found = None, None
     if is_main:
         path = folder / f"{key_of(network, images, precision)}.safetensors"
         found = load_features(path)
     if not processes.from_main(lambda: found is not None):
-        in_loader = finishes_in_loader(config, device)
-        finish = Finish(config, "cpu" if in_loader else device)
+        in_loader = finishes_in_loader(images.config, device)
+        finish = Finish(images.config, "cpu" if in_loader else device)
         collate = LabelledCollate(network.planner, finish if in_loader else None)
         later = None if in_loader else finish
         sweep = Sweep(images, collate, data.batch_size, data.workers, later, processes)
         autocast = functools.partial(
             torch.autocast, device.type, precision, enabled=precision != torch.float32
         )
-        with tqdm(
-            total=len(images), desc=source.root, unit="img", disable=None if is_main else True
-        ) as bar:
-            found = extract(sweep, network, autocast, progress=bar.update)
+        quiet = None if is_main else True
+        with tqdm(total=len(images), desc=source.root, unit="img", disable=quiet) as bar:
+            found = extract(
+                sweep, network, autocast,
+                progress=lambda count: bar.update(min(count, len(images) - bar.n)),
+            )  # fmt: skip
         if is_main:
             try:
                 save_features(found, path)
             except OSError as error:
-                _tell(f"the features are not kept: {path} cannot be written: {error.strerror}")
+                _tell(f"the features are not kept: {path} cannot be written: {one_line(error)}")
     if is_main:
         for note in source.notes():
             _tell(note)
@@ -281,12 +320,17 @@ def _result(
     facts: dict[str, Any],
     train: Features,
     held_out: Features,
-    classify: Callable[..., tuple[Tensor, dict[str, Any]]],
+    classify: Callable[..., tuple[Accuracy, dict[str, Any]]],
     output: Path,
     device: torch.device,
 ) -> dict[str, Any]:
     """Classify, write the file and the picture; what is in the file."""
-    classes = accuracy.classes_of(train.labels)
+    classes = classes_of(train.labels)
+    if len(classes) < 2:
+        raise UserError(f"--data.root {facts['root']}: its images are of {len(classes)} classes; at"
+                        " least two are needed.")  # fmt: skip
+    if not held_out.labels:
+        raise UserError(f"--data.val-root {facts['val_root']}: no image with a class can be read.")
     if unknown := sorted(set(held_out.labels) - set(classes)):
         count = sum(label not in classes for label in held_out.labels)
         _tell(
@@ -297,13 +341,9 @@ def _result(
         torch.tensor([classes.get(name, -1) for name in some.labels]).to(device)
         for some in (train, held_out)
     )
-    try:
-        scores, how = classify(
-            train.values.to(device), labels, held_out.values.to(device), answers, len(classes)
-        )
-        found = accuracy.measure(scores, answers)
-    except ValueError as error:
-        raise UserError(f"{first_line(error)}.".capitalize()) from error
+    found, how = classify(
+        train.values.to(device), labels, held_out.values.to(device), answers, len(classes)
+    )
     result = {
         **facts,
         "top1": found.top1,
@@ -312,16 +352,16 @@ def _result(
         "train_images": len(labels),
         "classes": len(classes),
         **how,
-        "by_class": accuracy.by_class(found.confusion, list(classes)),
+        "by_class": by_class(found, classes),
         "unreadable": [name for name, _ in train.failures + held_out.failures],
         "greenmim": greenmim.__version__,
     }
     title = f"{facts['task']}, top-1 {100 * found.top1:.1f} %"
     try:
-        accuracy.draw(found.confusion, list(classes), title, picture_of(output))
-        accuracy.save(result, output)
+        save_text(json.dumps(result, indent=1) + "\n", output)
+        draw(found, classes, title, picture_of(output))
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
+        raise UserError(f"--output {output} cannot be written: {one_line(error)}.") from error
     return result
 
 

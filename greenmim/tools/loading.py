@@ -70,14 +70,14 @@ def load_encoder(checkpoint: str | Path) -> tuple[GreenMIM, dict[str, Any]]:
     path = Path(checkpoint)
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
-    content, _ = read_weights(path)
+    content, weights = read_weights(path)
     if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
         return load_model(path)
+    facts = safetensors_facts(path)
     try:
-        network = GreenMIM(config_of(path))
-        initialise(network, path)
+        network = GreenMIM(config_of(weights, facts))
+        initialise(network, path, weights)
     except ValueError as error:
         raise UserError(f"The checkpoint {path}: {first_line(error)}.") from error
-    facts = safetensors_facts(path)
     data = {name: json.loads(facts[name]) for name in ("mean", "std") if name in facts}
     return network, {"data": data} if data else {}

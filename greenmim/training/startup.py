@@ -49,6 +49,9 @@ from greenmim_kernels import use_backend
 from greenmim_kernels.host_memory import keep_freed_memory
 from greenmim_kernels.onednn import use_onednn
 
+# Labelled images that are classified while a run is watched: their features, and the comparison of
+# all with all, are to take seconds on a GPU.
+WATCHED = 50_000
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -189,10 +192,13 @@ def prepare(
         masks = HeldOutCollate(model.planner, recipe.mask, recipe.seed, collate.finish)
         held_out = Sweep(images, masks, size, workers, feed.finish, processes)
     if probe_source is not None:
-        labelled = LabelledImages(probe_source, recipe.data, recipe.model.image_hw)
+        image_hw, there = recipe.model.image_hw, len(probe_source)
+        labelled = LabelledImages(probe_source, recipe.data, image_hw, most=WATCHED)
         whole = LabelledCollate(model.planner, collate.finish)
         probe = Sweep(labelled, whole, size, workers, feed.finish, processes)
         notes = [*notes, *probe_source.notes()]
+        if there > WATCHED:
+            notes.append(f"of {there} images in {recipe.data.probe_root} {WATCHED} are classified")
     last_step = sampler.total_updates
     if max_steps is not None:  # of all updates ever done, as the log counts them
         last_step = min(last_step, max(max_steps - progress.shift, progress.first_step))

@@ -44,6 +44,11 @@ from greenmim.training.startup import Run, choose_device, prepare, started
 FAILED_SAVES = 3
 # That vote while a run is watched.
 NEIGHBOURS = 20
+# What a run does about memory that ran out.
+SMALLER = (
+    "lower --data.batch-size and raise --optim.accumulate by as much, which leaves the update as it"
+    " is, or take --activation-checkpointing true"
+)
 # So many images of a skipped update are named in log.jsonl.
 NAMED_FILES = 64
 
@@ -95,7 +100,7 @@ def pretrain(
             # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the
             # others, which are then finding out which one it was.
             stop = outside.enter_context(StopSignal())
-            with contextlib.closing(run.feed), told_of_memory(processes.device):
+            with contextlib.closing(run.feed), told_of_memory(processes.device, SMALLER):
                 with recorded(run, log) if profile else contextlib.nullcontext() as recorder:
                     return Trainer(run, log, stop, recorder).train()
 
@@ -321,12 +326,16 @@ class Trainer:
                 self.stop_asked = True
                 return
             self.log.unreadable(found.failures, "it is left out")
-            k = min(NEIGHBOURS, len(found.labels) - 1)
-            if run.processes.world.is_main and k > 0:
+            if not run.processes.world.is_main:
+                return
+            try:
+                k = min(NEIGHBOURS, len(found.labels) - 1)
                 accuracy = neighbours_accuracy(found, k, run.processes.device)
-                shares = {"top1": accuracy.top1, "top5": accuracy.top5}
-                epoch = step / run.steps_per_epoch
-                self.log.knn(step, epoch, shares, len(found.labels), k)
+            except Exception as error:  # a full GPU, no image that can be read: it ends no run
+                self.log.say(f"nearest neighbours were not measured: {one_line(error)}")
+                return
+            shares = {"top1": accuracy.top1, "top5": accuracy.top5}
+            self.log.knn(step, step / run.steps_per_epoch, shares, len(found.labels), k)
 
     def _told_to_stop(self) -> bool:
         return self.stop.received is not None
@@ -474,7 +483,7 @@ def recorded(run: Run, log: RunLog) -> Iterator[Profile | None]:
 
 
 @contextlib.contextmanager
-def told_of_memory(device: torch.device) -> Iterator[None]:
+def told_of_memory(device: torch.device, advice: str) -> Iterator[None]:
     """Memory that runs out inside is a UserError, which says what to do."""
     try:
         yield
@@ -485,7 +494,5 @@ def told_of_memory(device: torch.device) -> Iterator[None]:
         ):
             raise
         raise UserError(
-            f"The memory of {device} ran out ({first_line(error)}); lower --data.batch-size and"
-            " raise --optim.accumulate by as much, which leaves the update as it is, or take"
-            " --activation-checkpointing true."
+            f"The memory of {device} ran out ({first_line(error)}); {advice}."
         ) from error

@@ -132,7 +132,7 @@ def test_of_tests_that_ran_out_of_time_it_is_known_what_failed_and_why(tmp_path)
     part = Part("tests", (*gpu_check.PYTEST, "-p", "no:benchmark", str(file)), 60)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
     try:
-        row = gpu_check.run_part(part, 5)
+        row = gpu_check.run_part(part, 8)
     finally:
         signal.signal(signal.SIGINT, before)
     assert row["state"] == "failed: ran out of time"

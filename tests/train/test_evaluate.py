@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +25,16 @@ import greenmim
 from greenmim.checkpoint import convert_checkpoint
 from greenmim.cli import main
 from greenmim.config import MODELS, ModelConfig
-from greenmim.evaluation.accuracy import by_class, measure, table
-from greenmim.evaluation.classifiers import knn_scores, linear_probe
+from greenmim.data.labelled import LabelledImages
+from greenmim.data.sampler import Item
+from greenmim.evaluation.accuracy import Accuracy, by_class, draw, measure, table
+from greenmim.evaluation.classifiers import knn_pieces, knn_scores, linear_probe
 from greenmim.evaluation.features import load_features
 from greenmim.evaluation.sweep import Sweep
 from greenmim.guards import UserError
 from greenmim.initial import config_of
 from greenmim.mim import GreenMIM
-from greenmim.tools import evaluate
+from greenmim.recipe import DataConfig
 from greenmim.tools.loading import load_encoder, load_model
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -90,7 +95,18 @@ def test_knn_is_that_of_scikit_learn(k, temperature, monkeypatch):
     scores = knn_scores(train, labels, features, 7, k, temperature)
     np.testing.assert_allclose(scores.exp(), expected, atol=2e-5)
     top1 = theirs.score(features.double().numpy(), answers.numpy())
-    assert measure(scores, answers).top1 == pytest.approx(top1) and 0.2 < top1 < 0.95
+    pieces = knn_pieces(train, labels, features, 7, k, temperature)
+    found = measure(pieces, answers)
+    assert found.top1 == pytest.approx(top1) and 0.2 < top1 < 0.95
+    assert found.confusion.total() == 90
+
+
+def test_votes_at_a_low_temperature_are_those_of_the_nearest():
+    train, labels = clusters(300, 0)
+    features, _ = clusters(90, 1)
+    first = knn_scores(train, labels, features, 7, k=1).argmax(1)
+    cold = knn_scores(train, labels, features, 7, k=20, temperature=1e-3)
+    assert (cold.argmax(1) == first).double().mean() > 0.95 and not cold.isnan().any()
 
 
 def test_each_image_is_told_by_the_others():
@@ -111,7 +127,7 @@ def test_the_probe_is_as_good_as_scikit_learns_regression():
     theirs = LogisticRegression(C=1e4, max_iter=2000).fit((train - mean) / deviation, labels)
     expected = theirs.score((features - mean) / deviation, answers)
     scores, rates, best = linear_probe(train, labels, features, answers, 7, epochs=60)
-    assert measure(scores, answers).top1 == best.top1 == pytest.approx(expected, abs=0.015)
+    assert measure([scores], answers).top1 == best.top1 == pytest.approx(expected, abs=0.015)
     assert expected > 0.55 and best in rates and len({rate.top1 for rate in rates}) > 1
     # The answers choose nothing.
     wrong = (answers + 1) % 7
@@ -119,26 +135,88 @@ def test_the_probe_is_as_good_as_scikit_learns_regression():
     assert torch.equal(again, scores) and same.lr == best.lr and same.top1 < 0.3
 
 
-def test_the_probe_of_a_few_images_and_of_one_batch_of_one():
+def test_a_rate_of_the_probe_is_that_of_a_layer_alone():
+    """Written out, for one rate; features of very different sizes."""
+    train, labels = clusters(70, 5, classes=3)
+    features, answers = clusters(40, 6, classes=3)
+    sizes = 10.0 ** torch.linspace(-2, 2, train.shape[1])
+    rates = (0.01, 0.3, 2.0)
+    found = [
+        linear_probe(train * sizes, labels, features * sizes, answers, 3, rates=some, epochs=7,
+                     batch_size=20, seed=1)
+        for some in (rates, rates[:1], rates[1:2], rates[2:])
+    ]  # fmt: skip
+    for number, (scores, (alone,), _) in enumerate(found[1:]):
+        rate = found[0][1][number]
+        assert rate.lr == rates[number]
+        assert tuple(rate) == pytest.approx(tuple(alone), rel=1e-4)
+        if rate == found[0][2]:
+            torch.testing.assert_close(found[0][0], scores, rtol=1e-4, atol=1e-4)
+    draw = torch.Generator().manual_seed(1)
+    torch.randperm(70, generator=draw)  # which images choose
+    normal = torch.nn.BatchNorm1d(train.shape[1], eps=1e-6, momentum=1.0, affine=False)
+    normal(train * sizes)
+    normal.running_var *= 69 / 70  # of all images, as of a batch in training
+    layer = torch.nn.Linear(train.shape[1], 3)
+    for parameter in layer.parameters():
+        torch.nn.init.zeros_(parameter)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.3, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 7 * 4)
+    normal.eval()
+    for _ in range(7):
+        for index in torch.randperm(70, generator=draw).tensor_split(4):
+            optimizer.zero_grad()
+            scores = layer(normal(train[index] * sizes[None]))
+            torch.nn.functional.cross_entropy(scores, labels[index]).backward()
+            optimizer.step()
+            schedule.step()
+    torch.testing.assert_close(found[2][0], layer(normal(features * sizes)), rtol=1e-3, atol=1e-3)
+
+
+def test_images_that_choose_are_not_learned():
+    """Labels by chance are learned by heart, and then say nothing of the images left out."""
+    draw = torch.Generator().manual_seed(7)
+    train = torch.randn(400, 600, generator=draw)
+    labels = torch.randint(4, (400,), generator=draw)
+    _, rates, best = linear_probe(train, labels, train, labels, 4, rates=(0.001, 1.0), epochs=60)
+    assert best.top1 > 0.9 and rates[1].top1 == 1.0
+    assert all(0.0 < rate.choosing < 0.55 for rate in rates)
+
+
+def test_the_probe_of_a_few_images_and_of_batches_of_one():
     train, labels = torch.randn(3, 8), torch.tensor([0, 1, 0])
     scores, rates, _ = linear_probe(train, labels, train, labels, 2, epochs=5, batch_size=2)
     assert scores.isfinite().all() and len(rates) == 8
+    train, labels = clusters(200, 8, classes=3, spread=0.5)
+    *_, one = linear_probe(train, labels, train, labels, 3, epochs=3, batch_size=1)
+    assert one.top1 > 0.9
     with pytest.raises(ValueError, match="at least 2"):
-        linear_probe(train[:1], labels[:1], train, labels, 2)
+        linear_probe(train[:1], labels[:1], train, labels, 3)
 
 
 def test_accuracies_by_hand():
     no = -math.inf
     scores = torch.tensor([[0.9, 0.1, no], [0.1, 0.9, no], [0.6, 0.4, no], [0.3, 0.7, no]])
-    accuracy = measure(scores, torch.tensor([0, 1, 1, 2]))
-    assert (accuracy.top1, accuracy.top5) == (0.5, 0.75)  # nobody voted for the last one's class
-    assert accuracy.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
-    unknown = measure(scores, torch.tensor([0, 1, 1, -1]))
-    assert unknown.top1 == 0.5 and unknown.confusion.sum() == 3
-    rows = by_class(accuracy.confusion, ["a", "b", "c"])
+    for pieces in ([scores], scores.split(3), scores.split(1)):
+        accuracy = measure(pieces, torch.tensor([0, 1, 1, 2]))
+        assert (accuracy.top1, accuracy.top5) == (0.5, 0.75)  # nobody voted for the last one's
+        assert accuracy.confusion == {(0, 0): 1, (1, 1): 1, (1, 0): 1, (2, 1): 1}
+    unknown = measure([scores], torch.tensor([0, 1, 1, -1]))
+    assert unknown.top1 == 0.5 and unknown.confusion.total() == 3
+    rows = by_class(accuracy, ["a", "b", "c", "d"])
     assert rows[1] == {"class": "b", "images": 2, "top1": 0.5, "taken_for": "a", "taken": 1}
+    assert rows[3] == {"class": "d", "images": 0, "top1": None, "taken_for": None, "taken": 0}
     assert [line.split()[0] for line in table(rows).splitlines()] == ["class", "c", "b", "a"]
     assert "2 more" in table(rows, most=1)
+
+
+def test_pictures_of_many_classes_and_of_odd_names(tmp_path):
+    same = Accuracy(1.0, 1.0, Counter({(n, n): 1 for n in range(200)}))
+    assert draw(same, map(str, range(200)), "many", tmp_path / "many.png")
+    assert not draw(same, map(str, range(2001)), "too many", tmp_path / "more.png")
+    names = ["$\\x$", os.fsdecode(b"\xff\xfe"), "a" * 90]
+    assert draw(same._replace(confusion=Counter({(0, 1): 3})), names, "odd", tmp_path / "odd.png")
+    assert {file.name for file in tmp_path.iterdir()} == {"many.png", "odd.png"}
 
 
 # ---- labels -------------------------------------------------------------------------------------
@@ -157,6 +235,12 @@ def test_labels_of_folders_and_tars(photos, tar, tmp_path):
     for part in "xy":
         write_tar(tmp_path / "parts" / f"{part}.tar", {name_of(n): encoded(n) for n in range(2)})
     assert labels_of(source_of(f"tar/{tmp_path}/parts")) == ["x", "x", "y", "y"]
+    loose = {"cover.png": encoded(1), "set/a/0.png": encoded(0), "set/b/1.png": encoded(1)}
+    source = source_of(str(write_tar(tmp_path / "loose.tar", loose)))
+    assert labels_of(source) == [None, "a", "b"]
+    for part in "xy":
+        write_tar(tmp_path / "same" / f"{part}.tar", {"a/0.png": encoded(0), "a/1.png": encoded(1)})
+    assert set(labels_of(source_of(f"tar/{tmp_path}/same"))) == {None}
     inner = {f.name: f.read_bytes() for f in sorted((tmp_path / "parts").iterdir())}
     nested = source_of(str(write_tar(tmp_path / "nested.tar", inner)))
     assert labels_of(nested) == ["x", "x", "y", "y"]
@@ -189,6 +273,12 @@ def test_a_fingerprint_changes_where_images_do(tmp_path):
     second = source_of(str(folder)).fingerprint()
     (folder / "red" / "0.png").rename(folder / "red" / "9.png")
     assert len({first, second, source_of(str(folder)).fingerprint()}) == 3
+    # What the labels follow from, too.
+    assert source_of(str(tmp_path)).fingerprint() != source_of(str(folder)).fingerprint()
+    tar = write_tar(tmp_path / "t.tar", {"a/0.png": encoded(0), "a/0.cls": b"1"})
+    kinds = {source_of(f"{kind}/{tar}").fingerprint() for kind in ("tar", "wds")}
+    counted = source_of(f"wds/{tar}", num_samples=2).fingerprint()
+    assert len(kinds | {counted}) == 3
 
 
 # ---- the commands -------------------------------------------------------------------------------
@@ -208,42 +298,99 @@ def test_colours_are_told_apart(task, more, options, tmp_path, capsys):
         assert picture.width > 300
 
 
-def test_features_are_kept_until_weights_or_images_change(options, tmp_path, monkeypatch, capsys):
-    assert main(["knn", *options, "--k", "3"]) == 0
-    first = found(tmp_path)
-    counted = []
-    real = Sweep.run
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """Images of each sweep that is made."""
+    found, real = [], Sweep.run
 
     def run(self, *arguments):
-        counted.append(len(self.images))
+        found.append(len(self.images))
         return real(self, *arguments)
 
     monkeypatch.setattr(Sweep, "run", run)
+    return found
+
+
+def test_features_are_kept(options, counted, tmp_path, capsys):
+    again = ["knn", *options, "--k", "3", "--overwrite"]
+    assert main(["knn", *options, "--k", "3"]) == 0 and counted == [18, 9]
+    first = found(tmp_path)
     assert main(["knn", *options, "--k", "3"]) == 2
     assert "is there already; add --overwrite" in capsys.readouterr().err
-    assert main(["knn", *options, "--k", "3", "--overwrite"]) == 0 and not counted
+    (tmp_path / "found.json").unlink()
+    assert main(["knn", *options, "--k", "3"]) == 2  # its picture
+    assert "found.png is there already" in capsys.readouterr().err
+    assert main(again) == 0 and len(counted) == 2
     assert found(tmp_path) == first
-    # One file is damaged, then images are taken otherwise.
     kept = sorted((tmp_path / "features").iterdir())
     kept[0].write_bytes(kept[0].read_bytes()[:-5])
     assert load_features(kept[0]) is None
-    assert main(["knn", *options, "--k", "3", "--overwrite"]) == 0 and len(counted) == 1
-    assert main(["knn", *options, "--k", "3", "--overwrite", "--data.crop", "1"]) == 0
-    assert sorted(counted[1:]) == [9, 18]
-    elsewhere = ["--features", str(tmp_path / "elsewhere"), "--overwrite"]
-    assert main(["knn", *options, "--k", "3", *elsewhere]) == 0 and len(counted) == 5
+    assert main(again) == 0 and len(counted) == 3
+    assert main([*again, "--features", str(tmp_path / "elsewhere")]) == 0 and len(counted) == 5
+    assert found(tmp_path) == first
+
+
+def test_features_are_made_anew_where_anything_is_another(
+    options, counted, finished_run, labelled, tiny, photos, tmp_path
+):
+    train = shutil.copytree(labelled[0], tmp_path / "train")
+    base = ["knn", *options, "--data.root", str(train), "--k", "3", "--overwrite"]
+    older = next((finished_run / "checkpoints").glob("step_00000003.pth"))
+    state = torch.load(finished_run / "checkpoints" / "last.pth", weights_only=True)
+    state["recipe"]["data"]["mean"] = [0.1, 0.2, 0.3]
+    torch.save(state, tmp_path / "other_mean.pth")
+    assert main(base) == 0
+    for more in (
+        ["--checkpoint", str(older)],
+        ["--checkpoint", str(tmp_path / "other_mean.pth")],
+        ["--precision", "bf16"],
+        ["--data.crop", "1"],
+        ["--data.max-pixels", "999999"],
+    ):
+        counted.clear()
+        assert main([*base, *more]) == 0
+        assert counted == [18, 9], more
+    counted.clear()
+    os.utime(train / "red" / "0.png", (1, 1))
+    assert main(base) == 0 and counted == [18]
+    values = [load_features(file).values for file in (tmp_path / "features").iterdir()]
+    images = [v for v in values if len(v) == 18]
+    # All but those of another time and another limit differ.
+    different = {tuple(v.flatten()[:5].tolist()) for v in images}
+    assert len(images) == 7 and len(different) == 5
+
+
+def test_the_middle_is_taken(tmp_path):
+    pixels = np.zeros((128, 128, 3), np.uint8)
+    pixels[32:96, 32:96] = 255
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "0.png")
+    config, item = DataConfig(root=str(tmp_path)), Item(0, 0, 0, 0)
+    half, whole = (
+        LabelledImages(source_of(str(tmp_path)), config, (32, 32), crop)[item].image
+        for crop in (0.5, 1.0)
+    )
+    assert half.min() == 255 and 0.15 < (whole == 255).double().mean() < 0.3
+
+
+def test_of_many_images_some_are_taken(labelled):
+    source = source_of(str(labelled[0]))
+    images = LabelledImages(source, DataConfig(root="x"), (32, 32), most=6)
+    labels = [images[Item(0, 0, 0, number)].label for number in range(len(images))]
+    assert labels == ["blue", "blue", "green", "green", "red", "red"]
 
 
 def test_what_cannot_be_read_or_has_no_class_is_left_out_and_said(
-    options, finished_run, labelled, tmp_path, capsys
+    options, counted, labelled, tmp_path, capsys
 ):
     train = coloured(tmp_path / "train", 4)
+    good = (train / "red" / "0.png").read_bytes()
     (train / "red" / "0.png").write_bytes(b"no picture")
     Image.new("RGB", (9, 9)).save(train / "lost.png")
     (tmp_path / "val" / "violet").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "val" / "violet" / "0.png")
     (tmp_path / "val" / "red").symlink_to(labelled[1] / "red")
-    places = ["--data.root", str(train), "--data.val-root", str(tmp_path / "val")]
+    places = ["--data.root", str(train), "--data.val-root", str(tmp_path / "val"), "--overwrite"]
     assert main(["knn", *options, *places, "--k", "2"]) == 0
     result, said = found(tmp_path), capsys.readouterr().err
     assert result["train_images"] == 11 and result["images"] == 4
@@ -252,12 +399,30 @@ def test_what_cannot_be_read_or_has_no_class_is_left_out_and_said(
     assert f"1 images of {train} have no class and are left out" in said
     assert "no class violet: 1 images of --data.val-root cannot be right" in said
     assert result["top1"] == 0.75
+    # Nothing is kept of what was not whole.
+    (train / "red" / "0.png").write_bytes(good)
+    os.utime(train / "red" / "0.png", (1, 1))
+    assert main(["knn", *options, *places, "--k", "2"]) == 0
+    assert found(tmp_path)["train_images"] == 12 and counted == [13, 4, 13]
+
+
+def test_a_shard_that_is_down_is_named(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("greenmim.data.images.PAUSES", ())
+    (tmp_path / "s-0.tar").write_bytes(b"junk")
+    info = {"splits": {"train": {"filenames": ["s-0.tar"], "shard_lengths": [3]}}}
+    (tmp_path / "_info.json").write_text(json.dumps(info))
+    assert main(["knn", *options, "--data.root", f"wds/{tmp_path}/s-0.tar"]) == 2
+    error = capsys.readouterr().err
+    assert "s-0.tar" in error and "no tar file" in error and "no classes" not in error
+    assert main(["knn", *options, "--data.root", "wds/pipe:cat x.tar"]) == 2
+    assert "--data.num-samples" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["--k", "19"], "K is 19 and there are 18 neighbours; take a smaller k."),
+        (["--k", "19"], "--k is 19 and 18 images can vote; take a smaller one."),
+        (["--data.root", "{one}"], "--data.root {one}: all its images are of one class, red"),
         (["--k", "0"], "--k is 0; it has to be above 0."),
         (["--data.root", "{flat}"], "--data.root {flat}: its images have no classes"),
         (["--data.val-root", "{flat}"], "--data.val-root {flat}: its images have no classes"),
@@ -273,10 +438,13 @@ def test_errors_are_told(changed, said, options, tmp_path, capsys):
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("RGB", (9, 9)).save(flat / "0.png")
-    changed = [word.format(flat=flat) for word in changed]
+    one = tmp_path / "one"
+    (one / "red").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(one / "red" / "0.png")
+    changed = [word.format(flat=flat, one=one) for word in changed]
     assert main(["knn", *options, *changed]) == 2
     error = capsys.readouterr().err
-    assert said.format(flat=flat) in error and len(error.splitlines()) == 1
+    assert said.format(flat=flat, one=one) in error and len(error.splitlines()) == 1
     assert not (tmp_path / "found.json").exists()
 
 
@@ -285,6 +453,10 @@ def test_data_must_be_named(options, capsys):
     without = options[:place] + options[place + 2 :]
     assert main(["probe", *without]) == 2
     assert "--data.val-root is missing" in capsys.readouterr().err
+    assert main(["probe", *options, "--lr", "[]"]) == 2
+    assert "--lr" in capsys.readouterr().err
+    assert main(["probe", *options, "--lr", "0.1", "--epochs", "2"]) == 0
+    assert [rate["lr"] for rate in found(Path(options[-1]).parent)["rates"]] == [0.1]
 
 
 def test_two_processes_find_what_one_does(options, tmp_path):
@@ -357,13 +529,12 @@ def test_whoever_wrote_the_file_the_features_are_the_same(finished_run, tmp_path
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("kind", ["timm", "official", "greenmim"])
-def test_sizes_are_known_from_weights_alone(name, kind, tmp_path):
+def test_sizes_are_known_from_weights_alone(name, kind):
     if "large" in name or "base" in name and "14" not in name:
         pytest.skip("as large ones of the same kind")
     model = greenmim.create_model(name)
     weights = convert_checkpoint(model.state_dict(), "greenmim", kind)
-    torch.save(weights, tmp_path / "weights.pth")
-    found, own = config_of(tmp_path / "weights.pth"), model.config
+    found, own = config_of(weights, {}), model.config
     assert found.norm_eps == (1e-5 if kind == "timm" else 1e-6)
     for field in ("window_size", "embed_dim", "depths", "num_heads"):
         assert tuple(np.atleast_1d(getattr(found, field))) == tuple(
@@ -375,19 +546,30 @@ def test_sizes_are_known_from_weights_alone(name, kind, tmp_path):
 # ---- while a run is watched ---------------------------------------------------------------------
 
 
-def test_a_run_is_watched_and_goes_its_way(tiny, photos, labelled, tmp_path, capsys):
+def test_a_run_is_watched_and_goes_its_way(tiny, photos, labelled, tmp_path, monkeypatch, capsys):
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     assert main(command(tiny, photos, plain)) == 0
+    monkeypatch.setattr("greenmim.training.train.NEIGHBOURS", 4)
     more = ("--data.probe-root", str(labelled[0]), "--log.probe-every-epochs", "1")
     assert main(command(tiny, photos, watched, *more)) == 0
     assert losses(plain) == losses(watched)
     rows = records(watched, "knn")
     assert [row["step"] for row in rows] == [4, 8]
-    assert all(row["images"] == 18 and row["k"] == 17 for row in rows)
-    assert all(0 <= row["top1"] <= row["top5"] == 1 for row in rows)
-    assert "17 nearest neighbours top1" in capsys.readouterr().out
+    assert all((row["images"], row["k"], row["top1"], row["top5"]) == (18, 4, 1, 1) for row in rows)
+    assert "4 nearest neighbours top1 100.0 %" in capsys.readouterr().out
     board = EventAccumulator(str(watched / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("knn/top1")] == [4, 8]
+    # Labels of others give another accuracy; a fault in it ends no run.
+    shuffled = tmp_path / "shuffled"
+    for number, file in enumerate(sorted(labelled[0].rglob("*.png"))):
+        (shuffled / "abc"[number % 3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, shuffled / "abc"[number % 3] / f"{number}.png")
+    more = ("--data.probe-root", str(shuffled), "--log.probe-every-epochs", "2")
+    assert main(command(tiny, photos, tmp_path / "shuffled_run", *more)) == 0
+    assert records(tmp_path / "shuffled_run", "knn")[0]["top1"] < 0.6
+    monkeypatch.setattr("greenmim.training.train.neighbours_accuracy", lambda *_: 1 / 0)
+    assert main(command(tiny, photos, tmp_path / "faulty", *more)) == 0
+    assert "nearest neighbours were not measured: division by zero" in capsys.readouterr().out
     nowhere = command(tiny, photos, tmp_path / "none", "--data.probe-root", str(photos / "cats"))
     assert main(nowhere) == 2
     assert "its images have no classes" in capsys.readouterr().err
@@ -402,11 +584,3 @@ def test_processes_find_what_one_does_while_they_train(strategy, resumable, labe
         run_crew(resumable(f"run{size}", size, *more), size, tmp_path / "outputs")
         found.append([row["top1"] for row in records(tmp_path / f"run{size}", "knn")])
     assert found[0] == pytest.approx(found[1], abs=0.06) and len(found[0]) == 2
-
-
-def test_a_picture_of_many_classes(tmp_path):
-    from greenmim.evaluation.accuracy import draw
-
-    draw(np.eye(200, dtype=np.int64), [str(n) for n in range(200)], "many", tmp_path / "many.png")
-    assert (tmp_path / "many.png").exists() and len(list(tmp_path.iterdir())) == 1
-    assert evaluate.picture_of("a/b.json") == Path("a/b.png")
