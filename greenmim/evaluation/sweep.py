@@ -26,6 +26,9 @@ class Sweep:
         batch_size: Images of a batch.
         workers: Loader processes, for as long as it takes.
         finish: As of `Feed`.
+
+    Attributes:
+        loader_bytes: Most that the loader's processes took so far, as of `Feed.memory`.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Sweep:
     ) -> None:
         self.images, self.collate, self.batch_size = images, collate, batch_size
         self.workers, self.finish, self.processes = workers, finish, processes
+        self.loader_bytes = 0
 
     def run(
         self,
@@ -72,6 +76,7 @@ class Sweep:
                     if (batch := feed.next()) is None:
                         return None
                     each(batch, counted)
+                self.loader_bytes = max(self.loader_bytes, feed.memory())
                 return feed.take_failures()
         finally:
             model.train(learning)

@@ -429,11 +429,17 @@ class Trainer:
             "model_tflops": run.flops * images / seconds / run.processes.world.size / 1e12,
             "data_wait": min((waited - self.window_waited) / seconds, 1.0),
             "peak_memory_gib": peak_memory_gib(run.processes.device),
-            "loader_memory_gib": run.feed.memory() / 2**30,
+            "loader_memory_gib": self._loader_bytes() / 2**30,
             "skipped": self.skipped,
         }
         self.log.train(step, values)
         self.unlogged, self.window_start, self.window_waited = [], now, waited
+
+    def _loader_bytes(self) -> int:
+        """Of all loader processes: those of training stay while others are at work."""
+        sweeps = filter(None, (self.run.held_out, self.run.probe))
+        others = max((sweep.loader_bytes for sweep in sweeps), default=0)
+        return self.run.feed.memory() + others
 
     def _count_skipped(self, report: Report) -> None:
         run, log = self.run, self.log

@@ -22,6 +22,7 @@ from greenmim.config import ModelConfig
 from greenmim.data.dataset import Finish
 from greenmim.data.held_out import HeldOutCollate, HeldOutImages, HeldOutSampler
 from greenmim.data.images import Folder
+from greenmim.data.loader import Feed
 from greenmim.data.sampler import Item
 from greenmim.evaluation.held_out import held_out_loss
 from greenmim.evaluation.sweep import Sweep
@@ -133,6 +134,16 @@ def test_a_run_logs_it_after_every_epoch(tiny, photos, held_out, tmp_path, capsy
     assert main(command(tiny, photos, plain)) == 0
     assert all(torch.equal(t, weights(plain)[n]) for n, t in weights(work).items())
     assert all(r["images_per_second"] < 1e5 for r in records(work, "train"))
+
+
+def test_its_loaders_are_in_the_memory_that_is_logged(
+    tiny, photos, held_out, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Feed, "memory", lambda feed: 2**30)
+    work = tmp_path / "run"
+    assert main(command(tiny, photos, work, "--data.val-root", str(held_out))) == 0
+    memory = [row["loader_memory_gib"] for row in records(work, "train")]
+    assert memory == [1.0] * 4 + [2.0] * 4  # once it was measured
 
 
 def test_every_second_epoch_and_at_the_end(tiny, photos, held_out, tmp_path):
