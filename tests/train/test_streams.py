@@ -102,7 +102,7 @@ def test_memory_that_runs_out(
     "kind", [dist.DistBackendError, torch.AcceleratorError, NotImplementedError]
 )
 def test_other_errors_are_not_taken_for_want_of_memory(kind) -> None:
-    with pytest.raises(kind), told_of_memory(torch.device("cpu")):
+    with pytest.raises(kind), told_of_memory(torch.device("cpu"), "lower it"):
         raise kind("NCCL communicator was aborted")
 
 
