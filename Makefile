@@ -17,7 +17,7 @@
 #   TORCH="torch torchvision"   what to install as torch (default: the versions this is tested with)
 #   PIP_ARGS=           more arguments for pip when it installs torch, such as an index of CPU builds
 #   OUT=runs/demo       where the demo writes
-#   PROCESSES=2         processes that run tests side by side
+#   PROCESSES=3         processes that run tests side by side: one more than cores, as many wait
 #   ARGS=               more arguments for pytest, the demo, the benchmark or gpu-check (--dry-run)
 
 PYTHON ?= python3
@@ -26,7 +26,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 PIP_ARGS ?=
 OUT ?= runs/demo
-PROCESSES ?= 2
+PROCESSES ?= 3
 ARGS ?=
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)

@@ -30,7 +30,7 @@ PROBLEM = Problem("small", SMALL, 2, "fp32")
 RATES = Rates(1e10, {"float32": 1e11})
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 def eager_variants() -> list[Variant]:

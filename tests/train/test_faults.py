@@ -22,6 +22,8 @@ from greenmim.mim import GreenMIM
 from greenmim.training.log import read_log
 from greenmim.training.run_folder import RunFolder, read_run_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert losses(a) == losses(b)

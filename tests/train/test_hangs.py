@@ -18,6 +18,8 @@ from greenmim.data import dataset
 from greenmim.training import run_folder
 from greenmim.training.run_folder import RunFolder, read_run_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def stuck_loading(rank: int) -> None:
     """Process VICTIM waits for ever for an image, as on a disk that is gone."""

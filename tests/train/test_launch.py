@@ -23,6 +23,8 @@ from greenmim.training.log import read_log
 from greenmim.training.startup import choose_device
 from greenmim.training.train import Result
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 SRUN = {
     "SLURM_JOB_ID": "123456",

@@ -12,6 +12,8 @@ from crew import Crew, losses, wait_for
 
 from greenmim.training.run_folder import RunFolder, read_run_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("size", "victim", "how"),

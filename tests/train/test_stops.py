@@ -25,6 +25,8 @@ from greenmim.training import run_folder
 from greenmim.training import startup as run_module
 from greenmim.training.run_folder import RunFolder, read_run_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # ---- signals ------------------------------------------------------------------------------------
 
 
