@@ -15,7 +15,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,18 +156,19 @@ class Trainer:
             if self.stop_asked and not last:
                 return self.stopped(step)
             every = run.recipe.log
-            if not self.stop_asked and (last or self._epochs_done(step, every.val_every_epochs)):
-                self.measure_held_out(step)
-                if self.stop_asked and not last:
-                    return self.stopped(step)
-            if not self.stop_asked and (last or self._epochs_done(step, every.probe_every_epochs)):
-                self.measure_neighbours(step)
-                if self.stop_asked and not last:
-                    return self.stopped(step)
+            for sweep, epochs, measure in (
+                (run.held_out, every.val_every_epochs, self.measure_held_out),
+                (run.probe, every.probe_every_epochs, self.measure_neighbours),
+            ):
+                due = last or self._epochs_done(step, epochs)
+                if sweep is not None and due and not self.stop_asked:
+                    self.aside(step, measure)
+                    if self.stop_asked and not last:
+                        return self.stopped(step)
             if not self.stop_asked and (
                 last or self._epochs_done(step, every.pictures_every_epochs)
             ):
-                self.draw(step)
+                self.aside(step, self.draw)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
         self.say_the_end()
@@ -294,61 +295,48 @@ class Trainer:
             "greenmim": greenmim.__version__,
         }
 
-    def measure_held_out(self, step: int) -> None:
-        """Log the loss on held-out images, if there are some. A collective."""
-        run = self.run
-        if run.held_out is None:
-            return
+    def aside(self, step: int, work: Callable[[int], None]) -> None:
+        """Do after an update what is no training; not where the run is to end as diverged."""
         self.read_reports(step)  # what it takes is no time of theirs
-        if self.diverged:
+        if not self.diverged:
+            with self.not_training():
+                work(step)
+
+    def measure_held_out(self, step: int) -> None:
+        """Log the loss on held-out images. A collective."""
+        run = self.run
+        found = held_out_loss(run.held_out, run.model, run.autocast, self._told_to_stop)
+        if found is None:
+            self.stop_asked = True
             return
-        with self.not_training():
-            found = held_out_loss(run.held_out, run.model, run.autocast, self._told_to_stop)
-            if found is None:
-                self.stop_asked = True
-                return
-            for failures in run.processes.gather(found.failures):
-                self.log.unreadable(failures)
-            self.log.held_out(step, step / run.steps_per_epoch, found.loss, found.images)
+        for failures in run.processes.gather(found.failures):
+            self.log.unreadable(failures)
+        self.log.held_out(step, step / run.steps_per_epoch, found.loss, found.images)
 
     def measure_neighbours(self, step: int) -> None:
-        """Log how well labelled images are told by their neighbours, if there are some. A
-        collective."""
+        """Log how well labelled images are told by their neighbours. A collective."""
         run = self.run
-        if run.probe is None:
+        found = extract(run.probe, run.model, run.autocast, self._told_to_stop)
+        if found is None:
+            self.stop_asked = True
             return
-        self.read_reports(step)  # what it takes is no time of theirs
-        if self.diverged:
+        self.log.unreadable(found.failures, "it is left out")
+        if not run.processes.world.is_main:
             return
-        with self.not_training():
-            found = extract(run.probe, run.model, run.autocast, self._told_to_stop)
-            if found is None:
-                self.stop_asked = True
-                return
-            self.log.unreadable(found.failures, "it is left out")
-            if not run.processes.world.is_main:
-                return
-            try:
-                k = min(NEIGHBOURS, len(found.labels) - 1)
-                accuracy = neighbours_accuracy(found, k, run.processes.device)
-            except Exception as error:  # a full GPU, no image that can be read: it ends no run
-                self.log.say(f"nearest neighbours were not measured: {one_line(error)}")
-                return
-            shares = {"top1": accuracy.top1, "top5": accuracy.top5}
-            self.log.knn(step, step / run.steps_per_epoch, shares, len(found.labels), k)
+        try:
+            k = min(NEIGHBOURS, len(found.labels) - 1)
+            accuracy = neighbours_accuracy(found, k, run.processes.device)
+        except Exception as error:  # a full GPU, no image that can be read: it ends no run
+            self.log.say(f"nearest neighbours were not measured: {one_line(error)}")
+            return
+        shares = {"top1": accuracy.top1, "top5": accuracy.top5}
+        self.log.knn(step, step / run.steps_per_epoch, shares, len(found.labels), k)
 
     def _told_to_stop(self) -> bool:
         return self.stop.received is not None
 
     def draw(self, step: int) -> None:
         """Show how well the model fills in hidden units. A collective; it ends no run."""
-        self.read_reports(step)  # what it takes is no time of theirs
-        if self.diverged:
-            return
-        with self.not_training():
-            self._draw(step)
-
-    def _draw(self, step: int) -> None:
         run = self.run
         network, sliced = run.model, run.recipe.strategy == "fsdp" and not run.processes.alone
         # Only slices are brought together here. A model of its own, not compiled, is drawn with
