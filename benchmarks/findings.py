@@ -3,6 +3,7 @@
     apt-get download openclipart-png && dpkg-deb -x openclipart-png_*.deb clip
     python -m benchmarks.findings prepare --drawings clip/usr/share/openclipart/png --data data
     python -m benchmarks.findings run --data data --runs runs/findings    # an hour of two cores
+    python -m benchmarks.findings tune --data data --runs runs/findings   # an hour more, after it
 
 The data are Debian's 8,000 drawings in folders, public domain. One in five of each folder is held
 out. Pre-training sees all others, without their labels; kNN and probe tell ten kinds of drawings
@@ -17,7 +18,9 @@ Arms, each with three seeds:
   theirs, as the published code does: drawn anew for each mask;
 - `mask per image`: all images of a batch have masks of their own.
 
-`untrained` is the same network before its first update.
+`untrained` is the same network before its first update. `tune` fine-tunes it, which is training
+from labels alone, and the correct arm: as many updates for both, with a learning rate that falls
+from layer to layer for the one that has something to keep.
 """
 
 from __future__ import annotations
@@ -39,19 +42,28 @@ from greenmim.config import ModelConfig
 from greenmim.evaluation import accuracy
 from greenmim.evaluation.classifiers import knn_scores, linear_probe
 from greenmim.evaluation.features import load_features
+from greenmim.finetune_recipe import (
+    EncoderConfig,
+    FinetuneOptimConfig,
+    FinetuneRecipe,
+    LabelledImagesConfig,
+    MixConfig,
+)
 from greenmim.guards import UserError
 from greenmim.mim import GreenMIM
 from greenmim.planning import Plan
 from greenmim.recipe import (
+    CheckpointConfig,
     DataConfig,
     LogConfig,
     MaskConfig,
     OptimConfig,
     Recipe,
+    RunLogConfig,
     ScheduleConfig,
 )
 from greenmim.tools.evaluate import LabelledData, knn
-from greenmim.training import startup, train
+from greenmim.training import pretraining, train
 from greenmim.training.log import read_log
 
 from .environment import describe, folder_of, processor, write_json
@@ -69,6 +81,9 @@ SIDE = 160  # pixels of the shorter side: more than a crop needs
 SEEDS = (0, 1, 2)
 BATCH = 64
 ARMS = ("correct", "published placement", "mask per image")
+# The arms that are fine-tuned and their layer decay, and epochs by labels of each kind.
+TUNED = {"untrained": 1.0, "correct": 0.8}
+TUNED_EPOCHS = {"20": 10, "all": 20}
 MODEL = ModelConfig(
     image_size=128, window_size=4, embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8),
     decoder_dim=128, decoder_depth=2, decoder_heads=4,
@@ -143,16 +158,18 @@ def recipe_of(arm: str, seed: int, data: pathlib.Path, runs: pathlib.Path, epoch
 @contextlib.contextmanager
 def model_of(arm: str) -> Iterator[None]:
     """Inside, runs train the arm's model."""
-    startup.GreenMIM = PublishedPlacement if arm == "published placement" else GreenMIM
+    pretraining.GreenMIM = PublishedPlacement if arm == "published placement" else GreenMIM
     try:
         yield
     finally:
-        startup.GreenMIM = GreenMIM
+        pretraining.GreenMIM = GreenMIM
 
 
 def measured(checkpoint: pathlib.Path, data: pathlib.Path) -> dict[str, dict[str, float]]:
     """Top-1 on ten kinds of drawings of kNN and the probe, by the number of labels of each kind."""
-    places = LabelledData(str(data / "labelled"), str(data / "labelled-val"), workers=1)
+    places = LabelledData(
+        root=str(data / "labelled"), val_root=str(data / "labelled-val"), workers=1
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         knn(checkpoint, places, folder / "knn.json", features=folder / "kept", device="cpu")
@@ -183,7 +200,7 @@ def row_of(arm: str, seed: int, data: pathlib.Path, runs: pathlib.Path, epochs: 
         torch.save(GreenMIM(MODEL).state_dict(), checkpoint)
         return {"arm": arm, "seed": seed, "top1": measured(checkpoint, data)}
     with model_of(arm):
-        result = train.pretrain(recipe, resume="auto")
+        result = train.train(recipe, resume="auto")
     if result.exit_code:
         raise UserError(f"the run in {recipe.work_dir} ended with code {result.exit_code}")
     log = read_log(pathlib.Path(recipe.work_dir) / "log.jsonl")
@@ -192,6 +209,69 @@ def row_of(arm: str, seed: int, data: pathlib.Path, runs: pathlib.Path, epochs: 
         raise UserError(f"{recipe.work_dir} has no held-out loss: it was stopped there; remove it")
     found = measured(result.checkpoint, data)
     return {"arm": arm, "seed": seed, "held_out_loss": losses[-1], "top1": found}
+
+
+def some_labelled(each: int, data: pathlib.Path, runs: pathlib.Path) -> pathlib.Path:
+    """A folder with so many drawings of each kind: those that `measured` takes."""
+    if each >= MOST:
+        return data / "labelled"
+    folder = runs / f"labelled-{each}"
+    for kind in (data / "labelled").iterdir():
+        (folder / kind.name).mkdir(parents=True, exist_ok=True)
+        for file in sorted(kind.iterdir())[:each]:
+            with contextlib.suppress(FileExistsError):
+                (folder / kind.name / file.name).symlink_to(file.resolve())
+    return folder
+
+
+def tuning_recipe(
+    arm: str, seed: int, each: int, data: pathlib.Path, runs: pathlib.Path
+) -> FinetuneRecipe:
+    """Of an arm that was trained before. An epoch is as long whatever the number of labels."""
+    folder = runs / f"{arm.replace(' ', '-')}-{seed}"
+    init = folder / ("untrained.pth" if arm == "untrained" else "checkpoints/last.pth")
+    root = some_labelled(each, data, runs)
+    whole, there = (len(list(place.rglob("*.jpg"))) for place in (data / "labelled", root))
+    return FinetuneRecipe(
+        work_dir=str(runs / f"{folder.name}-tuned-{each}"),
+        init=str(init),
+        epochs=TUNED_EPOCHS["all" if each == MOST else str(each)],
+        seed=seed,
+        device="cpu",
+        model=EncoderConfig(drop_path=0.0),
+        data=LabelledImagesConfig(root=str(root), val_root=str(data / "labelled-val"), workers=1,
+                                  batch_size=BATCH, repeats=max(1, round(whole / there)),
+                                  crop_scale=(0.4, 1.0), erase=0.0),
+        mix=MixConfig(mixup=0.0, cutmix=0.0),
+        optim=FinetuneOptimConfig(lr=1e-3, layer_decay=TUNED[arm]),
+        schedule=ScheduleConfig(warmup_epochs=1),
+        log=RunLogConfig(tensorboard=False, val_every_epochs=1),
+        checkpoint=CheckpointConfig(every_epochs=100, keep_every_epochs=None),
+        ema_decay=None,
+    )  # fmt: skip
+
+
+def tune(data: pathlib.Path, runs: pathlib.Path, seeds: list[int], out: pathlib.Path) -> None:
+    """The rows of fine-tuning, each written when it is there."""
+    result = json.loads(out.read_text()) if out.exists() else {}
+    rows = result.setdefault("finetuned", [])
+    done = {(row["arm"], row["seed"], row["labels"]) for row in rows}
+    result["finetuned_environment"] = describe(torch.get_num_threads())
+    for seed in seeds:
+        for labels in TUNED_EPOCHS:
+            each = MOST if labels == "all" else int(labels)
+            for arm in TUNED:
+                if (arm, seed, labels) in done:
+                    continue
+                recipe = tuning_recipe(arm, seed, each, data, runs)
+                if (code := train.train(recipe, resume="auto").exit_code) != 0:
+                    raise UserError(f"the run in {recipe.work_dir} ended with code {code}")
+                log = read_log(pathlib.Path(recipe.work_dir) / "log.jsonl")
+                last = [record for record in log if record["event"] == "val"][-1]
+                found = {name: last[name] for name in ("top1", "loss", "epoch")}
+                rows.append({"arm": arm, "seed": seed, "labels": labels, **found})
+                write_json(out, result)
+                print(rows[-1], flush=True)
 
 
 def run(
@@ -227,11 +307,17 @@ def main(argv: list[str] | None = None) -> None:
     second.add_argument(
         "--out", type=pathlib.Path, default=folder_of(processor()) / "findings.json"
     )
-    for command in (first, second):
+    third = commands.add_parser("tune")
+    third.add_argument("--runs", type=pathlib.Path, required=True)
+    third.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    third.add_argument("--out", type=pathlib.Path, default=folder_of(processor()) / "findings.json")
+    for command in (first, second, third):
         command.add_argument("--data", type=pathlib.Path, required=True)
     options = parser.parse_args(argv)
     if options.command == "prepare":
         prepare(options.drawings, options.data)
+    elif options.command == "tune":
+        tune(options.data, options.runs, options.seeds, options.out)
     else:
         run(options.data, options.runs, options.epochs, options.seeds, options.out)
 

@@ -156,12 +156,26 @@ def findings_tables(results: pathlib.Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
+def finetuned_tables(results: pathlib.Path = RESULTS) -> str:
+    """What of them was fine-tuned."""
+    parts = []
+    for file in sorted(results.glob("*/findings.json")):
+        result = json.loads(file.read_text())
+        if "finetuned" in result:
+            where = tables.where(result["finetuned_environment"])
+            parts.append(f"{where}\n{tables.finetuned_table(result)}")
+    return "\n".join(parts)
+
+
 # Between which marks of which page stands what.
 GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"summary": summary_table},
     ROOT / "docs" / "benchmarks.md": {"measured": all_tables},
     ROOT / "docs" / "kernels.md": {"swap": swap_tables},
-    ROOT / "docs" / "findings.md": {"findings": findings_tables},
+    ROOT / "docs" / "findings.md": {
+        "findings": findings_tables,
+        "finetuned": finetuned_tables,
+    },
 }
 
 

@@ -17,7 +17,7 @@ from greenmim.encoders.swin import VisibleBlock
 from greenmim.launch import World
 from greenmim.masking import random_visible
 from greenmim.processes import Processes
-from greenmim.training.passes import GraphedPasses, Passes, recompute_pointwise
+from greenmim.training.passes import GraphedPasses, Passes, recompute_pointwise, reconstruction_loss
 from greenmim_kernels.onednn import use_onednn
 
 from .naive_model import NaiveGreenMIM
@@ -198,7 +198,7 @@ class Step:
             make = functools.partial(GraphedPasses, Processes(World(), torch.device(device)))
         recompute_pointwise(variant.recompute)
         called = torch.compile(forward, fullgraph=True) if variant.compiled else forward
-        self.passes = make(called, trained, autocast, self.scaler, 1)
+        self.passes = make(reconstruction_loss, called, trained, autocast, self.scaler, 1)
         self.count = 0
         self._make_moments()
 
@@ -236,7 +236,7 @@ class Step:
         images, plan = self.inputs[self.count % BATCHES]
         self.count += 1
         with gk.use_backend(self.variant.backend or "auto"):
-            return self.passes.forward_backward(images, plan, 0)
+            return self.passes.forward_backward((images, plan), 0)
 
     def __call__(self) -> None:
         self.loss()

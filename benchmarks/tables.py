@@ -256,13 +256,6 @@ def findings_table(result: dict) -> str:
     arms = list(dict.fromkeys(row["arm"] for row in result["rows"]))
     numbers = list(result["rows"][0]["top1"])
 
-    def cell(values: list[float], scale: float, digits: int) -> str:
-        if not values:
-            return ""
-        mean = scale * statistics.fmean(values)
-        spread = scale * statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{mean:.{digits}f} ± {spread:.{digits}f}"
-
     kinds = [(kind, number) for kind in ("knn", "probe") for number in numbers]
     head = ["arm", "seeds", "held-out loss"]
     head += [f"{'kNN' if kind == 'knn' else kind}, {number}" for kind, number in kinds]
@@ -271,6 +264,30 @@ def findings_table(result: dict) -> str:
         rows = [row for row in result["rows"] if row["arm"] == arm]
         losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
         found = [[row["top1"][number][kind] for row in rows] for kind, number in kinds]
-        cells = [cell(values, 100, 1) for values in found]
-        text += _line([arm, str(len(rows)), cell(losses, 1, 4), *cells])
+        cells = [_with_spread(values, 100, 1) for values in found]
+        text += _line([arm, str(len(rows)), _with_spread(losses, 1, 4), *cells])
     return text
+
+
+def finetuned_table(result: dict) -> str:
+    """Top-1 of what was fine-tuned, in percent, by labels of each kind; as `findings_table`."""
+    rows = result["finetuned"]
+    arms, numbers = ([*dict.fromkeys(row[name] for row in rows)] for name in ("arm", "labels"))
+    head = ["starts from", *(f"{number} labels of each kind" for number in numbers)]
+    text = _line(head) + _line(["---", *["---:"] * len(numbers)])
+    for arm in arms:
+        found = [
+            [row["top1"] for row in rows if (row["arm"], row["labels"]) == (arm, number)]
+            for number in numbers
+        ]
+        text += _line([arm, *(f"{_with_spread(v, 100, 1)} ({len(v)} seeds)" for v in found)])
+    return text
+
+
+def _with_spread(values: list[float], scale: float, digits: int) -> str:
+    """Mean and standard deviation; empty of none."""
+    if not values:
+        return ""
+    mean = scale * statistics.fmean(values)
+    spread = scale * statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"

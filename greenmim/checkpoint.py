@@ -1,9 +1,11 @@
 """State dicts of three kinds, and files that hold them.
 
-- greenmim: ``encoder.`` + timm's keys, and the decoder's keys as published.
+- greenmim: ``encoder.`` + timm's keys, and the decoder's keys as published, or a classifier's head.
 - official: the published checkpoints: patch merging stands at the end of the stage before, and
   every block has a ``relative_position_index`` buffer.
-- timm: a Swin as in timm, without decoder and head; files of Microsoft's Swin are read as such.
+- timm: a Swin as in timm, without decoder; files of Microsoft's Swin are read as such.
+
+The head of a classifier is left out of what is converted.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .guards import first_line
 
 KINDS = ("official", "timm", "greenmim")
 MERGE_ORDERS = ("swin", "row-major")
-_ENCODER = "encoder."
+_ENCODER, _HEAD, _RUN = "encoder.", "head.", "greenmim."
 _DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 # Derived from the sizes, and rebuilt where a kind has them.
 _BUFFERS = ("relative_position_index", "attn_mask")
@@ -115,13 +117,13 @@ def _read(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], d
     """Split into the encoder, with timm's names, and the decoder."""
     tensors = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _BUFFERS}
     if source == "timm":
-        encoder = {n: t for n, t in tensors.items() if not n.startswith("head.")}
+        encoder = {n: t for n, t in tensors.items() if not n.startswith(_HEAD)}
         decoder = {}
     else:
         encoder = {
             n.removeprefix(_ENCODER): t for n, t in tensors.items() if n.startswith(_ENCODER)
         }
-        decoder = {n: t for n, t in tensors.items() if not n.startswith(_ENCODER)}
+        decoder = {n: t for n, t in tensors.items() if not n.startswith((_ENCODER, _HEAD))}
     strangers = [n for n in encoder if not n.startswith(("patch_embed.", "layers.", "norm."))]
     strangers += [n for n in decoder if not n.startswith(("decoder_", "mask_token"))]
     merges = {int(found[1]) for found in map(_DOWNSAMPLE.match, encoder) if found}
@@ -215,6 +217,14 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, 
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def run_command(content: Mapping[str, Any]) -> str | None:
+    """The command whose run wrote a checkpoint with this content, "pretrain" or "finetune"; None
+    of any other file."""
+    name = content.get("format")
+    found = isinstance(name, str) and name.startswith(_RUN)
+    return name.removeprefix(_RUN) if found else None
 
 
 def load_state_dict_file(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""The command line: `greenmim pretrain`, what looks at its result, and tools."""
+"""The command line: `greenmim pretrain` and `finetune`, what looks at their results, and tools."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -15,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 import greenmim
 from greenmim import messages
 from greenmim.checkpoint import KINDS
+from greenmim.finetune_recipe import FinetuneRecipe
 from greenmim.guards import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -25,7 +27,7 @@ from greenmim.guards import (
 )
 from greenmim.launch import SlurmJob, World, speaks
 from greenmim.presets import preset_table, resolve_config
-from greenmim.recipe import Recipe
+from greenmim.recipe import Recipe, RunRecipe
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 bad input, told in one line; 3 stopped because losses were not finite;"
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # of `| head`, which has seen enough; a run looks after itself
         asked, _ = messages.asked_for_help(typed)
-        if arguments[:1] == ["pretrain"] and not asked and "--dry_run" not in arguments:
+        is_run = bool(arguments) and arguments[0] in RUNS
+        if is_run and not asked and "--dry_run" not in arguments:
             raise
         silence(sys.stdout)
         return 0
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], typed: list[str], debug: bool) -> int:
     parser, subparser, function = build_parser(next(iter(arguments), ""))
     asked, topic = messages.asked_for_help(typed)
-    if asked and subparser is not None and arguments[0] != "pretrain":
+    if asked and subparser is not None and arguments[0] not in RUNS:
         print(messages.tool_help(subparser), end="")
         return 0
     if asked and subparser is not None:
@@ -81,7 +84,7 @@ def _run(arguments: list[str], typed: list[str], debug: bool) -> int:
             raise
         said = messages.in_words(error, subparser or parser, typed)
         command = f" {arguments[0]}" if arguments[0] in COMMANDS else ""
-        where = "all" if command == " pretrain" else ""
+        where = "all" if command.strip() in RUNS else ""
         hint = f"`greenmim{command} --help {where}".rstrip() + "` lists the options"
         raise _told_once(f"{said} ({hint})") from error
     if options.command:
@@ -106,13 +109,13 @@ def _underscores(argument: str) -> str:
 
 def _config_first(arguments: list[str]) -> list[str]:
     """The command, its --config, and the rest: a file would override the options before it."""
-    if arguments[:1] != ["pretrain"]:
+    if not arguments or arguments[0] not in RUNS:
         return arguments
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", action="append", default=[])
     found, rest = finder.parse_known_args(arguments[1:])
     configs = [part for config in found.config for part in ("--config", config)]
-    return ["pretrain", *configs, *rest]
+    return [arguments[0], *configs, *rest]
 
 
 def _parser(**options: str) -> ArgumentParser:
@@ -135,8 +138,16 @@ def build_parser(command: str = "pretrain") -> tuple[ArgumentParser, ArgumentPar
     return parser, subparser, function
 
 
-# ---- pretrain -----------------------------------------------------------------------------------
+# ---- runs ---------------------------------------------------------------------------------------
 
+# The recipe of each command that trains, and what it does.
+RUNS: dict[str, tuple[type[RunRecipe], str]] = {
+    "pretrain": (Recipe, "Pre-train on a folder of images, with a preset (`greenmim presets`)."),
+    "finetune": (
+        FinetuneRecipe,
+        "Fine-tune the encoder of a checkpoint (--init) to classify images in class folders.",
+    ),
+}
 # Options that are no part of a recipe: a run's next command need not repeat them.
 OF_A_CALL = ("config", "resume", "max_steps", "profile", "mask_per_image", "dry_run", "launcher")
 
@@ -146,17 +157,19 @@ class _Preset(ActionConfigFile):
 
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
-        ActionConfigFile.apply_config(parser, cfg, dest, resolve_config(value))
+        ActionConfigFile.apply_config(parser, cfg, dest, resolve_config(value, parser.of_command))
 
 
-def _pretrain_command() -> tuple[ArgumentParser, Callable]:
+def _run_command(command: str) -> tuple[ArgumentParser, Callable]:
+    kind, text = RUNS[command]
     parser = _parser(
-        usage="greenmim pretrain --config NAME_OR_FILE --data.root FOLDER --work-dir FOLDER"
+        usage=f"greenmim {command} --config NAME_OR_FILE --data.root FOLDER --work-dir FOLDER"
         " [--init CHECKPOINT] [--resume [CHECKPOINT]] [--dry-run] [--launcher slurm]"
         " [--any.value X]",
-        description="Pre-train on a folder of images, with a preset (`greenmim presets`).",
+        description=text,
         epilog=EXIT_CODES,
     )
+    parser.of_command = command
     texts = {
         "config": "a preset or a YAML file; options override its values",
         "resume": "go on with the run in --work-dir (or start it), or from this checkpoint",
@@ -172,12 +185,13 @@ def _pretrain_command() -> tuple[ArgumentParser, Callable]:
     add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=texts["resume"])
     add("--max_steps", type=int | None, metavar="N", help=texts["max_steps"])
     for name in ("mask_per_image", "dry_run", "profile"):
-        add(f"--{name}", action="store_true", help=texts[name])
+        if name != "mask_per_image" or kind is Recipe:
+            add(f"--{name}", action="store_true", help=texts[name])
     add("--launcher", choices=("none", "slurm"), default="none", help=texts["launcher"])
     parser.add_class_arguments(SlurmJob, None, as_group=False)
-    parser.add_class_arguments(Recipe, None, as_group=False)
-    _hide_groups(parser, {f.name for f in dataclasses.fields(Recipe) if "Config" in str(f.type)})
-    return parser, _pretrain
+    parser.add_class_arguments(kind, None, as_group=False)
+    _hide_groups(parser, {f.name for f in dataclasses.fields(kind) if "Config" in str(f.type)})
+    return parser, functools.partial(_train, kind)
 
 
 def _hide_groups(parser: ArgumentParser, names: set[str]) -> None:
@@ -187,14 +201,14 @@ def _hide_groups(parser: ArgumentParser, names: set[str]) -> None:
             action.help = argparse.SUPPRESS
 
 
-def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
+def _train(kind: type[RunRecipe], parser: ArgumentParser, options: Namespace) -> int:
     import torch
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from greenmim.training.dry_run import dry_run
     from greenmim.training.slurm import submit
     from greenmim.training.startup import choose_device
-    from greenmim.training.train import pretrain
+    from greenmim.training.train import train
 
     end_of_imports()
     values = options.clone()
@@ -202,16 +216,17 @@ def _pretrain(parser: ArgumentParser, options: Namespace) -> int:
         values.pop(name, None)
     job = {field.name: values.pop(field.name) for field in dataclasses.fields(SlurmJob)}
     try:
-        recipe = Recipe(**vars(parser.instantiate(values)))
+        recipe = kind(**vars(parser.instantiate(values)))
     except (UserError, ValueError) as error:  # the recipe's own checks and the model's
         raise _told_once(str(error)) from error
-    recipe.mask.per_image |= options.mask_per_image
+    if options.get("mask_per_image"):
+        recipe.mask.per_image = True
     max_steps, profile = options.max_steps, options.profile
     if max_steps is not None and max_steps < 1:
         raise _told_once(f"--max-steps is {max_steps}; it has to be at least 1.")
     if options.launcher == "none" and not options.dry_run:
         # What it raises, torchrun shows as the cause.
-        return record(pretrain)(recipe, options.resume, max_steps, profile).exit_code
+        return record(train)(recipe, options.resume, max_steps, profile).exit_code
 
     world = World.from_environment()
     job = SlurmJob(**job) if options.launcher == "slurm" else None
@@ -257,11 +272,6 @@ def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, C
     return parser, run
 
 
-_EVALUATE = (
-    "{} --checkpoint FILE --data.root FOLDER --data.val-root FOLDER --output FILE.json [options]"
-)
-
-
 def _reconstruct() -> tuple[ArgumentParser, Callable]:
     from greenmim.tools.reconstruct import reconstruct
 
@@ -270,17 +280,28 @@ def _reconstruct() -> tuple[ArgumentParser, Callable]:
 
 
 def _knn() -> tuple[ArgumentParser, Callable]:
-    from greenmim.tools.evaluate import knn, said
+    from greenmim.tools.evaluate import knn
 
-    return _tool(_EVALUATE.format("knn"), knn, lambda found, options: said(found, options.output))
+    return _evaluation("knn", knn, " --data.val-root FOLDER")
 
 
 def _probe() -> tuple[ArgumentParser, Callable]:
-    from greenmim.tools.evaluate import probe, said
+    from greenmim.tools.evaluate import probe
 
-    return _tool(
-        _EVALUATE.format("probe"), probe, lambda found, options: said(found, options.output)
-    )
+    return _evaluation("probe", probe, " --data.val-root FOLDER")
+
+
+def _eval() -> tuple[ArgumentParser, Callable]:
+    from greenmim.tools.evaluate import classify_images
+
+    return _evaluation("eval", classify_images, "")
+
+
+def _evaluation(name: str, tool: Callable, more: str) -> tuple[ArgumentParser, Callable]:
+    from greenmim.tools.evaluate import said
+
+    usage = f"{name} --checkpoint FILE --data.root FOLDER{more} --output FILE.json [options]"
+    return _tool(usage, tool, lambda found, options: said(found, options.output))
 
 
 def _export() -> tuple[ArgumentParser, Callable]:
@@ -288,11 +309,11 @@ def _export() -> tuple[ArgumentParser, Callable]:
 
     def tell(facts: dict[str, str], options: Namespace) -> str:
         arguments = json.loads(facts["timm"])
-        name = arguments.pop("model_name")
+        name, classes = arguments.pop("model_name"), arguments.pop("num_classes", 0)
         words = "".join(f", {key}={value!r}" for key, value in arguments.items())
         # Not checkpoint_path, which takes tables of timm's own window and image size alone.
-        file = {"file": str(options.output)}
-        words += f", num_classes=0, pretrained=True, pretrained_cfg_overlay={file}"
+        overlay = {"file": str(options.output)} | ({"num_classes": classes} if classes else {})
+        words += f", num_classes={classes}, pretrained=True, pretrained_cfg_overlay={overlay}"
         return f"wrote {options.output}; for timm:\ntimm.create_model({name!r}{words})"
 
     return _tool("export --checkpoint FILE --output FILE.safetensors [--model NAME]", export, tell)
@@ -319,11 +340,13 @@ def _doctor() -> tuple[ArgumentParser, Callable]:
 
 
 COMMANDS = {
-    "pretrain": ("pre-train a Swin on a folder of images", _pretrain_command),
+    "pretrain": ("pre-train a Swin on a folder of images", lambda: _run_command("pretrain")),
+    "finetune": ("fine-tune its encoder to classify images", lambda: _run_command("finetune")),
     "reconstruct": ("draw original, masked and reconstructed images", _reconstruct),
     "knn": ("classify images by their nearest neighbours' features", _knn),
     "probe": ("classify images by a linear layer on their features", _probe),
-    "export": ("write the encoder as a file that timm loads", _export),
+    "eval": ("classify images by a fine-tuned classifier", _eval),
+    "export": ("write encoder or classifier as a file that timm loads", _export),
     "convert": ("convert checkpoints: official, greenmim, timm", _convert),
     "presets": ("list the recipes that --config may name", _presets),
     "doctor": ("say what is installed and which backends work", _doctor),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .mim import GreenMIM
 from .planning import Plan
 
 
-def forward_flops(model: GreenMIM, plan: Plan, loss_only: bool = False) -> int:
+def forward_flops(model: nn.Module, plan: Plan, **options: bool) -> int:
     """Of one image, two for each multiplication with addition; attention counts real pairs only.
 
-    With `loss_only` those of training, without the prediction of visible units.
+    Args:
+        model: a GreenMIM or a Classifier.
+        plan: of the image's visible units.
+        options: of the model's forward pass, such as `loss_only` for what training computes.
     """
     formulas = {
         getattr(torch.ops.greenmim, f"group_window_attention{variant}"): _window_attention_flops
@@ -22,7 +24,7 @@ def forward_flops(model: GreenMIM, plan: Plan, loss_only: bool = False) -> int:
     formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     image = torch.zeros(1, 3, *model.config.image_hw)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        model(image, plan=plan, loss_only=loss_only)
+        model(image, plan=plan, **options)
     return counter.get_total_flops()
 
 

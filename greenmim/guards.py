@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TextIO
 
@@ -56,6 +56,15 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """All of what an error says, without line breaks; its type's name where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Errors that our own checks of the input raise, as one line for the user."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(first_line(error)) from error
 
 
 def exit_code(work: Callable[[], int], debug: bool = False) -> int:

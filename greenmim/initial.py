@@ -5,17 +5,27 @@ And the sizes of an encoder that only its weights tell.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from greenmim.checkpoint import convert_checkpoint, kind_of, load_state_dict_file
+from greenmim.checkpoint import (
+    convert_checkpoint,
+    find_state_dict,
+    kind_of,
+    load_checkpoint,
+    load_state_dict_file,
+    run_command,
+)
+from greenmim.classifier import Classifier
 from greenmim.config import UNIT_PIXELS, ModelConfig
 from greenmim.mim import GreenMIM
 
@@ -44,6 +54,34 @@ def initialise(
             named. The model is as it was.
     """
     weights = load_state_dict_file(path) if weights is None else weights
+    own = model.state_dict()
+    kind, found, resized = _fitted(weights, model)
+    decoder = {name for name in own if not name.startswith("encoder.")} - {_FIXED}
+    fits = all(name in found and found[name].shape == own[name].shape for name in decoder)
+    taken = {name: t for name, t in found.items() if fits or name.startswith("encoder.")}
+    model.load_state_dict(taken, strict=False)
+    what = "encoder and decoder" if fits else "the encoder; the decoder starts anew"
+    if not fits and decoder & set(found):
+        what += ", as the checkpoint's is not whole or has other sizes"
+    return [f"starts from {path} ({kind}): {what}", *resized]
+
+
+def initialise_classifier(
+    model: Classifier, path: str | Path, weights: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """As `initialise`, of a classifier: its encoder alone, whatever head there is."""
+    weights = load_state_dict_file(path) if weights is None else weights
+    kind, found, resized = _fitted(weights, model)
+    encoder = {name: tensor for name, tensor in found.items() if name.startswith("encoder.")}
+    model.load_state_dict(encoder, strict=False)
+    return [f"starts from {path} ({kind}): the encoder; the head starts anew", *resized]
+
+
+def _fitted(
+    weights: Mapping[str, Tensor], model: GreenMIM | Classifier
+) -> tuple[str, dict[str, Tensor], list[str]]:
+    """The kind of a checkpoint, its weights with our names and an encoder of the model's sizes,
+    and lines on what was interpolated for that."""
     kind = kind_of(weights)
     found = convert_checkpoint(weights, source=kind, target="greenmim")
     found.pop(_FIXED, None)
@@ -57,18 +95,25 @@ def initialise(
             found[name] = _resized(tensor, windows[int(table[1])])
             resized[len(tensor)] = resized.get(len(tensor), 0) + 1
     _check_encoder(found, own)
-    decoder = {name for name in own if not name.startswith("encoder.")} - {_FIXED}
-    fits = all(name in found and found[name].shape == own[name].shape for name in decoder)
-    taken = {name: t for name, t in found.items() if fits or name.startswith("encoder.")}
-    model.load_state_dict(taken, strict=False)
-    what = "encoder and decoder" if fits else "the encoder; the decoder starts anew"
-    if not fits and decoder & set(found):
-        what += ", as the checkpoint's is not whole or has other sizes"
-    notes = [f"starts from {path} ({kind}): {what}"]
+    notes = []
     for rows, count in resized.items():
         side = (math.isqrt(rows) + 1) // 2
         notes.append(f"{count} position tables of windows of {side} were interpolated")
-    return notes
+    return kind, found, notes
+
+
+def sizes_in(path: str | Path | None) -> dict[str, Any]:
+    """The sizes of a checkpoint's model, as `ModelConfig` has them; {} without a path.
+
+    Raises:
+        FileNotFoundError, ValueError: as `initialise`.
+    """
+    if path is None:
+        return {}
+    content = load_checkpoint(path, lazily=True)
+    if run_command(content):
+        return content["recipe"]["model"]
+    return dataclasses.asdict(config_of(find_state_dict(content, path), safetensors_facts(path)))
 
 
 def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelConfig:

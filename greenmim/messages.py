@@ -16,12 +16,13 @@ from collections.abc import Iterable, Sequence
 
 from jsonargparse import ArgumentParser
 
-# Of `pretrain --help`: what a first run needs, and what most people change.
+# Of the help of a run: what a first one needs, and what most people change, where it is there.
 NEEDED = ("config", "data.root", "work_dir", "resume", "dry_run")
 OFTEN = (
-    "epochs", "max_steps", "init", "data.val_root", "data.probe_root", "data.batch_size",
+    "init", "epochs", "max_steps", "data.val_root", "data.probe_root", "data.batch_size",
     "data.workers", "optim.lr", "optim.accumulate", "mask.ratio", "mask_per_image",
-    "model.image_size", "device", "precision", "compile", "cuda_graph",
+    "model.image_size", "data.classes", "optim.layer_decay", "ema_decay",
+    "device", "precision", "compile", "cuda_graph",
 )  # fmt: skip
 ONE, SEVERAL = {int: "a whole number", float: "a number"}, {int: "whole numbers", float: "numbers"}
 PLAIN = {bool: "true or false", str: "text", type(None): "null", **ONE}
@@ -223,7 +224,7 @@ def help_text(parser: ArgumentParser, topic: str | None, of_slurm: Sequence[str]
         by_name = {action.dest: action for action in parser._actions}
         chosen = [
             ("needed first", [by_name[name] for name in NEEDED]),
-            ("often changed", [by_name[name] for name in OFTEN]),
+            ("often changed", [by_name[name] for name in OFTEN if name in by_name]),
         ]
     else:
         chosen = list(found.values()) if topic == "all" else [found[topic]]

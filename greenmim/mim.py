@@ -7,6 +7,8 @@ Source: Huang et al., Green Hierarchical Vision Transformer for Masked Image Mod
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from .config import UNIT_PIXELS, ModelConfig, model_config
 from .encoders import SwinEncoder
 from .encoders.swin import take_cells
 from .masking import random_visible
-from .planning import Plan, Planner
+from .planning import Plan, Planner, check_images, check_plan
 
 UNIT_VALUES = UNIT_PIXELS * UNIT_PIXELS * 3
 
@@ -116,7 +118,7 @@ class GreenMIM(nn.Module):
             ValueError: images or mask of the wrong shape, no visible unit, counts that differ
                 between images, a plan made for another model, or both `visible` and `plan`.
         """
-        self._check_images(images, self.config.image_hw)
+        check_images(images, self.config.image_hw)
         if plan is None:
             if visible is None:
                 seed = int(torch.randint(2**62, ()))
@@ -125,7 +127,7 @@ class GreenMIM(nn.Module):
             plan = self.plan(visible)
         elif visible is not None:
             raise ValueError("visible and plan say the same twice; give one of them")
-        self._check_plan(plan, images)
+        check_plan(plan, self.planner, images)
         if plan.memory.device != images.device:
             plan = plan.to(images.device, non_blocking=True)
         latent = self.encoder(images, plan)
@@ -133,19 +135,6 @@ class GreenMIM(nn.Module):
             return MIMOutput(self.training_loss(images, latent, plan), None, latent, plan.visible)
         prediction = self.decode(latent, plan)
         return MIMOutput(self.loss(images, prediction, plan), prediction, latent, plan.visible)
-
-    def _check_plan(self, plan: Plan, images: Tensor) -> None:
-        grid, expected = plan.layout.patch_grid, self.planner.stages[0][0]
-        if grid != expected:
-            raise ValueError(
-                f"the plan is for {grid[0]} x {grid[1]} patches and this model has {expected[0]} x"
-                f" {expected[1]}; make it with this model's plan()"
-            )
-        if len(plan.visible) not in (1, len(images)):
-            raise ValueError(
-                f"the masks are for {len(plan.visible)} images and the batch has {len(images)};"
-                " give one mask for the batch or one per image"
-            )
 
     def decode(self, latent: Tensor, plan: Plan) -> Tensor:
         """latent [B, n_vis, C4] -> prediction [B, L, 3072]. Each latent goes to its own place."""
@@ -237,7 +226,7 @@ class GreenMIM(nn.Module):
             ValueError: images of a wrong shape, or so small or large that windows change.
         """
         size = tuple(images.shape[2:])
-        self._check_images(images, size)
+        check_images(images, size)
         planner = Planner(self.config, size)
         ours, theirs = (
             [window for _, window, _ in stages] for stages in (self.planner.stages, planner.stages)
@@ -269,10 +258,10 @@ class GreenMIM(nn.Module):
         Raises:
             ValueError: images of another size, or a plan made for another model.
         """
-        self._check_images(images, self.config.image_hw)
+        check_images(images, self.config.image_hw)
         if plan is None:
             plan = self.plan(np.ones(self.config.num_units, dtype=bool))
-        self._check_plan(plan, images)
+        check_plan(plan, self.planner, images)
         if plan.memory.device != images.device:
             plan = plan.to(images.device, non_blocking=True)
         return self.encoder(images, plan).mean(1)
@@ -291,17 +280,9 @@ class GreenMIM(nn.Module):
             if parameter.ndim <= 1 or name.endswith(tokens)
         }
 
-    @staticmethod
-    def _check_images(images: Tensor, size: tuple[int, ...]) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != size:
-            raise ValueError(
-                f"images must be [B, 3, {size[0]}, {size[1]}] for this model,"
-                f" got shape {list(images.shape)}"
-                if len(size) == 2
-                else f"images must be [B, 3, H, W], got shape {list(images.shape)}"
-            )
-        if not images.dtype.is_floating_point:
-            raise ValueError(f"images must be floating point, got {images.dtype}")
+    def blocks(self) -> Iterator[nn.Module]:
+        """The parts that are alike, encoder's and decoder's, in order."""
+        return itertools.chain(self.encoder.blocks(), self.decoder_blocks)
 
 
 def _unit_grid(images: Tensor) -> Tensor:

@@ -237,6 +237,34 @@ class Planner:
         return dataclasses.replace(part, token_index=torch.from_numpy(index))
 
 
+def check_images(images: Tensor, size: tuple[int, ...]) -> None:
+    """Raises ValueError unless they are [B, 3, *size], floating point."""
+    if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != size:
+        raise ValueError(
+            f"images must be [B, 3, {size[0]}, {size[1]}] for this model,"
+            f" got shape {list(images.shape)}"
+            if len(size) == 2
+            else f"images must be [B, 3, H, W], got shape {list(images.shape)}"
+        )
+    if not images.dtype.is_floating_point:
+        raise ValueError(f"images must be floating point, got {images.dtype}")
+
+
+def check_plan(plan: Plan, planner: Planner, images: Tensor) -> None:
+    """Raises ValueError unless it is one of a model's planner, and of so many images."""
+    grid, expected = plan.layout.patch_grid, planner.stages[0][0]
+    if grid != expected:
+        raise ValueError(
+            f"the plan is for {grid[0]} x {grid[1]} patches and this model has {expected[0]} x"
+            f" {expected[1]}; make it with this model's plan()"
+        )
+    if len(plan.visible) not in (1, len(images)):
+        raise ValueError(
+            f"the masks are for {len(plan.visible)} images and the batch has {len(images)};"
+            " give one mask for the batch or one per image"
+        )
+
+
 def _indices(units: np.ndarray) -> np.ndarray:
     """bool [P, L] with as many True in each row -> int64 [P, count], where they are."""
     return units.nonzero()[1].reshape(len(units), -1)

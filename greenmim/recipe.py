@@ -1,7 +1,8 @@
-"""The recipe of a pre-training run: plain dataclasses, read from YAML presets and the command line.
+"""The recipe of a run: plain dataclasses, read from YAML presets and the command line.
 
-`greenmim pretrain --help all` lists every value below; the resolved recipe is saved beside each run
-as `config.yaml` and can be passed back as `--config`.
+`RunRecipe` is what every run has, `Recipe` is one of pre-training; `greenmim pretrain --help all`
+lists its values. The resolved recipe is saved beside each run as `config.yaml` and can be passed
+back as `--config`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass
-class DataConfig:
+class ImagesConfig:
     """Where the images are and how they are augmented.
 
     Args:
-        root: Folder of images, nested in any way; class folders are fine and ignored. Or, by a
-            prefix: tar/FILE_OR_FOLDER, wds/SHARDS, hfds/DATASET[:SPLIT].
-        val_root: The same of held-out images, whose loss is measured with the same masks each time
-            (see log.val_every_epochs); null measures none.
-        probe_root: The same of labelled images, which are classified by their nearest neighbours
-            among one another (see log.probe_every_epochs); null measures none.
+        root: Folder of images, nested in any way. Or, by a prefix: tar/FILE_OR_FOLDER, wds/SHARDS,
+            hfds/DATASET[:SPLIT].
+        val_root: The same of held-out images, which are measured with (see log.val_every_epochs);
+            null measures none.
         batch_size: Images per process and per forward pass.
         repeats: How often an epoch goes through the images, each time with other crops; for small
             data sets.
@@ -50,7 +49,6 @@ class DataConfig:
 
     root: str | None = None
     val_root: str | None = None
-    probe_root: str | None = None
     batch_size: int = 128
     repeats: int = 1
     num_samples: int | None = None
@@ -63,6 +61,22 @@ class DataConfig:
     augment_on_device: bool | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass
+class DataConfig(ImagesConfig):
+    """Where the images are and how they are augmented.
+
+    Args:
+        root: Folder of images, nested in any way; class folders are fine and ignored. Or, by a
+            prefix: tar/FILE_OR_FOLDER, wds/SHARDS, hfds/DATASET[:SPLIT].
+        val_root: The same of held-out images, whose loss is measured with the same masks each time
+            (see log.val_every_epochs); null measures none.
+        probe_root: The same of labelled images, which are classified by their nearest neighbours
+            among one another (see log.probe_every_epochs); null measures none.
+    """
+
+    probe_root: str | None = None
 
 
 @dataclass
@@ -139,34 +153,43 @@ class CheckpointConfig:
 
 
 @dataclass
-class LogConfig:
+class RunLogConfig:
     """What is written while training.
 
     Args:
         every_steps: Updates between two log lines; each line averages the loss over them.
         tensorboard: Write TensorBoard event files beside log.jsonl.
         wandb: Project of Weights & Biases to log to as well (needs the package wandb).
-        pictures_every_epochs: Draw reconstructions of some of the images after this many epochs;
-            null draws none.
-        pictures: Number of images drawn.
-        val_every_epochs: Measure the loss on the images of data.val_root after this many epochs,
-            and at the end.
-        probe_every_epochs: Classify the images of data.probe_root after this many epochs, and at
+        val_every_epochs: Measure with the images of data.val_root after this many epochs, and at
             the end.
     """
 
     every_steps: int = 20
     tensorboard: bool = True
     wandb: str | None = None
+    val_every_epochs: int = 1
+
+
+@dataclass
+class LogConfig(RunLogConfig):
+    """What is written while training.
+
+    Args:
+        pictures_every_epochs: Draw reconstructions of some of the images after this many epochs,
+            and at the end; null draws none.
+        pictures: Number of images drawn.
+        probe_every_epochs: Classify the images of data.probe_root after this many epochs, and at
+            the end.
+    """
+
     pictures_every_epochs: int | None = 10
     pictures: int = 6
-    val_every_epochs: int = 1
     probe_every_epochs: int = 10
 
 
 @dataclass
-class Recipe:
-    """One pre-training run.
+class RunRecipe:
+    """One run.
 
     Args:
         work_dir: Folder of the run: config.yaml, log.jsonl, TensorBoard events, checkpoints.
@@ -196,7 +219,6 @@ class Recipe:
             waits for ever.
         model: The network.
         data: The images.
-        mask: What is hidden.
         optim: The optimiser.
         schedule: The learning rate over time.
         checkpoint: When the run is saved.
@@ -205,7 +227,7 @@ class Recipe:
 
     work_dir: str | None = None
     init: str | None = None
-    epochs: int = 800
+    epochs: int = 100
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -219,19 +241,40 @@ class Recipe:
     max_skipped: int = 20
     hang_minutes: float | None = 30.0
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
+    data: ImagesConfig = field(default_factory=ImagesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    log: RunLogConfig = field(default_factory=RunLogConfig)
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError where a value cannot be, or values do not go together."""
         _check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (no tuples), the same after a trip through YAML or a checkpoint."""
         return _plain(dataclasses.asdict(self))
+
+
+@dataclass
+class Recipe(RunRecipe):
+    """One pre-training run.
+
+    Args:
+        mask: What is hidden.
+    """
+
+    epochs: int = 800
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def check(self) -> None:
+        super().check()
+        _check_mask(self)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -251,11 +294,29 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check(recipe: Recipe) -> None:
-    def need(ok: bool, name: str, value: Any, wanted: str) -> None:
-        if not ok:
-            raise UserError(f"--{name} is {value!r}; it has to be {wanted}.")
+def need(ok: bool, name: str, value: Any, wanted: str) -> None:
+    """Raises UserError of an option unless its value is `ok`."""
+    if not ok:
+        raise UserError(f"--{name} is {value!r}; it has to be {wanted}.")
 
+
+def _check_mask(recipe: Recipe) -> None:
+    for name, value in (
+        ("log.pictures-every-epochs", recipe.log.pictures_every_epochs),
+        ("log.pictures", recipe.log.pictures),
+        ("log.probe-every-epochs", recipe.log.probe_every_epochs),
+    ):
+        need(value is None or value >= 1, name, value, "at least 1")
+    ratio, units = recipe.mask.ratio, recipe.model.num_units
+    need(0 < ratio < 1, "mask.ratio", ratio, "above 0 and less than 1")
+    try:
+        hidden = units - num_visible_units(units, ratio)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    need(hidden > 0, "mask.ratio", ratio, f"so large that one of the {units} units is hidden")
+
+
+def _check(recipe: RunRecipe) -> None:
     data, optim, every = recipe.data, recipe.optim, recipe.checkpoint
     for name, value in (("data.root", data.root), ("work-dir", recipe.work_dir)):
         if not value:
@@ -274,10 +335,7 @@ def _check(recipe: Recipe) -> None:
         ("checkpoint.keep-last", every.keep_last),
         ("checkpoint.keep-every-epochs", every.keep_every_epochs),
         ("log.every-steps", recipe.log.every_steps),
-        ("log.pictures-every-epochs", recipe.log.pictures_every_epochs),
-        ("log.pictures", recipe.log.pictures),
         ("log.val-every-epochs", recipe.log.val_every_epochs),
-        ("log.probe-every-epochs", recipe.log.probe_every_epochs),
         ("threads", recipe.threads),
     ):
         need(value is None or value >= 1, name, value, "at least 1")
@@ -313,13 +371,6 @@ def _check(recipe: Recipe) -> None:
     hang = recipe.hang_minutes
     need(hang is None or hang > 0, "hang-minutes", hang, "above 0, or null for no limit")
     need(recipe.log.wandb != "", "log.wandb", recipe.log.wandb, "the name of a project")
-    ratio, units = recipe.mask.ratio, recipe.model.num_units
-    need(0 < ratio < 1, "mask.ratio", ratio, "above 0 and less than 1")
-    try:
-        hidden = units - num_visible_units(units, ratio)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    need(hidden > 0, "mask.ratio", ratio, f"so large that one of the {units} units is hidden")
     need(0 <= data.flip <= 1, "data.flip", data.flip, "between 0 and 1")
     low, high = data.crop_scale
     need(0 < low <= high <= 1, "data.crop-scale", [low, high], "two rising values in 0 to 1")

@@ -59,7 +59,7 @@ def test_commands_run(page, tmp_path):
         picture = Image.effect_noise((240, 240), 20 + number).convert("RGB")
         picture.save(tmp_path / "photos" / f"{number}.jpg")
     todo = [words for mark, text in blocks(page, "sh") if mark == "" for words in commands(text)]
-    if page.name == "evaluation.md":  # on what another page leaves
+    if page.name in ("evaluation.md", "finetuning.md"):  # on what another page leaves
         for number in range(40):
             folder = tmp_path / "labelled" / ("val" if number > 25 else "train") / "ab"[number % 2]
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,14 +88,16 @@ def test_programs_run(page):
 
 def test_options_of_other_commands_are_known():
     """Of runs on GPUs and clusters."""
-    from greenmim.cli import _config_first, _underscores, build_parser
+    from greenmim.cli import RUNS, _config_first, _underscores, build_parser
 
-    runs = [words for words in all_commands("gpu", "cluster") if "pretrain" in words]
-    assert len(runs) >= 6
-    for words in runs:
-        parser, *_ = build_parser()
-        own = [_underscores(word) for word in words[words.index("pretrain") :]]
-        parser.parse_args(_config_first(own))
+    seen = []
+    for words in all_commands("gpu", "cluster"):
+        for command in RUNS.keys() & set(words):
+            parser, *_ = build_parser(command)
+            own = [_underscores(word) for word in words[words.index(command) :]]
+            parser.parse_args(_config_first(own))
+            seen.append(command)
+    assert len(seen) >= 7 and set(seen) == set(RUNS)
 
 
 def test_targets_of_make_are_there():

@@ -36,6 +36,7 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "MODEL", SMALL)
     monkeypatch.setattr(findings, "BATCH", 6)
     monkeypatch.setattr(findings, "LABELS", (2,))
+    monkeypatch.setattr(findings, "TUNED_EPOCHS", {"2": 1, "all": 2})
     return tmp_path / "data"
 
 
@@ -90,6 +91,16 @@ def test_arms_are_trained_and_measured_and_done_once(data, tmp_path, capsys):
     table = tables.findings_table(result)
     assert re.search(r"^\| untrained \| 2 \|  \| \d+\.\d ± \d+\.\d \|", table, re.M), table
     assert re.search(r"^\| mask per image \| 2 \| \d\.\d{4} ± 0\.\d{4} \|", table, re.M), table
+    findings.tune(data, tmp_path / "runs", [0], out)
+    findings.tune(data, tmp_path / "runs", [0], out)
+    result |= {"finetuned": json.loads(out.read_text())["finetuned"]}
+    assert [(row["arm"], row["labels"], row["epoch"]) for row in result["finetuned"]] == [
+        ("untrained", "2", 1), ("correct", "2", 1), ("untrained", "all", 2), ("correct", "all", 2),
+    ]  # fmt: skip
+    assert len(list((tmp_path / "runs" / "labelled-2").rglob("*.jpg"))) == 4
+    assert len({row["loss"] for row in result["finetuned"]}) == 4
+    table = tables.finetuned_table(result)
+    assert re.search(r"^\| correct \| \d+\.\d ± 0\.0 \(1 seeds\) \|", table, re.M), table
     assert {file.name for file in plots.draw_findings(result, tmp_path)} == {
         "findings.png", "findings.svg",
     }  # fmt: skip

@@ -36,7 +36,7 @@ from greenmim.data.decode import (
 from greenmim.data.images import Source, hopeless, patiently
 from greenmim.data.sampler import CROP, Item, torch_seed
 from greenmim.guards import UserError, one_line
-from greenmim.recipe import DataConfig
+from greenmim.recipe import ImagesConfig
 
 # A file that cannot be read is replaced by another one; this many bad ones in a row are a broken
 # data set.
@@ -54,7 +54,7 @@ class Crop(NamedTuple):
 
 
 def draw_crop(
-    height: int, width: int, config: DataConfig, generator: torch.Generator | None = None
+    height: int, width: int, config: ImagesConfig, generator: torch.Generator | None = None
 ) -> Crop:
     """Draw a crop of a picture of so many pixels; without a generator, from torch's global one.
 
@@ -136,7 +136,7 @@ def read_crop(
     return F.pil_to_tensor(scaled), crop.flip
 
 
-def finishes_in_loader(config: DataConfig, device: torch.device) -> bool:
+def finishes_in_loader(config: ImagesConfig, device: torch.device) -> bool:
     """Whether images leave the loader finished, or in 8 bits to be finished on the device."""
     # A GPU does in no time what would keep a loader process from loading the next image.
     later = config.augment_on_device
@@ -146,7 +146,7 @@ def finishes_in_loader(config: DataConfig, device: torch.device) -> bool:
 class Finish:
     """Flips, conversion to float and normalisation, for batches on a device."""
 
-    def __init__(self, config: DataConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: ImagesConfig, device: torch.device | str = "cpu") -> None:
         # Tensors: a list would be copied to the device at every call. In units of 8-bit pixels.
         self.mean, self.std = (
             torch.tensor(values, device=device).mul_(255).view(3, 1, 1)
@@ -185,7 +185,7 @@ class AugmentedImages(Dataset):
     """Augmented images of a source, of `image_size` (height, width) in px, looked up by `Item`."""
 
     def __init__(
-        self, source: Source, config: DataConfig, image_size: tuple[int, int], seed: int
+        self, source: Source, config: ImagesConfig, image_size: tuple[int, int], seed: int
     ) -> None:
         self.source, self.config, self.image_size, self.seed = source, config, image_size, seed
         self.mean, self.std = list(config.mean), list(config.std)

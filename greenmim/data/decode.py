@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from greenmim.recipe import DataConfig
+from greenmim.recipe import ImagesConfig
 
 try:
     import pillow_heif
@@ -28,7 +28,7 @@ _FORMATS = frozenset(
 IMAGE_SUFFIXES = frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS
 )
-MAX_PIXELS = DataConfig.max_pixels
+MAX_PIXELS = ImagesConfig.max_pixels
 _ORIENTATION_TAG = 0x0112  # of EXIF
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # of TIFF
 # What puts a picture upright, by the tag.

@@ -159,6 +159,7 @@ class Source:
     - path(index): the image's name for people;
     - open(index): a file's path, or its bytes in a file; raises anything if it cannot be read;
     - label(index): the image's class, if it has one; raises as `open`;
+    - classes(): all classes in their order, where no image has to be read for it, else None;
     - files(): local files and other names that say, with the files' times, what the images are.
 
     Attributes:
@@ -183,6 +184,10 @@ class Source:
         """Indices of a few images to look at: evenly spaced ones."""
         count = min(count, len(self))
         return [index * len(self) // count for index in range(count)]
+
+    def classes(self) -> list[str] | None:
+        """All classes in alphabetical order; where labels cost nothing."""
+        return sorted({self.label(index) for index in range(len(self))} - {None})
 
     def fingerprint(self) -> str:
         """Differs where images or their labels may: by place, reader, number, files' times."""

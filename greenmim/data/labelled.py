@@ -1,20 +1,29 @@
-"""Images with their classes: the middle of each, whole, for what is measured on features."""
+"""Images with their classes: the middle of each, whole, to measure; augmented ones, to learn."""
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
+from timm.data import auto_augment
+from torchvision.transforms.v2 import functional as F
 
-from greenmim.data.dataset import Crop, Finish, Sample
+from greenmim.data.dataset import AugmentedImages, Crop, Finish, Sample
 from greenmim.data.held_out import HeldOutImages
 from greenmim.data.images import Folder, Source, hopeless, patiently
-from greenmim.data.loader import Collate
-from greenmim.data.sampler import Item
+from greenmim.data.loader import Collate, copied_shared
+from greenmim.data.sampler import AUGMENT, Item, torch_seed
 from greenmim.data.sources import Tars, find_source
+from greenmim.finetune_recipe import LabelledImagesConfig
 from greenmim.guards import UserError, one_line
 from greenmim.messages import dashes
-from greenmim.planning import Planner
-from greenmim.recipe import DataConfig, MaskConfig
+from greenmim.planning import Plan, Planner
+from greenmim.recipe import ImagesConfig, MaskConfig
 
 # Side of the middle that is taken, as a share of the largest part: 224 of 256 pixels.
 CROP = 0.875
@@ -24,7 +33,7 @@ UNREADABLE = ""
 _LOOKED_AT = 20
 
 
-def find_labelled(config: DataConfig, option: str) -> Source:
+def find_labelled(config: ImagesConfig, option: str) -> Source:
     """What an option of a recipe's `data` names, with classes.
 
     Raises:
@@ -45,12 +54,9 @@ def find_labelled(config: DataConfig, option: str) -> Source:
             problem = problem or error
     if labels == set() and problem:
         raise UserError(f"{name} {source.root}: {one_line(problem)}.") from problem
-    if len(labels - {None}) < 2 and isinstance(source, (Folder, Tars)):
-        for index in range(len(source)):
-            labels.add(source.label(index))
-            if len(labels - {None}) == 2:
-                break
     classes = labels - {None}
+    if len(classes) < 2 and isinstance(source, (Folder, Tars)):
+        classes = set(source.classes())
     how = (
         "each class needs a folder of its own (or a .cls beside each image of a shard, or a column"
         " of classes)"
@@ -77,7 +83,7 @@ class LabelledImages(HeldOutImages):
     def __init__(
         self,
         source: Source,
-        config: DataConfig,
+        config: ImagesConfig,
         image_size: tuple[int, int],
         crop: float = CROP,
         most: int | None = None,
@@ -116,7 +122,92 @@ class LabelledCollate(Collate):
 
     def __init__(self, planner: Planner, finish: Finish | None) -> None:
         super().__init__(planner, MaskConfig(), 0, finish)
+        height, width = planner.unit_grid
+        self.whole = planner(np.ones(height * width, dtype=bool))
 
-    def visible(self, items: list[Item]) -> np.ndarray:
-        height, width = self.planner.unit_grid
-        return np.ones(height * width, dtype=bool)
+    def _plan(self, items: list[Item]) -> Plan:
+        return Plan(copied_shared(self.whole.memory), self.whole.layout)
+
+
+# ---- to learn from ------------------------------------------------------------------------------
+
+
+def find_classes(source: Source, file: str | None, option: str = "data.classes") -> list[str]:
+    """The classes of a classifier, in the order of its scores: those in a file, or of images.
+
+    Args:
+        source: The images.
+        file: What an option names.
+        option: Which one.
+
+    Raises:
+        UserError: the file is not there or has none; or nobody knows what classes the images have.
+    """
+    if file is None:
+        if (found := source.classes()) is None:
+            raise UserError(
+                f"--{option} is missing: {source.root} does not tell which classes there are;"
+                " write a file with one in each line."
+            )
+        return found
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{option} {file} cannot be read: {one_line(error)}.") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if len(found) < 2 or len(set(found)) < len(found):
+        twice = next((name for name, count in Counter(found).items() if count > 1), None)
+        what = f"names {twice} twice" if twice else "names fewer than two classes"
+        raise UserError(f"--{option} {file} {what}; it has to have one class in each line.")
+    return found
+
+
+def _posterize(picture: Image.Image, bits: int, **options: object) -> Image.Image:
+    """timm's, which keeps no bit at the greatest magnitude; Pillow 13 refuses that."""
+    return auto_augment.posterize(picture, max(bits, 1), **options)
+
+
+class TrainingImages(AugmentedImages):
+    """Augmented images with their classes; those of no class that is learned are left out.
+
+    Args:
+        source, config, image_size, seed: As of `AugmentedImages`.
+        classes: What is learned.
+    """
+
+    config: LabelledImagesConfig
+
+    def __init__(
+        self,
+        source: Source,
+        config: LabelledImagesConfig,
+        image_size: tuple[int, int],
+        seed: int,
+        classes: Collection[str],
+    ) -> None:
+        super().__init__(source, config, image_size, seed)
+        self.classes, self.change = frozenset(classes), None
+        if config.rand_augment:
+            hints = {  # as timm's own loader gives them
+                "translate_const": int(min(image_size) * 0.45),
+                "img_mean": tuple(min(255, round(255 * part)) for part in config.mean),
+                "interpolation": Image.Resampling.BICUBIC,
+            }
+            self.change = auto_augment.rand_augment_transform(config.rand_augment, hints)
+            for operation in self.change.ops:
+                if operation.aug_fn is auto_augment.posterize:
+                    operation.aug_fn = _posterize
+
+    def _read(self, index: int, item: Item) -> Sample:
+        label = self.source.label(index)
+        if label not in self.classes:
+            raise ValueError("it has no class" if label is None else f"no class is called {label}")
+        sample = super()._read(index, item)
+        if self.change is not None:
+            # timm draws from the global generators of Python and NumPy.
+            seed = torch_seed(self.seed, AUGMENT, item.epoch, item.position)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            changed = self.change(F.to_pil_image(sample.image))
+            sample = sample._replace(image=F.pil_to_tensor(changed))
+        return sample._replace(label=label)

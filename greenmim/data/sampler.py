@@ -1,9 +1,9 @@
 """Which images every process computes at every update, and where random numbers come from.
 
 All that is random in a run is a function of its seed and of where in the run it is drawn: the order
-of an epoch of (seed, epoch), a crop of (seed, epoch, position), a mask and what a forward pass
-draws itself of (seed, step, micro-batch in the global batch). So neither the number of processes
-nor that of loader workers matters, and a run can be taken up anywhere.
+of an epoch of (seed, epoch), a crop of (seed, epoch, position), a mask, how images are mixed and
+what a forward pass draws itself of (seed, step, micro-batch in the global batch). So neither the
+number of processes nor that of loader workers matters, and a run can be taken up anywhere.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from greenmim.data.images import Source
-from greenmim.recipe import Recipe
+from greenmim.recipe import RunRecipe
 
 # Streams of random numbers, which must not repeat one another; each has one for every key.
-ORDER, CROP, MASK, FORWARD = 1, 2, 3, 4
+ORDER, CROP, MASK, FORWARD, AUGMENT, MIX = 1, 2, 3, 4, 5, 6
 # A micro-batch of an update is read by so many readers, each from shards of its own, and images are
 # shuffled within so many of a reader's. A shard is opened by one loader process if their number
 # divides that of the readers; the order must not depend on it.
@@ -99,7 +99,7 @@ class EpochSampler(Sampler[list[Item]]):
             )
 
     @classmethod
-    def of(cls, recipe: Recipe, source: Source, rank: int, world_size: int) -> EpochSampler:
+    def of(cls, recipe: RunRecipe, source: Source, rank: int, world_size: int) -> EpochSampler:
         """The order of a run's images."""
         data, accumulate = recipe.data, recipe.optim.accumulate
         return cls(

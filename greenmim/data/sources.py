@@ -44,7 +44,7 @@ from greenmim.data.sampler import WINDOW
 from greenmim.data.tars import DamagedTar, Member, Opened, members_in, read_part
 from greenmim.guards import UserError, one_line
 from greenmim.messages import dashes
-from greenmim.recipe import DataConfig
+from greenmim.recipe import ImagesConfig
 
 PREFIXES = ("tar/", "wds/", "hfds/")
 # Of timm's prefixes, those that are something else than a place in the file system.
@@ -57,7 +57,7 @@ _META = re.compile("__[^/]*__($|/)")  # which WebDataset keeps for itself
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 
 
-def find_source(config: DataConfig, option: str = "data.root") -> Source:
+def find_source(config: ImagesConfig, option: str = "data.root") -> Source:
     """What `--data.root` names, or another option: `data.val_root`.
 
     Raises:
@@ -84,7 +84,7 @@ def _of_option(error: UserError, root: str, option: str) -> UserError:
     return UserError(f"{dashes(option)} {root}: {text}")
 
 
-def _find_source(config: DataConfig) -> Source:
+def _find_source(config: ImagesConfig) -> Source:
     root = config.root
     prefix, slash, rest = root.partition("/")
     prefix = prefix.lower() if slash and not os.path.isdir(root) else ""
@@ -226,6 +226,10 @@ class HuggingFace(Source):
             return None
         return self._data.features[self._class].int2str(number)
 
+    def classes(self) -> list[str] | None:
+        """Those of the column, in its order."""
+        return list(self._data.features[self._class].names) if self._class else []
+
     def files(self) -> Iterator[str]:
         return iter((self.name, self.split, str(self._data._fingerprint)))
 
@@ -341,6 +345,9 @@ class Shards(Source):
             return b"" if label is None else _read_member(opened, label)
 
         return self._opened.use(shard, read).decode(errors="backslashreplace").strip() or None
+
+    def classes(self) -> None:
+        """Nobody knows before all images are read."""
 
     def files(self) -> Iterator[str]:
         return iter(self.urls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,30 +33,69 @@ class Accuracy(NamedTuple):
     top5: float
     confusion: Counter[tuple[int, int]]
 
+    def words(self) -> str:
+        """For people."""
+        return f"top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} %"
+
+
+class Tally:
+    """Images of which scores are known, and of how many what was right; tallies add up.
+
+    Attributes:
+        images: how many.
+    """
+
+    def __init__(self) -> None:
+        self.images, self._right = 0, torch.zeros(2, dtype=torch.int64)
+        self._confusion: Counter[tuple[int, int]] = Counter()
+
+    def add(self, scores: Tensor, answers: Tensor) -> None:
+        """Count some images.
+
+        Args:
+            scores: float [b, K].
+            answers: int64 [b], -1 for a class that nobody learned.
+        """
+        best = scores.topk(min(5, scores.shape[1]), 1)
+        hits = (best.indices == answers[:, None]) & (best.values > -torch.inf)
+        self.images += len(scores)
+        self._right += torch.stack([hits[:, :number].any(1).sum() for number in (1, 5)]).cpu()
+        self._confusion.update(zip(answers.tolist(), best.indices[:, 0].tolist(), strict=True))
+
+    def merge(self, other: Tally) -> None:
+        """Add what another one has counted."""
+        self.images += other.images
+        self._right += other._right
+        self._confusion.update(other._confusion)
+
+    def accuracy(self) -> Accuracy:
+        """Of all images; NaN of none."""
+        top1, top5 = (self._right.double() / self.images).tolist()
+        known = {pair: count for pair, count in self._confusion.items() if pair[0] >= 0}
+        return Accuracy(top1, top5, Counter(known))
+
 
 def measure(pieces: Iterable[Tensor], answers: Tensor) -> Accuracy:
     """The accuracy of scores.
 
     Args:
         pieces: float [b, K], whose rows follow one another.
-        answers: int64 [m], -1 for a class that nobody learned; at least one.
+        answers: int64 [m], as of `Tally.add`; at least one.
     """
-    confusion: Counter[tuple[int, int]] = Counter()
-    right, start = torch.zeros(2, dtype=torch.int64), 0
+    tally = Tally()
     for scores in pieces:
-        wanted = answers[start : start + len(scores)]
-        start += len(scores)
-        best = scores.topk(min(5, scores.shape[1]), 1)
-        hits = (best.indices == wanted[:, None]) & (best.values > -torch.inf)
-        right += torch.stack([hits[:, :number].any(1).sum() for number in (1, 5)]).cpu()
-        confusion.update(zip(wanted.tolist(), best.indices[:, 0].tolist(), strict=True))
-    top1, top5 = (right.double() / len(answers)).tolist()
-    return Accuracy(top1, top5, Counter({pair: n for pair, n in confusion.items() if pair[0] >= 0}))
+        tally.add(scores, answers[tally.images : tally.images + len(scores)])
+    return tally.accuracy()
 
 
 def classes_of(labels: Iterable[str]) -> dict[str, int]:
     """Numbers of the classes by name, in alphabetical order."""
     return {name: number for number, name in enumerate(sorted(set(labels)))}
+
+
+def numbers_of(labels: Iterable[str], classes: Mapping[str, int]) -> Tensor:
+    """int64 [m], the numbers of some classes; -1 for one that has none."""
+    return torch.tensor([classes.get(name, -1) for name in labels], dtype=torch.int64)
 
 
 def neighbours_accuracy(features: Features, k: int, device: torch.device) -> Accuracy:
@@ -66,7 +105,7 @@ def neighbours_accuracy(features: Features, k: int, device: torch.device) -> Acc
         ValueError: there are not so many.
     """
     classes = classes_of(features.labels)
-    labels = torch.tensor([classes[name] for name in features.labels], device=device)
+    labels = numbers_of(features.labels, classes).to(device)
     return measure(knn_pieces(features.values.to(device), labels, None, len(classes), k), labels)
 
 

@@ -8,12 +8,12 @@ from typing import Literal
 import greenmim
 from greenmim.checkpoint import (
     convert_checkpoint,
+    run_command,
     save_atomic,
     save_safetensors,
 )
 from greenmim.guards import UserError
 from greenmim.tools.loading import read_weights
-from greenmim.training.run_folder import RUN_FORMAT
 
 OUTPUT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -54,10 +54,10 @@ def convert_file(
     if output.exists() and not overwrite:
         raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
     content, weights = read_weights(input)
-    if input.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
+    if command := run_command(content):
         if source not in (None, "greenmim"):
             raise UserError(
-                f"{input} is a checkpoint of `greenmim pretrain`, not --source {source}."
+                f"{input} is a checkpoint of `greenmim {command}`, not --source {source}."
             )
         source = "greenmim"
     if source is None:

@@ -1,15 +1,17 @@
-"""How good an encoder's features are for classes that it never saw: kNN, and a linear probe."""
+"""How well images are classified: by an encoder's features, with kNN and a linear probe, and by a
+fine-tuned classifier."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,37 +19,53 @@ from tqdm import tqdm
 
 import greenmim
 from greenmim.checkpoint import save_text
+from greenmim.classifier import Classifier
 from greenmim.data.dataset import Finish, finishes_in_loader
 from greenmim.data.images import Source
-from greenmim.data.labelled import CROP, LabelledCollate, LabelledImages, find_labelled
+from greenmim.data.labelled import (
+    CROP,
+    LabelledCollate,
+    LabelledImages,
+    find_classes,
+    find_labelled,
+)
 from greenmim.encoders.swin import VisibleBlock
-from greenmim.evaluation.accuracy import Accuracy, by_class, classes_of, draw, measure, table
+from greenmim.evaluation.accuracy import (
+    Accuracy,
+    by_class,
+    classes_of,
+    draw,
+    measure,
+    numbers_of,
+    table,
+)
+from greenmim.evaluation.classification import classify
 from greenmim.evaluation.classifiers import knn_pieces, linear_probe
 from greenmim.evaluation.features import Features, extract, key_of, load_features, save_features
 from greenmim.evaluation.sweep import Sweep
 from greenmim.guards import UserError, one_line
 from greenmim.launch import World
-from greenmim.messages import listed
+from greenmim.messages import dashes, listed
 from greenmim.mim import GreenMIM
 from greenmim.processes import Processes
-from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from greenmim.tools.loading import load_encoder
+from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ImagesConfig
+from greenmim.tools.loading import load_classifier, load_encoder
 from greenmim.training.startup import PRECISIONS, choose_device
 from greenmim.training.train import told_of_memory
 from greenmim_kernels.onednn import use_onednn
 
+N = TypeVar("N", GreenMIM, Classifier)
 # Named on stderr of those that cannot be read.
 _NAMED = 10
 
 
 @dataclass
-class LabelledData:
-    """Labelled images, to learn from and to classify.
+class ClassifiedData:
+    """Labelled images to classify.
 
     Args:
         root: Folder with a folder for each class; or, by a prefix: tar/FILE_OR_FOLDER with folders,
             wds/SHARDS with .cls, hfds/DATASET[:SPLIT] with a column of classes.
-        val_root: The same of the images to classify.
         batch_size: Images per process and per forward pass.
         workers: Loader processes; 0 loads in the main process.
         crop: Side of the middle of each image that is taken, as a share of the largest that fits.
@@ -55,11 +73,21 @@ class LabelledData:
     """
 
     root: str | None = None
-    val_root: str | None = None
     batch_size: int = 64
     workers: int = 4
     crop: float = CROP
-    max_pixels: int = DataConfig.max_pixels
+    max_pixels: int = ImagesConfig.max_pixels
+
+
+@dataclass
+class LabelledData(ClassifiedData):
+    """Labelled images, to learn from and to classify.
+
+    Args:
+        val_root: The same of the images to classify.
+    """
+
+    val_root: str | None = None
 
 
 def knn(
@@ -165,16 +193,100 @@ def probe(
     return _evaluate("probe", checkpoint, data, Path(output), classify, *options)
 
 
+def classify_images(
+    checkpoint: str | Path,
+    data: ClassifiedData,
+    output: str | Path,
+    *,
+    classes: str | Path | None = None,
+    ema: bool = True,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Classify labelled images by a fine-tuned classifier, and count what is right.
+
+    Args:
+        checkpoint: A fine-tuning run's, or an exported one, or timm's or Microsoft's Swin with its
+            head.
+        data: The images.
+        output: A .json file; a picture of what is taken for what is drawn beside it.
+        classes: File with a class in each line, in the order of the scores; null takes those of the
+            checkpoint, or, where it names none, of the images in alphabetical order.
+        ema: Take the averaged weights, where the checkpoint has some.
+        device: Where to run.
+        precision: Autocast type; auto is bf16 on CUDA and fp32 on the CPU.
+        overwrite: Replace an output that is there already.
+
+    Returns:
+        What is in the file; None in all processes but the main one.
+
+    Raises:
+        UserError: a file is missing or unreadable, or there are no labels, or no head.
+    """
+    output = Path(output)
+    world = World.from_environment()
+    with Processes(world, lambda: choose_device(device, world)) as processes:
+
+        def prepare() -> Source:
+            _check(data, output, overwrite, {})
+            config = DataConfig(data.root, max_pixels=data.max_pixels)
+            return find_labelled(config, "data.root")
+
+        source = processes.from_main(prepare)
+        with processes.agreed():
+            network, run, names = load_classifier(checkpoint, ema)
+            names = _classes(source, classes, names, network.num_classes)
+        precision = _precision(precision, processes)
+        images = LabelledImages(source, _normalised(data, run), network.config.image_hw, data.crop)
+        network = _placed(network, precision, processes)
+        numbers = {name: number for number, name in enumerate(names)}
+        with (
+            told_of_memory(processes.device, "lower --data.batch-size"),
+            _sweep(network, images, data, precision, processes) as (sweep, autocast, progress),
+        ):
+            found = classify(sweep, network, autocast, numbers, progress=progress)
+
+            def result() -> dict[str, Any]:
+                _tell_of(source, found.failures, found.without_label)
+                if not found.images:
+                    raise UserError(f"--data.root {data.root}: no image with a class can be read.")
+                if found.strangers:
+                    _tell(_unknown("The classifier", found.strangers, "--data.root"))
+                facts = {"task": "eval", "checkpoint": str(checkpoint), "precision": precision}
+                facts |= {"root": data.root, "crop": data.crop, "loss": found.loss}
+                unreadable = [name for name, _ in found.failures]
+                return _write(facts, found.accuracy, found.images, names, {}, unreadable, output)
+
+            made = processes.from_main(result)
+        return made if world.is_main else None
+
+
+def _classes(
+    source: Source, file: str | Path | None, known: list[str] | None, number: int
+) -> list[str]:
+    """The classes in the order of a classifier's scores, of which there are so many."""
+    names = known if file is None and known else find_classes(source, file and str(file), "classes")
+    if len(names) != number:
+        raise UserError(
+            f"The checkpoint tells {number} classes and"
+            f" {f'--classes {file}' if file else f'the images in {source.root}'} {len(names)}; name"
+            " them with --classes FILE, one in each line, in the order of the scores."
+        )
+    return names
+
+
 def said(result: dict[str, Any], output: str | Path) -> str:
     """A result for people."""
+    facts = [f"{result['images']} images", f"{result['classes']} classes"]
     if result["task"] == "knn":
-        how = f"{result['k']} neighbours"
-    else:
-        how = f"learning rate {result['lr']:g}"
-    facts = f"{result['images']} images, {result['classes']} classes, {how}"
+        facts.append(f"{result['k']} neighbours")
+    elif result["task"] == "probe":
+        facts.append(f"learning rate {result['lr']:g}")
     lines = [
         table(result["by_class"]),
-        f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} % ({facts})",
+        f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} %"
+        f" ({', '.join(facts)})",
         f"wrote {output}",
     ]
     return "\n".join(lines)
@@ -201,10 +313,10 @@ def _evaluate(
     world = World.from_environment()
     with Processes(world, lambda: choose_device(device, world)) as processes:
 
-        def prepare() -> tuple[DataConfig, Source, Source]:
+        def prepare() -> list[Source]:
             """What may be wrong is found before anything is computed."""
             _check(data, output, overwrite, positive)
-            config = DataConfig(data.root, data.val_root, max_pixels=data.max_pixels)
+            config = DataConfig(root=data.root, val_root=data.val_root, max_pixels=data.max_pixels)
             sources = [find_labelled(config, option) for option in ("data.root", "data.val_root")]
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -212,22 +324,14 @@ def _evaluate(
                 raise UserError(
                     f"--features {folder} cannot be made: {one_line(error)}."
                 ) from error
-            return config, *sources
+            return sources
 
-        config, *sources = processes.from_main(prepare)
-        if precision == "auto":
-            precision = "bf16" if processes.device.type == "cuda" else "fp32"
+        sources = processes.from_main(prepare)
+        precision = _precision(precision, processes)
         with processes.agreed():
             network, run = load_encoder(checkpoint)
-        trained = run.get("data", {})
-        mean, std = (
-            tuple(trained.get(name, usual))
-            for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
-        )
-        config = dataclasses.replace(config, mean=mean, std=std)
-        network = network.to(processes.device)
-        if processes.device.type == "cpu" and precision == "fp32":
-            use_onednn(network, VisibleBlock)
+        config = _normalised(data, run)
+        network = _placed(network, precision, processes)
         with told_of_memory(processes.device, "lower --data.batch-size"):
             train, held_out = (
                 _features(
@@ -235,7 +339,7 @@ def _evaluate(
                     LabelledImages(source, config, network.config.image_hw, data.crop),
                     data,
                     folder,
-                    PRECISIONS[precision],
+                    precision,
                     processes,
                 )
                 for source in sources
@@ -250,13 +354,14 @@ def _evaluate(
         return found if world.is_main else None
 
 
-def _check(data: LabelledData, output: Path, overwrite: bool, positive: dict[str, float]) -> None:
+def _check(data: ClassifiedData, output: Path, overwrite: bool, positive: dict[str, float]) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise UserError(f"--{name} is {value}; it has to be above 0.")
-    for name, value in (("data.root", data.root), ("data.val-root", data.val_root)):
-        if not value:
-            raise UserError(f"--{name} is missing; pass a folder with a folder for each class.")
+    for name in ("root", "val_root"):
+        if not getattr(data, name, True):
+            option = dashes(f"data.{name}")
+            raise UserError(f"{option} is missing; pass a folder with a folder for each class.")
     if not 0 < data.crop <= 1:
         raise UserError(f"--data.crop is {data.crop}; it has to be above 0 and at most 1.")
     if data.batch_size < 1 or data.workers < 0:
@@ -270,50 +375,98 @@ def _check(data: LabelledData, output: Path, overwrite: bool, positive: dict[str
             raise UserError(f"--output: {file} is there already; add --overwrite to replace it.")
 
 
+def _precision(name: str, processes: Processes) -> str:
+    if name == "auto":
+        return "bf16" if processes.device.type == "cuda" else "fp32"
+    return name
+
+
+def _normalised(data: ClassifiedData, run: dict[str, Any]) -> ImagesConfig:
+    """How images are read: normalised as in the run that trained the network, if it is known."""
+    trained = run.get("data", {})
+    return ImagesConfig(
+        max_pixels=data.max_pixels,
+        mean=tuple(trained.get("mean", IMAGENET_MEAN)),
+        std=tuple(trained.get("std", IMAGENET_STD)),
+    )
+
+
+def _placed(network: N, precision: str, processes: Processes) -> N:
+    """The network on its device, as fast as it goes there."""
+    network = network.to(processes.device)
+    if processes.device.type == "cpu" and precision == "fp32":
+        use_onednn(network, VisibleBlock)
+    return network
+
+
+@contextlib.contextmanager
+def _sweep(
+    network: GreenMIM | Classifier,
+    images: LabelledImages,
+    data: ClassifiedData,
+    precision: str,
+    processes: Processes,
+) -> Iterator[tuple[Sweep, Callable[[], torch.autocast], Callable[[int], None]]]:
+    """What goes through images, in which precision, and what shows how far it is."""
+    device = processes.device
+    in_loader = finishes_in_loader(images.config, device)
+    finish = Finish(images.config, "cpu" if in_loader else device)
+    collate = LabelledCollate(network.planner, finish if in_loader else None)
+    later = None if in_loader else finish
+    sweep = Sweep(images, collate, data.batch_size, data.workers, later, processes)
+    autocast = functools.partial(
+        torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "fp32"
+    )
+    quiet = None if processes.world.is_main else True
+    with tqdm(total=len(images), desc=images.source.root, unit="img", disable=quiet) as bar:
+        yield sweep, autocast, lambda count: bar.update(min(count, len(images) - bar.n))
+
+
 def _features(
     network: GreenMIM,
     images: LabelledImages,
     data: LabelledData,
     folder: Path,
-    precision: torch.dtype,
+    precision: str,
     processes: Processes,
 ) -> Features:
     """Those that were kept, or computed and kept. A collective."""
-    device, is_main, source = processes.device, processes.world.is_main, images.source
+    is_main = processes.world.is_main
     path, found = None, None
     if is_main:
-        path = folder / f"{key_of(network, images, precision)}.safetensors"
+        path = folder / f"{key_of(network, images, PRECISIONS[precision])}.safetensors"
         found = load_features(path)
     if not processes.from_main(lambda: found is not None):
-        in_loader = finishes_in_loader(images.config, device)
-        finish = Finish(images.config, "cpu" if in_loader else device)
-        collate = LabelledCollate(network.planner, finish if in_loader else None)
-        later = None if in_loader else finish
-        sweep = Sweep(images, collate, data.batch_size, data.workers, later, processes)
-        autocast = functools.partial(
-            torch.autocast, device.type, precision, enabled=precision != torch.float32
-        )
-        quiet = None if is_main else True
-        with tqdm(total=len(images), desc=source.root, unit="img", disable=quiet) as bar:
-            found = extract(
-                sweep, network, autocast,
-                progress=lambda count: bar.update(min(count, len(images) - bar.n)),
-            )  # fmt: skip
+        with _sweep(network, images, data, precision, processes) as (sweep, autocast, progress):
+            found = extract(sweep, network, autocast, progress=progress)
         if is_main:
             try:
                 save_features(found, path)
             except OSError as error:
                 _tell(f"the features are not kept: {path} cannot be written: {one_line(error)}")
     if is_main:
-        for note in source.notes():
-            _tell(note)
-        for name, reason in found.failures[:_NAMED]:
-            _tell(f"cannot read {name} ({reason}); it is left out")
-        if len(found.failures) > _NAMED:
-            _tell(f"and {len(found.failures) - _NAMED} more of {source.root} cannot be read")
-        if found.without_label:
-            _tell(f"{found.without_label} images of {source.root} have no class and are left out")
+        _tell_of(images.source, found.failures, found.without_label)
     return found
+
+
+def _tell_of(source: Source, failures: Sequence[tuple[str, str]], without_label: int) -> None:
+    """What people should know of a source, and which of its images are left out."""
+    for note in source.notes():
+        _tell(note)
+    for name, reason in failures[:_NAMED]:
+        _tell(f"cannot read {name} ({reason}); it is left out")
+    if len(failures) > _NAMED:
+        _tell(f"and {len(failures) - _NAMED} more of {source.root} cannot be read")
+    if without_label:
+        _tell(f"{without_label} images of {source.root} have no class and are left out")
+
+
+def _unknown(who: str, strangers: Counter[str], option: str) -> str:
+    names = sorted(strangers)
+    return (
+        f"{who} has no class {listed(names[:5], 'or')}{' ...' * (len(names) > 5)}:"
+        f" {strangers.total()} images of {option} cannot be right"
+    )
 
 
 def _result(
@@ -331,29 +484,36 @@ def _result(
                         " least two are needed.")  # fmt: skip
     if not held_out.labels:
         raise UserError(f"--data.val-root {facts['val_root']}: no image with a class can be read.")
-    if unknown := sorted(set(held_out.labels) - set(classes)):
-        count = sum(label not in classes for label in held_out.labels)
-        _tell(
-            f"--data.root has no class {listed(unknown[:5], 'or')}{' ...' * (len(unknown) > 5)}:"
-            f" {count} images of --data.val-root cannot be right"
-        )
-    labels, answers = (
-        torch.tensor([classes.get(name, -1) for name in some.labels]).to(device)
-        for some in (train, held_out)
-    )
+    if strangers := Counter(label for label in held_out.labels if label not in classes):
+        _tell(_unknown("--data.root", strangers, "--data.val-root"))
+    labels, answers = (numbers_of(some.labels, classes).to(device) for some in (train, held_out))
     found, how = classify(
         train.values.to(device), labels, held_out.values.to(device), answers, len(classes)
     )
+    how = {"train_images": len(labels), **how}
+    unreadable = [name for name, _ in train.failures + held_out.failures]
+    return _write(facts, found, len(answers), list(classes), how, unreadable, output)
+
+
+def _write(
+    facts: dict[str, Any],
+    found: Accuracy,
+    images: int,
+    classes: list[str],
+    how: dict[str, Any],
+    unreadable: list[str],
+    output: Path,
+) -> dict[str, Any]:
+    """Write the file and the picture; what is in the file."""
     result = {
         **facts,
         "top1": found.top1,
         "top5": found.top5,
-        "images": len(answers),
-        "train_images": len(labels),
+        "images": images,
         "classes": len(classes),
         **how,
         "by_class": by_class(found, classes),
-        "unreadable": [name for name, _ in train.failures + held_out.failures],
+        "unreadable": unreadable,
         "greenmim": greenmim.__version__,
     }
     title = f"{facts['task']}, top-1 {100 * found.top1:.1f} %"

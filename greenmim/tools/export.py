@@ -1,4 +1,4 @@
-"""The encoder of a checkpoint as a file that timm loads and that says how it was made."""
+"""The encoder of a checkpoint, or its classifier, as a file that timm loads; it says what it is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import greenmim
 from greenmim.checkpoint import convert_checkpoint, save_safetensors
+from greenmim.classifier import to_timm
 from greenmim.config import MODELS, ModelConfig
 from greenmim.guards import UserError
-from greenmim.tools.loading import load_model
+from greenmim.tools.loading import is_classifier, load_classifier, load_model
 
 
 def export(
@@ -18,17 +19,19 @@ def export(
     output: str | Path,
     *,
     model: str | None = None,
+    ema: bool = True,
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Write the encoder as a file that timm loads.
+    """Write the encoder, or the classifier, as a file that timm loads.
 
     Its metadata hold what a user needs to know.
 
     Args:
         checkpoint: A run's checkpoint, or any greenmim or official one with a decoder, if the model
-            is named.
+            is named. From a fine-tuning run the head comes along.
         output: A .safetensors file; written whole or not at all.
         model: Name of the model, for a checkpoint that does not say.
+        ema: Write the averaged weights, where the checkpoint has some.
         overwrite: Replace an output that is there already.
 
     Returns:
@@ -44,9 +47,13 @@ def export(
         raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
     if output.exists() and not overwrite:
         raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
-    network, run = load_model(checkpoint, model)
-    weights = convert_checkpoint(network.state_dict(), source="greenmim", target="timm")
-    facts = metadata(network.config, run)
+    if is_classifier(checkpoint):
+        classifier, run, classes = load_classifier(checkpoint, ema)
+        weights, facts = to_timm(classifier.state_dict()), metadata(classifier.config, run, classes)
+    else:
+        network, run = load_model(checkpoint, model)
+        weights = convert_checkpoint(network.state_dict(), source="greenmim", target="timm")
+        facts = metadata(network.config, run)
     try:
         save_safetensors(weights, output, facts)
     except OSError as error:
@@ -54,26 +61,37 @@ def export(
     return facts
 
 
-def metadata(config: ModelConfig, run: dict[str, Any]) -> dict[str, str]:
-    """What an exported file says of itself; `run` is the recipe of its run, or {}."""
+def metadata(
+    config: ModelConfig, run: dict[str, Any], classes: list[str] | None = None
+) -> dict[str, str]:
+    """What an exported file says of itself.
+
+    Args:
+        config: Sizes of the encoder.
+        run: The recipe of its run, or {}.
+        classes: Of a classifier, in the order of its scores.
+    """
     facts = {
         "greenmim": greenmim.__version__,
         "image_size": json.dumps(config.image_hw),
         "window_size": str(config.window_size),
         "merge_order": "swin",
         "norm_eps": str(config.norm_eps),
-        "timm": json.dumps(timm_arguments(config)),
+        "timm": json.dumps(
+            timm_arguments(config) | ({"num_classes": len(classes)} if classes else {})
+        ),
     }
-    if run:
-        data, mask = run["data"], run["mask"]
+    if classes:
+        facts["classes"] = json.dumps(classes)
+    if mask := run.get("mask"):
         facts |= {
             "mask_ratio": str(mask["ratio"]),
             "mask_kind": mask["kind"],
             "mask_per_image": json.dumps(mask["per_image"]),
-            "epochs": str(run["epochs"]),
-            "mean": json.dumps(data["mean"]),
-            "std": json.dumps(data["std"]),
         }
+    if run:
+        facts |= {"epochs": str(run["epochs"])}
+        facts |= {name: json.dumps(run["data"][name]) for name in ("mean", "std")}
     return facts
 
 

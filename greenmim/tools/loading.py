@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from greenmim.checkpoint import convert_checkpoint, find_state_dict, load_checkpoint
+from greenmim.checkpoint import (
+    convert_checkpoint,
+    find_state_dict,
+    load_checkpoint,
+    run_command,
+)
+from greenmim.classifier import Classifier, head_of
 from greenmim.config import ModelConfig
 from greenmim.guards import UserError, first_line, one_line
-from greenmim.initial import config_of, initialise, safetensors_facts
+from greenmim.initial import config_of, initialise, initialise_classifier, safetensors_facts
 from greenmim.mim import GreenMIM, create_model
-from greenmim.training.run_folder import RUN_FORMAT
 
 
 def read_weights(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -27,6 +32,17 @@ def read_weights(path: Path) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
+def is_classifier(checkpoint: str | Path) -> bool:
+    """Whether a file is a fine-tuning run's checkpoint; False of one that cannot be read."""
+    path = Path(checkpoint)
+    if not path.is_file() or path.suffix == ".safetensors":
+        return False
+    try:
+        return run_command(load_checkpoint(path, lazily=True)) == "finetune"
+    except Exception:  # pickle, zip and torch raise anything on a damaged file
+        return False
+
+
 def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMIM, dict[str, Any]]:
     """The model of a checkpoint with its weights, and the recipe of its run ({} without a run).
 
@@ -37,9 +53,11 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
     content, weights = read_weights(path)
-    if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
+    if run_command(content) == "pretrain":
         run = content["recipe"]
         network = GreenMIM(ModelConfig(**run["model"]))
+    elif run_command(content):
+        raise UserError(f"{path} has no decoder: it is a checkpoint of `greenmim finetune`.")
     elif name is None:
         raise UserError(f"{path} does not say what model it is; pass --model with its name.")
     else:
@@ -68,16 +86,62 @@ def load_encoder(checkpoint: str | Path) -> tuple[GreenMIM, dict[str, Any]]:
         UserError: unreadable file, or no Swin.
     """
     path = Path(checkpoint)
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}.")
-    content, weights = read_weights(path)
-    if path.suffix != ".safetensors" and content.get("format") == RUN_FORMAT:
+    content, weights, config, run, _ = _read_encoder(path)
+    if run_command(content) == "pretrain":
         return load_model(path)
-    facts = safetensors_facts(path)
+    network = GreenMIM(config)
     try:
-        network = GreenMIM(config_of(weights, facts))
         initialise(network, path, weights)
     except ValueError as error:
         raise UserError(f"The checkpoint {path}: {first_line(error)}.") from error
+    return network, run
+
+
+def load_classifier(
+    checkpoint: str | Path, ema: bool = True
+) -> tuple[Classifier, dict[str, Any], list[str] | None]:
+    """A classifier, the recipe of its run as of `load_encoder`, and its classes where known.
+
+    Args:
+        checkpoint: A fine-tuning run's, or timm's Swin or Microsoft's with a head, also exported.
+        ema: Take the averaged weights, where the checkpoint has some.
+
+    Raises:
+        UserError: unreadable file, no Swin, or no head.
+    """
+    path = Path(checkpoint)
+    content, weights, config, run, classes = _read_encoder(path)
+    if ema and run_command(content) == "finetune":
+        weights = content.get("ema", weights)
+    if (head := head_of(weights)) is None:
+        raise UserError(
+            f"The checkpoint {path} has no head, so it classifies nothing: `greenmim finetune`"
+            " makes one; `greenmim knn` and `greenmim probe` need none."
+        )
+    network = Classifier(config, len(head[0]))
+    try:
+        initialise_classifier(network, path, weights)
+        network.head["fc"].load_state_dict(dict(zip(("weight", "bias"), head, strict=True)))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"The checkpoint {path}: {first_line(error)}.") from error
+    return network, run, classes
+
+
+def _read_encoder(
+    path: Path,
+) -> tuple[Any, dict[str, Any], ModelConfig, dict[str, Any], list[str] | None]:
+    """Content, weights, sizes, recipe and classes of a checkpoint with an encoder."""
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}.")
+    content, weights = read_weights(path)
+    if run_command(content):
+        run = content["recipe"]
+        return content, weights, ModelConfig(**run["model"]), run, content.get("classes")
+    facts = safetensors_facts(path)
+    try:
+        config = config_of(weights, facts)
+    except ValueError as error:
+        raise UserError(f"The checkpoint {path}: {first_line(error)}.") from error
     data = {name: json.loads(facts[name]) for name in ("mean", "std") if name in facts}
-    return network, {"data": data} if data else {}
+    classes = json.loads(facts.get("classes", "null"))
+    return content, weights, config, {"data": data} if data else {}, classes

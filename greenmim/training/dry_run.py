@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import yaml
 
 from greenmim.data.sampler import EpochSampler
-from greenmim.data.sources import find_source
-from greenmim.flops import forward_flops
-from greenmim.masking import num_visible_units
-from greenmim.mim import GreenMIM
-from greenmim.recipe import Recipe
+from greenmim.guards import user_errors
+from greenmim.recipe import RunRecipe
 from greenmim.training.log import check_trackers
-from greenmim.training.run_folder import RunFolder, find_checkpoint
-from greenmim.training.startup import (
-    other_sources,
-    precision_of,
-    scaled_rates,
-    start_from,
-    training_flops,
-    user_errors,
-)
+from greenmim.training.run_folder import RunFolder, find_checkpoint, read_run_checkpoint
+from greenmim.training.startup import TASKS, precision_of, scaled_rates
 
 
 def dry_run(
-    recipe: Recipe, resume: str | None, device: torch.device, processes: int
+    recipe: RunRecipe, resume: str | None, device: torch.device, processes: int
 ) -> tuple[str, list[str]]:
     """The resolved recipe as YAML, and the run's figures on so many processes, a line each.
 
@@ -34,29 +23,30 @@ def dry_run(
     """
     check_trackers(recipe)
     precision = str(precision_of(recipe, device)).removeprefix("torch.")
-    source, (held_out, probe) = find_source(recipe.data), other_sources(recipe.data)
-    found = find_checkpoint(RunFolder(recipe.work_dir), resume)
+    task = TASKS[type(recipe)](recipe)
+    images = task.find()
+    found = find_checkpoint(RunFolder(recipe.work_dir), resume, task.command)
+    state = found.state
+    if found.checkpoint and state is None:
+        state = read_run_checkpoint(found.checkpoint, task.command)
+    source = images["data.root"]
+    notes = task.build(images, state)
+    recipe, model = task.recipe, task.model.train()
     with user_errors():
         sampler = EpochSampler.of(recipe, source, 0, processes)
-        model = GreenMIM(recipe.model).train()
-    units = model.config.num_units
-    visible = num_visible_units(units, recipe.mask.ratio)
-    notes = start_from(model, recipe.init) if recipe.init and not found.checkpoint else []
-    flops = training_flops(model, recipe) / 3
-    dense = forward_flops(model, model.plan(np.ones(units, dtype=bool)))
+        flops = task.flops()
+    if recipe.init and not found.checkpoint:
+        notes += task.initialise(recipe.init)
     steps = sampler.updates_per_epoch
     lines = [
         f"processes        {processes}, on {device.type} in {precision}"
         + (f", {recipe.strategy}" if processes > 1 else ""),
         f"parameters       {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-        f"visible          {visible} of {units} units of an image",
-        f"GFLOPs           {flops / 1e9:.2f} per image forward, {100 * flops / dense:.0f}% of the"
-        f" {dense / 1e9:.2f} with everything visible; about"
+        f"GFLOPs           {flops / 1e9:.2f} per image forward; about"
         f" {3 * flops * sampler.images_per_update / 1e12:.2f} TFLOPs per update",
         f"images           {len(source)} in {recipe.data.root}"
         + (f", {recipe.data.repeats} times per epoch" if recipe.data.repeats > 1 else ""),
-        *([f"held out         {len(held_out)} in {recipe.data.val_root}"] if held_out else []),
-        *([f"labelled         {len(probe)} in {recipe.data.probe_root}"] if probe else []),
+        *task.facts(images),
         f"images/update    {sampler.images_per_update} = {recipe.data.batch_size} x"
         f" {recipe.optim.accumulate} accumulated x {processes} processes",
         f"steps per epoch  {steps}, {steps * recipe.epochs} in {recipe.epochs} epochs;"

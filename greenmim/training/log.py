@@ -20,7 +20,7 @@ import torch
 
 from greenmim.checkpoint import free_name, save_text
 from greenmim.guards import UserError, one_line, silence
-from greenmim.recipe import Recipe, flat
+from greenmim.recipe import RunRecipe, flat
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -138,20 +138,10 @@ class RunLog:
                 f" + loaders {values['loader_memory_gib']:.2f}"
             )
 
-    def held_out(self, step: int, epoch: float, loss: float, images: int) -> None:
-        """The loss on held-out images after `step` updates."""
-        text = f"held-out loss {loss:.4f} ({images} images)"
-        self._measured("val", step, epoch, {"loss": loss}, text, images=images)
-
-    def knn(self, step: int, epoch: float, found: dict[str, float], images: int, k: int) -> None:
-        """The accuracies of nearest neighbours after `step` updates, 0 to 1."""
-        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items())
-        text = f"{k} nearest neighbours {shares} ({images} images)"
-        self._measured("knn", step, epoch, found, text, images=images, k=k)
-
-    def _measured(
+    def measured(
         self, name: str, step: int, epoch: float, found: dict[str, float], text: str, **facts: int
     ) -> None:
+        """What was measured besides training after `step` updates, and the same for people."""
         self.event(name, step=step, epoch=epoch, **found, **facts)
         self._each_tracker(lambda tracker: tracker.scalars(self.number(step), name, found))
         total = self.number(self.total_steps)
@@ -290,7 +280,7 @@ class TensorBoard:
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, recipe: Recipe, resumed_at: int) -> None:
+    def __init__(self, folder: Path, recipe: RunRecipe, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
@@ -325,7 +315,7 @@ class WandB:
 
     name = "Weights & Biases"
 
-    def __init__(self, folder: Path, recipe: Recipe, resumed_at: int) -> None:
+    def __init__(self, folder: Path, recipe: RunRecipe, resumed_at: int) -> None:
         import wandb
 
         self._wandb = wandb
@@ -360,13 +350,13 @@ class WandB:
         self._run.finish()
 
 
-def check_trackers(recipe: Recipe) -> None:
+def check_trackers(recipe: RunRecipe) -> None:
     """Raises UserError where a tracker is asked for whose package is not here."""
     if recipe.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("--log.wandb needs the package wandb: pip install wandb.")
 
 
-def make_trackers(folder: Path, recipe: Recipe, resumed_at: int) -> list[TensorBoard | WandB]:
+def make_trackers(folder: Path, recipe: RunRecipe, resumed_at: int) -> list[TensorBoard | WandB]:
     """The trackers that a recipe asks for, in its folder; the one that may refuse comes first.
 
     Raises:

@@ -2,9 +2,9 @@
 
 A model is spread as copies (DDP) or slices (FSDP2). Passes are launched one by one, or replayed as
 a CUDA graph, which takes thousands of launches off the host. What a graph needs is here by design:
-fixed shapes, no wait for the host, and inputs in two pieces of memory, the images and the plan. The
-optimiser's step stays outside: it is a few launches, and the gradient scaler and skipped updates
-keep working as they are.
+fixed shapes, no wait for the host, and inputs in a few pieces of memory: images, a plan, targets.
+The optimiser's step stays outside: it is a few launches, and the gradient scaler and skipped
+updates keep working as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import contextlib
 import gc
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,17 +24,18 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from greenmim.mim import GreenMIM
 from greenmim.planning import Plan
 from greenmim.processes import Processes
-from greenmim.recipe import Recipe
+from greenmim.recipe import OptimConfig, RunRecipe
 
+# Of a forward pass: images first, then whatever a loss needs.
+Inputs = Sequence[Tensor | Plan]
 # Passes before the one that is recorded: compilation, choice of algorithms, first use of libraries.
 WARM_UP = 3
 
 
-def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
-    """What to call in place of `model`, which is on its device.
+def distribute(model: nn.Module, recipe: RunRecipe, alone: bool) -> nn.Module:
+    """What to call in place of `model`, a GreenMIM or a Classifier, which is on its device.
 
     DDP keeps a whole copy everywhere and averages gradients; FSDP2 keeps a slice of weights,
     gradients and moments and collects a block's weights when it runs. `model` holds slices
@@ -51,7 +53,7 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
     if recipe.strategy == "fsdp":
         # The prediction is a view, of which it warns in case somebody changes it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        blocks = [*model.encoder.blocks(), *model.decoder_blocks]
+        blocks = list(model.blocks())
         if recipe.compile:
             # The blocks are one function to the compiler, which gives up a function after 8 graphs:
             # for as many blocks, with and without gradients, and with everything visible.
@@ -65,7 +67,8 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
                 block.compile(fullgraph=True, dynamic=False)
             fully_shard(block)
         fully_shard(model)
-        register_fsdp_forward_method(model, "embed")
+        if hasattr(model, "embed"):
+            register_fsdp_forward_method(model, "embed")
         return model
     # Compiled inside: traced as one graph, which PyTorch cuts where DDP's buckets end, so that
     # their gradients travel while the rest of the backward pass runs.
@@ -76,17 +79,21 @@ def distribute(model: GreenMIM, recipe: Recipe, alone: bool) -> nn.Module:
         return DistributedDataParallel(inner, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def make_optimizer(model: GreenMIM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW, no decay of biases, norms, position tables and tokens; fused: it can skip updates."""
-    without = model.no_weight_decay()
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trained if name not in without]
-    others = [p for name, p in trained if name in without]
-    optim = recipe.optim
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW for groups of parameters; fused: it can skip updates."""
     return torch.optim.AdamW(
         groups, 0.0, optim.betas, optim.eps, weight_decay=optim.weight_decay, fused=True
     )
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Groups of parameters: with weight decay, and biases, norms, position tables, tokens."""
+    without = model.no_weight_decay()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in trained if name not in without]},
+        {"params": [p for name, p in trained if name in without], "weight_decay": 0.0},
+    ]
 
 
 def recompute_pointwise(wanted: bool) -> None:
@@ -97,11 +104,17 @@ def recompute_pointwise(wanted: bool) -> None:
     functorch_config.ban_recompute_materialized_backward = not wanted
 
 
+def reconstruction_loss(wrapped_model: nn.Module, images: Tensor, plan: Plan) -> Tensor:
+    """Of a micro-batch, a scalar; `wrapped_model` is called in place of a GreenMIM."""
+    return wrapped_model(images, plan=plan, loss_only=True).loss
+
+
 class Passes:
     """The passes of one process.
 
     Args:
-        wrapped_model: What to call for a loss (see `distribute`).
+        loss: Gives the loss of a micro-batch's inputs.
+        wrapped_model: What it calls (see `distribute`).
         parameters: Those that are trained.
         autocast: Makes the context of a forward pass.
         scaler: Scales the loss; may be disabled.
@@ -110,22 +123,24 @@ class Passes:
 
     def __init__(
         self,
+        loss: Callable[..., Tensor],
         wrapped_model: nn.Module,
         parameters: list[nn.Parameter],
         autocast: Callable[[], contextlib.AbstractContextManager],
         scaler: torch.amp.GradScaler,
         accumulate: int,
     ) -> None:
-        self.wrapped_model, self.parameters, self.autocast = wrapped_model, parameters, autocast
+        self.loss, self.wrapped_model = loss, wrapped_model
+        self.parameters, self.autocast = parameters, autocast
         self.scaler, self.accumulate = scaler, accumulate
         # A micro-batch adds its share of the mean over an update to the gradient.
         self.share = 1 / accumulate
 
-    def forward_backward(self, images: Tensor, plan: Plan, micro_batch: int) -> Tensor:
+    def forward_backward(self, inputs: Inputs, micro_batch: int) -> Tensor:
         """Add the gradient of a micro-batch, number so-and-so of the update from 0.
 
         Args:
-            images: float [B, 3, H, W] on the device, as the plan of their masks.
+            inputs: Of `loss`, on the device; the same shapes each time.
 
         Returns:
             Its loss, a scalar on the device.
@@ -135,7 +150,7 @@ class Passes:
         more = micro_batch + 1 < self.accumulate
         quiet = more and isinstance(self.wrapped_model, DistributedDataParallel)
         with self.wrapped_model.no_sync() if quiet else contextlib.nullcontext():
-            return self._pass(images, plan)
+            return self._pass(inputs)
 
     def clip(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
         """Unscale and clip the gradient of an update; its norm before, a scalar on the device."""
@@ -145,9 +160,9 @@ class Passes:
     def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
 
-    def _pass(self, images: Tensor, plan: Plan) -> Tensor:
+    def _pass(self, inputs: Inputs) -> Tensor:
         with self.autocast():
-            loss = self.wrapped_model(images, plan=plan, loss_only=True).loss
+            loss = self.loss(self.wrapped_model, *inputs)
         self.scaler.scale(loss * self.share).backward()
         return loss.detach()
 
@@ -174,19 +189,22 @@ class GraphedPasses(Passes):
         self.gradient = flat_gradients(self.parameters) if adds_up else None
         self._replay: Callable[[], None] | None = None
 
-    def forward_backward(self, images: Tensor, plan: Plan, micro_batch: int) -> Tensor:
+    def forward_backward(self, inputs: Inputs, micro_batch: int) -> Tensor:
         if self._replay is None:
-            self._images, self._plan = images.clone(), Plan(plan.memory.clone(), plan.layout)
-            devices = [images.device] if images.device.type == "cuda" else []
+            self._inputs = [
+                Plan(part.memory.clone(), part.layout) if isinstance(part, Plan) else part.clone()
+                for part in inputs
+            ]
+            device = inputs[0].device
+            devices = [device] if device.type == "cuda" else []
             # The warm-up draws, too (stochastic depth), but is no part of the run.
             with torch.random.fork_rng(devices):
                 self._replay = record(self._recorded_pass, self._forget)
             self._forget_sum()  # of what the warm-up left
-        recorded = self._images.shape, self._plan.layout.regions()
-        if recorded != (images.shape, plan.layout.regions()):
+        if _shapes(self._inputs) != _shapes(inputs):
             raise ValueError("the passes were recorded for images or a plan of other shapes")
-        self._images.copy_(images)
-        self._plan.memory.copy_(plan.memory)
+        for mine, new in zip(self._inputs, inputs, strict=True):
+            memory_of(mine).copy_(memory_of(new))
         self._replay()
         return self._loss.clone()
 
@@ -209,7 +227,16 @@ class GraphedPasses(Passes):
                 parameter.grad = None
 
     def _recorded_pass(self) -> None:
-        self._loss = self._pass(self._images, self._plan)
+        self._loss = self._pass(self._inputs)
+
+
+def memory_of(part: Tensor | Plan) -> Tensor:
+    """The one piece of memory of an input."""
+    return part.memory if isinstance(part, Plan) else part
+
+
+def _shapes(inputs: Inputs) -> list:
+    return [part.layout.regions() if isinstance(part, Plan) else part.shape for part in inputs]
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
@@ -259,7 +286,7 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor
     return value
 
 
-def whole_weights(model: GreenMIM, keep: bool) -> dict[str, torch.Tensor]:
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """The state dict with whole tensors, or {} without `keep`. A collective after fully_shard.
 
     What was in slices comes to the CPU: a GPU never holds more than one whole tensor of it.

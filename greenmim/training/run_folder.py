@@ -23,23 +23,26 @@ import torch
 import yaml
 from torch import nn
 
-from greenmim.checkpoint import free_name, load_checkpoint, save_atomic, save_text, sync_folder
-from greenmim.config import ModelConfig
+from greenmim.checkpoint import (
+    free_name,
+    load_checkpoint,
+    run_command,
+    save_atomic,
+    save_text,
+    sync_folder,
+)
 from greenmim.data.sampler import EpochSampler
 from greenmim.guards import UserError, first_line
 from greenmim.processes import Processes
-from greenmim.recipe import CheckpointConfig, Recipe, flat
+from greenmim.recipe import CheckpointConfig, RunRecipe, flat
 from greenmim.sharded import load_sharded, save_sharded, sharded_sizes
 from greenmim.training.folder_lock import FolderLock, writing
 from greenmim.training.log import read_log
 
-RUN_FORMAT = "greenmim.pretrain"
 RUN_VERSION = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Parts of a recipe that change no number of a run.
 UNIMPORTANT = ("work_dir", "init", "log", "checkpoint", "data.val_root", "data.probe_root")
-# Of a checkpoint: weights and two moments in float32.
-_BYTES_PER_WEIGHT = 12
 _MOMENTS_FOLDER = re.compile(r"step_\d+\.optimizer")
 _LEFT_OVER = re.compile(r"\.(step_\d+\.pth|last)\.\d+")
 _STEP_FILE = re.compile(r"step_(\d+)\.pth")
@@ -86,9 +89,9 @@ class RunFolder:
             raise UserError(f"--work-dir {self.path} cannot be written: no permission in {parent}.")
         self._found = set(self.by_step())
 
-    def check_room(self, keep: CheckpointConfig, weights: int) -> None:
-        """Raises UserError where the disk has no room for what is kept of so many weights."""
-        one, free = _BYTES_PER_WEIGHT * weights, self._free_bytes()
+    def check_room(self, keep: CheckpointConfig, one: int) -> None:
+        """Raises UserError where the disk has no room for checkpoints of `one` bytes each."""
+        free = self._free_bytes()
         # The new one is whole before the oldest is removed.
         most = keep.keep_last + 1
         if free is None or free >= most * one:
@@ -109,7 +112,7 @@ class RunFolder:
     def _nearest(self) -> Path:
         return next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
 
-    def start(self, recipe: Recipe, resumed_at: int) -> None:
+    def start(self, recipe: RunRecipe, resumed_at: int) -> None:
         """Make the folder and save the resolved recipe.
 
         Checkpoints beyond update `resumed_at`, of a course that the run leaves, are set aside.
@@ -277,8 +280,12 @@ class Found(NamedTuple):
     state: dict[str, Any] | None = None
 
 
-def find_checkpoint(folder: RunFolder, resume: str | None) -> Found:
-    """Where to go on from; UserError where `resume` and what is in the folder do not agree."""
+def find_checkpoint(folder: RunFolder, resume: str | None, command: str = "pretrain") -> Found:
+    """Where a command's run goes on from.
+
+    Raises:
+        UserError: `resume` and what is in the folder do not agree.
+    """
     folder.check_usable()
     if resume is None:
         # What ended before its first save, for want of memory perhaps, is begun anew.
@@ -290,7 +297,7 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Found:
             )
         return Found()
     if resume == "auto":
-        return _newest_whole(folder)
+        return _newest_whole(folder, command)
     path = Path(resume).resolve()
     # A run that starts from another's checkpoint may be killed before it has its own.
     own = path.parent == folder.checkpoints.resolve()
@@ -302,13 +309,13 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Found:
     return Found(path if path.is_file() else Path(resume))
 
 
-def _newest_whole(folder: RunFolder) -> Found:
+def _newest_whole(folder: RunFolder, command: str) -> Found:
     """The newest checkpoint that can be read: a disk may have damaged the last one."""
     files = folder.by_step()
     problems: list[str] = []
     for step in sorted(files, reverse=True):
         try:
-            return Found(files[step], tuple(problems), read_run_checkpoint(files[step]))
+            return Found(files[step], tuple(problems), read_run_checkpoint(files[step], command))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -337,8 +344,8 @@ def _lost(folder: RunFolder) -> str | None:
     return "started elsewhere" if starts and starts[-1] > 0 else None
 
 
-def read_run_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint written by `greenmim pretrain`; UserError for any other file, or none."""
+def read_run_checkpoint(path: str | Path, command: str = "pretrain") -> dict[str, Any]:
+    """A checkpoint written by a run of the command; UserError for any other file, or none."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
@@ -346,9 +353,10 @@ def read_run_checkpoint(path: str | Path) -> dict[str, Any]:
         state = load_checkpoint(path)
     except Exception as error:  # pickle, zip and torch raise anything on a damaged file
         raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
-    if not isinstance(state, dict) or state.get("format") != RUN_FORMAT:
+    if run_command(state) != command:
+        advice = "; --init starts from its encoder" if command == "finetune" else ""
         raise UserError(
-            f"{path} was not written by `greenmim pretrain`; a run cannot go on from it."
+            f"{path} was not written by `greenmim {command}`; a run cannot go on from it{advice}."
         )
     if state.get("version") != RUN_VERSION:
         raise UserError(
@@ -371,10 +379,10 @@ def read_run_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def check_same_model(state: dict[str, Any], recipe: Recipe, path: Path) -> None:
+def check_same_model(state: dict[str, Any], recipe: RunRecipe, path: Path) -> None:
     """Raises UserError for the checkpoint of another model, and names the first difference."""
     # An option that the version before did not have stands as that version worked: its default.
-    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    defaults = {f.name: f.default for f in dataclasses.fields(recipe.model)}
     there, here = state["recipe"]["model"], recipe.to_dict()["model"]
     for name in here:
         before = there.get(name, defaults[name])
@@ -413,7 +421,7 @@ class Progress(NamedTuple):
 
 
 def progress_of(
-    state: dict[str, Any], recipe: Recipe, sampler: EpochSampler, checkpoint: Path, own: bool
+    state: dict[str, Any], recipe: RunRecipe, sampler: EpochSampler, checkpoint: Path, own: bool
 ) -> Progress:
     """How far a run is that goes on from a checkpoint, which may be the folder's `own`."""
     step, per_epoch, images = state["step"], state["steps_per_epoch"], state["images_per_update"]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from greenmim.guards import UserError, exit_code, first_line
 from greenmim.launch import SlurmJob
-from greenmim.recipe import Recipe
+from greenmim.recipe import RunRecipe
 from greenmim.training.run_folder import RunFolder
-from greenmim.training.train import pretrain
+from greenmim.training.train import train
 
 # What submitit has Slurm send this long before the end; see `StopSignal`.
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -29,7 +29,7 @@ class Piece:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: RunRecipe,
         resume: str | None,
         max_steps: int | None = None,
         profile: bool = False,
@@ -44,7 +44,7 @@ class Piece:
         return 0
 
     def _run(self) -> int:
-        result = pretrain(self.recipe, self.where_to_resume(), self.max_steps, self.profile)
+        result = train(self.recipe, self.where_to_resume(), self.max_steps, self.profile)
         if result.signal not in _WARNINGS:
             return result.exit_code
         if os.environ.get("SLURM_PROCID") == "0":
@@ -68,7 +68,7 @@ class Piece:
 
 
 def submit(
-    recipe: Recipe,
+    recipe: RunRecipe,
     resume: str | None,
     job: SlurmJob,
     max_steps: int | None = None,

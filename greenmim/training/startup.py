@@ -11,30 +11,25 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 
 import greenmim
-from greenmim.data.dataset import AugmentedImages, Finish, finishes_in_loader
-from greenmim.data.held_out import HeldOutCollate, HeldOutImages
-from greenmim.data.images import Source
-from greenmim.data.labelled import LabelledCollate, LabelledImages, find_labelled
-from greenmim.data.loader import Collate, Feed, check_shared_memory, make_loader
+from greenmim.data.dataset import Finish, finishes_in_loader
+from greenmim.data.loader import Feed, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
-from greenmim.data.sources import find_source
 from greenmim.encoders.swin import VisibleBlock
-from greenmim.evaluation.sweep import Sweep
-from greenmim.flops import forward_flops
-from greenmim.guards import UserError, first_line
-from greenmim.initial import initialise
+from greenmim.finetune_recipe import FinetuneRecipe
+from greenmim.guards import UserError, user_errors
 from greenmim.launch import World
-from greenmim.masking import draw_visible
-from greenmim.mim import GreenMIM
 from greenmim.processes import Processes
-from greenmim.recipe import DataConfig, Recipe
+from greenmim.recipe import Recipe, RunRecipe
+from greenmim.training.finetuning import Finetuning
 from greenmim.training.log import RunLog, check_trackers, make_trackers
 from greenmim.training.passes import GraphedPasses, Passes, distribute, make_optimizer
+from greenmim.training.pretraining import Pretraining
 from greenmim.training.run_folder import (
     Found,
     Progress,
@@ -45,13 +40,12 @@ from greenmim.training.run_folder import (
     read_run_checkpoint,
     restore_moments,
 )
+from greenmim.training.task import Task
 from greenmim_kernels import use_backend
 from greenmim_kernels.host_memory import keep_freed_memory
 from greenmim_kernels.onednn import use_onednn
 
-# Labelled images that are classified while a run is watched: their features, and the comparison of
-# all with all, are to take seconds on a GPU.
-WATCHED = 50_000
+TASKS: dict[type[RunRecipe], type[Task]] = {Recipe: Pretraining, FinetuneRecipe: Finetuning}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,22 +53,20 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Run:
     """Everything a run needs, checked and built; nothing is written yet."""
 
-    recipe: Recipe
+    recipe: RunRecipe
+    task: Task
     processes: Processes
     folder: RunFolder
     precision: torch.dtype
-    model: GreenMIM
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: Callable[[], torch.autocast]  # makes the context of a forward pass
     passes: Passes
-    dataset: AugmentedImages
     sampler: EpochSampler
     feed: Feed
     progress: Progress  # at the start
     notes: list[str]  # what the user should know, one line each
-    held_out: Sweep | None  # held-out images, and labelled ones
-    probe: Sweep | None
     flops: float  # of an image: forward and twice as many backward
     last_step: int  # where this call ends: that of the schedule, or of --max-steps
 
@@ -91,6 +83,10 @@ class Run:
         """As `scaled_rates`."""
         return scaled_rates(self.recipe, self.sampler.images_per_update)
 
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` updates."""
+        return step / self.steps_per_epoch
+
     def learning_rate(self, step: int) -> float:
         """Of the update number `step`, from 1."""
         peak, final, _ = self.rates
@@ -100,17 +96,18 @@ class Run:
 
 
 def prepare(
-    recipe: Recipe, resume: str | None, processes: Processes, max_steps: int | None = None
+    recipe: RunRecipe, resume: str | None, processes: Processes, max_steps: int | None = None
 ) -> Run:
     """Check the recipe against this machine and build the run; writes nothing. A collective.
 
     Args:
-        recipe, resume, max_steps: As of `pretrain`.
+        recipe, resume, max_steps: As of `train`.
 
     Raises:
         UserError: any bad input.
     """
     device, world = processes.device, processes.world
+    task = TASKS[type(recipe)](recipe)
     with processes.agreed(), user_errors():
         precision = precision_of(recipe, device)
         check_trackers(recipe)
@@ -119,40 +116,37 @@ def prepare(
     folder, state = RunFolder(recipe.work_dir), None
 
     # The main process looks for all: what is found may change from one moment to the next.
-    def look() -> tuple[Source, tuple[Source | None, Source | None], Found]:
+    def look() -> tuple[dict[str, Any], Found]:
         nonlocal state
-        source, others = find_source(recipe.data), other_sources(recipe.data)
+        images = task.find()
         folder.lock.check_free()
-        found = find_checkpoint(folder, resume)
+        found = find_checkpoint(folder, resume, task.command)
         state = found.state  # too large to be sent: the others read it themselves
-        return source, others, found._replace(state=None)
+        return images, found._replace(state=None)
 
-    source, (val_source, probe_source), (checkpoint, notes, _) = processes.from_main(look)
+    images, (checkpoint, notes, _) = processes.from_main(look)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     progress = Progress()
     with processes.agreed():
-        dataset = AugmentedImages(source, recipe.data, recipe.model.image_hw, recipe.seed)
-        in_loader = finishes_in_loader(recipe.data, device)
-        finish = Finish(recipe.data, "cpu" if in_loader else device)
-        notes = [*notes, *dataset.check_readable()]
-        torch.manual_seed(recipe.seed)
-        with user_errors():
-            sampler = EpochSampler.of(recipe, source, world.rank, world.size)
-            model = GreenMIM(recipe.model)
-            model.set_grad_checkpointing(recipe.activation_checkpointing)
         if checkpoint and state is None:
-            state = read_run_checkpoint(checkpoint)
+            state = read_run_checkpoint(checkpoint, task.command)
+        notes = [*notes, *task.build(images, state)]
+        recipe, model = task.recipe, task.model
+        with user_errors():
+            sampler = EpochSampler.of(recipe, task.dataset.source, world.rank, world.size)
+            model.set_grad_checkpointing(recipe.activation_checkpointing)
         if state is not None:
             check_same_model(state, recipe, checkpoint)
-            model.load_state_dict(state["model"])
+            task.restore(state)
             progress = progress_of(state, recipe, sampler, checkpoint, folder.owns(checkpoint))
             sampler.first_update = progress.first_step
         elif recipe.init:
-            notes += start_from(model, recipe.init)
+            notes += task.initialise(recipe.init)
         with user_errors():
-            flops = training_flops(model, recipe) if world.is_main else 0.0
-        folder.check_room(recipe.checkpoint, sum(p.numel() for p in model.parameters()))
+            flops = 3.0 * task.flops() if world.is_main else 0.0
+        weights = sum(p.numel() for p in model.parameters())
+        folder.check_room(recipe.checkpoint, task.bytes_per_weight * weights)
     if resume is not None and state is None:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
 
@@ -161,8 +155,9 @@ def prepare(
         keep_freed_memory()
         if precision == torch.float32:
             use_onednn(model, VisibleBlock)
+    task.placed(processes)
     wrapped_model = distribute(model, recipe, processes.alone)
-    optimizer = make_optimizer(model, recipe)
+    optimizer = make_optimizer(task.parameter_groups(), recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     if state is not None:
         restore_moments(model, optimizer, checkpoint, processes)
@@ -173,66 +168,28 @@ def prepare(
     )
     make = functools.partial(GraphedPasses, processes) if recipe.cuda_graph else Passes
     trained = [p for p in model.parameters() if p.requires_grad]
-    passes = make(wrapped_model, trained, autocast, scaler, recipe.optim.accumulate)
+    passes = make(task.loss, wrapped_model, trained, autocast, scaler, recipe.optim.accumulate)
 
-    collate = Collate(model.planner, recipe.mask, recipe.seed, finish if in_loader else None)
-    loader = make_loader(dataset, sampler, collate, recipe.data.workers, device.type == "cuda")
+    in_loader = finishes_in_loader(recipe.data, device)
+    finish = Finish(recipe.data, "cpu" if in_loader else device)
+    finishes = (finish, None) if in_loader else (None, finish)
+    notes += task.make_sweeps(images, finishes, processes)
+    collate = task.collate(finishes[0])
+    on_gpu = device.type == "cuda"
+    loader = make_loader(task.dataset, sampler, collate, recipe.data.workers, on_gpu)
     hosts = processes.gather(socket.gethostname())
     with processes.agreed():
         # Those of other images come while those of training wait.
-        sets = 1 if val_source is None and probe_source is None else 2
+        sets = 2 if task.sweeps else 1
         check_shared_memory(loader, processes=sets * hosts.count(socket.gethostname()))
-    feed = Feed(loader, device, None if in_loader else finish)
-    size, workers = recipe.data.batch_size, recipe.data.workers
-    held_out = probe = None
-    if val_source is not None:
-        with processes.agreed():
-            images = HeldOutImages(val_source, recipe.data, recipe.model.image_hw, recipe.seed)
-            notes = [*notes, *images.check_readable()]
-        masks = HeldOutCollate(model.planner, recipe.mask, recipe.seed, collate.finish)
-        held_out = Sweep(images, masks, size, workers, feed.finish, processes)
-    if probe_source is not None:
-        image_hw, there = recipe.model.image_hw, len(probe_source)
-        labelled = LabelledImages(probe_source, recipe.data, image_hw, most=WATCHED)
-        whole = LabelledCollate(model.planner, collate.finish)
-        probe = Sweep(labelled, whole, size, workers, feed.finish, processes)
-        notes = [*notes, *probe_source.notes()]
-        if there > WATCHED:
-            notes.append(f"of {there} images in {recipe.data.probe_root} {WATCHED} are classified")
+    feed = Feed(loader, device, finishes[1])
     last_step = sampler.total_updates
     if max_steps is not None:  # of all updates ever done, as the log counts them
         last_step = min(last_step, max(max_steps - progress.shift, progress.first_step))
     return Run(
-        recipe, processes, folder, precision, model, optimizer, scaler, autocast, passes, dataset,
-        sampler, feed, progress, [*notes, *progress.notes], held_out, probe, flops, last_step,
+        recipe, task, processes, folder, precision, model, optimizer, scaler, autocast, passes,
+        sampler, feed, progress, [*notes, *progress.notes], flops, last_step,
     )  # fmt: skip
-
-
-def other_sources(data: DataConfig) -> tuple[Source | None, Source | None]:
-    """Where the held-out images of a recipe are, and the labelled ones, if it has some.
-
-    Raises:
-        UserError: there are none where it says.
-    """
-    held_out = find_source(data, "data.val_root") if data.val_root else None
-    return held_out, find_labelled(data, "data.probe_root") if data.probe_root else None
-
-
-def start_from(model: GreenMIM, checkpoint: str) -> list[str]:
-    """As `initialise`, for a person: raises UserError."""
-    try:
-        return initialise(model, checkpoint)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--init {checkpoint}: {first_line(error)}.") from error
-
-
-def training_flops(model: GreenMIM, recipe: Recipe) -> float:
-    """Floating-point operations of an image in an update; nothing that is computed again counts."""
-    mask, config = recipe.mask, recipe.model
-    visible = draw_visible(np.random.default_rng(0), config.unit_grid, mask.ratio, kind=mask.kind)
-    # On a CPU, whatever backend is forced; stochastic depth draws.
-    with use_backend("auto"), torch.random.fork_rng([]):
-        return 3.0 * forward_flops(model, model.plan(visible), loss_only=True)
 
 
 @contextlib.contextmanager
@@ -260,7 +217,7 @@ def started(run: Run) -> Iterator[RunLog]:
                 python=platform.python_version(),
                 device=str(processes.device),
                 processes=processes.world.size,
-                images=len(run.dataset),
+                images=len(run.task.dataset),
                 steps_per_epoch=run.steps_per_epoch,
                 left_out_per_epoch=run.sampler.left_out,
                 notes=notes,
@@ -283,7 +240,7 @@ def learning_rate(
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def scaled_rates(recipe: Recipe, images_per_update: int) -> tuple[float, float, str]:
+def scaled_rates(recipe: RunRecipe, images_per_update: int) -> tuple[float, float, str]:
     """Peak and final learning rate for the real number of images per update, and their origin."""
     optim, minimum = recipe.optim, recipe.schedule.min_lr
     if optim.lr is not None:
@@ -323,21 +280,12 @@ def choose_device(name: str, world: World) -> torch.device:
     return torch.device("cuda", index)
 
 
-def chosen_backend(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+def chosen_backend(recipe: RunRecipe) -> contextlib.AbstractContextManager[None]:
     """The recipe's kernels; "auto" leaves the choice to the variable GREENMIM_BACKEND."""
     return contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
 
 
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Errors that our own checks of the input raise, as one line for the user."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(first_line(error)) from error
-
-
-def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+def precision_of(recipe: RunRecipe, device: torch.device) -> torch.dtype:
     """What a recipe computes in on a device; UserError where it cannot."""
     name = recipe.precision
     if name == "auto":

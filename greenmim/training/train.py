@@ -1,10 +1,10 @@
-"""Pre-training.
+"""A run: pre-training, or fine-tuning.
 
     greenmim pretrain --config greenmim_swin-demo-cpu --data.root photos --work-dir runs/demo
     greenmim pretrain --config runs/demo/config.yaml --resume         # go on after a stop
     torchrun --nproc-per-node 8 -m greenmim pretrain ...              # one process for each GPU
 
-`startup` makes a run ready; `Trainer.train` is the loop, all of it.
+`startup` makes a run ready; `Trainer.train` is the loop, all of it, whatever the `Task` is.
 """
 
 from __future__ import annotations
@@ -25,25 +25,19 @@ from torch.distributed.tensor import DTensor
 
 import greenmim
 from greenmim.data.sampler import FORWARD, torch_seed
-from greenmim.evaluation.accuracy import neighbours_accuracy
-from greenmim.evaluation.features import extract
-from greenmim.evaluation.held_out import held_out_loss
-from greenmim.guards import EXIT_DIVERGED, StopSignal, UserError, exit_code_of, first_line, one_line
+from greenmim.guards import EXIT_DIVERGED, StopSignal, UserError, exit_code_of, first_line
 from greenmim.launch import World
-from greenmim.mim import GreenMIM
-from greenmim.pictures import Album
 from greenmim.processes import LAG, Processes, Report, Reports
-from greenmim.recipe import Recipe
+from greenmim.recipe import RunRecipe
 from greenmim.training import run_folder
 from greenmim.training.log import RunLog, peak_memory_gib
 from greenmim.training.passes import whole_weights
 from greenmim.training.profile import Profile
 from greenmim.training.startup import Run, choose_device, prepare, started
+from greenmim.training.task import Watch
 
 # A run ends when so many checkpoints in a row could not be written.
 FAILED_SAVES = 3
-# That vote while a run is watched.
-NEIGHBOURS = 20
 # What a run does about memory that ran out.
 SMALLER = (
     "lower --data.batch-size and raise --optim.accumulate by as much, which leaves the update as it"
@@ -55,7 +49,7 @@ NAMED_FILES = 64
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of `pretrain` ended."""
+    """How a call of `train` ended."""
 
     exit_code: int  # 0; 75 or 130 after a signal (saved, to be resumed); 3 (losses not finite)
     step: int  # updates done
@@ -63,8 +57,11 @@ class Result:
     signal: signal.Signals | None = None  # what stopped the run, if it was stopped
 
 
-def pretrain(
-    recipe: Recipe, resume: str | None = None, max_steps: int | None = None, profile: bool = False
+def train(
+    recipe: RunRecipe,
+    resume: str | None = None,
+    max_steps: int | None = None,
+    profile: bool = False,
 ) -> Result:
     """Run a recipe, in every process of the run (see `launch` for how they are started).
 
@@ -117,8 +114,6 @@ class Trainer:
         run.feed.give_up = lambda: processes.alone and stop.received is not None
         run.feed.start()
         self.reports = Reports(processes, run.recipe.optim.accumulate)
-        self.album: Album | None = None
-        self.drawing = True
         self.checkpoint: Path | None = None
         self.saved, self.failed_saves, self.save_owed = run.progress.first_step, 0, False
         self.skipped, self.skipped_in_a_row = run.progress.skipped, 0
@@ -126,6 +121,9 @@ class Trainer:
         self.clock: deque[tuple[float, float]] = deque()  # time and wait after updates not yet read
         self.unlogged: list[Report] = []
         self.window_start, self.window_waited = time.perf_counter(), 0.0
+        self.asides = run.task.asides(
+            Watch(log, processes, run.autocast, self._told_to_stop, run.steps_per_epoch)
+        )
 
     def train(self) -> Result:
         """From the run's first update to its last."""
@@ -155,20 +153,11 @@ class Trainer:
                 self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
             if self.stop_asked and not last:
                 return self.stopped(step)
-            every = run.recipe.log
-            for sweep, epochs, measure in (
-                (run.held_out, every.val_every_epochs, self.measure_held_out),
-                (run.probe, every.probe_every_epochs, self.measure_neighbours),
-            ):
-                due = last or self._epochs_done(step, epochs)
-                if sweep is not None and due and not self.stop_asked:
-                    self.aside(step, measure)
+            for epochs, work in self.asides:
+                if not self.stop_asked and (last or self._epochs_done(step, epochs)):
+                    self.aside(step, work)
                     if self.stop_asked and not last:
                         return self.stopped(step)
-            if not self.stop_asked and (
-                last or self._epochs_done(step, every.pictures_every_epochs)
-            ):
-                self.aside(step, self.draw)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
         self.say_the_end()
@@ -180,18 +169,19 @@ class Trainer:
         False where a signal ended the wait for a batch: the weights are those of the step before.
         """
         run, recipe, scaler = self.run, self.run.recipe, self.run.scaler
-        optimizer = run.optimizer
+        optimizer, rate = run.optimizer, run.learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate(step)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         losses = []
         for index in range(recipe.optim.accumulate):
             batch = run.feed.next()
             if batch is None:
                 return False
-            # For stochastic depth, the one thing that a forward pass draws.
             number = run.sampler.micro_batch(index)
+            # For stochastic depth, the one thing that a forward pass draws, and what inputs draw.
             torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, number))
-            losses.append(run.passes.forward_backward(batch.images, batch.plan, index))
+            inputs = run.task.inputs(batch, step - 1, number)
+            losses.append(run.passes.forward_backward(inputs, index))
         norm = run.passes.clip(optimizer, recipe.optim.clip or math.inf)
         bad = self.reports.send(
             step,
@@ -209,6 +199,7 @@ class Trainer:
         scaler.step(optimizer)
         scaler.update()
         run.passes.zero_grad(optimizer)
+        run.task.updated(step)
         return True
 
     def read_reports(self, up_to: int) -> None:
@@ -281,11 +272,11 @@ class Trainer:
         """
         run = self.run
         return {
-            "format": run_folder.RUN_FORMAT,
+            "format": f"greenmim.{run.task.command}",
             "version": run_folder.RUN_VERSION,
             "step": step,
             "updates": step + run.progress.shift,
-            "epoch": step / run.steps_per_epoch,
+            "epoch": run.epoch(step),
             "steps_per_epoch": run.steps_per_epoch,
             "images_per_update": run.sampler.images_per_update,
             "model": whole_weights(run.model, keep=run.processes.world.is_main),
@@ -293,70 +284,18 @@ class Trainer:
             "skipped": self.skipped,
             "recipe": run.recipe.to_dict(),
             "greenmim": greenmim.__version__,
+            **run.task.state(keep=run.processes.world.is_main),
         }
 
-    def aside(self, step: int, work: Callable[[int], None]) -> None:
+    def aside(self, step: int, work: Callable[[int], bool]) -> None:
         """Do after an update what is no training; not where the run is to end as diverged."""
         self.read_reports(step)  # what it takes is no time of theirs
         if not self.diverged:
             with self.not_training():
-                work(step)
-
-    def measure_held_out(self, step: int) -> None:
-        """Log the loss on held-out images. A collective."""
-        run = self.run
-        found = held_out_loss(run.held_out, run.model, run.autocast, self._told_to_stop)
-        if found is None:
-            self.stop_asked = True
-            return
-        for failures in run.processes.gather(found.failures):
-            self.log.unreadable(failures)
-        self.log.held_out(step, step / run.steps_per_epoch, found.loss, found.images)
-
-    def measure_neighbours(self, step: int) -> None:
-        """Log how well labelled images are told by their neighbours. A collective."""
-        run = self.run
-        found = extract(run.probe, run.model, run.autocast, self._told_to_stop)
-        if found is None:
-            self.stop_asked = True
-            return
-        self.log.unreadable(found.failures, "it is left out")
-        if not run.processes.world.is_main:
-            return
-        try:
-            k = min(NEIGHBOURS, len(found.labels) - 1)
-            accuracy = neighbours_accuracy(found, k, run.processes.device)
-        except Exception as error:  # a full GPU, no image that can be read: it ends no run
-            self.log.say(f"nearest neighbours were not measured: {one_line(error)}")
-            return
-        shares = {"top1": accuracy.top1, "top5": accuracy.top5}
-        self.log.knn(step, step / run.steps_per_epoch, shares, len(found.labels), k)
+                self.stop_asked |= not work(step)
 
     def _told_to_stop(self) -> bool:
         return self.stop.received is not None
-
-    def draw(self, step: int) -> None:
-        """Show how well the model fills in hidden units. A collective; it ends no run."""
-        run = self.run
-        network, sliced = run.model, run.recipe.strategy == "fsdp" and not run.processes.alone
-        # Only slices are brought together here. A model of its own, not compiled, is drawn with
-        # where they are: nothing that fails there keeps the other processes waiting.
-        weights = whole_weights(network, keep=run.processes.world.is_main) if sliced else None
-        if self.drawing and run.processes.world.is_main:
-            try:
-                if weights:
-                    network = GreenMIM(run.recipe.model)
-                    network.load_state_dict(weights)
-                    network.to(run.processes.device)
-                if self.album is None:
-                    self.album = Album(run.dataset, run.recipe.log.pictures, run.recipe.mask)
-                with run.autocast():
-                    picture = self.album.draw(network)
-                if picture is not None:
-                    self.log.picture(step, "original, masked, reconstruction", picture)
-            except Exception as error:  # a full GPU, a disk that is gone: pictures are not the run
-                self.drawing = False
-                self.log.say(f"no more pictures are drawn, for one failed: {one_line(error)}")
 
     @contextlib.contextmanager
     def not_training(self) -> Iterator[None]:
@@ -411,7 +350,7 @@ class Trainer:
             "loss": statistics.fmean(r.loss for r in done) if done else math.nan,
             "grad_norm": statistics.fmean(r.grad_norm for r in done) if done else math.nan,
             "lr": run.learning_rate(step),
-            "epoch": step / run.steps_per_epoch,
+            "epoch": run.epoch(step),
             "images_per_second": images / seconds,
             # Of one process: what its device could do at most is for all to look up.
             "model_tflops": run.flops * images / seconds / run.processes.world.size / 1e12,
@@ -425,8 +364,7 @@ class Trainer:
 
     def _loader_bytes(self) -> int:
         """Of all loader processes: those of training stay while others are at work."""
-        sweeps = filter(None, (self.run.held_out, self.run.probe))
-        others = max((sweep.loader_bytes for sweep in sweeps), default=0)
+        others = max((sweep.loader_bytes for sweep in self.run.task.sweeps), default=0)
         return self.run.feed.memory() + others
 
     def _count_skipped(self, report: Report) -> None:
@@ -436,7 +374,7 @@ class Trainer:
         if run.processes.world.is_main:
             numbers = report.bad_micro_batches()
             items = [i for number in numbers for i in run.sampler.items(report.step - 1, number)]
-            files = [run.dataset.path(item) for item in items[:NAMED_FILES]]
+            files = [run.task.dataset.path(item) for item in items[:NAMED_FILES]]
             facts = {"micro_batches": numbers, "images": len(items), "files": files}
             log.event("skipped", step=report.step, **facts)
             log.say(

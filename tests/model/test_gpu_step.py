@@ -13,7 +13,7 @@ from greenmim import GreenMIM, ModelConfig
 from greenmim.launch import World
 from greenmim.masking import random_visible
 from greenmim.processes import Processes, Reports
-from greenmim.training.passes import GraphedPasses, Passes
+from greenmim.training.passes import GraphedPasses, Passes, reconstruction_loss
 
 UPDATES, BATCH = 6, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +36,7 @@ def train(
     processes = Processes(World(), device)
     make = functools.partial(GraphedPasses, processes) if graphed else Passes
     forward = torch.compile(model, fullgraph=True) if compiled else model
-    work = make(forward, trained, autocast, scaler, parts)
+    work = make(reconstruction_loss, forward, trained, autocast, scaler, parts)
     reports = Reports(processes, parts)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     batches = []
@@ -53,7 +53,7 @@ def train(
                 images, plan = batches[update * parts + part]
                 images = images.to(device, non_blocking=True)
                 there = plan.to(device, non_blocking=True)
-                losses.append(work.forward_backward(images, there, part))
+                losses.append(work.forward_backward((images, there), part))
             norm = work.clip(optimizer, limit=1.0)
             scale = None
             if scaler.is_enabled():

@@ -574,14 +574,14 @@ def test_sizes_are_known_from_weights_alone(name, kind):
 def test_a_run_is_watched_and_goes_its_way(tiny, photos, labelled, tmp_path, monkeypatch, capsys):
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     assert main(command(tiny, photos, plain)) == 0
-    monkeypatch.setattr("greenmim.training.train.NEIGHBOURS", 4)
+    monkeypatch.setattr("greenmim.training.pretraining.NEIGHBOURS", 4)
     more = ("--data.probe-root", str(labelled[0]), "--log.probe-every-epochs", "1")
     assert main(command(tiny, photos, watched, *more)) == 0
     assert losses(plain) == losses(watched)
     rows = records(watched, "knn")
     assert [row["step"] for row in rows] == [4, 8]
     assert all((row["images"], row["k"], row["top1"], row["top5"]) == (18, 4, 1, 1) for row in rows)
-    assert "4 nearest neighbours top1 100.0 %" in capsys.readouterr().out
+    assert "4 nearest neighbours top-1 100.00 %" in capsys.readouterr().out
     board = EventAccumulator(str(watched / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("knn/top1")] == [4, 8]
     # Labels of others give another accuracy; a fault in it ends no run.
@@ -592,7 +592,7 @@ def test_a_run_is_watched_and_goes_its_way(tiny, photos, labelled, tmp_path, mon
     more = ("--data.probe-root", str(shuffled), "--log.probe-every-epochs", "2")
     assert main(command(tiny, photos, tmp_path / "shuffled_run", *more)) == 0
     assert records(tmp_path / "shuffled_run", "knn")[0]["top1"] < 0.6
-    monkeypatch.setattr("greenmim.training.train.neighbours_accuracy", lambda *_: 1 / 0)
+    monkeypatch.setattr("greenmim.training.pretraining.neighbours_accuracy", lambda *_: 1 / 0)
     assert main(command(tiny, photos, tmp_path / "faulty", *more)) == 0
     assert "nearest neighbours were not measured: division by zero" in capsys.readouterr().out
     nowhere = command(tiny, photos, tmp_path / "none", "--data.probe-root", str(photos / "cats"))

@@ -202,12 +202,12 @@ def test_a_slurm_job_runs_stops_at_its_limit_and_goes_on(
     [(0, 0), (3, 3), (75, 75), (UserError("no images"), 2), (PeerError("no images"), 4)],
 )
 def test_slurm_sees_how_a_run_ended(ends, code: int, monkeypatch, capsys) -> None:
-    def pretrain(recipe, resume, max_steps, profile):
+    def train(recipe, resume, max_steps, profile):
         if isinstance(ends, Exception):
             raise ends
         return Result(ends, 1, None)
 
-    monkeypatch.setattr(slurm_module, "pretrain", pretrain)
+    monkeypatch.setattr(slurm_module, "train", train)
     piece = slurm_module.Piece(Recipe(work_dir="x", data=DataConfig(root="x")), "auto")
     if code == 0:
         assert piece() == 0

@@ -21,7 +21,7 @@ from greenmim.processes import Processes
 from greenmim.recipe import DataConfig, Recipe
 from greenmim.training import passes
 from greenmim.training.log import read_log
-from greenmim.training.passes import GraphedPasses, Passes, distribute
+from greenmim.training.passes import GraphedPasses, Passes, distribute, reconstruction_loss
 from greenmim.training.train import Trainer
 from greenmim_kernels import use_backend
 
@@ -49,8 +49,8 @@ def test_a_scaler_s_gradients_are_scaled_until_the_end():
         model, images, plan = model_and_batch()
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         optimizer = torch.optim.AdamW(trained(model), fused=True)
-        work = Passes(model, trained(model), no_autocast, scaler, 1)
-        loss = work.forward_backward(images, plan, 0)
+        work = Passes(reconstruction_loss, model, trained(model), no_autocast, scaler, 1)
+        loss = work.forward_backward((images, plan), 0)
         before = model.decoder_pred.weight.grad.clone()
         norm = work.clip(optimizer, float("inf"))
         found.append((loss, before, norm, model.decoder_pred.weight.grad))
@@ -71,7 +71,9 @@ def test_the_forward_pass_alone_is_under_autocast(make, monkeypatch):
     )
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    make(model, trained(model), autocast, scaler, 1).forward_backward(images, plan, 0)
+    make(reconstruction_loss, model, trained(model), autocast, scaler, 1).forward_backward(
+        (images, plan), 0
+    )
     assert inside[-2:] == [True, False]
 
 
@@ -82,10 +84,10 @@ def test_a_recorded_pass_draws_what_a_plain_one_draws(monkeypatch):
     for make in (Passes, functools.partial(GraphedPasses, ALONE)):
         model, images, plan = model_and_batch(drop_path=0.5)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        work = make(model.train(), trained(model), no_autocast, scaler, 1)
+        work = make(reconstruction_loss, model.train(), trained(model), no_autocast, scaler, 1)
         for seed in (1, 2):
             torch.manual_seed(seed)
-            losses.append(work.forward_backward(images, plan, 0).item())
+            losses.append(work.forward_backward((images, plan), 0).item())
     assert losses[:2] == losses[2:] and losses[0] != losses[1]
 
 
@@ -93,13 +95,13 @@ def test_a_graph_takes_what_it_was_recorded_for(monkeypatch):
     monkeypatch.setattr(passes, "record", Recording())
     model, images, plan = model_and_batch()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    work = GraphedPasses(ALONE, model, trained(model), no_autocast, scaler, 1)
-    work.forward_backward(images, plan, 0)
+    work = GraphedPasses(ALONE, reconstruction_loss, model, trained(model), no_autocast, scaler, 1)
+    work.forward_backward((images, plan), 0)
     with pytest.raises(ValueError, match="recorded for"):
-        work.forward_backward(images[:1], plan, 0)  # would be copied to all
+        work.forward_backward((images[:1], plan), 0)  # would be copied to all
     other = model.plan(random_visible(np.random.default_rng(0), 4, 0.75))
     with pytest.raises(ValueError, match="recorded for"):
-        work.forward_backward(images, other, 0)
+        work.forward_backward((images, other), 0)
 
 
 @pytest.fixture
@@ -123,11 +125,11 @@ def test_gradients_travel_once_an_update(group):
 
     forward.register_comm_hook(None, hook)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    work = Passes(forward, trained(model), no_autocast, scaler, 3)
+    work = Passes(reconstruction_loss, forward, trained(model), no_autocast, scaler, 3)
     for part in range(2):
-        work.forward_backward(images, plan, part)
+        work.forward_backward((images, plan), part)
     assert sums == []
-    work.forward_backward(images, plan, 2)
+    work.forward_backward((images, plan), 2)
     assert sums and len(set(sums)) == len(sums)
 
 

@@ -21,7 +21,7 @@ from greenmim.masking import random_visible
 from greenmim.processes import Processes, Reports
 from greenmim.recipe import DataConfig, Recipe
 from greenmim.training import passes
-from greenmim.training.passes import GraphedPasses, Passes, clip_gradients
+from greenmim.training.passes import GraphedPasses, Passes, clip_gradients, reconstruction_loss
 
 PARTS, UPDATES = 2, 3
 
@@ -45,14 +45,14 @@ def train(make, per_image: bool = False, parts: int = PARTS) -> tuple[list, list
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    work = make(model, trained, contextlib.nullcontext, scaler, parts)
+    work = make(reconstruction_loss, model, trained, contextlib.nullcontext, scaler, parts)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     losses, norms = [], []
     for _ in range(UPDATES):
         for part in range(parts):
             images = torch.randn(2, 3, 64, 64, generator=generator)
             plan = model.plan(random_visible(rng, 4, 0.5, 2 if per_image else None))
-            losses.append(work.forward_backward(images, plan, part))
+            losses.append(work.forward_backward((images, plan), part))
         norms.append(work.clip(optimizer, limit=0.5))
         optimizer.step()
         work.zero_grad(optimizer)
@@ -81,7 +81,8 @@ def test_gradients_of_a_pass_alone_are_its_own(monkeypatch):
     processes = Processes(World(), torch.device("cpu"))
     model = GreenMIM(CONFIG)
     trained = [p for p in model.parameters() if p.requires_grad]
-    arguments = model, trained, contextlib.nullcontext, torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    arguments = reconstruction_loss, model, trained, contextlib.nullcontext, scaler
     assert GraphedPasses(processes, *arguments, 1).gradient is None
     assert all(parameter.grad is None for parameter in trained)
     assert GraphedPasses(processes, *arguments, 2).gradient is not None
@@ -119,7 +120,7 @@ def test_an_update_on_a_device_never_waits(monkeypatch, per_image):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.1)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        work = Passes(model, trained, contextlib.nullcontext, scaler, PARTS)
+        work = Passes(reconstruction_loss, model, trained, contextlib.nullcontext, scaler, PARTS)
 
         def backward(loss):
             assert loss.device.type == "cuda" and loss.requires_grad
@@ -130,7 +131,9 @@ def test_an_update_on_a_device_never_waits(monkeypatch, per_image):
         reports = Reports(processes, PARTS)
         for _ in range(2):
             images = torch.empty(2, 3, 64, 64, device="cuda")
-            losses = [work.forward_backward(images, plan.to("cuda"), part) for part in range(PARTS)]
+            losses = [
+                work.forward_backward((images, plan.to("cuda")), part) for part in range(PARTS)
+            ]
             norm = work.clip(optimizer, limit=1.0)
             processes.device = torch.device("cuda:0")
             with monkeypatch.context() as patch:

@@ -94,18 +94,16 @@ def resolved(*arguments: str) -> dict:
 def test_every_preset_makes_a_model_config() -> None:
     assert preset_names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     assert "greenmim_swin-base_16xb128-amp-coslr-100e_in1k" in preset_names()
-    page = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
-    assert all(f"| `{name}` |" in page for name in preset_names())
-    for name in preset_names():
-        parser, subparser, _ = build_parser()
-        options = parser.parse_args(
-            ["pretrain", "--config", name, "--data.root", "x", "--work_dir", "y"]
-        )
-        options = options.pretrain
-        for extra in ("config", "resume", "mask_per_image"):
-            options.pop(extra)
-        recipe = subparser.instantiate(options)
-        assert len(recipe.model.depths) == 4
+    for command, page in (("pretrain", "pretraining.md"), ("finetune", "finetuning.md")):
+        text = (Path(__file__).parents[2] / "docs" / page).read_text()
+        assert all(f"| `{name}` |" in text for name in preset_names(command))
+        for name in preset_names(command):
+            parser, subparser, _ = build_parser(command)
+            options = parser.parse_args(
+                [command, "--config", name, "--data.root", "x", "--work_dir", "y"]
+            )
+            recipe = subparser.instantiate(options[command])
+            assert len(recipe.model.depths) == 4
 
 
 def test_seed_preset_has_the_figures_of_its_name() -> None:
@@ -135,6 +133,28 @@ def test_published_presets(name: str, window: int, embed_dim: int, base_lr: floa
     assert recipe["epochs"] == 800 and recipe["schedule"]["warmup_epochs"] == 40
     assert recipe["optim"]["betas"] == (0.9, 0.95) and recipe["optim"]["clip"] is None
     assert recipe["model"]["norm_pix_loss"] and recipe["model"]["decoder_depth"] == 1
+
+
+@pytest.mark.parametrize("window", [7, 14])
+@pytest.mark.parametrize(
+    ("size", "embed_dim", "base_lr", "layer_decay", "drop_path"),
+    [("base", 128, 1.25e-3, 0.9, 0.1), ("large", 192, 1e-3, 0.8, 0.3)],
+)
+def test_published_fine_tuning(
+    window: int, size: str, embed_dim: int, base_lr: float, layer_decay: float, drop_path: float
+) -> None:
+    name = f"finetune_swin-{size}{'-win14' * (window == 14)}_8xb128-amp-coslr-100e_in1k"
+    parser, *_ = build_parser("finetune")
+    recipe = parser.parse_args(["finetune", "--config", name]).finetune.as_dict()
+    model, optim, mix = recipe["model"], recipe["optim"], recipe["mix"]
+    assert (model["window_size"], model["embed_dim"]) == (window, embed_dim)
+    assert (optim["base_lr"], optim["layer_decay"]) == (base_lr, layer_decay)
+    assert (model["drop_path"], optim["base_batch"], optim["clip"]) == (drop_path, 512, 5.0)
+    assert (recipe["epochs"], recipe["schedule"]["warmup_epochs"]) == (100, 20)
+    assert recipe["data"]["batch_size"] * 8 == 1024 and optim["betas"] == (0.9, 0.999)
+    assert mix == {"mixup": 0.8, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.1}
+    assert recipe["data"]["rand_augment"] == "rand-m9-mstd0.5-inc1"
+    assert (recipe["data"]["erase"], recipe["ema_decay"]) == (0.25, 0.9999)
 
 
 def test_options_after_the_config_override_it_and_dashes_equal_underscores(tiny: Path) -> None:
@@ -169,12 +189,10 @@ def test_an_unknown_preset_leads_to_the_presets(capsys) -> None:
         resolve_config("greenmim_swin-tiny_8xb256")
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == preset_names()
-    assert lines[1 + preset_names().index("greenmim_swin-demo-cpu")].split()[1:] == [
-        "7",
-        "100",
-        "12",
-    ]
+    names = [line.split()[0] for line in lines[1:]]
+    assert names == [*preset_names("pretrain"), *preset_names("finetune")]
+    assert sorted(names) == preset_names()
+    assert lines[1 + names.index("greenmim_swin-demo-cpu")].split()[1:] == ["7", "100", "12"]
 
 
 def test_help_shows_what_is_needed_first(capsys) -> None:
@@ -257,7 +275,7 @@ def test_when_a_run_begins_ctrl_c_is_an_exception_again(tmp_path) -> None:
 import signal, sys, types
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import greenmim.training.train as train
-train.pretrain = lambda *_: types.SimpleNamespace(
+train.train = lambda *_: types.SimpleNamespace(
     exit_code=int(signal.getsignal(signal.SIGINT) is not signal.default_int_handler))
 from greenmim.__main__ import main
 sys.argv = ["greenmim", "pretrain", "--config", "greenmim_swin-demo-cpu",

@@ -484,13 +484,12 @@ def test_a_log_is_cut_beside_and_on_the_disk_before_it_is_replaced(
 
 
 def test_room_for_the_checkpoints_that_are_there_at_once(tmp_path: Path, monkeypatch) -> None:
-    folder, every, weights = RunFolder(tmp_path), None, 100_100
-    one = 12 * weights
+    folder, every, one = RunFolder(tmp_path), None, 1_201_200
 
     def check(free: float) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=free * one)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        folder.check_room(CheckpointConfig(keep_last=2, keep_every_epochs=every), weights)
+        folder.check_room(CheckpointConfig(keep_last=2, keep_every_epochs=every), one)
 
     check(3.0)
     with pytest.raises(UserError, match="needs room for 3"):

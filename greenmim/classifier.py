@@ -1,0 +1,104 @@
+"""A classifier: the encoder with everything visible, and a linear layer on the mean of its tokens.
+
+It is timm's Swin with a head, number for number where grids are multiples of the window, with
+attention by the fused operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .encoders import SwinEncoder
+from .encoders.swin import VisibleBlock
+from .planning import Plan, Planner, check_images, check_plan
+
+
+class Classifier(nn.Module):
+    """Scores of classes.
+
+    The state dict holds the encoder as ``encoder.`` + timm's keys, and timm's ``head.fc``.
+
+    Args:
+        config: sizes of the encoder; those of the decoder mean nothing here.
+        num_classes: K.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+        self.planner = Planner(config)
+        self.encoder = SwinEncoder(config)
+        self.head = nn.ModuleDict({"fc": nn.Linear(config.stage_dims[-1], num_classes)})
+        trunc_normal_(self.head["fc"].weight, std=0.02)  # as timm and Swin's own code
+        nn.init.zeros_(self.head["fc"].bias)
+
+    def plan(self) -> Plan:
+        """The plan of any batch, on the CPU; made ahead it can be given to every pass."""
+        return self.planner(np.ones(self.config.num_units, dtype=bool))
+
+    def forward(self, images: Tensor, plan: Plan | None = None) -> Tensor:
+        """Scores before the softmax.
+
+        Args:
+            images: float [B, 3, H, W] of the model's size, normalised as the data is.
+            plan: `self.plan()` made ahead; this form compiles with ``fullgraph=True``.
+
+        Returns:
+            [B, K].
+
+        Raises:
+            ValueError: images of another size, or a plan made for another model.
+        """
+        check_images(images, self.config.image_hw)
+        if plan is None:
+            plan = self.plan()
+        check_plan(plan, self.planner, images)
+        if plan.memory.device != images.device:
+            plan = plan.to(images.device, non_blocking=True)
+        return self.head["fc"](self.encoder(images, plan).mean(1))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training computes activations again in the backward pass: less memory, slower."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def blocks(self) -> Iterator[VisibleBlock]:
+        """The parts that are alike, in order."""
+        return self.encoder.blocks()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay: 1-d, tables."""
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim <= 1 or name.endswith("relative_position_bias_table")
+        }
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Which parameters are of which layer, for timm's layer decay: as in timm's Swin."""
+
+        def inside(pattern: str) -> str:
+            return pattern.replace("^", r"^encoder\.")
+
+        return {
+            name: inside(found) if isinstance(found, str) else [(inside(p), n) for p, n in found]
+            for name, found in self.encoder.group_matcher(coarse).items()
+        }
+
+
+def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A classifier's state dict with timm's names."""
+    return {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+
+
+def head_of(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Weight [K, C] and bias [K] of the head in a state dict, ours, timm's or Microsoft's."""
+    for name in ("head.fc", "head"):
+        weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+        if weight is not None and bias is not None and weight.ndim == 2:
+            return weight, bias
+    return None
