@@ -37,21 +37,33 @@ def draw_findings(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
     from matplotlib.figure import Figure
 
     _settle()
-    figure = Figure(figsize=(8, 3.4))
-    panels = figure.subplots(1, 2, sharey=True)
-    arms = list(dict.fromkeys(row["arm"] for row in result["rows"]))
-    numbers = list(result["rows"][0]["top1"])
-    for axes, kind, title in zip(panels, ("knn", "probe"), ("kNN", "linear probe"), strict=True):
+    rows, tuned = result["rows"], result.get("finetuned", [])
+    numbers = list(rows[0]["top1"])
+    contents = [
+        (title, numbers, [(row["arm"], number, row["top1"][number][kind]) for row in rows
+                          for number in numbers])
+        for kind, title in (("knn", "kNN"), ("probe", "linear probe"))
+    ]  # fmt: skip
+    if tuned:
+        points = [(row["arm"], row["labels"], row["top1"]) for row in tuned]
+        contents.append(("fine-tuned", list(dict.fromkeys(row["labels"] for row in tuned)), points))
+    figure = Figure(figsize=(4 * len(contents), 3.4))
+    panels = figure.subplots(1, len(contents), sharey=True)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    for axes, (title, numbers, points) in zip(panels, contents, strict=True):
         for shift, (arm, colour) in enumerate(zip(arms, FINDINGS_COLOURS, strict=False)):
-            rows = [row["top1"] for row in result["rows"] if row["arm"] == arm]
-            values = np.array([[100 * row[number][kind] for number in numbers] for row in rows])
-            spread = values.std(0, ddof=1) if len(rows) > 1 else None
+            own = [(labels, 100 * top1) for name, labels, top1 in points if name == arm]
+            found = [[top1 for labels, top1 in own if labels == number] for number in numbers]
+            if not all(found):
+                continue
+            means = [np.mean(values) for values in found]
+            spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in found]
             places = np.arange(len(numbers)) + 0.04 * (shift - len(arms) / 2)
-            axes.errorbar(places, values.mean(0), spread, label=arm, color=colour, marker="o",
-                          capsize=3)  # fmt: skip
+            axes.errorbar(places, means, spread, label=arm, color=colour, marker="o", capsize=3)
         axes.set_xticks(range(len(numbers)), numbers)
         axes.set(title=title, xlabel="labelled drawings of each kind")
         axes.grid(axis="y", alpha=0.3)
+        axes.margins(x=0.1)
     panels[0].set_ylabel("top-1, %")
     panels[0].legend(frameon=False, fontsize=9)
     return _save(figure, folder, "findings")

@@ -17,7 +17,6 @@ from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from greenmim.classifier import Classifier
 from greenmim.data.dataset import Finish
@@ -40,7 +39,7 @@ from greenmim.guards import UserError, first_line, user_errors
 from greenmim.initial import initialise_classifier, sizes_in
 from greenmim.planning import Plan
 from greenmim.processes import Processes
-from greenmim.training.passes import distribute, whole_weights
+from greenmim.training.passes import classification_loss, distribute, whole_weights
 from greenmim.training.task import Aside, Finishes, Task, Watch
 from greenmim_kernels import use_backend
 
@@ -171,7 +170,7 @@ class Finetuning(Task):
         return images, batch.plan, targets
 
     def loss(self, wrapped_model: nn.Module, images: Tensor, plan: Plan, targets: Tensor) -> Tensor:
-        return F.cross_entropy(wrapped_model(images, plan).float(), targets)
+        return classification_loss(wrapped_model, images, plan, targets)
 
     def updated(self, step: int) -> None:
         if self.average is not None:
@@ -199,6 +198,11 @@ class Finetuning(Task):
             if found is None:
                 return False
             watch.log.unreadable(found.failures, "it is left out")
+            if found.without_label or found.strangers:
+                watch.log.say_once(
+                    f"of the held-out images {found.without_label} have no class and are left out,"
+                    f" and {found.strangers.total()} have one that is not learned"
+                )
             accuracy, images = found.accuracy, found.images
             shares = {"loss": found.loss, "top1": accuracy.top1, "top5": accuracy.top5}
             of = "held-out" if name == "val" else "of the averaged weights"

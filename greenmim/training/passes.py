@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from greenmim.planning import Plan
@@ -107,6 +108,14 @@ def recompute_pointwise(wanted: bool) -> None:
 def reconstruction_loss(wrapped_model: nn.Module, images: Tensor, plan: Plan) -> Tensor:
     """Of a micro-batch, a scalar; `wrapped_model` is called in place of a GreenMIM."""
     return wrapped_model(images, plan=plan, loss_only=True).loss
+
+
+def classification_loss(
+    wrapped_model: nn.Module, images: Tensor, plan: Plan, targets: Tensor
+) -> Tensor:
+    """Of a micro-batch, a scalar: the mean cross-entropy to targets [B, K]; `wrapped_model` is
+    called in place of a Classifier."""
+    return F.cross_entropy(wrapped_model(images, plan).float(), targets)
 
 
 class Passes:

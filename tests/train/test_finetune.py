@@ -467,6 +467,19 @@ def test_eval_counts_what_is_not_known(tuned, labelled, tmp_path, capsys):
     assert math.isfinite(found["loss"])
 
 
+def test_held_out_images_of_other_classes_are_told(recipe_file, labelled, tmp_path, capsys):
+    val = coloured(tmp_path / "val", 2, first=90)
+    (val / "red").rename(val / "crimson")
+    Image.new("RGB", (40, 40)).save(val / "loose.png")
+    run = tmp_path / "run"
+    more = ("--data.val-root", str(val), "--max-steps", "2")
+    assert main(command(recipe_file, labelled[0], run, *more)) == 0
+    said = "of the held-out images 1 have no class and are left out, and 2 have one that is not"
+    assert capsys.readouterr().out.count(said) == 1
+    (row,) = records(run, "val")
+    assert row["images"] == 6 and row["top1"] <= 4 / 6 and math.isfinite(row["loss"])
+
+
 def test_eval_of_timm_s_own_classifier(labelled, tmp_path, capsys):
     """Without names its classes are those of the images in alphabetical order, if as many."""
     torch.manual_seed(0)
