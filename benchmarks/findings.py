@@ -62,7 +62,8 @@ from greenmim.recipe import (
     RunLogConfig,
     ScheduleConfig,
 )
-from greenmim.tools.evaluate import LabelledData, knn
+from greenmim.tools.evaluate import knn
+from greenmim.tools.measured import LabelledData
 from greenmim.training import pretraining, train
 from greenmim.training.log import read_log
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .encoders import SwinEncoder
 from .encoders.swin import VisibleBlock
-from .planning import Plan, Planner, check_images, check_plan
+from .planning import Plan, Planner, check_images, ready_plan
 
 
 class Classifier(nn.Module):
@@ -57,9 +57,7 @@ class Classifier(nn.Module):
         check_images(images, self.config.image_hw)
         if plan is None:
             plan = self.plan()
-        check_plan(plan, self.planner, images)
-        if plan.memory.device != images.device:
-            plan = plan.to(images.device, non_blocking=True)
+        plan = ready_plan(plan, self.planner, images)
         return self.head["fc"](self.encoder(images, plan).mean(1))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -292,13 +292,13 @@ def _probe() -> tuple[ArgumentParser, Callable]:
 
 
 def _eval() -> tuple[ArgumentParser, Callable]:
-    from greenmim.tools.evaluate import classify_images
+    from greenmim.tools.classify import classify_images
 
     return _evaluation("eval", classify_images, "")
 
 
 def _evaluation(name: str, tool: Callable, more: str) -> tuple[ArgumentParser, Callable]:
-    from greenmim.tools.evaluate import said
+    from greenmim.tools.measured import said
 
     usage = f"{name} --checkpoint FILE --data.root FOLDER{more} --output FILE.json [options]"
     return _tool(usage, tool, lambda found, options: said(found, options.output))

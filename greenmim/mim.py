@@ -22,7 +22,7 @@ from .config import UNIT_PIXELS, ModelConfig, model_config
 from .encoders import SwinEncoder
 from .encoders.swin import take_cells
 from .masking import random_visible
-from .planning import Plan, Planner, check_images, check_plan
+from .planning import Plan, Planner, check_images, ready_plan
 
 UNIT_VALUES = UNIT_PIXELS * UNIT_PIXELS * 3
 
@@ -127,9 +127,7 @@ class GreenMIM(nn.Module):
             plan = self.plan(visible)
         elif visible is not None:
             raise ValueError("visible and plan say the same twice; give one of them")
-        check_plan(plan, self.planner, images)
-        if plan.memory.device != images.device:
-            plan = plan.to(images.device, non_blocking=True)
+        plan = ready_plan(plan, self.planner, images)
         latent = self.encoder(images, plan)
         if loss_only:
             return MIMOutput(self.training_loss(images, latent, plan), None, latent, plan.visible)
@@ -261,10 +259,7 @@ class GreenMIM(nn.Module):
         check_images(images, self.config.image_hw)
         if plan is None:
             plan = self.plan(np.ones(self.config.num_units, dtype=bool))
-        check_plan(plan, self.planner, images)
-        if plan.memory.device != images.device:
-            plan = plan.to(images.device, non_blocking=True)
-        return self.encoder(images, plan).mean(1)
+        return self.encoder(images, ready_plan(plan, self.planner, images)).mean(1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training computes activations again in the backward pass: less memory, slower."""

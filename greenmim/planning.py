@@ -250,8 +250,12 @@ def check_images(images: Tensor, size: tuple[int, ...]) -> None:
         raise ValueError(f"images must be floating point, got {images.dtype}")
 
 
-def check_plan(plan: Plan, planner: Planner, images: Tensor) -> None:
-    """Raises ValueError unless it is one of a model's planner, and of so many images."""
+def ready_plan(plan: Plan, planner: Planner, images: Tensor) -> Plan:
+    """The plan where the images are.
+
+    Raises:
+        ValueError: it is of another planner than the model's, or of another number of images.
+    """
     grid, expected = plan.layout.patch_grid, planner.stages[0][0]
     if grid != expected:
         raise ValueError(
@@ -263,6 +267,9 @@ def check_plan(plan: Plan, planner: Planner, images: Tensor) -> None:
             f"the masks are for {len(plan.visible)} images and the batch has {len(images)};"
             " give one mask for the batch or one per image"
         )
+    if plan.memory.device == images.device:
+        return plan
+    return plan.to(images.device, non_blocking=True)
 
 
 def _indices(units: np.ndarray) -> np.ndarray:

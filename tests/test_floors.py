@@ -88,10 +88,11 @@ FLOORS = [
     ["greenmim.training.train", "greenmim.training.dry_run"],
     ["greenmim.training.slurm"],
     ["greenmim.tools"],
-    ["greenmim.tools.loading", "greenmim.tools.doctor"],
+    ["greenmim.tools.loading", "greenmim.tools.doctor", "greenmim.tools.measured"],
     [
         "greenmim.tools.reconstruct",
         "greenmim.tools.evaluate",
+        "greenmim.tools.classify",
         "greenmim.tools.export",
         "greenmim.tools.convert",
     ],

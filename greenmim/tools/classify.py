@@ -1,0 +1,116 @@
+"""How well a fine-tuned classifier tells labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from greenmim.data.images import Source
+from greenmim.data.labelled import LabelledImages, find_classes, find_labelled
+from greenmim.evaluation.classification import classify
+from greenmim.guards import UserError
+from greenmim.launch import World
+from greenmim.processes import Processes
+from greenmim.recipe import DataConfig
+from greenmim.tools.loading import load_classifier
+from greenmim.tools.measured import (
+    ClassifiedData,
+    check_options,
+    placed,
+    precision_for,
+    read_as_trained,
+    sweep_over,
+    tell,
+    tell_of,
+    unknown_classes,
+    write_result,
+)
+from greenmim.training.startup import choose_device
+from greenmim.training.train import told_of_memory
+
+
+def classify_images(
+    checkpoint: str | Path,
+    data: ClassifiedData,
+    output: str | Path,
+    *,
+    classes: str | Path | None = None,
+    ema: bool = True,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Classify labelled images by a fine-tuned classifier, and count what is right.
+
+    Args:
+        checkpoint: A fine-tuning run's, or an exported one, or timm's or Microsoft's Swin with its
+            head.
+        data: The images.
+        output: A .json file; a picture of what is taken for what is drawn beside it.
+        classes: File with a class in each line, in the order of the scores; null takes those of the
+            checkpoint, or, where it names none, of the images in alphabetical order.
+        ema: Take the averaged weights, where the checkpoint has some.
+        device: Where to run.
+        precision: Autocast type; auto is bf16 on CUDA and fp32 on the CPU.
+        overwrite: Replace an output that is there already.
+
+    Returns:
+        What is in the file; None in all processes but the main one.
+
+    Raises:
+        UserError: a file is missing or unreadable, or there are no labels, or no head.
+    """
+    output = Path(output)
+    world = World.from_environment()
+    with Processes(world, lambda: choose_device(device, world)) as processes:
+
+        def prepare() -> Source:
+            check_options(data, output, overwrite, {})
+            config = DataConfig(data.root, max_pixels=data.max_pixels)
+            return find_labelled(config, "data.root")
+
+        source = processes.from_main(prepare)
+        with processes.agreed():
+            network, run, names = load_classifier(checkpoint, ema)
+            names = _classes(source, classes, names, network.num_classes)
+        precision = precision_for(precision, processes)
+        images = LabelledImages(
+            source, read_as_trained(data, run), network.config.image_hw, data.crop
+        )
+        network = placed(network, precision, processes)
+        numbers = {name: number for number, name in enumerate(names)}
+        with (
+            told_of_memory(processes.device, "lower --data.batch-size"),
+            sweep_over(network, images, data, precision, processes) as (sweep, autocast, progress),
+        ):
+            found = classify(sweep, network, autocast, numbers, progress=progress)
+
+            def result() -> dict[str, Any]:
+                tell_of(source, found.failures, found.without_label)
+                if not found.images:
+                    raise UserError(f"--data.root {data.root}: no image with a class can be read.")
+                if found.strangers:
+                    tell(unknown_classes("The classifier", found.strangers, "--data.root"))
+                facts = {"task": "eval", "checkpoint": str(checkpoint), "precision": precision}
+                facts |= {"root": data.root, "crop": data.crop, "loss": found.loss}
+                unreadable = [name for name, _ in found.failures]
+                return write_result(
+                    facts, found.accuracy, found.images, names, {}, unreadable, output
+                )
+
+            made = processes.from_main(result)
+        return made if world.is_main else None
+
+
+def _classes(
+    source: Source, file: str | Path | None, known: list[str] | None, number: int
+) -> list[str]:
+    """The classes in the order of a classifier's scores, of which there are so many."""
+    names = known if file is None and known else find_classes(source, file and str(file), "classes")
+    if len(names) != number:
+        raise UserError(
+            f"The checkpoint tells {number} classes and"
+            f" {f'--classes {file}' if file else f'the images in {source.root}'} {len(names)}; name"
+            " them with --classes FILE, one in each line, in the order of the scores."
+        )
+    return names
