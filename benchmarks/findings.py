@@ -279,7 +279,8 @@ def run(
     data: pathlib.Path, runs: pathlib.Path, epochs: int, seeds: list[int], out: pathlib.Path
 ) -> None:
     """All rows, each written when it is there."""
-    result = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    result = json.loads(out.read_text()) if out.exists() else {}
+    result.setdefault("rows", [])
     environment = describe(torch.get_num_threads())
     if result.get("environment", environment)["device"] != environment["device"]:
         raise UserError(f"{out} is of another machine; take another file")

@@ -240,10 +240,12 @@ def load_state_dict_file(path: str | os.PathLike) -> dict[str, Tensor]:
 def find_state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
     """The model's state dict in what :func:`load_checkpoint` gave for `path`.
 
+    Where a fine-tuning run kept an average of its weights, it is that.
+
     Raises:
         ValueError: there is none.
     """
-    for inner in (content.get("model"), content.get("state_dict"), content):
+    for inner in (*map(content.get, ("ema", "model", "state_dict")), content):
         if isinstance(inner, Mapping) and inner:
             if all(isinstance(value, Tensor) for value in inner.values()):
                 return dict(inner)

@@ -314,7 +314,8 @@ def _export() -> tuple[ArgumentParser, Callable]:
         # Not checkpoint_path, which takes tables of timm's own window and image size alone.
         overlay = {"file": str(options.output)} | ({"num_classes": classes} if classes else {})
         words += f", num_classes={classes}, pretrained=True, pretrained_cfg_overlay={overlay}"
-        return f"wrote {options.output}; for timm:\ntimm.create_model({name!r}{words})"
+        note = f" ({facts['padding']})" if "padding" in facts else ""
+        return f"wrote {options.output}; for timm{note}:\ntimm.create_model({name!r}{words})"
 
     return _tool("export --checkpoint FILE --output FILE.safetensors [--model NAME]", export, tell)
 

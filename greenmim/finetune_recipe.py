@@ -73,7 +73,7 @@ class LabelledImagesConfig(ImagesConfig):
         val_root: The same of held-out images, whose accuracy is measured (see
             log.val_every_epochs); null measures none.
         classes: File with a class in each line, in the order of the scores; null takes those of the
-            images, in alphabetical order. Shards do not tell theirs.
+            images, in alphabetical order. Shards do not tell theirs. Images of others are left out.
         rand_augment: RandAugment as timm writes it; null leaves it out.
         erase: Probability that a rectangle of an image becomes noise.
     """
@@ -127,6 +127,8 @@ class FinetuneRecipe(RunRecipe):
     """One fine-tuning run.
 
     Args:
+        init: Weights that a new run starts from: the encoder's in a checkpoint of this package, an
+            official one, timm's Swin or Microsoft's. Tables of other windows are interpolated.
         ema_decay: Decay of the moving average of the weights, which is measured and saved beside
             them; lower in the first updates. null keeps none.
         mix: How images are mixed.

@@ -46,7 +46,7 @@ def resolve_config(name_or_path: str, command: str = "pretrain") -> str:
 
 
 def preset_table() -> str:
-    """List the presets: window, epochs, images of an update. docs/pretraining.md says more."""
+    """List the presets: window, epochs, images of an update. docs/ has a page for each command."""
     rows = []
     for name in [*preset_names("pretrain"), *preset_names("finetune")]:
         values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())

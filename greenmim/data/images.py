@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import time
 from collections import Counter
@@ -159,7 +160,6 @@ class Source:
     - path(index): the image's name for people;
     - open(index): a file's path, or its bytes in a file; raises anything if it cannot be read;
     - label(index): the image's class, if it has one; raises as `open`;
-    - classes(): all classes in their order, where no image has to be read for it, else None;
     - files(): local files and other names that say, with the files' times, what the images are.
 
     Attributes:
@@ -185,9 +185,14 @@ class Source:
         count = min(count, len(self))
         return [index * len(self) // count for index in range(count)]
 
+    def labels(self) -> list[str | None] | None:
+        """Those of all images, where no image has to be read for them; else None."""
+        return [self.label(index) for index in range(len(self))]
+
     def classes(self) -> list[str] | None:
-        """All classes in alphabetical order; where labels cost nothing."""
-        return sorted({self.label(index) for index in range(len(self))} - {None})
+        """All classes in their order, where it is known."""
+        labels = self.labels()
+        return None if labels is None else sorted(set(labels) - {None})
 
     def fingerprint(self) -> str:
         """Differs where images or their labels may: by place, reader, number, files' times."""
@@ -234,6 +239,38 @@ class Folder(Source):
 
     def notes(self) -> list[str]:
         return ignored_note(self.root, self._ignored)
+
+
+class Selected(Source):
+    """Some images of another source, which is read in any order.
+
+    Args:
+        source: All of them.
+        indices: int64 [images], those that are taken.
+        left_out: What people should know of the others.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, left_out: str) -> None:
+        self.root, self._source, self._indices = source.root, source, indices
+        self._left_out = left_out
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def path(self, index: int) -> str:
+        return self._source.path(int(self._indices[index]))
+
+    def open(self, index: int) -> str | io.BytesIO:
+        return self._source.open(int(self._indices[index]))
+
+    def label(self, index: int) -> str | None:
+        return self._source.label(int(self._indices[index]))
+
+    def files(self) -> Iterable[str]:
+        return self._source.files()
+
+    def notes(self) -> list[str]:
+        return [*self._source.notes(), self._left_out]
 
 
 # ---- errors of reading --------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,13 @@ from torchvision.transforms.v2 import functional as F
 
 from greenmim.data.dataset import AugmentedImages, Crop, Finish, Sample
 from greenmim.data.held_out import HeldOutImages
-from greenmim.data.images import Folder, Source, hopeless, patiently
+from greenmim.data.images import Folder, Selected, Source, hopeless, patiently
 from greenmim.data.loader import Collate, copied_shared
 from greenmim.data.sampler import AUGMENT, Item, torch_seed
 from greenmim.data.sources import Tars, find_source
 from greenmim.finetune_recipe import LabelledImagesConfig
 from greenmim.guards import UserError, one_line
-from greenmim.messages import dashes
+from greenmim.messages import dashes, listed
 from greenmim.planning import Plan, Planner
 from greenmim.recipe import ImagesConfig, MaskConfig
 
@@ -33,12 +33,12 @@ UNREADABLE = ""
 _LOOKED_AT = 20
 
 
-def find_labelled(config: ImagesConfig, option: str) -> Source:
+def find_labelled(config: ImagesConfig, option: str, least: int = 2) -> Source:
     """What an option of a recipe's `data` names, with classes.
 
     Raises:
         UserError: as `find_source`; or the first images that were looked at have no class, or
-            nobody needs to look to know that all have the same.
+            nobody needs to look to know that there are less than `least`.
     """
     name = dashes(option)
     try:
@@ -63,7 +63,7 @@ def find_labelled(config: ImagesConfig, option: str) -> Source:
     )
     if not classes:
         raise UserError(f"{name} {source.root}: its images have no classes; {how}.")
-    if len(classes) == 1 and isinstance(source, (Folder, Tars)):
+    if len(classes) < least and isinstance(source, (Folder, Tars)):
         raise UserError(f"{name} {source.root}: all its images are of one class, {classes.pop()};"
                         f" {how}.")  # fmt: skip
     return source
@@ -150,16 +150,53 @@ def find_classes(source: Source, file: str | None, option: str = "data.classes")
                 " write a file with one in each line."
             )
         return found
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    try:  # Windows begins such files with a mark; names of folders need not be UTF-8
+        text = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
         raise UserError(f"--{option} {file} cannot be read: {one_line(error)}.") from error
-    found = [line.strip() for line in lines if line.strip()]
+    found = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if len(found) < 2 or len(set(found)) < len(found):
         twice = next((name for name, count in Counter(found).items() if count > 1), None)
         what = f"names {twice} twice" if twice else "names fewer than two classes"
         raise UserError(f"--{option} {file} {what}; it has to have one class in each line.")
     return found
+
+
+def of_classes(source: Source, classes: Collection[str]) -> tuple[Source, list[str]]:
+    """The images of a source that are of some classes, where that is known before they are read.
+
+    Returns:
+        The source of those; lines for people on the others and on classes without an image.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (labels := source.labels()) is None:
+        return source, []
+    names = set(classes)
+    taken = np.array([n for n, label in enumerate(labels) if label in names], dtype=np.int64)
+    there = set(labels) - {None}
+    if not len(taken):
+        raise UserError(
+            f"No image in {source.root} is of a class that is learned"
+            f" ({_some(sorted(names))}), they are of {_some(sorted(there))}; name other images, or"
+            " put --data.classes right."
+        )
+    missing = [name for name in classes if name not in there]
+    notes = [f"{source.root} has no image of {_some(missing)}"] if missing else []
+    if len(taken) == len(labels):
+        return source, notes
+    others = Counter(label for label in labels if label not in names)
+    without = others.pop(None, 0)
+    parts = [f"{without} images without a class"] if without else []
+    if others:
+        parts.append(f"{others.total()} of classes that are not learned ({_some(sorted(others))})")
+    left_out = f"left out of {source.root}: {listed(parts)}"
+    return Selected(source, taken, left_out), notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{listed(names[:5])}{' ...' * (len(names) > 5)}"
 
 
 def _posterize(picture: Image.Image, bits: int, **options: object) -> Image.Image:
@@ -168,7 +205,8 @@ def _posterize(picture: Image.Image, bits: int, **options: object) -> Image.Imag
 
 
 class TrainingImages(AugmentedImages):
-    """Augmented images with their classes; those of no class that is learned are left out.
+    """Augmented images with their classes. Of a source that does not tell labels before images are
+    read, another image takes the place of one whose class is not learned.
 
     Args:
         source, config, image_size, seed: As of `AugmentedImages`.

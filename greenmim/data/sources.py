@@ -226,7 +226,14 @@ class HuggingFace(Source):
             return None
         return self._data.features[self._class].int2str(number)
 
-    def classes(self) -> list[str] | None:
+    def labels(self) -> list[str | None]:
+        if self._class is None:
+            return [None] * len(self)
+        names = self._data.features[self._class].names
+        numbers = self._data[self._class]
+        return [None if number is None or number < 0 else names[number] for number in numbers]
+
+    def classes(self) -> list[str]:
         """Those of the column, in its order."""
         return list(self._data.features[self._class].names) if self._class else []
 
@@ -346,8 +353,8 @@ class Shards(Source):
 
         return self._opened.use(shard, read).decode(errors="backslashreplace").strip() or None
 
-    def classes(self) -> None:
-        """Nobody knows before all images are read."""
+    def labels(self) -> None:
+        """Nobody knows before all shards are read."""
 
     def files(self) -> Iterator[str]:
         return iter(self.urls)

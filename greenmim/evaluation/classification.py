@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,52 +40,58 @@ class Classified(NamedTuple):
 
 def classify(
     sweep: Sweep,
-    model: Classifier,
+    models: Sequence[Classifier],
     autocast: Callable[[], contextlib.AbstractContextManager],
     classes: Mapping[str, int],
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], object] = lambda images: None,
-) -> Classified | None:
+) -> list[Classified] | None:
     """Classify the images of a sweep, whose plans have everything visible. A collective.
 
     Args:
-        classes: numbers of the classifier's classes by name.
-        stop: whether to end early; where a process was to, the result is None.
-        progress: told of every batch.
+        models: Each of them classifies all images; all but the first are in evaluation mode.
+        classes: Numbers of the classifiers' classes by name.
+        stop: Whether to end early; where a process was to, the result is None.
+        progress: Told of every batch.
+
+    Returns:
+        What was found, for each model.
     """
     processes = sweep.processes
-    tally, strangers, without = Tally(), Counter(), 0
-    loss = torch.zeros((), device=processes.device, dtype=torch.float64)
+    tallies, strangers, without = [Tally() for _ in models], Counter(), 0
+    losses = torch.zeros(len(models), device=processes.device, dtype=torch.float64)
 
     def add(batch: Batch, counted: int) -> None:
         nonlocal without
-        with autocast():
-            scores = model(batch.images, batch.plan)[:counted].float()
         own = batch.labels[:counted]
         known = [number for number, label in enumerate(own) if label not in (None, UNREADABLE)]
         labels = [own[number] for number in known]
         without += own.count(None)
         strangers.update(label for label in labels if label not in classes)
-        answers = numbers_of(labels, classes).to(scores.device)
-        scores = scores[torch.tensor(known, dtype=torch.int64, device=scores.device)]
-        loss.add_(F.cross_entropy(scores, answers, ignore_index=-1, reduction="sum"))
-        tally.add(scores, answers)
+        answers = numbers_of(labels, classes).to(processes.device)
+        rows = torch.tensor(known, dtype=torch.int64, device=processes.device)
+        for model, tally, loss in zip(models, tallies, losses, strict=True):
+            with autocast():
+                scores = model(batch.images, batch.plan)
+            scores = scores[rows].float()
+            loss.add_(F.cross_entropy(scores, answers, ignore_index=-1, reduction="sum"))
+            tally.add(scores, answers)
         progress(counted * processes.world.size)
 
-    failures = sweep.run(model, add, stop)
+    failures = sweep.run(models[0], add, stop)
     if failures is None:
         return None
-    parts = processes.gather((tally, loss.item(), strangers, without, failures))
-    whole, unknown = Tally(), Counter()
-    for part, _, names, *_ in parts:
-        whole.merge(part)
-        unknown.update(names)
-    learned = whole.images - unknown.total()
-    return Classified(
-        whole.accuracy(),
-        sum(part for _, part, *_ in parts) / learned if learned else math.nan,
-        whole.images,
-        unknown,
-        sum(part for *_, part, _ in parts),
-        tuple(dict.fromkeys(failure for *_, part in parts for failure in part)),
-    )
+    parts = processes.gather((tallies, losses.tolist(), strangers, without, failures))
+    unknown = sum((part for *_, part, _, _ in parts), Counter())
+    without = sum(part for *_, part, _ in parts)
+    named = tuple(dict.fromkeys(failure for *_, part in parts for failure in part))
+    found = []
+    for number in range(len(models)):
+        whole, loss = Tally(), 0.0
+        for own, sums, *_ in parts:
+            whole.merge(own[number])
+            loss += sums[number]
+        learned = whole.images - unknown.total()
+        loss = loss / learned if learned else math.nan
+        found.append(Classified(whole.accuracy(), loss, whole.images, unknown, without, named))
+    return found

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from greenmim.data.dataset import Finish
 from greenmim.data.held_out import HeldOutImages, HeldOutSampler
 from greenmim.data.loader import Batch, Collate, Feed, make_loader
-from greenmim.mim import GreenMIM
 from greenmim.processes import Processes
 
 # Several processes ask one another so often, in batches, whether one was told to stop.
@@ -46,7 +46,7 @@ class Sweep:
 
     def run(
         self,
-        model: GreenMIM,
+        model: nn.Module,
         each: Callable[[Batch, int], None],
         stop: Callable[[], bool] = lambda: False,
     ) -> list[tuple[str, str]] | None:

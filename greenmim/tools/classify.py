@@ -67,7 +67,7 @@ def classify_images(
         def prepare() -> Source:
             check_options(data, output, overwrite, {})
             config = DataConfig(data.root, max_pixels=data.max_pixels)
-            return find_labelled(config, "data.root")
+            return find_labelled(config, "data.root", least=1)
 
         source = processes.from_main(prepare)
         with processes.agreed():
@@ -83,12 +83,17 @@ def classify_images(
             told_of_memory(processes.device, "lower --data.batch-size"),
             sweep_over(network, images, data, precision, processes) as (sweep, autocast, progress),
         ):
-            found = classify(sweep, network, autocast, numbers, progress=progress)
+            (found,) = classify(sweep, [network], autocast, numbers, progress=progress)
 
             def result() -> dict[str, Any]:
                 tell_of(source, found.failures, found.without_label)
                 if not found.images:
                     raise UserError(f"--data.root {data.root}: no image with a class can be read.")
+                if found.strangers.total() == found.images:
+                    raise UserError(
+                        f"--data.root {data.root}: none of its images is of a class that the"
+                        " classifier has; name its classes with --classes FILE."
+                    )
                 if found.strangers:
                     tell(unknown_classes("The classifier", found.strangers, "--data.root"))
                 facts = {"task": "eval", "checkpoint": str(checkpoint), "precision": precision}
@@ -106,11 +111,15 @@ def _classes(
     source: Source, file: str | Path | None, known: list[str] | None, number: int
 ) -> list[str]:
     """The classes in the order of a classifier's scores, of which there are so many."""
-    names = known if file is None and known else find_classes(source, file and str(file), "classes")
+    names = known
+    if file is not None or known is None:
+        names = find_classes(source, file and str(file), "classes")
     if len(names) != number:
         raise UserError(
             f"The checkpoint tells {number} classes and"
             f" {f'--classes {file}' if file else f'the images in {source.root}'} {len(names)}; name"
             " them with --classes FILE, one in each line, in the order of the scores."
         )
+    if file is None and known is None:
+        tell("the checkpoint names no classes: they are taken to be those of the images, in order")
     return names

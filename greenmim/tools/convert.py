@@ -55,6 +55,11 @@ def convert_file(
         raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
     content, weights = read_weights(input)
     if command := run_command(content):
+        if command == "finetune":
+            raise UserError(
+                f"{input} is a checkpoint of `greenmim finetune`; `greenmim export` writes it for"
+                " timm, with its head."
+            )
         if source not in (None, "greenmim"):
             raise UserError(
                 f"{input} is a checkpoint of `greenmim {command}`, not --source {source}."

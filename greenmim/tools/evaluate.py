@@ -161,7 +161,10 @@ def _evaluate(
             """What may be wrong is found before anything is computed."""
             check_options(data, output, overwrite, positive)
             config = DataConfig(root=data.root, val_root=data.val_root, max_pixels=data.max_pixels)
-            sources = [find_labelled(config, option) for option in ("data.root", "data.val_root")]
+            sources = [
+                find_labelled(config, "data.root"),
+                find_labelled(config, "data.val_root", least=1),
+            ]
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

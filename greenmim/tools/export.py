@@ -11,6 +11,7 @@ from greenmim.checkpoint import convert_checkpoint, save_safetensors
 from greenmim.classifier import to_timm
 from greenmim.config import MODELS, ModelConfig
 from greenmim.guards import UserError
+from greenmim.messages import listed
 from greenmim.tools.loading import is_classifier, load_classifier, load_model
 
 
@@ -83,6 +84,11 @@ def metadata(
     }
     if classes:
         facts["classes"] = json.dumps(classes)
+    if padded := padded_stages(config):
+        facts["padding"] = (
+            f"timm pads the windows of stage {listed([str(n) for n in padded])}, whose tokens do"
+            " not fill them, so its results differ from this package's"
+        )
     if mask := run.get("mask"):
         facts |= {
             "mask_ratio": str(mask["ratio"]),
@@ -93,6 +99,15 @@ def metadata(
         facts |= {"epochs": str(run["epochs"])}
         facts |= {name: json.dumps(run["data"][name]) for name in ("mean", "std")}
     return facts
+
+
+def padded_stages(config: ModelConfig) -> list[int]:
+    """Stages, from 1, whose tokens do not fill their windows."""
+    return [
+        number
+        for number, (grid, window, _) in enumerate(config.stage_windows(), 1)
+        if any(side % length for side, length in zip(grid, window, strict=True))
+    ]
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:

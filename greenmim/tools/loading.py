@@ -111,8 +111,8 @@ def load_classifier(
     """
     path = Path(checkpoint)
     content, weights, config, run, classes = _read_encoder(path)
-    if ema and run_command(content) == "finetune":
-        weights = content.get("ema", weights)
+    if not ema and run_command(content):
+        weights = content["model"]
     if (head := head_of(weights)) is None:
         raise UserError(
             f"The checkpoint {path} has no head, so it classifies nothing: `greenmim finetune`"

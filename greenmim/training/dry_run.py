@@ -29,9 +29,8 @@ def dry_run(
     state = found.state
     if found.checkpoint and state is None:
         state = read_run_checkpoint(found.checkpoint, task.command)
-    source = images["data.root"]
     notes = task.build(images, state)
-    recipe, model = task.recipe, task.model.train()
+    recipe, model, source = task.recipe, task.model.train(), task.dataset.source
     with user_errors():
         sampler = EpochSampler.of(recipe, source, 0, processes)
         flops = task.flops()

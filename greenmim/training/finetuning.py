@@ -27,6 +27,7 @@ from greenmim.data.labelled import (
     TrainingImages,
     find_classes,
     find_labelled,
+    of_classes,
 )
 from greenmim.data.loader import Batch, Collate
 from greenmim.data.sampler import MIX, torch_seed
@@ -62,7 +63,7 @@ class Finetuning(Task):
         data = self.recipe.data
         found: dict[str, Any] = {"data.root": find_labelled(data, "data.root")}
         if data.val_root:
-            found["data.val_root"] = find_labelled(data, "data.val_root")
+            found["data.val_root"] = find_labelled(data, "data.val_root", least=1)
         found["classes"] = find_classes(found["data.root"], data.classes)
         return found
 
@@ -82,10 +83,15 @@ class Finetuning(Task):
         if state and state["classes"] != names:
             raise _other_classes(state["classes"], names)
         self.classes = {name: number for number, name in enumerate(names)}
+        if len(names) < 2:
+            raise UserError(
+                f"--data.root {recipe.data.root} has {len(names)} classes; at least two are needed."
+            )
+        source, notes = of_classes(found["data.root"], names)
         self.dataset = TrainingImages(
-            found["data.root"], recipe.data, config.image_hw, recipe.seed, self.classes,
+            source, recipe.data, config.image_hw, recipe.seed, self.classes,
         )  # fmt: skip
-        notes = self.dataset.check_readable()
+        notes += self.dataset.check_readable()
         torch.manual_seed(recipe.seed)
         with user_errors():
             self.model = Classifier(config, len(names))
@@ -119,13 +125,13 @@ class Finetuning(Task):
 
     def placed(self, processes: Processes) -> None:
         """Copy the model for the average; it is spread over processes as the model is."""
-        recipe = self.recipe
+        recipe, weights = self.recipe, self._average_weights
+        self._average_weights = None
         if recipe.ema_decay is None:
             return
         self.average = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=True)
-        if self._average_weights:
-            self.average.module.load_state_dict(self._average_weights)
-            self._average_weights = None
+        if weights:
+            self.average.module.load_state_dict(weights)
         if recipe.strategy == "fsdp" and not processes.alone:
             distribute(self.average.module, recipe, processes.alone)
 
@@ -148,6 +154,13 @@ class Finetuning(Task):
         if source is None:
             return []
         data, (in_loader, on_device) = self.recipe.data, finishes
+        with processes.agreed():
+            known = source.classes()
+            if known is not None and not set(known) & set(self.classes):
+                raise UserError(
+                    f"--data.val-root {source.root}: none of its images is of a class that is"
+                    " learned; name images of the same classes."
+                )
         images = LabelledImages(source, data, self.model.config.image_hw)
         collate = self.collate(in_loader)
         self.sweeps = [Sweep(images, collate, data.batch_size, data.workers, on_device, processes)]
@@ -190,23 +203,22 @@ class Finetuning(Task):
     def measure(self, step: int) -> bool:
         """Log the accuracy on held-out images, and that of the average. A collective."""
         watch, (sweep,) = self.watch, self.sweeps
-        measured = {"val": self.model}
-        if self.average is not None:
-            measured["val_ema"] = self.average.module
-        for name, model in measured.items():
-            found = classify(sweep, model, watch.autocast, self.classes, watch.stop)
-            if found is None:
-                return False
-            watch.log.unreadable(found.failures, "it is left out")
-            if found.without_label or found.strangers:
-                watch.log.say_once(
-                    f"of the held-out images {found.without_label} have no class and are left out,"
-                    f" and {found.strangers.total()} have one that is not learned"
-                )
+        models = [self.model] if self.average is None else [self.model, self.average.module]
+        results = classify(sweep, models, watch.autocast, self.classes, watch.stop)
+        if results is None:
+            return False
+        watch.log.unreadable(results[0].failures, "it is left out")
+        if results[0].without_label or results[0].strangers:
+            watch.log.say_once(
+                f"of the held-out images {results[0].without_label} have no class and are left out,"
+                f" and {results[0].strangers.total()} have one that is not learned"
+            )
+        for name, what, found in zip(
+            ("val", "val_ema"), ("held-out", "of the averaged weights"), results, strict=False
+        ):
             accuracy, images = found.accuracy, found.images
             shares = {"loss": found.loss, "top1": accuracy.top1, "top5": accuracy.top5}
-            of = "held-out" if name == "val" else "of the averaged weights"
-            text = f"{of} loss {found.loss:.4f}, {accuracy.words()} ({images} images)"
+            text = f"{what} loss {found.loss:.4f}, {accuracy.words()} ({images} images)"
             watch.measured(name, step, shares, text, images=images)
         return True
 

@@ -7,7 +7,9 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +22,11 @@ from tar_files import encoded, write_tar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_evaluate import COLOURS, coloured
 from timm.scheduler import CosineLRScheduler
+from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from greenmim.checkpoint import load_checkpoint
-from greenmim.classifier import Classifier, to_timm
 from greenmim.cli import main
 from greenmim.data.dataset import Finish
 from greenmim.data.labelled import LabelledCollate, TrainingImages
@@ -31,7 +34,6 @@ from greenmim.data.sampler import Item
 from greenmim.data.sources import find_source
 from greenmim.finetune_recipe import (
     EncoderConfig,
-    FinetuneOptimConfig,
     FinetuneRecipe,
     LabelledImagesConfig,
     MixConfig,
@@ -209,15 +211,38 @@ def test_unmixed_targets_are_smoothed_as_pytorch_does(labelled):
     torch.testing.assert_close(loss, expected)
 
 
-def test_a_mixed_batch_is_a_mean_of_two(labelled):
-    task = task_for(labelled[0], MixConfig(cutmix=0, smoothing=0), erase=0)
+def mixed(labelled, step: int = 3, **mix):
+    """A batch of two classes, before it is mixed and after, and the share of its first class."""
+    task = task_for(labelled[0], MixConfig(**mix), erase=0)
     batch = batch_of(task, 4)
     before, labels = batch.images.clone(), [task.classes[name] for name in batch.labels]
-    assert len(set(labels)) == 2  # its neighbours are others
-    images, _, targets = task.inputs(batch, 3, 1)
-    share = targets[0, labels[0]] if labels[0] != labels[3] else None
-    assert share is not None and 0 < share < 1
-    torch.testing.assert_close(images, share * before + (1 - share) * before.flip(0))
+    assert labels[0] != labels[3]  # its partner
+    images, _, targets = task.inputs(batch, step, 1)
+    return before, images, targets, targets[0, labels[0]]
+
+
+def test_a_blended_batch_is_a_mean_of_two(labelled):
+    for mix in ({"cutmix": 0.0}, {"switch_prob": 0.0}):
+        before, images, _, share = mixed(labelled, smoothing=0.0, **mix)
+        assert 0 < share < 1
+        torch.testing.assert_close(images, share * before + (1 - share) * before.flip(0))
+
+
+def test_a_pasted_batch_has_pixels_of_two(labelled):
+    for mix in ({"mixup": 0.0}, {"switch_prob": 1.0}):
+        before, images, _, share = mixed(labelled, smoothing=0.0, **mix)
+        own, other = images == before, images == before.flip(0)
+        assert (own | other).all() and not own.all()
+        assert share == pytest.approx((~own[0]).logical_not().double().mean().item(), abs=0.01)
+
+
+def test_mixed_targets_are_smoothed_and_mixing_has_a_probability(labelled):
+    *_, targets, _ = mixed(labelled, smoothing=0.3)
+    assert targets.min().item() == pytest.approx(0.1) and targets.max() < 0.8
+    before, images, targets, share = mixed(labelled, smoothing=0.3, prob=0.0)
+    assert torch.equal(images, before) and share == pytest.approx(0.8)
+    changed = [not torch.equal(*mixed(labelled, step, prob=0.5)[:2]) for step in range(12)]
+    assert 2 < sum(changed) < 10
 
 
 def test_noise_takes_the_place_of_rectangles(labelled):
@@ -280,6 +305,23 @@ def test_augmentation_follows_from_the_place_in_the_epoch(labelled):
     assert not torch.equal(first[0].image, first[18].image)
 
 
+def test_augmentation_is_told_what_timm_s_loader_tells_it(labelled):
+    mean = (0.2, 0.4, 0.99)
+    ours = training_images(labelled[0], mean=mean).change
+    theirs = next(
+        step
+        for step in timm.data.create_transform(
+            (3, *SIZE), is_training=True, auto_augment="rand-m9-mstd0.5-inc1", mean=mean,
+            interpolation="bicubic",
+        ).transforms
+        if hasattr(step, "ops")
+    )  # fmt: skip
+    assert len(ours.ops) == len(theirs.ops) and ours.num_layers == theirs.num_layers
+    for mine, other in zip(ours.ops, theirs.ops, strict=True):
+        assert (mine.name, mine.magnitude, mine.prob) == (other.name, other.magnitude, other.prob)
+        assert mine.hparams == other.hparams and mine.kwargs == other.kwargs
+
+
 def test_augmentation_at_its_greatest_magnitude(labelled):
     """Where timm's posterize keeps no bit, which newer versions of Pillow refuse."""
     images = training_images(labelled[0], rand_augment="rand-m10-n6-p1-inc1")
@@ -287,22 +329,34 @@ def test_augmentation_at_its_greatest_magnitude(labelled):
     assert not any(sample.failures for sample in samples)
 
 
-def test_images_without_a_class_are_left_out(labelled, tmp_path, recipe_file, capsys):
-    root = tmp_path / "images"
-    for name in ("red", "green"):
-        (root / name).mkdir(parents=True)
-        for number in range(3):
-            Image.new("RGB", (40, 40), COLOURS[name]).save(root / name / f"{number}.png")
-    Image.new("RGB", (40, 40)).save(root / "loose.png")
+def test_images_of_no_class_are_left_out(tmp_path, recipe_file, capsys):
+    """However many: the others make up the epochs, each as often."""
+    root = coloured(tmp_path / "images", 4)
+    for number in range(120):
+        Image.new("RGB", (40, 40)).save(root / f"{number}.png")
     (root / "red" / "broken.png").write_bytes(b"no picture")
-    sample = training_images(root)[Item(0, 0, 0, 3)]
-    assert sample.label == "red" and "loose.png" in sample.failures[0][0]  # the next one
-    assert sample.failures[0][1] == "it has no class"
-    run = tmp_path / "run"
-    assert main(command(recipe_file, root, run, "--epochs", "1", "--mix.mixup", "0")) == 0
-    named = {Path(row["path"]).name: row["reason"] for row in records(run, "unreadable_image")}
-    assert set(named) == {"loose.png", "broken.png"}
-    assert newest(run)["classes"] == ["green", "red"]
+    run, file = tmp_path / "run", tmp_path / "classes.txt"
+    # As Windows writes it; the third has no image.
+    file.write_bytes("\ufeffred\r\ngreen\r\nyellow\r\n".encode())
+    arguments = command(recipe_file, root, run, "--epochs", "1", "--data.classes", str(file))
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "left out of" in said and "120 images without a class and 4 of classes" in said
+    assert f"{root} has no image of yellow" in said and "9 images per epoch" in said
+    assert [Path(row["path"]).name for row in records(run, "unreadable_image")] == ["broken.png"]
+    assert newest(run)["classes"] == ["red", "green", "yellow"]
+    file.write_text("cat\ndog\n")
+    arguments[arguments.index(str(run))] = str(tmp_path / "other")
+    text = complaint(capsys, *arguments)
+    assert "is of a class that is learned (cat and dog), they are of blue, green and red" in text
+
+
+def test_where_labels_come_after_images_others_take_their_place(tmp_path):
+    files = {"0.png": encoded(0), "0.cls": b"red", "1.png": encoded(2)}
+    files |= {"2.png": encoded(4), "2.cls": b"blue", "3.png": encoded(6)}
+    write_tar(tmp_path / "0.tar", files)
+    sample = training_images(f"wds/{tmp_path}/0.tar")[Item(0, 0, 0, 1)]
+    assert sample.label == "blue" and sample.failures[0][1] == "it has no class"
 
 
 def test_classes_of_shards_are_named_in_a_file(tmp_path, recipe_file, capsys):
@@ -356,11 +410,61 @@ def test_it_learns_and_is_measured(tuned, labelled, tmp_path, capsys):
     assert rows[-1]["loss"] != averaged[-1]["loss"]
 
 
+def test_images_are_measured_as_the_run_s_are(recipe_file, labelled, tmp_path, capsys):
+    """Mean, deviation and crop, in the run and in `eval`; and nobody counts what is not learned."""
+    val = shutil.copytree(labelled[1], tmp_path / "val")
+    (val / "red" / "broken.png").write_bytes(b"no picture")
+    run, output = tmp_path / "run", tmp_path / "found.json"
+    more = ["--data.val-root", str(val), "--max-steps", "2", "--data.mean", "[0.3,0.3,0.3]"]
+    more += ["--data.std", "[0.1,0.1,0.1]", "--ema-decay", "null"]
+    assert main(command(recipe_file, labelled[0], run, *more)) == 0
+    assert f"cannot read {val / 'red' / 'broken.png'}" in capsys.readouterr().out
+    model, recipe, classes = load_classifier(run / "checkpoints" / "last.pth")
+    pictures = sorted(labelled[1].rglob("*.png"))
+    # 60 x 50 pixels: the largest part of 3 x 2 is 60 x 40, seven eighths of it are 52 x 35.
+    parts = [Image.open(file).crop((7, 4, 42, 56)).resize((64, 96), 3) for file in pictures]
+    pixels = torch.stack([pil_to_tensor(part) for part in parts]).float() / 255
+    answers = torch.tensor([classes.index(file.parent.name) for file in pictures])
+    with torch.no_grad():
+        loss = F.cross_entropy(model.eval()((pixels - 0.3) / 0.1), answers).item()
+    (row,) = records(run, "val")
+    assert row["images"] == 9 and row["loss"] == pytest.approx(loss, rel=0.02)
+    assert recipe["data"]["std"] == [0.1, 0.1, 0.1] and not records(run, "val_ema")
+    arguments = [
+        *("eval", "--checkpoint", str(run / "checkpoints" / "last.pth"), "--data.workers", "0"),
+        *("--output", str(output), "--overwrite", "--data.root"),
+    ]
+    assert main([*arguments, str(labelled[1])]) == 0
+    assert json.loads(output.read_text())["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert main([*arguments, str(labelled[1]), "--data.crop", "0.4"]) == 0
+    assert json.loads(output.read_text())["loss"] != pytest.approx(row["loss"], rel=1e-3)
+    # The loss is that of images whose class is known: of the same ones, whatever is beside them.
+    both, two = tmp_path / "both", tmp_path / "two"
+    for folder in (both, two):
+        shutil.copytree(labelled[1] / "red", folder / "red")
+        shutil.copytree(labelled[1] / "green", folder / "green")
+    shutil.copytree(labelled[1] / "blue", both / "navy")
+    found = []
+    for folder in (both, two):
+        assert main([*arguments, str(folder)]) == 0
+        found.append(json.loads(output.read_text()))
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+    assert [result["images"] for result in found] == [9, 6]
+    shutil.rmtree(both / "red"), shutil.rmtree(both / "green")
+    capsys.readouterr()
+    text = complaint(capsys, *arguments, str(both))
+    assert "none of its images is of a class that the classifier has" in text
+    shutil.rmtree(two / "green")  # one class can be measured
+    assert main([*arguments, str(two)]) == 0
+
+
 def test_a_stopped_run_ends_with_the_same_bits(recipe_file, labelled, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ("--model.drop-path", "0.3", "--optim.accumulate", "2")
     assert main(command(recipe_file, labelled[0], whole, *options)) == 0
-    assert main(command(recipe_file, labelled[0], parts, *options, "--max-steps", "3")) == 0
+    # With loader processes, too, which have generators of their own.
+    stopped = (*options, "--max-steps", "3", "--data.workers", "2")
+    assert main(command(recipe_file, labelled[0], parts, *stopped)) == 0
     assert main(command(recipe_file, labelled[0], parts, *options, "--resume")) == 0
     assert losses(parts) == losses(whole) and len(losses(whole)) == 4
     first, second = newest(whole), newest(parts)
@@ -389,24 +493,65 @@ def test_two_processes_do_what_one_does(strategy, recipe_file, labelled, tmp_pat
             torch.testing.assert_close(second[part][name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_timm_loads_what_is_exported(tuned, labelled, tmp_path, capsys):
+def test_timm_loads_what_is_exported(recipe_file, labelled, tmp_path, capsys):
+    output, run = tmp_path / "tuned.safetensors", tmp_path / "run"
+    # Windows that are full in all stages, which timm pads else.
+    more = ("--model.image-size", "64", "--max-steps", "3")
+    assert main(command(recipe_file, labelled[0], run, *more)) == 0
+    last = run / "checkpoints" / "last.pth"
+    arguments = ["export", "--checkpoint", str(last), "--output", str(output), "--overwrite"]
+    images = torch.randn(2, 3, 64, 64)
+    for ema in (True, False):
+        assert main([*arguments, "--ema", str(ema).lower()]) == 0
+        said = capsys.readouterr().out
+        assert "num_classes=3" in said and "pads" not in said
+        # What the command prints for people to paste.
+        theirs = eval(said.splitlines()[-1], {"timm": timm}).eval()
+        for module in theirs.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6
+        ours, _, classes = load_classifier(last, ema)
+        assert classes == sorted(COLOURS)
+        state = newest(run)
+        head = state["ema" if ema else "model"]["head.fc.weight"]
+        assert torch.equal(theirs.head.fc.weight, head)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(images), ours.eval()(images), rtol=1e-4, atol=1e-5)
+        again, recipe, names = load_classifier(output)
+        assert names == classes and recipe["data"]["mean"] == list(LabelledImagesConfig.mean)
+        with torch.no_grad():
+            assert torch.equal(again.eval()(images), ours(images))
+    assert not torch.equal(state["ema"]["head.fc.weight"], state["model"]["head.fc.weight"])
+    # It is told where timm pads, as in the last stage of 3 x 2 tokens; and no command forgets it.
+    assert main(["export", "--checkpoint", str(last), "--output", str(output), "--overwrite"]) == 0
+    text = complaint(capsys, "convert", "--input", str(last), "--output", str(tmp_path / "x.pth"))
+    assert "`greenmim export` writes it for timm, with its head" in text
+
+
+def test_where_timm_pads_it_is_told(tuned, tmp_path, capsys):
     output = tmp_path / "tuned.safetensors"
-    last = tuned / "checkpoints" / "last.pth"
-    assert main(["export", "--checkpoint", str(last), "--output", str(output)]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert "num_classes=3" in line
-    theirs = eval(line, {"timm": timm})  # what the command prints for people to paste
-    ours, _, classes = load_classifier(last)
-    assert classes == sorted(COLOURS)
-    weights = to_timm(ours.state_dict())
-    assert theirs.state_dict().keys() == weights.keys()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in theirs.state_dict().items())
-    assert torch.equal(weights["head.fc.weight"], newest(tuned)["ema"]["head.fc.weight"])
-    images = torch.randn(2, 3, *SIZE)
-    again, run, names = load_classifier(output)
-    assert names == classes and run["data"]["mean"] == list(LabelledImagesConfig.mean)
-    with torch.no_grad():
-        assert torch.equal(again.eval()(images), ours.eval()(images))
+    last = str(tuned / "checkpoints" / "last.pth")
+    assert main(["export", "--checkpoint", last, "--output", str(output)]) == 0
+    assert "timm pads the windows of stage 4" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_as_large_as_there_has_to_be_room(recipe_file, labelled, tuned):
+    folder = tuned / "checkpoints"
+    files = [folder / "step_00000024.pth", *(folder / "step_00000024.optimizer").iterdir()]
+    weights = sum(tensor.numel() for tensor in newest(tuned)["model"].values())
+    found = sum(file.stat().st_size for file in files) / weights
+    assert 16 <= found < 18  # names and all
+    for decay, each in ((0.9, 16), (None, 12)):
+        data = LabelledImagesConfig(root=str(labelled[0]))
+        recipe = FinetuneRecipe(work_dir="-", data=data, ema_decay=decay)
+        assert Finetuning(recipe).bytes_per_weight == each
+
+
+def test_who_was_told_to_stop_measures_no_further(labelled, monkeypatch):
+    task = task_for(labelled[0])
+    monkeypatch.setattr("greenmim.training.finetuning.classify", lambda *_: None)
+    task.sweeps, task.watch = [None], SimpleNamespace(autocast=None, stop=None)
+    assert task.measure(1) is False
 
 
 def test_a_run_starts_from_a_pre_trained_one(finished_run, labelled, tmp_path, capsys):
@@ -473,11 +618,15 @@ def test_held_out_images_of_other_classes_are_told(recipe_file, labelled, tmp_pa
     Image.new("RGB", (40, 40)).save(val / "loose.png")
     run = tmp_path / "run"
     more = ("--data.val-root", str(val), "--max-steps", "2")
-    assert main(command(recipe_file, labelled[0], run, *more)) == 0
+    arguments = command(recipe_file, labelled[0], run, *more)
+    assert main(arguments) == 0
     said = "of the held-out images 1 have no class and are left out, and 2 have one that is not"
     assert capsys.readouterr().out.count(said) == 1
     (row,) = records(run, "val")
     assert row["images"] == 6 and row["top1"] <= 4 / 6 and math.isfinite(row["loss"])
+    shutil.rmtree(val / "green"), shutil.rmtree(val / "blue")
+    arguments[arguments.index(str(run))] = str(tmp_path / "other")
+    assert "none of its images is of a class that is learned" in complaint(capsys, *arguments)
 
 
 def test_eval_of_timm_s_own_classifier(labelled, tmp_path, capsys):
@@ -495,6 +644,7 @@ def test_eval_of_timm_s_own_classifier(labelled, tmp_path, capsys):
     ]
     assert main(arguments) == 0
     assert json.loads(output.read_text())["images"] == 9
+    assert "the checkpoint names no classes" in capsys.readouterr().err
     network, _, classes = load_classifier(file)
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -560,6 +710,3 @@ def test_presets_are_of_their_command(capsys):
     assert "is a preset of `greenmim finetune`" in complaint(capsys, "pretrain", *arguments)
     demo = ["--config", "greenmim_swin-demo-cpu", *arguments[2:]]
     assert "is a preset of `greenmim pretrain`" in complaint(capsys, "finetune", *demo)
-    assert FinetuneOptimConfig().layer_decay == 0.9
-    assert isinstance(Classifier(EncoderConfig(SIZE, 2, 16, (1,) * 4, (1,) * 4).model_config(), 2),
-                      torch.nn.Module)  # fmt: skip
