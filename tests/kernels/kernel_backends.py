@@ -32,21 +32,24 @@ in_the_interpreter = pytest.mark.skipif(
 )
 
 
-# Parts of a file's tests, which processes of pytest-xdist run side by side (see tests/conftest).
-SHARES = ("1/3", "2/3", "3/3")
+# Parts of the tests, which processes of pytest-xdist run side by side (see tests/conftest). Few, as
+# each loads all that the tests need.
+SHARES = ("1/2", "2/2")
+FILES = ("test_gpu_kernels.py", "test_gpu_windows.py")
 shares = pytest.mark.parametrize(
     "share", [pytest.param(share, marks=pytest.mark.slow) for share in SHARES]
 )
 
 
-def run_in_the_interpreter(file: str, share: str) -> None:
-    """Run a share of a file's tests in a process of their own, as the interpreter needs it."""
+def run_in_the_interpreter(share: str) -> None:
+    """Run a share of the tests in a process of their own, as the interpreter needs it."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", file]
+    here = pathlib.Path(__file__).resolve().parent
+    files = [str(here / name) for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "GREENMIM_TEST_SHARE": share}
-    root = pathlib.Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800
+        command, cwd=here.parents[1], env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "passed" in done.stdout

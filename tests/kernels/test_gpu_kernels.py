@@ -1,8 +1,8 @@
 """The kernels of a GPU: Triton's through the interpreter on any machine, both backends on a GPU.
 
 The interpreter has to be chosen before a kernel is defined, so without a GPU the tests of this file
-run in a process of their own, started by `test_in_the_interpreter`. The CUDA kernels run without a
-GPU in test_cuda_emulated.py.
+and of test_gpu_windows.py run in processes of their own, started by `test_in_the_interpreter`. The
+CUDA kernels run without a GPU in test_cuda_emulated.py.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ CASES = [
 @in_the_interpreter
 @shares
 def test_in_the_interpreter(share):
-    run_in_the_interpreter(__file__, share)
+    run_in_the_interpreter(share)
 
 
 def assert_agrees(inputs, backend):

@@ -1,6 +1,6 @@
 """The kernels for a GPU on windows of every kind: padding, volumes, heads of any width, strides.
 
-Triton's run in its interpreter where there is no GPU, in a process of their own.
+Triton's run in its interpreter where there is no GPU, started by a test of test_gpu_kernels.py.
 """
 
 from __future__ import annotations
@@ -12,26 +12,13 @@ import torch
 from budget import plain_results
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from kernel_backends import (
-    DEVICE,
-    INTERPRETED,
-    in_the_interpreter,
-    kernel_test,
-    run_in_the_interpreter,
-    shares,
-)
+from kernel_backends import DEVICE, INTERPRETED, kernel_test
 from window_cases import HEADS, Windows, problems, swin, volume, window_inputs
 
 import greenmim_kernels as gk
 from greenmim_kernels.testing import assert_within_budget, relative_error, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@in_the_interpreter
-@shares
-def test_in_the_interpreter(share):
-    run_in_the_interpreter(__file__, share)
 
 
 def on_device(inputs):
