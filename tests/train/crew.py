@@ -6,6 +6,7 @@ rank, its output in a file.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -135,6 +136,7 @@ def _work(
     setup: Callable[[int], None] | None,
     rank: int,
 ) -> None:
+    gc.freeze()  # what the fork server has imported is no garbage, and to look at it copies it
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a program
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
