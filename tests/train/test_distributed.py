@@ -60,13 +60,17 @@ def assert_close(a: Path, b: Path, first: int = 1) -> None:
 MORE = ("--model.drop-path", "0.2", "--mask-per-image", "--optim.clip", "0.05")
 
 
+EVERY = ("--checkpoint.every-steps", "1", "--checkpoint.keep-last", "6")
+
+
 @pytest.fixture(scope="module")
-def alone(command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(command, made_once) -> Path:
     """One process; a checkpoint after every update."""
-    folder = tmp_path_factory.mktemp("alone")
-    every = ("--checkpoint.every-steps", "1", "--checkpoint.keep-last", "6")
-    run_crew(command(folder / "run", 1, *MORE, *every), 1, folder)
-    return folder / "run"
+
+    def train(folder: Path) -> None:
+        run_crew(command(folder / "run", 1, *MORE, *EVERY), 1, folder)
+
+    return made_once("alone", train) / "run"
 
 
 @pytest.mark.parametrize(
@@ -120,14 +124,16 @@ def test_saved_on_two_resumed_on_any(
 
 
 @pytest.fixture(scope="module")
-def saved_on_two(command, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def saved_on_two(command, made_once) -> dict[str, Path]:
     """Runs of two processes with a checkpoint after every update."""
     found = {}
     for strategy in ("ddp", "fsdp"):
-        folder = tmp_path_factory.mktemp(strategy)
-        every = ("--checkpoint.every-steps", "1", "--checkpoint.keep-last", "6")
-        run_crew(command(folder / "run", 2, *MORE, *every, "--strategy", strategy), 2, folder)
-        found[strategy] = folder / "run"
+
+        def train(folder: Path, strategy: str = strategy) -> None:
+            more = (*MORE, *EVERY, "--strategy", strategy)
+            run_crew(command(folder / "run", 2, *more), 2, folder)
+
+        found[strategy] = made_once(f"saved_on_two_{strategy}", train) / "run"
     return found
 
 
