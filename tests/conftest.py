@@ -25,7 +25,6 @@ gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_collection_finish() -> None:
-    gc.collect()
     gc.freeze()
 
 

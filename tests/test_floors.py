@@ -179,8 +179,9 @@ UNWANTED = {
 }
 # Each import in a fork of one process that has torch.
 IMPORT_EACH = """
-import importlib, json, os, sys, traceback
+import gc, importlib, json, os, sys, traceback
 import torch._dynamo  # which imports of torch end in
+gc.freeze()  # what is imported is not looked through for garbage, which would copy it
 read, write = os.pipe()
 for module, unwanted in json.loads(sys.argv[1]).items():
     if os.fork() == 0:

@@ -316,8 +316,9 @@ def test_the_command_lines_of_the_parts_are_understood(part, capsys):
 
 # Each part's tests in a fork of one process that has imported what they need.
 COLLECT_EACH = """
-import json, os, sys
+import gc, json, os, sys
 import hypothesis, pytest, timm, torch
+gc.freeze()  # what is imported is not looked through for garbage, which would copy it
 parts = json.loads(sys.argv[1])
 for arguments in parts:
     if os.fork() == 0:
