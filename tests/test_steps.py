@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import types
 
 import pytest
 import torch
 
-from benchmarks import naive_model, step_profile, steps
+from benchmarks import naive_model, step_processes, step_profile, steps
 from benchmarks.environment import earlier, write_json
 from benchmarks.measure import Rates
 from benchmarks.step_processes import (
@@ -21,6 +22,8 @@ from benchmarks.step_processes import (
 )
 from benchmarks.step_variants import Expected, Problem, Step, Variant, reference, variants
 from greenmim import ModelConfig
+
+from .train import crew
 
 SMALL = ModelConfig(
     image_size=224, window_size=7, embed_dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8),
@@ -157,6 +160,17 @@ def _prediction(simmim, images, visible):
     return pixels["out"]
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Children are forks of a process that has imported torch, which takes seconds in each.
+
+    In `test_a_process_that_dies_says_so` they begin as those of the benchmark do.
+    """
+    context = types.SimpleNamespace(get_context=lambda method: crew.context)
+    monkeypatch.setattr(step_processes, "multiprocessing", context)
+
+
+@pytest.mark.usefixtures("forked")
 def test_variants_take_turns_in_processes_of_their_own():
     broken = Variant("broken", "ours", "no such backend")
     chosen = [broken, *(v for v in variants("cpu") if v.name in ("naive", "cpp"))]
@@ -215,6 +229,7 @@ def test_a_process_that_dies_says_so(tmp_path, capfd):
     process.close()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_child_that_takes_too_long_is_ended():
     start = time.monotonic()
     with pytest.raises(Ended, match="longer than 1 s"):
@@ -226,6 +241,7 @@ def _sleep(connection):
     time.sleep(600)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_a_gpu_that_fails_leaves_a_reason_for_each_variant(tmp_path):
     chosen = [v for v in variants("cuda") if v.name in ("naive", "simmim")]
