@@ -162,8 +162,9 @@ def repair() -> None:
                 tuple(one.type.shape),
                 one.shape is left.shape,
                 other.shape is right.shape,
+                (left.shape, right.shape),  # kept, so that their ids stay theirs
             )
-        sides, left_stays, right_stays = together[key]
+        sides, left_stays, right_stays, _ = together[key]
         return (
             left if left_stays else spread(left, sides),
             right if right_stays else spread(right, sides),
