@@ -71,8 +71,8 @@ def classify_images(
 
         source = processes.from_main(prepare)
         with processes.agreed():
-            network, run, names = load_classifier(checkpoint, ema)
-            names = _classes(source, classes, names, network.num_classes)
+            network, run, known = load_classifier(checkpoint, ema)
+            names = _classes(source, classes, known, network.num_classes)
         precision = precision_for(precision, processes)
         images = LabelledImages(
             source, read_as_trained(data, run), network.config.image_hw, data.crop
@@ -87,6 +87,8 @@ def classify_images(
 
             def result() -> dict[str, Any]:
                 tell_of(source, found.failures, found.without_label)
+                if classes is None and known is None:
+                    tell("the checkpoint names no classes: those of the images are taken, in order")
                 if not found.images:
                     raise UserError(f"--data.root {data.root}: no image with a class can be read.")
                 if found.strangers.total() == found.images:
@@ -120,6 +122,4 @@ def _classes(
             f" {f'--classes {file}' if file else f'the images in {source.root}'} {len(names)}; name"
             " them with --classes FILE, one in each line, in the order of the scores."
         )
-    if file is None and known is None:
-        tell("the checkpoint names no classes: they are taken to be those of the images, in order")
     return names
