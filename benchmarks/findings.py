@@ -82,9 +82,12 @@ SIDE = 160  # pixels of the shorter side: more than a crop needs
 SEEDS = (0, 1, 2)
 BATCH = 64
 ARMS = ("correct", "published placement", "mask per image")
-# The arms that are fine-tuned and their layer decay, and epochs by labels of each kind.
-TUNED = {"untrained": 1.0, "correct": 0.8}
-TUNED_EPOCHS = {"20": 10, "all": 20}
+# What is fine-tuned: the arm it starts from, its layer decay, and epochs by labels of each kind.
+TUNED = {
+    "untrained": ("untrained", 1.0, {"20": 10, "all": 20}),
+    "correct": ("correct", 0.8, {"20": 10, "all": 20}),
+    "untrained, twice as long": ("untrained", 1.0, {"all": 40}),
+}
 MODEL = ModelConfig(
     image_size=128, window_size=4, embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8),
     decoder_dim=128, decoder_depth=2, decoder_heads=4,
@@ -226,17 +229,19 @@ def some_labelled(each: int, data: pathlib.Path, runs: pathlib.Path) -> pathlib.
 
 
 def tuning_recipe(
-    arm: str, seed: int, each: int, data: pathlib.Path, runs: pathlib.Path
+    name: str, seed: int, labels: str, data: pathlib.Path, runs: pathlib.Path
 ) -> FinetuneRecipe:
     """Of an arm that was trained before. An epoch is as long whatever the number of labels."""
+    arm, layer_decay, epochs = TUNED[name]
+    each = MOST if labels == "all" else int(labels)
     folder = runs / f"{arm.replace(' ', '-')}-{seed}"
     init = folder / ("untrained.pth" if arm == "untrained" else "checkpoints/last.pth")
     root = some_labelled(each, data, runs)
     whole, there = (len(list(place.rglob("*.jpg"))) for place in (data / "labelled", root))
     return FinetuneRecipe(
-        work_dir=str(runs / f"{folder.name}-tuned-{each}"),
+        work_dir=str(runs / f"{folder.name}-tuned-{each}-{epochs[labels]}"),
         init=str(init),
-        epochs=TUNED_EPOCHS["all" if each == MOST else str(each)],
+        epochs=epochs[labels],
         seed=seed,
         device="cpu",
         model=EncoderConfig(drop_path=0.0),
@@ -244,7 +249,7 @@ def tuning_recipe(
                                   batch_size=BATCH, repeats=max(1, round(whole / there)),
                                   crop_scale=(0.4, 1.0), erase=0.0),
         mix=MixConfig(mixup=0.0, cutmix=0.0),
-        optim=FinetuneOptimConfig(lr=1e-3, layer_decay=TUNED[arm]),
+        optim=FinetuneOptimConfig(lr=1e-3, layer_decay=layer_decay),
         schedule=ScheduleConfig(warmup_epochs=1),
         log=RunLogConfig(tensorboard=False, val_every_epochs=1),
         checkpoint=CheckpointConfig(every_epochs=100, keep_every_epochs=None),
@@ -259,12 +264,11 @@ def tune(data: pathlib.Path, runs: pathlib.Path, seeds: list[int], out: pathlib.
     done = {(row["arm"], row["seed"], row["labels"]) for row in rows}
     result["finetuned_environment"] = describe(torch.get_num_threads())
     for seed in seeds:
-        for labels in TUNED_EPOCHS:
-            each = MOST if labels == "all" else int(labels)
-            for arm in TUNED:
+        for arm, (*_, epochs) in TUNED.items():
+            for labels in epochs:
                 if (arm, seed, labels) in done:
                     continue
-                recipe = tuning_recipe(arm, seed, each, data, runs)
+                recipe = tuning_recipe(arm, seed, labels, data, runs)
                 if (code := train.train(recipe, resume="auto").exit_code) != 0:
                     raise UserError(f"the run in {recipe.work_dir} ended with code {code}")
                 log = read_log(pathlib.Path(recipe.work_dir) / "log.jsonl")

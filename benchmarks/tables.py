@@ -280,7 +280,8 @@ def finetuned_table(result: dict) -> str:
             [row["top1"] for row in rows if (row["arm"], row["labels"]) == (arm, number)]
             for number in numbers
         ]
-        text += _line([arm, *(f"{_with_spread(v, 100, 1)} ({len(v)} seeds)" for v in found)])
+        cells = [f"{_with_spread(v, 100, 1)} ({len(v)} seeds)" if v else "" for v in found]
+        text += _line([arm, *cells])
     return text
 
 

@@ -36,7 +36,11 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "MODEL", SMALL)
     monkeypatch.setattr(findings, "BATCH", 6)
     monkeypatch.setattr(findings, "LABELS", (2,))
-    monkeypatch.setattr(findings, "TUNED_EPOCHS", {"2": 1, "all": 2})
+    tuned = {
+        "untrained": ("untrained", 1.0, {"2": 1, "all": 2}),
+        "longer": ("correct", 0.8, {"all": 1}),
+    }
+    monkeypatch.setattr(findings, "TUNED", tuned)
     return tmp_path / "data"
 
 
@@ -95,12 +99,12 @@ def test_arms_are_trained_and_measured_and_done_once(data, tmp_path, capsys):
     findings.tune(data, tmp_path / "runs", [0], out)
     result |= {"finetuned": json.loads(out.read_text())["finetuned"]}
     assert [(row["arm"], row["labels"], row["epoch"]) for row in result["finetuned"]] == [
-        ("untrained", "2", 1), ("correct", "2", 1), ("untrained", "all", 2), ("correct", "all", 2),
+        ("untrained", "2", 1), ("untrained", "all", 2), ("longer", "all", 1),
     ]  # fmt: skip
     assert len(list((tmp_path / "runs" / "labelled-2").rglob("*.jpg"))) == 4
-    assert len({row["loss"] for row in result["finetuned"]}) == 4
+    assert len({row["loss"] for row in result["finetuned"]}) == 3
     table = tables.finetuned_table(result)
-    assert re.search(r"^\| correct \| \d+\.\d ± 0\.0 \(1 seeds\) \|", table, re.M), table
+    assert re.search(r"^\| longer \|  \| \d+\.\d ± 0\.0 \(1 seeds\) \|", table, re.M), table
     assert {file.name for file in plots.draw_findings(result, tmp_path)} == {
         "findings.png", "findings.svg",
     }  # fmt: skip
