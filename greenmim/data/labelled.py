@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -179,24 +179,25 @@ def of_classes(source: Source, classes: Collection[str]) -> tuple[Source, list[s
     if not len(taken):
         raise UserError(
             f"No image in {source.root} is of a class that is learned"
-            f" ({_some(sorted(names))}), they are of {_some(sorted(there))}; name other images, or"
-            " put --data.classes right."
+            f" ({some_of(names)}), they are of {some_of(there)}; name a folder with folders of"
+            " these names, or put --data.classes right."
         )
     missing = [name for name in classes if name not in there]
-    notes = [f"{source.root} has no image of {_some(missing)}"] if missing else []
+    notes = [f"{source.root} has no image of {some_of(missing)}"] if missing else []
     if len(taken) == len(labels):
         return source, notes
     others = Counter(label for label in labels if label not in names)
     without = others.pop(None, 0)
     parts = [f"{without} images without a class"] if without else []
     if others:
-        parts.append(f"{others.total()} of classes that are not learned ({_some(sorted(others))})")
+        parts.append(f"{others.total()} of classes that are not learned ({some_of(others)})")
     left_out = f"left out of {source.root}: {listed(parts)}"
     return Selected(source, taken, left_out), notes
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"{listed(names[:5])}{' ...' * (len(names) > 5)}"
+def some_of(names: Collection[str]) -> str:
+    """The first five names in their alphabetical order, for people."""
+    return f"{listed(sorted(names)[:5])}{' ...' * (len(names) > 5)}"
 
 
 def _posterize(picture: Image.Image, bits: int, **options: object) -> Image.Image:

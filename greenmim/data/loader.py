@@ -15,6 +15,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -158,17 +159,20 @@ def make_loader(
     # Batches come from the order's readers in turn, and go to the workers in turn.
     readers = READERS * sampler.accumulate
     dataset.source.expect(readers // math.gcd(max(workers, 1), readers))
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        timeout=_POLL_SECONDS if workers else 0,  # no error: see `Feed.next`
-        # Its own: a loader draws a seed when it starts, which must not move the run's stream.
-        generator=torch.Generator().manual_seed(0),
-    )
+    with warnings.catch_warnings():
+        # Of more workers than cores, which do no harm, once for each loader.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            timeout=_POLL_SECONDS if workers else 0,  # no error: see `Feed.next`
+            # Its own: a loader draws a seed when it starts, which must not move the run's stream.
+            generator=torch.Generator().manual_seed(0),
+        )
 
 
 def check_shared_memory(loader: DataLoader, processes: int) -> None:

@@ -15,6 +15,7 @@ from greenmim.recipe import DataConfig
 from greenmim.tools.loading import load_classifier
 from greenmim.tools.measured import (
     ClassifiedData,
+    all_unknown,
     check_options,
     placed,
     precision_for,
@@ -92,10 +93,8 @@ def classify_images(
                 if not found.images:
                     raise UserError(f"--data.root {data.root}: no image with a class can be read.")
                 if found.strangers.total() == found.images:
-                    raise UserError(
-                        f"--data.root {data.root}: none of its images is of a class that the"
-                        " classifier has; name its classes with --classes FILE."
-                    )
+                    option = f"--data.root {data.root}"
+                    raise all_unknown("the classifier", names, found.strangers, option)
                 if found.strangers:
                     tell(unknown_classes("The classifier", found.strangers, "--data.root"))
                 facts = {"task": "eval", "checkpoint": str(checkpoint), "precision": precision}

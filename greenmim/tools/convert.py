@@ -13,7 +13,7 @@ from greenmim.checkpoint import (
     save_safetensors,
 )
 from greenmim.guards import UserError
-from greenmim.tools.loading import read_weights
+from greenmim.tools.loading import check_there, read_weights
 
 OUTPUT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -45,8 +45,7 @@ def convert_file(
         UserError: a file is missing, unreadable or there already, or not what `source` says.
     """
     input, output = Path(input), Path(output)
-    if not input.is_file():
-        raise UserError(f"There is no checkpoint {input}.")
+    check_there(input)
     if output.suffix not in OUTPUT_SUFFIXES:
         raise UserError(f"--output {output} has to end in one of {', '.join(OUTPUT_SUFFIXES)}.")
     if not output.absolute().parent.is_dir():

@@ -24,6 +24,7 @@ from greenmim.recipe import DataConfig
 from greenmim.tools.loading import load_encoder
 from greenmim.tools.measured import (
     LabelledData,
+    all_unknown,
     check_options,
     placed,
     precision_for,
@@ -243,7 +244,11 @@ def _result(
                         " least two are needed.")  # fmt: skip
     if not held_out.labels:
         raise UserError(f"--data.val-root {facts['val_root']}: no image with a class can be read.")
-    if strangers := Counter(label for label in held_out.labels if label not in classes):
+    strangers = Counter(label for label in held_out.labels if label not in classes)
+    if strangers.total() == len(held_out.labels):
+        option = f"--data.val-root {facts['val_root']}"
+        raise all_unknown("--data.root", classes, strangers, option)
+    if strangers:
         tell(unknown_classes("--data.root", strangers, "--data.val-root"))
     labels, answers = (numbers_of(some.labels, classes).to(device) for some in (train, held_out))
     found, how = classify(

@@ -19,6 +19,14 @@ from greenmim.initial import config_of, initialise, initialise_classifier, safet
 from greenmim.mim import GreenMIM, create_model
 
 
+def check_there(path: Path) -> None:
+    """Raises UserError unless there is such a file."""
+    if not path.is_file():
+        last = path / "checkpoints" / "last.pth"
+        hint = f"; did you mean {last}?" if last.exists() else "."
+        raise UserError(f"There is no checkpoint {path}{hint}")
+
+
 def read_weights(path: Path) -> tuple[Any, dict[str, Any]]:
     """A checkpoint's content, and the state dict in it.
 
@@ -50,8 +58,7 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
         UserError: unreadable file, no decoder in it, or another model than `name`.
     """
     path = Path(checkpoint)
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}.")
+    check_there(path)
     content, weights = read_weights(path)
     if run_command(content) == "pretrain":
         run = content["recipe"]
@@ -131,8 +138,7 @@ def _read_encoder(
     path: Path,
 ) -> tuple[Any, dict[str, Any], ModelConfig, dict[str, Any], list[str] | None]:
     """Content, weights, sizes, recipe and classes of a checkpoint with an encoder."""
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}.")
+    check_there(path)
     content, weights = read_weights(path)
     if run_command(content):
         run = content["recipe"]

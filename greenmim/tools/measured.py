@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +20,12 @@ from greenmim.checkpoint import save_text
 from greenmim.classifier import Classifier
 from greenmim.data.dataset import Finish, finishes_in_loader
 from greenmim.data.images import Source
-from greenmim.data.labelled import CROP, LabelledCollate, LabelledImages
+from greenmim.data.labelled import CROP, LabelledCollate, LabelledImages, some_of
 from greenmim.encoders.swin import VisibleBlock
 from greenmim.evaluation.accuracy import Accuracy, by_class, draw, table
 from greenmim.evaluation.sweep import Sweep
 from greenmim.guards import UserError, one_line
-from greenmim.messages import dashes, listed
+from greenmim.messages import dashes
 from greenmim.mim import GreenMIM
 from greenmim.processes import Processes
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, ImagesConfig
@@ -175,10 +175,17 @@ def tell_of(source: Source, failures: Sequence[tuple[str, str]], without_label: 
 
 def unknown_classes(who: str, strangers: Counter[str], option: str) -> str:
     """A line on images by classes that somebody does not have."""
-    names = sorted(strangers)
     return (
-        f"{who} has no class {listed(names[:5], 'or')}{' ...' * (len(names) > 5)}:"
-        f" {strangers.total()} images of {option} cannot be right"
+        f"{who} has no class {some_of(strangers)}: {strangers.total()} images of {option} cannot be"
+        " right"
+    )
+
+
+def all_unknown(who: str, classes: Collection[str], strangers: Counter[str], option: str):
+    """The error where that is so of all images."""
+    return UserError(
+        f"{option} has images of {some_of(strangers)}, and {who} has {some_of(classes)}; name a"
+        " folder with folders of these names."
     )
 
 

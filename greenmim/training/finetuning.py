@@ -87,6 +87,8 @@ class Finetuning(Task):
             raise UserError(
                 f"--data.root {recipe.data.root} has {len(names)} classes; at least two are needed."
             )
+        if "data.val_root" in found:  # all of them are measured with: is any of a class?
+            of_classes(found["data.val_root"], names)
         source, notes = of_classes(found["data.root"], names)
         self.dataset = TrainingImages(
             source, recipe.data, config.image_hw, recipe.seed, self.classes,
@@ -154,13 +156,6 @@ class Finetuning(Task):
         if source is None:
             return []
         data, (in_loader, on_device) = self.recipe.data, finishes
-        with processes.agreed():
-            known = source.classes()
-            if known is not None and not set(known) & set(self.classes):
-                raise UserError(
-                    f"--data.val-root {source.root}: none of its images is of a class that is"
-                    " learned; name images of the same classes."
-                )
         images = LabelledImages(source, data, self.model.config.image_hw)
         collate = self.collate(in_loader)
         self.sweeps = [Sweep(images, collate, data.batch_size, data.workers, on_device, processes)]

@@ -348,7 +348,7 @@ def test_images_of_no_class_are_left_out(tmp_path, recipe_file, capsys):
     file.write_text("cat\ndog\n")
     arguments[arguments.index(str(run))] = str(tmp_path / "other")
     text = complaint(capsys, *arguments)
-    assert "is of a class that is learned (cat and dog), they are of blue, green and red" in text
+    assert "is of a class that is learned (cat and dog), they are of blue, green and red;" in text
 
 
 def test_where_labels_come_after_images_others_take_their_place(tmp_path):
@@ -453,7 +453,7 @@ def test_images_are_measured_as_the_run_s_are(recipe_file, labelled, tmp_path, c
     shutil.rmtree(both / "red"), shutil.rmtree(both / "green")
     capsys.readouterr()
     text = complaint(capsys, *arguments, str(both))
-    assert "none of its images is of a class that the classifier has" in text
+    assert "both has images of navy, and the classifier has blue, green and red" in text
     shutil.rmtree(two / "green")  # one class can be measured
     assert main([*arguments, str(two)]) == 0
 
@@ -583,7 +583,7 @@ def test_a_run_starts_from_a_pre_trained_one(finished_run, labelled, tmp_path, c
     assert main(["finetune", "--config", str(other / "config.yaml"), "--resume"]) == 0
 
 
-def test_features_of_a_tuned_encoder_are_measured(tuned, labelled, tmp_path):
+def test_features_of_a_tuned_encoder_are_measured(tuned, labelled, tmp_path, capsys):
     arguments = [
         *("--checkpoint", str(tuned / "checkpoints" / "last.pth"), "--data.root", str(labelled[0])),
         *("--data.val-root", str(labelled[1]), "--data.workers", "0", "--k", "3"),
@@ -591,6 +591,14 @@ def test_features_of_a_tuned_encoder_are_measured(tuned, labelled, tmp_path):
     ]
     assert main(["knn", *arguments]) == 0
     assert json.loads((tmp_path / "knn.json").read_text())["top1"] == 1
+    (tmp_path / "knn.json").unlink(), (tmp_path / "knn.png").unlink()
+    arguments[arguments.index(str(labelled[1]))] = str(labelled[1].parent)  # one level too high
+    text = complaint(capsys, "knn", *arguments)
+    assert "has images of train and val, and --data.root has blue, green and red" in text
+    assert not (tmp_path / "knn.json").exists()
+    arguments[1] = str(tuned)
+    text = complaint(capsys, "knn", *arguments)
+    assert f"did you mean {tuned / 'checkpoints' / 'last.pth'}?" in text
 
 
 def test_eval_counts_what_is_not_known(tuned, labelled, tmp_path, capsys):
@@ -626,7 +634,9 @@ def test_held_out_images_of_other_classes_are_told(recipe_file, labelled, tmp_pa
     assert row["images"] == 6 and row["top1"] <= 4 / 6 and math.isfinite(row["loss"])
     shutil.rmtree(val / "green"), shutil.rmtree(val / "blue")
     arguments[arguments.index(str(run))] = str(tmp_path / "other")
-    assert "none of its images is of a class that is learned" in complaint(capsys, *arguments)
+    for more in ((), ("--dry-run",)):
+        text = complaint(capsys, *arguments, *more)
+        assert "class that is learned (blue, green and red), they are of crimson" in text
 
 
 def test_eval_of_timm_s_own_classifier(labelled, tmp_path, capsys):
