@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -138,6 +137,8 @@ class Finetuning(Task):
             distribute(self.average.module, recipe, processes.alone)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        from timm.optim import param_groups_layer_decay  # much that pre-training does without
+
         optim = self.recipe.optim
         return param_groups_layer_decay(
             self.model,
