@@ -307,16 +307,13 @@ def main(argv: list[str] | None = None) -> None:
     first = commands.add_parser("prepare")
     first.add_argument("--drawings", type=pathlib.Path, required=True)
     second = commands.add_parser("run")
-    second.add_argument("--runs", type=pathlib.Path, required=True)
     second.add_argument("--epochs", type=int, default=24)
-    second.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    second.add_argument(
-        "--out", type=pathlib.Path, default=folder_of(processor()) / "findings.json"
-    )
     third = commands.add_parser("tune")
-    third.add_argument("--runs", type=pathlib.Path, required=True)
-    third.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    third.add_argument("--out", type=pathlib.Path, default=folder_of(processor()) / "findings.json")
+    results = folder_of(processor()) / "findings.json"
+    for command in (second, third):
+        command.add_argument("--runs", type=pathlib.Path, required=True)
+        command.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+        command.add_argument("--out", type=pathlib.Path, default=results)
     for command in (first, second, third):
         command.add_argument("--data", type=pathlib.Path, required=True)
     options = parser.parse_args(argv)
