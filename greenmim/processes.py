@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import math
 import re
 import secrets
@@ -118,6 +119,11 @@ class Processes:
             try:
                 # None goes before the main process has closed its files: srun would end it.
                 self.gather(None)
+                # A thread of Gloo that drops a tensor of the last collective while the interpreter
+                # goes ends the process with SIGABRT. The threads end with the last that holds the
+                # group: models wrapped by DDP, in cycles. Caches of PyTorch keep FSDP's groups; for
+                # them this is the time in which the thread drops it.
+                gc.collect()
                 dist.destroy_process_group()
                 _let_main_speak(error)
                 return
