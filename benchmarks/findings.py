@@ -33,6 +33,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -82,11 +83,25 @@ SIDE = 160  # pixels of the shorter side: more than a crop needs
 SEEDS = (0, 1, 2)
 BATCH = 64
 ARMS = ("correct", "published placement", "mask per image")
-# What is fine-tuned: the arm it starts from, its layer decay, and epochs by labels of each kind.
+
+
+class Tuning(NamedTuple):
+    """How an arm is fine-tuned."""
+
+    arm: str  # where it starts from
+    layer_decay: float
+    epochs: dict[str, int]  # by labels of each kind
+    lr: float = 1e-3
+    warmup_epochs: float = 1
+
+
 TUNED = {
-    "untrained": ("untrained", 1.0, {"20": 10, "all": 20}),
-    "correct": ("correct", 0.8, {"20": 10, "all": 20}),
-    "untrained, twice as long": ("untrained", 1.0, {"all": 40}),
+    "untrained": Tuning("untrained", 1.0, {"20": 10, "all": 20}),
+    "correct": Tuning("correct", 0.8, {"20": 10, "all": 20}),
+    "untrained, twice as long": Tuning("untrained", 1.0, {"all": 40}),
+    "untrained, rate 0.0003": Tuning("untrained", 1.0, {"all": 20}, 3e-4, 5),
+    "untrained, rate 0.0001": Tuning("untrained", 1.0, {"all": 20}, 1e-4, 5),
+    "correct, rate 0.0003": Tuning("correct", 0.8, {"all": 20}, 3e-4, 5),
 }
 MODEL = ModelConfig(
     image_size=128, window_size=4, embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8),
@@ -232,14 +247,14 @@ def tuning_recipe(
     name: str, seed: int, labels: str, data: pathlib.Path, runs: pathlib.Path
 ) -> FinetuneRecipe:
     """Of an arm that was trained before. An epoch is as long whatever the number of labels."""
-    arm, layer_decay, epochs = TUNED[name]
+    arm, layer_decay, epochs, lr, warmup_epochs = TUNED[name]
     each = MOST if labels == "all" else int(labels)
     folder = runs / f"{arm.replace(' ', '-')}-{seed}"
     init = folder / ("untrained.pth" if arm == "untrained" else "checkpoints/last.pth")
     root = some_labelled(each, data, runs)
     whole, there = (len(list(place.rglob("*.jpg"))) for place in (data / "labelled", root))
     return FinetuneRecipe(
-        work_dir=str(runs / f"{folder.name}-tuned-{each}-{epochs[labels]}"),
+        work_dir=str(runs / f"{folder.name}-tuned-{each}-{epochs[labels]}-{lr}"),
         init=str(init),
         epochs=epochs[labels],
         seed=seed,
@@ -249,8 +264,8 @@ def tuning_recipe(
                                   batch_size=BATCH, repeats=max(1, round(whole / there)),
                                   crop_scale=(0.4, 1.0), erase=0.0),
         mix=MixConfig(mixup=0.0, cutmix=0.0),
-        optim=FinetuneOptimConfig(lr=1e-3, layer_decay=layer_decay),
-        schedule=ScheduleConfig(warmup_epochs=1),
+        optim=FinetuneOptimConfig(lr=lr, layer_decay=layer_decay),
+        schedule=ScheduleConfig(warmup_epochs=warmup_epochs),
         log=RunLogConfig(tensorboard=False, val_every_epochs=1),
         checkpoint=CheckpointConfig(every_epochs=100, keep_every_epochs=None),
         ema_decay=None,
@@ -264,8 +279,8 @@ def tune(data: pathlib.Path, runs: pathlib.Path, seeds: list[int], out: pathlib.
     done = {(row["arm"], row["seed"], row["labels"]) for row in rows}
     result["finetuned_environment"] = describe(torch.get_num_threads())
     for seed in seeds:
-        for arm, (*_, epochs) in TUNED.items():
-            for labels in epochs:
+        for arm, tuning in TUNED.items():
+            for labels in tuning.epochs:
                 if (arm, seed, labels) in done:
                     continue
                 recipe = tuning_recipe(arm, seed, labels, data, runs)

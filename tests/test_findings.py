@@ -37,8 +37,8 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "BATCH", 6)
     monkeypatch.setattr(findings, "LABELS", (2,))
     tuned = {
-        "untrained": ("untrained", 1.0, {"2": 1, "all": 2}),
-        "longer": ("correct", 0.8, {"all": 1}),
+        "untrained": findings.Tuning("untrained", 1.0, {"2": 1, "all": 2}),
+        "longer": findings.Tuning("correct", 0.8, {"all": 1}, 3e-4, 0.5),
     }
     monkeypatch.setattr(findings, "TUNED", tuned)
     return tmp_path / "data"
