@@ -46,7 +46,7 @@ def resolve_config(name_or_path: str, command: str = "pretrain") -> str:
 
 
 def preset_table() -> str:
-    """List the presets: window, epochs, images of an update. docs/ has a page for each command."""
+    """List the presets, their commands and sizes; docs/ has a page for each command."""
     rows = []
     for name in [*preset_names("pretrain"), *preset_names("finetune")]:
         values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
@@ -54,6 +54,7 @@ def preset_table() -> str:
         window = values.get("model", {}).get("window_size", ModelConfig.window_size)
         batch = values.get("data", {}).get("batch_size", DataConfig.batch_size)
         update = batch * values.get("optim", {}).get("accumulate", OptimConfig.accumulate)
-        rows.append((name, str(window), str(values.get("epochs", epochs)), str(update)))
-    head = ("preset", "window", "epochs", "images of an update, in each process")
+        sizes = (window, values.get("epochs", epochs), update)
+        rows.append((name, command_of(name), *map(str, sizes)))
+    head = ("preset", "command", "window", "epochs", "images of an update, in each process")
     return "\n".join(columns([head, *rows]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from greenmim.config import ModelConfig
@@ -320,7 +321,9 @@ def _check(recipe: RunRecipe) -> None:
     data, optim, every = recipe.data, recipe.optim, recipe.checkpoint
     for name, value in (("data.root", data.root), ("work-dir", recipe.work_dir)):
         if not value:
-            raise UserError(f"--{name} is missing; pass a folder.")
+            kept = Path(recipe.work_dir or "", "config.yaml")
+            hint = f", or the run's own values with --config {kept}" if kept.is_file() else ""
+            raise UserError(f"--{name} is missing; pass a folder{hint}.")
     for name, value in (
         ("epochs", recipe.epochs),
         ("max-skipped", recipe.max_skipped),

@@ -25,6 +25,8 @@ FIRST_RUN = (
     "greenmim pretrain --config greenmim_swin-demo-cpu --data.root photos --work-dir runs/first"
     " --max-steps 2"
 )
+# Pages that go on with what another one leaves, and with labelled images.
+CONTINUED = ("evaluation.md", "finetuning.md")
 # So that a run takes seconds.
 SHORT = ("--epochs", "1", "--schedule.warmup-epochs", "0", "--data.repeats", "1")
 
@@ -59,7 +61,7 @@ def test_commands_run(page, tmp_path):
         picture = Image.effect_noise((240, 240), 20 + number).convert("RGB")
         picture.save(tmp_path / "photos" / f"{number}.jpg")
     todo = [words for mark, text in blocks(page, "sh") if mark == "" for words in commands(text)]
-    if page.name in ("evaluation.md", "finetuning.md"):  # on what another page leaves
+    if page.name in CONTINUED:
         for number in range(40):
             folder = tmp_path / "labelled" / ("val" if number > 25 else "train") / "ab"[number % 2]
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,19 +73,33 @@ def test_commands_run(page, tmp_path):
         folder = {"FOLDER": str(tmp_path)}
         with Crew([*words[1:], *short], 1, tmp_path, enter_folder, folder) as crew:
             assert crew.wait() == [0], f"{shlex.join(words)}\n{crew.text()}"
+    if page.name in CONTINUED:
+        Image.new("RGB", (90, 70), "red").save(tmp_path / "picture.jpg")
+        run_programs(page, tmp_path)
 
 
 def enter_folder(rank: int) -> None:
     os.chdir(os.environ["FOLDER"])
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
-def test_programs_run(page):
+def run_programs(page, folder):
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     for _, text in blocks(page, "python"):
         done = subprocess.run(
-            [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-c", text],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, f"{text}\n{done.stderr[-1500:]}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if page.name not in CONTINUED], ids=lambda page: page.name
+)
+def test_programs_run(page):
+    run_programs(page, ROOT)
 
 
 def test_options_of_other_commands_are_known():

@@ -59,7 +59,12 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
     """
     path = Path(checkpoint)
     check_there(path)
-    content, weights = read_weights(path)
+    return _with_decoder(path, *read_weights(path), name)
+
+
+def _with_decoder(
+    path: Path, content: Any, weights: dict[str, Any], name: str | None = None
+) -> tuple[GreenMIM, dict[str, Any]]:
     if run_command(content) == "pretrain":
         run = content["recipe"]
         network = GreenMIM(ModelConfig(**run["model"]))
@@ -95,7 +100,7 @@ def load_encoder(checkpoint: str | Path) -> tuple[GreenMIM, dict[str, Any]]:
     path = Path(checkpoint)
     content, weights, config, run, _ = _read_encoder(path)
     if run_command(content) == "pretrain":
-        return load_model(path)
+        return _with_decoder(path, content, weights)
     network = GreenMIM(config)
     try:
         initialise(network, path, weights)

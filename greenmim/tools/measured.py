@@ -75,10 +75,12 @@ def said(result: dict[str, Any], output: str | Path) -> str:
         facts.append(f"{result['k']} neighbours")
     elif result["task"] == "probe":
         facts.append(f"learning rate {result['lr']:g}")
+    shares = [f"top-1 {100 * result['top1']:.2f} %"]
+    if result["classes"] > 5:  # of fewer, one of five is always right
+        shares.append(f"top-5 {100 * result['top5']:.2f} %")
     lines = [
         table(result["by_class"]),
-        f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} %"
-        f" ({', '.join(facts)})",
+        f"{', '.join(shares)} ({', '.join(facts)})",
         f"wrote {output}",
     ]
     return "\n".join(lines)

@@ -9,7 +9,8 @@ import torch
 from crew import EVERY
 from PIL import Image
 from tar_files import encoded, name_of, write_tar
-from train_pictures import picture
+from train_pictures import coloured, picture
+from tuning import TINY as TUNING
 
 TINY = """
 epochs: 2
@@ -121,3 +122,17 @@ def finished_run(photos: Path, tiny: Path, tmp_path_factory: pytest.TempPathFact
     )
     assert code == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "finetune.yaml"
+    path.write_text(TUNING)
+    return path
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> tuple[Path, Path]:
+    """18 images of three colours to learn from: 4 updates an epoch; and 9 others."""
+    folder = tmp_path_factory.mktemp("labelled")
+    return coloured(folder / "train", 6), coloured(folder / "val", 3, first=50)

@@ -103,6 +103,11 @@ def test_missing_options_and_commands(tiny: Path, photos: Path, capsys) -> None:
     assert main([]) == 2
 
 
+def test_a_run_that_goes_on_has_its_values(finished_run: Path, capsys) -> None:
+    text = complaint(capsys, "pretrain", "--resume", "--work-dir", str(finished_run))
+    assert f"the run's own values with --config {finished_run}/config.yaml" in text
+
+
 @pytest.mark.parametrize(
     ("typed", "wanted"),
     [

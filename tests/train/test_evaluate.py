@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from tar_files import encoded, name_of, source_of, write_tar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_pictures import COLOURS, coloured
 
 import greenmim
 from greenmim.checkpoint import convert_checkpoint
@@ -44,24 +45,6 @@ from greenmim.tools.loading import load_encoder, load_model
 
 # Others differ from these in width and depth alone.
 SIZES = [name for name in MODELS if "large" not in name and "base_patch4_window7" not in name]
-COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
-
-
-def coloured(folder: Path, each: int, first: int = 0) -> Path:
-    """Noisy pictures of three colours in class folders."""
-    rng = np.random.default_rng(first)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(each):
-            pixels = np.clip(rng.normal(colour, 30, (60, 50, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{first + number}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("labelled")
-    return coloured(folder / "train", 6), coloured(folder / "val", 3, first=50)
 
 
 @pytest.fixture

@@ -192,7 +192,8 @@ def test_an_unknown_preset_leads_to_the_presets(capsys) -> None:
     names = [line.split()[0] for line in lines[1:]]
     assert names == [*preset_names("pretrain"), *preset_names("finetune")]
     assert sorted(names) == preset_names()
-    assert lines[1 + names.index("greenmim_swin-demo-cpu")].split()[1:] == ["7", "100", "12"]
+    demo = lines[1 + names.index("greenmim_swin-demo-cpu")].split()
+    assert demo[1:] == ["pretrain", "7", "100", "12"]
 
 
 def test_help_shows_what_is_needed_first(capsys) -> None:
