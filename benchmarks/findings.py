@@ -92,16 +92,16 @@ class Tuning(NamedTuple):
     layer_decay: float
     epochs: dict[str, int]  # by labels of each kind
     lr: float = 1e-3
-    warmup_epochs: float = 1
+    warmup: float | None = None  # share of the epochs; None is one epoch
 
 
 TUNED = {
     "untrained": Tuning("untrained", 1.0, {"20": 10, "all": 20}),
     "correct": Tuning("correct", 0.8, {"20": 10, "all": 20}),
     "untrained, twice as long": Tuning("untrained", 1.0, {"all": 40}),
-    "untrained, rate 0.0003": Tuning("untrained", 1.0, {"all": 20}, 3e-4, 5),
-    "untrained, rate 0.0001": Tuning("untrained", 1.0, {"all": 20}, 1e-4, 5),
-    "correct, rate 0.0003": Tuning("correct", 0.8, {"all": 20}, 3e-4, 5),
+    "untrained, rate 0.0003": Tuning("untrained", 1.0, {"20": 10, "all": 20}, 3e-4, 0.25),
+    "correct, rate 0.0003": Tuning("correct", 0.8, {"20": 10, "all": 20}, 3e-4, 0.25),
+    "untrained, rate 0.0001": Tuning("untrained", 1.0, {"all": 20}, 1e-4, 0.25),
 }
 MODEL = ModelConfig(
     image_size=128, window_size=4, embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8),
@@ -247,7 +247,7 @@ def tuning_recipe(
     name: str, seed: int, labels: str, data: pathlib.Path, runs: pathlib.Path
 ) -> FinetuneRecipe:
     """Of an arm that was trained before. An epoch is as long whatever the number of labels."""
-    arm, layer_decay, epochs, lr, warmup_epochs = TUNED[name]
+    arm, layer_decay, epochs, lr, warmup = TUNED[name]
     each = MOST if labels == "all" else int(labels)
     folder = runs / f"{arm.replace(' ', '-')}-{seed}"
     init = folder / ("untrained.pth" if arm == "untrained" else "checkpoints/last.pth")
@@ -265,7 +265,7 @@ def tuning_recipe(
                                   crop_scale=(0.4, 1.0), erase=0.0),
         mix=MixConfig(mixup=0.0, cutmix=0.0),
         optim=FinetuneOptimConfig(lr=lr, layer_decay=layer_decay),
-        schedule=ScheduleConfig(warmup_epochs=warmup_epochs),
+        schedule=ScheduleConfig(warmup_epochs=warmup * epochs[labels] if warmup else 1),
         log=RunLogConfig(tensorboard=False, val_every_epochs=1),
         checkpoint=CheckpointConfig(every_epochs=100, keep_every_epochs=None),
         ema_decay=None,
