@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import greenmim_kernels as gk
 from greenmim import GreenMIM, ModelConfig
-from greenmim.encoders.swin import VisibleBlock
 from greenmim.launch import World
 from greenmim.masking import random_visible
 from greenmim.processes import Processes
@@ -182,7 +181,7 @@ class Step:
             plans = variant.kind == "naive-planning"
             forward = self.model if variant.kind == "ours" else Naive(self.model, plans)
         if variant.onednn and problem.precision == "fp32":
-            use_onednn(self.model, VisibleBlock)
+            use_onednn(self.model, self.model.encoder.one_node_block)
         self.inputs = self._inputs(forward)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = sum(p.numel() for p in self.trained.values())

@@ -3,7 +3,7 @@
 - greenmim: ``encoder.`` + timm's keys, and the decoder's keys as published, or a classifier's head.
 - official: the published checkpoints: patch merging stands at the end of the stage before, and
   every block has a ``relative_position_index`` buffer.
-- timm: a Swin as in timm, without decoder; files of Microsoft's Swin are read as such.
+- timm: an encoder as in timm, without decoder; files of Microsoft's Swins are read as such.
 
 The head of a classifier is left out of what is converted.
 """
@@ -24,19 +24,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .encoders import VisibleEncoder, encoder_class, encoder_of
 from .guards import first_line
 
 KINDS = ("official", "timm", "greenmim")
 MERGE_ORDERS = ("swin", "row-major")
 _ENCODER, _HEAD, _RUN = "encoder.", "head.", "greenmim."
-_DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 # Derived from the sizes, and rebuilt where a kind has them.
-_BUFFERS = ("relative_position_index", "attn_mask")
+_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 # What official files hold beside tensors and plain values: the command line they were made with.
 _PLAIN_CLASSES = [argparse.Namespace, pathlib.PosixPath]
 # Found in a name, and whose files have such names; the first counts.
 _MAKERS = (
-    (r"(encoder|layers)\..*(logit_scale|cpb_mlp)", "a SwinV2"),
     (r"^encoder\.mask_token|^decoder\.0\.", "SimMIM's, of which only the encoder's would be read"),
     (r"^(swin|swinv2|donut)\.|^encoder\.layers\.\d+\.blocks\.\d+\.layernorm", "transformers' Swin"),
     (r"^features\.", "torchvision's Swin"),
@@ -79,13 +78,13 @@ def convert_checkpoint(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    encoder, decoder = _read(_plain_names(state_dict), source)
+    kind, encoder, decoder = _read(_plain_names(state_dict), source)
     if merge_order == "row-major":
-        encoder = {name: _to_swin_order(name, tensor) for name, tensor in encoder.items()}
+        encoder = kind.to_swin_order(encoder)
     if target == "timm":
         return encoder
     if target == "official":
-        encoder = _to_official(encoder)
+        encoder = kind.to_official(encoder)
     return {**{_ENCODER + name: tensor for name, tensor in encoder.items()}, **decoder}
 
 
@@ -102,7 +101,7 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
         except ValueError:
             continue
         return kind
-    raise ValueError(f"this is not a Swin state dict of a known kind, but like {_maker(tensors)}")
+    raise ValueError(f"this is not a state dict of a known kind, but like {_maker(tensors)}")
 
 
 def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,8 +112,10 @@ def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _read(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split into the encoder, with timm's names, and the decoder."""
+def _read(
+    tensors: dict[str, Tensor], source: str
+) -> tuple[type[VisibleEncoder], dict[str, Tensor], dict[str, Tensor]]:
+    """The class of the encoder, its weights with timm's names, and the decoder."""
     tensors = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _BUFFERS}
     if source == "timm":
         encoder = {n: t for n, t in tensors.items() if not n.startswith(_HEAD)}
@@ -124,18 +125,17 @@ def _read(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], d
             n.removeprefix(_ENCODER): t for n, t in tensors.items() if n.startswith(_ENCODER)
         }
         decoder = {n: t for n, t in tensors.items() if not n.startswith((_ENCODER, _HEAD))}
-    strangers = [n for n in encoder if not n.startswith(("patch_embed.", "layers.", "norm."))]
-    strangers += [n for n in decoder if not n.startswith(("decoder_", "mask_token"))]
-    merges = {int(found[1]) for found in map(_DOWNSAMPLE.match, encoder) if found}
-    stages = {"official": [{0, 1, 2}], "timm": [{1, 2, 3}, {0, 1, 2}], "greenmim": [{1, 2, 3}]}
-    if strangers or merges not in stages[source]:
-        what = f"holds {strangers[0]!r}" if strangers else f"has patch merging in stages {merges}"
+    try:
+        kind = encoder_class(encoder_of(encoder))
+        encoder = kind.to_timm(encoder, source)
+        strangers = [n for n in decoder if not n.startswith(("decoder_", "mask_token"))]
+        if strangers:
+            raise ValueError(f"holds {strangers[0]!r}")
+    except ValueError as error:
         raise ValueError(
-            f"this is not a Swin state dict of kind {source!r}: it {what}, like {_maker(tensors)}"
-        )
-    if merges == {0, 1, 2}:
-        encoder = {_move_downsample(n, 1): t for n, t in encoder.items()}
-    return encoder, decoder
+            f"this is not a state dict of kind {source!r}: it {error}, like {_maker(tensors)}"
+        ) from error
+    return kind, encoder, decoder
 
 
 def _maker(tensors: Mapping[str, Tensor]) -> str:
@@ -143,40 +143,7 @@ def _maker(tensors: Mapping[str, Tensor]) -> str:
     for sign, maker in _MAKERS:
         if any(re.search(sign, name) for name in tensors):
             return maker
-    return "no Swin that is known here"
-
-
-def _move_downsample(name: str, by: int) -> str:
-    return _DOWNSAMPLE.sub(lambda found: f"layers.{int(found[1]) + by}.downsample.", name)
-
-
-def _to_swin_order(name: str, tensor: Tensor) -> Tensor:
-    """Swap the middle two of the four channel blocks of a patch merging."""
-    if not _DOWNSAMPLE.match(name):
-        return tensor
-    # norm.weight and norm.bias [4C], reduction.weight [2C, 4C]: always the last axis.
-    first, second, third, fourth = tensor.chunk(4, -1)
-    return torch.cat([first, third, second, fourth], -1)
-
-
-def _to_official(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    official = {}
-    for name, tensor in encoder.items():
-        official[_move_downsample(name, -1)] = tensor
-        if name.endswith(".relative_position_bias_table"):
-            index = name.replace("bias_table", "index")
-            official[index] = _relative_position_index(name, tensor)
-    return official
-
-
-def _relative_position_index(name: str, table: Tensor) -> Tensor:
-    """Rows of the table for all pairs of a square window, int64 [M * M, M * M]."""
-    side = (round(table.shape[0] ** 0.5) + 1) // 2
-    if (2 * side - 1) ** 2 != table.shape[0]:
-        raise ValueError(f"{name} is of a window that is not square; official models have none")
-    coords = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    offset = coords[:, None] - coords[None] + side - 1
-    return offset[..., 0] * (2 * side - 1) + offset[..., 1]
+    return "nobody's that is known here"
 
 
 def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, Any]:

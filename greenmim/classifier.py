@@ -1,6 +1,6 @@
 """A classifier: the encoder with everything visible, and a linear layer on the mean of its tokens.
 
-It is timm's Swin with a head, number for number where grids are multiples of the window, with
+It is timm's network with a head, number for number where grids are multiples of the window, with
 attention by the fused operator.
 """
 
@@ -13,8 +13,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .encoders import SwinEncoder
-from .encoders.swin import VisibleBlock
+from .encoders import VisibleBlock, create_encoder
 from .planning import Plan, Planner, check_images, ready_plan
 
 
@@ -32,7 +31,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.config, self.num_classes = config, num_classes
         self.planner = Planner(config)
-        self.encoder = SwinEncoder(config)
+        self.encoder = create_encoder(config)
         self.head = nn.ModuleDict({"fc": nn.Linear(config.stage_dims[-1], num_classes)})
         trunc_normal_(self.head["fc"].weight, std=0.02)  # as timm and Swin's own code
         nn.init.zeros_(self.head["fc"].bias)
@@ -69,15 +68,12 @@ class Classifier(nn.Module):
         return self.encoder.blocks()
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: 1-d, tables."""
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.ndim <= 1 or name.endswith("relative_position_bias_table")
-        }
+        """Names of the parameters without weight decay: the encoder's, and the head's bias."""
+        of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return of_encoder | {"head.fc.bias"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Which parameters are of which layer, for timm's layer decay: as in timm's Swin."""
+        """Which parameters are of which layer, for timm's layer decay: as in timm's own."""
 
         def inside(pattern: str) -> str:
             return pattern.replace("^", r"^encoder\.")

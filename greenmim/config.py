@@ -11,11 +11,13 @@ from operator import index
 UNIT_PIXELS = 32
 PATCH_PIXELS = 4
 NUM_STAGES = 4
+# Encoders by name: the class in the file of that name in encoders/.
+ENCODERS = {"swin": "SwinEncoder", "swinv2": "SwinV2Encoder"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a GreenMIM model: a Swin encoder and an MAE-like decoder.
+    """Sizes of a GreenMIM model: a hierarchical encoder and an MAE-like decoder.
 
     The defaults are Swin-B with windows of 7 at 224 px (Huang et al., NeurIPS 2022,
     arXiv 2205.13515).
@@ -32,6 +34,9 @@ class ModelConfig:
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
         norm_pix_loss: whether the target of a unit is normalised by its own mean and deviation.
+        encoder: swin, or swinv2.
+        pretrained_window_sizes: of swinv2, the side of each stage's windows in training before,
+            where it was another: positions keep their meaning; 0 for the same.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -48,6 +53,8 @@ class ModelConfig:
     decoder_depth: int = 1
     decoder_heads: int = 16
     norm_pix_loss: bool = True
+    encoder: str = "swin"
+    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
 
     def __post_init__(self) -> None:
         # YAML brings lists and NumPy its own integers; a frozen dataclass is set this way.
@@ -55,13 +62,17 @@ class ModelConfig:
         pair = isinstance(self.image_size, (tuple, list))
         object.__setattr__(self, "image_size", sides if pair else sides[0])
         for name in ("depths", "num_heads"):
-            object.__setattr__(self, name, _positive_integers(getattr(self, name), name))
+            object.__setattr__(self, name, _integers(getattr(self, name), name, 1))
+        windows = _integers(self.pretrained_window_sizes, "pretrained_window_sizes", 0)
+        object.__setattr__(self, "pretrained_window_sizes", windows)
         for name in ("window_size", "embed_dim", "decoder_dim", "decoder_heads"):
             object.__setattr__(self, name, _integer(getattr(self, name), name, 1))
         object.__setattr__(self, "decoder_depth", _integer(self.decoder_depth, "decoder_depth", 0))
         self._check()
 
     def _check(self) -> None:
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder must be {' or '.join(ENCODERS)}, got {self.encoder!r}")
         if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
         if not 0 <= self.drop_path < 1:
@@ -144,13 +155,14 @@ def _integer(value: int, name: str, least: int) -> int:
     return number
 
 
-def _positive_integers(values: Sequence[int], name: str) -> tuple[int, ...]:
+def _integers(values: Sequence[int], name: str, least: int) -> tuple[int, ...]:
     try:
         numbers = tuple(index(value) for value in values)
     except TypeError:
         numbers = ()
-    if len(numbers) != NUM_STAGES or min(numbers) < 1:
-        raise ValueError(f"{name} must be {NUM_STAGES} positive integers, got {values!r}")
+    if len(numbers) != NUM_STAGES or min(numbers) < least:
+        which = "positive integers" if least == 1 else f"integers of at least {least}"
+        raise ValueError(f"{name} must be {NUM_STAGES} {which}, got {values!r}")
     return numbers
 
 
@@ -158,6 +170,8 @@ _TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
 _SMALL = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}
 _BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
 _LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
+# None was published with GreenMIM; epsilon is timm's and Microsoft's.
+_V2 = {"encoder": "swinv2", "image_size": 256, "window_size": 8, "norm_eps": 1e-5}
 
 MODELS: dict[str, dict] = {
     "greenmim_swin_tiny_patch4_window7_224": {**_TINY, "window_size": 7},
@@ -165,6 +179,9 @@ MODELS: dict[str, dict] = {
     "greenmim_swin_base_patch4_window7_224": {**_BASE, "window_size": 7},
     "greenmim_swin_base_patch4_window14_224": {**_BASE, "window_size": 14},
     "greenmim_swin_large_patch4_window14_224": {**_LARGE, "window_size": 14},
+    "greenmim_swinv2_tiny_patch4_window8_256": {**_TINY, **_V2},
+    "greenmim_swinv2_small_patch4_window8_256": {**_SMALL, **_V2},
+    "greenmim_swinv2_base_patch4_window8_256": {**_BASE, **_V2},
 }
 
 

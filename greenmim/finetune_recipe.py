@@ -28,6 +28,8 @@ class EncoderConfig:
         num_heads: Attention heads of each of the four stages.
         norm_eps: Epsilon of every LayerNorm.
         drop_path: Stochastic depth rate of the last block, growing from 0.
+        encoder: swin, or swinv2.
+        pretrained_window_sizes: Of swinv2, the side of each stage's windows in training before.
     """
 
     image_size: int | tuple[int, int] | None = None
@@ -37,6 +39,8 @@ class EncoderConfig:
     num_heads: tuple[int, int, int, int] | None = None
     norm_eps: float | None = None
     drop_path: float = 0.1
+    encoder: str | None = None
+    pretrained_window_sizes: tuple[int, int, int, int] | None = None
 
     def given(self) -> dict[str, Any]:
         """The values that are not null."""
@@ -45,12 +49,14 @@ class EncoderConfig:
 
     def model_config(self) -> ModelConfig:
         """The sizes; UserError where one is null or they do not fit together."""
-        for name in ("embed_dim", "depths", "num_heads"):
+        where = "name a checkpoint with --init, or a preset (`greenmim presets`)"
+        needed = dict.fromkeys(("embed_dim", "depths", "num_heads"), where)
+        if self.encoder is not None:  # else windows and images are as of Swin-B
+            where = "the weights to start from do not tell it"
+            needed |= dict.fromkeys(("image_size", "window_size"), where)
+        for name, where in needed.items():
             if getattr(self, name) is None:
-                raise UserError(
-                    f"--model.{name.replace('_', '-')} is missing; name a checkpoint with --init,"
-                    " or a preset (`greenmim presets`)."
-                )
+                raise UserError(f"--model.{name.replace('_', '-')} is missing; {where}.")
         try:
             return ModelConfig(**self.given())
         except ValueError as error:

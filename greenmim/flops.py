@@ -32,10 +32,12 @@ def _attention_flops(query: Tensor, key: Tensor, *_: object, **__: object) -> in
     return 4 * query.numel() * key.shape[2]
 
 
-def _window_attention_flops(qkv: Tensor, *others: object, **_: object) -> int:
+def _window_attention_flops(q: Tensor, *others: object, **_: object) -> int:
+    """`q` is [B, N, heads, D], or [B, N, 3C] with keys and values."""
     window_id = others[5]
     pairs = sum(int(torch.bincount(row[row >= 0]).square().sum()) for row in window_id)
-    return 4 * pairs * (qkv.shape[2] // 3) * (len(qkv) // len(window_id))
+    channels = q.shape[2] // 3 if q.ndim == 3 else q.shape[2] * q.shape[3]
+    return 4 * pairs * channels * (len(q) // len(window_id))
 
 
 _attention_flops._get_raw = _window_attention_flops._get_raw = True

@@ -5,17 +5,13 @@ And the sizes of an encoder that only its weights tell.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn import functional as F
 
 from greenmim.checkpoint import (
     convert_checkpoint,
@@ -26,10 +22,11 @@ from greenmim.checkpoint import (
     run_command,
 )
 from greenmim.classifier import Classifier
-from greenmim.config import UNIT_PIXELS, ModelConfig
+from greenmim.config import ModelConfig
+from greenmim.encoders import encoder_class, encoder_of
 from greenmim.mim import GreenMIM
 
-_TABLE = re.compile(r"encoder\.layers\.(\d+)\..*\.relative_position_bias_table")
+_ENCODER = "encoder."
 # Follows from the size of images alone.
 _FIXED = "decoder_pos_embed"
 
@@ -86,24 +83,21 @@ def _fitted(
     found = convert_checkpoint(weights, source=kind, target="greenmim")
     found.pop(_FIXED, None)
     own = model.state_dict()
-    windows = [window for _, window, _ in model.config.stage_windows()]
-    resized: dict[int, int] = {}  # tables by their rows before
-    for name, tensor in found.items():
-        table = _TABLE.fullmatch(name)
-        shape = own[name].shape if name in own else tensor.shape
-        if table and tensor.ndim == 2 and len(tensor) != shape[0] and tensor.shape[1] == shape[1]:
-            found[name] = _resized(tensor, windows[int(table[1])])
-            resized[len(tensor)] = resized.get(len(tensor), 0) + 1
+    encoder, other = (_of_encoder(tensors) for tensors in (found, own))
+    encoder, notes = model.encoder.fitted(encoder, model.config, other)
+    found |= {f"{_ENCODER}{name}": tensor for name, tensor in encoder.items()}
     _check_encoder(found, own)
-    notes = []
-    for rows, count in resized.items():
-        side = (math.isqrt(rows) + 1) // 2
-        notes.append(f"{count} position tables of windows of {side} were interpolated")
     return kind, found, notes
 
 
+def _of_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's, without the prefix."""
+    return {n.removeprefix(_ENCODER): t for n, t in tensors.items() if n.startswith(_ENCODER)}
+
+
 def sizes_in(path: str | Path | None) -> dict[str, Any]:
-    """The sizes of a checkpoint's model, as `ModelConfig` has them; {} without a path.
+    """What a checkpoint tells of the sizes, as `ModelConfig` has them, of a model that starts from
+    it; {} without a path.
 
     Raises:
         FileNotFoundError, ValueError: as `initialise`.
@@ -112,8 +106,10 @@ def sizes_in(path: str | Path | None) -> dict[str, Any]:
         return {}
     content = load_checkpoint(path, lazily=True)
     if run_command(content):
-        return content["recipe"]["model"]
-    return dataclasses.asdict(config_of(find_state_dict(content, path), safetensors_facts(path)))
+        sizes = {n: size for n, size in content["recipe"]["model"].items() if size is not None}
+    else:
+        sizes = _sizes_of(find_state_dict(content, path), safetensors_facts(path))
+    return encoder_class(sizes.get("encoder", ModelConfig.encoder)).continued(sizes)
 
 
 def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelConfig:
@@ -121,39 +117,33 @@ def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelC
 
     Args:
         weights: A state dict of any kind that `initialise` takes.
-        facts: What its file says, as `safetensors_facts`: `greenmim export` writes how large images
-            were. Else they are as large as the last stage's window: a table knows no more.
+        facts: What its file says, as `safetensors_facts`.
 
     Raises:
-        ValueError: it is no Swin's.
+        ValueError: it is of no encoder that is known here, or nobody knows how large its images or
+            windows are.
     """
+    sizes = _sizes_of(weights, facts)
+    if "window_size" not in sizes:
+        raise ValueError(
+            "its weights do not tell how large its windows are; give the checkpoint of a run, or"
+            " what `greenmim export` wrote"
+        )
+    return ModelConfig(**sizes)
+
+
+def _sizes_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[str, Any]:
+    """What is known of them: `greenmim export` writes how large images and windows were."""
     kind = kind_of(weights)
     encoder = convert_checkpoint(weights, source=kind, target="timm")
-    depths: dict[int, int] = {}
-    sides: dict[int, int] = {}
-    heads: dict[int, int] = {}
-    for name, tensor in encoder.items():
-        if found := re.fullmatch(r"layers\.(\d)\.blocks\.(\d+)\.attn\.(\w+_table)", name):
-            stage, block = int(found[1]), int(found[2])
-            if tensor.ndim != 2:
-                raise ValueError(f"its {name} has {tensor.ndim} axes, not 2")
-            depths[stage] = max(depths.get(stage, 0), block + 1)
-            sides[stage], heads[stage] = (math.isqrt(len(tensor)) + 1) // 2, tensor.shape[1]
-            if (2 * sides[stage] - 1) ** 2 != len(tensor):
-                raise ValueError("its windows are not square; give the checkpoint of a run")
-    if sorted(depths) != [0, 1, 2, 3] or "patch_embed.proj.weight" not in encoder:
-        raise ValueError("it has not the four stages of a Swin")
-    return ModelConfig(
-        image_size=tuple(
-            json.loads(facts.get("image_size", "null")) or [UNIT_PIXELS * sides[3]] * 2
-        ),
-        window_size=max(sides.values()),
-        embed_dim=encoder["patch_embed.proj.weight"].shape[0],
-        depths=tuple(depths[stage] for stage in range(4)),
-        num_heads=tuple(heads[stage] for stage in range(4)),
-        # timm's default, and Swin's own.
-        norm_eps=float(facts.get("norm_eps", 1e-5 if kind == "timm" else 1e-6)),
-    )
+    name = encoder_of(encoder)
+    sizes = encoder_class(name).sizes(encoder) | {"encoder": name}
+    for fact in ("image_size", "window_size", "norm_eps", "pretrained_window_sizes"):
+        if fact in facts:
+            sizes[fact] = json.loads(facts[fact])
+    # timm's default, and Swin's own.
+    sizes.setdefault("norm_eps", 1e-5 if kind == "timm" else 1e-6)
+    return sizes
 
 
 def safetensors_facts(path: str | Path) -> dict[str, str]:
@@ -163,16 +153,6 @@ def safetensors_facts(path: str | Path) -> dict[str, str]:
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
-
-
-def _resized(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """A table [(2 M - 1)^2, heads] for another window, as Swin's own code does it."""
-    side = math.isqrt(len(table))
-    if side**2 != len(table) or side % 2 == 0:
-        raise ValueError("its windows are not square, and tables of those are not interpolated")
-    size = tuple(2 * length - 1 for length in window)
-    grid = table.float().T.unflatten(1, (side, side))[None]
-    return F.interpolate(grid, size, mode="bicubic")[0].flatten(1).T.to(table.dtype)
 
 
 def _check_encoder(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:

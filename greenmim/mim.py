@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .config import UNIT_PIXELS, ModelConfig, model_config
-from .encoders import SwinEncoder
-from .encoders.swin import take_cells
+from .encoders import create_encoder, take_cells
 from .masking import random_visible
 from .planning import Plan, Planner, check_images, ready_plan
 
@@ -45,7 +44,7 @@ class MIMOutput(NamedTuple):
 
 
 class GreenMIM(nn.Module):
-    """A Swin encoder on visible tokens and an MAE-like decoder.
+    """An encoder on visible tokens and an MAE-like decoder.
 
     The state dict holds the encoder as ``encoder.`` + timm's keys, and the decoder as published.
 
@@ -59,7 +58,7 @@ class GreenMIM(nn.Module):
         super().__init__()
         self.config = config
         self.planner = Planner(config)
-        self.encoder = SwinEncoder(config)
+        self.encoder = create_encoder(config)
         width = config.decoder_dim
         self.decoder_embed = nn.Linear(config.stage_dims[-1], width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -75,7 +74,7 @@ class GreenMIM(nn.Module):
     def _initialise_decoder(self) -> None:
         """As MAE: Xavier-uniform matrices, zero biases, a small mask token.
 
-        The encoder is initialised by timm as Swin is: truncated normal, deviation 0.02.
+        The encoder is initialised by timm: truncated normal, deviation 0.02.
         """
         nn.init.normal_(self.mask_token, std=0.02)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
@@ -267,13 +266,10 @@ class GreenMIM(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: 1-d, tables, tokens, positions."""
-        tokens = ("relative_position_bias_table", "mask_token", "decoder_pos_embed")
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.ndim <= 1 or name.endswith(tokens)
-        }
+        """Names of the parameters without weight decay: the encoder's, 1-d, tokens, positions."""
+        own = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+        of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return own | of_encoder | {"mask_token", "decoder_pos_embed"}
 
     def blocks(self) -> Iterator[nn.Module]:
         """The parts that are alike, encoder's and decoder's, in order."""
@@ -291,8 +287,9 @@ def create_model(name: str, **overrides) -> GreenMIM:
     """A model by name, with fresh weights.
 
     Args:
-        name: greenmim_swin_{tiny,small,base}_patch4_window7_224 or
-            greenmim_swin_{base,large}_patch4_window14_224.
+        name: greenmim_swin_{tiny,small,base}_patch4_window7_224,
+            greenmim_swin_{base,large}_patch4_window14_224 or
+            greenmim_swinv2_{tiny,small,base}_patch4_window8_256.
         overrides: fields of :class:`ModelConfig` to change, such as ``image_size=(192, 256)``.
 
     Raises:

@@ -8,46 +8,26 @@ timm's dense Swin.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from greenmim_kernels import GroupPartition, group_window_attention, use_backend
-from greenmim_kernels.backends import forced_backend
+from greenmim_kernels import GroupPartition, group_window_attention
 
-from ..config import PATCH_PIXELS, ModelConfig
-from ..planning import Plan
+from ..config import PATCH_PIXELS, UNIT_PIXELS, ModelConfig
+from .shifted_windows import ShiftedWindowEncoder
+from .visible import VisibleBlock
+
+_TABLE = "attn.relative_position_bias_table"
 
 
-class VisibleBlock(SwinTransformerBlock):
-    """timm's Swin block, called with the visible tokens and the partition of its windows.
-
-    A module of its own, so that what wraps modules (FSDP, torch.compile) can wrap a block.
-    """
-
-    grad_checkpointing = False
-
-    def forward(self, x: Tensor, part: GroupPartition) -> Tensor:
-        """x [B, N, C] -> [B, N, C]."""
-        if self.grad_checkpointing and self.training:
-            # The only thing random is stochastic depth; without it no generator's state need be
-            # kept, which a CUDA graph could not repeat.
-            random = isinstance(self.drop_path1, DropPath)
-            run = self._run
-            if not torch.compiler.is_compiling():  # which takes the backend as a constant
-                # On a GPU the backward pass has a thread of its own, where no backend is forced.
-                run = functools.partial(self._run_by, forced_backend())
-            return checkpoint(run, x, part, use_reentrant=False, preserve_rng_state=random)
-        return self._run(x, part)
-
-    def _run_by(self, backend: str, x: Tensor, part: GroupPartition) -> Tensor:
-        with use_backend(backend):
-            return self._run(x, part)
+class SwinBlock(VisibleBlock, SwinTransformerBlock):
+    """timm's Swin block on visible tokens."""
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
         x = x + self.drop_path1(self._attend(self.norm1(x), part))
@@ -60,14 +40,20 @@ class VisibleBlock(SwinTransformerBlock):
         return attention.proj(x)
 
 
-class SwinEncoder(SwinTransformer):
+class SwinEncoder(ShiftedWindowEncoder, SwinTransformer):
     """timm's Swin without a head: its modules, its state dict, but visible tokens in and out.
 
     Args:
         config: sizes of the model.
     """
 
+    one_node_block = SwinBlock
+    undecayed = ("relative_position_bias_table",)
+    timm_default, sign = "swin_base_patch4_window7_224", _TABLE
+
     def __init__(self, config: ModelConfig) -> None:
+        if any(config.pretrained_window_sizes):
+            raise ValueError("pretrained_window_sizes mean nothing to the encoder swin")
         super().__init__(
             img_size=config.image_hw,
             patch_size=PATCH_PIXELS,
@@ -85,58 +71,88 @@ class SwinEncoder(SwinTransformer):
         )
         for block in self.blocks():
             # timm offers no hook to choose the class; parameters and names stay what they are.
-            block.__class__ = VisibleBlock
+            block.__class__ = SwinBlock
 
-    def blocks(self) -> Iterator[VisibleBlock]:
-        """The blocks of all stages, in order."""
-        return (block for stage in self.layers for block in stage.blocks)
+    @staticmethod
+    def merge(merging: nn.Module, x: Tensor) -> Tensor:
+        return merging.reduction(merging.norm(x.unflatten(1, (-1, 4)).flatten(2)))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks compute their activations again in the backward pass to save memory."""
-        for block in self.blocks():
-            block.grad_checkpointing = enable
+    @classmethod
+    def to_official(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        official = {}
+        for name, tensor in super().to_official(tensors).items():
+            official[name] = tensor
+            if name.endswith(_TABLE):
+                official[name.replace("bias_table", "index")] = _position_index(name, tensor)
+        return official
 
-    def forward(self, images: Tensor, plan: Plan) -> Tensor:
-        """images [B, 3, H, W] -> latent [B, n_vis, C4], after the final norm."""
-        return self.norm(self.stages(images, plan)[-1])
+    @classmethod
+    def to_swin_order(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: _middle_swapped(tensor) if ".downsample." in name else tensor
+            for name, tensor in tensors.items()
+        }
 
-    def stages(self, images: Tensor, plan: Plan) -> list[Tensor]:
-        """images [B, 3, H, W] -> for each stage, its visible tokens [B, N, C] in a plan's order."""
-        x = self._embed(images, plan.patch_index)
-        outputs = []
-        for index, (stage, partitions) in enumerate(zip(self.layers, plan.partitions, strict=True)):
-            if index > 0:
-                x = merge_patches(stage.downsample, x)
-            for number, block in enumerate(stage.blocks):
-                x = block(x, partitions[number % 2])
-            outputs.append(x)
-        return outputs
+    @classmethod
+    def sizes(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Images are as large as the last stage's window: a table knows no more."""
+        found = super().sizes(tensors)
+        sides = {}
+        for name, table in tensors.items():
+            if name.endswith(_TABLE):
+                sides[name[: len("layers.0")]] = side = (math.isqrt(len(table)) + 1) // 2
+                if (2 * side - 1) ** 2 != len(table):
+                    raise ValueError("its windows are not square; give the checkpoint of a run")
+        pixels = UNIT_PIXELS * sides["layers.3"]
+        return found | {"image_size": (pixels, pixels), "window_size": max(sides.values())}
 
-    def _embed(self, images: Tensor, patch_index: Tensor) -> Tensor:
-        """Pixels of visible patches -> tokens [B, N1, C]: hidden patches cost nothing."""
-        conv = self.patch_embed.proj
-        side = PATCH_PIXELS
-        patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, H/4, W/4, 3, 4, 4], a view
-        pixels = take_cells(patches, patch_index).flatten(2)
-        return self.patch_embed.norm(F.linear(pixels, conv.weight.flatten(1), conv.bias))
+    @staticmethod
+    def heads_of(name: str, tensor: Tensor) -> int:
+        if tensor.ndim != 2:
+            raise ValueError(f"its {name} has {tensor.ndim} axes, not 2")
+        return tensor.shape[1]
+
+    @classmethod
+    def fitted(
+        cls, tensors: Mapping[str, Tensor], config: ModelConfig, own: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Tables of other windows are interpolated."""
+        windows = [window for _, window, _ in config.stage_windows()]
+        found, resized = dict(tensors), {}  # tables by their rows before
+        for name, tensor in tensors.items():
+            shape = own[name].shape if name in own else tensor.shape
+            if name.endswith(_TABLE) and tensor.ndim == 2 and tensor.shape[1:] == shape[1:]:
+                if len(tensor) != shape[0]:
+                    found[name] = _resized(tensor, windows[int(name.split(".")[1])])
+                    resized[len(tensor)] = resized.get(len(tensor), 0) + 1
+        return found, [
+            f"{count} position tables of windows of {(math.isqrt(rows) + 1) // 2} were interpolated"
+            for rows, count in resized.items()
+        ]
 
 
-def take_cells(grid: Tensor, index: Tensor) -> Tensor:
-    """Some cells of a grid [B, H, W, ...] -> [B, N, ...], without a copy of the others.
-
-    Args:
-        index: int64 [P, N], places in the flattened grid; P = 1 for all images alike, or B.
-    """
-    rows, columns = index // grid.shape[2], index % grid.shape[2]
-    if len(index) == 1:
-        return grid[:, rows[0], columns[0]]
-    return grid[torch.arange(len(grid), device=grid.device)[:, None], rows, columns]
+def _middle_swapped(tensor: Tensor) -> Tensor:
+    """The middle two of the four channel blocks of a patch merging change places."""
+    # norm.weight and norm.bias [4C], reduction.weight [2C, 4C]: always the last axis.
+    first, second, third, fourth = tensor.chunk(4, -1)
+    return torch.cat([first, third, second, fourth], -1)
 
 
-def merge_patches(merge: nn.Module, x: Tensor) -> Tensor:
-    """timm's PatchMerging on visible tokens [B, N, C] -> [B, N / 4, 2C].
+def _position_index(name: str, table: Tensor) -> Tensor:
+    """Rows of the table for all pairs of a square window, int64 [M * M, M * M]."""
+    side = (round(table.shape[0] ** 0.5) + 1) // 2
+    if (2 * side - 1) ** 2 != table.shape[0]:
+        raise ValueError(f"{name} is of a window that is not square; official models have none")
+    coords = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    offset = coords[:, None] - coords[None] + side - 1
+    return offset[..., 0] * (2 * side - 1) + offset[..., 1]
 
-    The four tokens of a cell stand together in the order in which Swin concatenates them.
-    """
-    return merge.reduction(merge.norm(x.unflatten(1, (-1, 4)).flatten(2)))
+
+def _resized(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """A table [(2 M - 1)^2, heads] for another window, as Swin's own code does it."""
+    side = math.isqrt(len(table))
+    if side**2 != len(table) or side % 2 == 0:
+        raise ValueError("its windows are not square, and tables of those are not interpolated")
+    size = tuple(2 * length - 1 for length in window)
+    grid = table.float().T.unflatten(1, (side, side))[None]
+    return F.interpolate(grid, size, mode="bicubic")[0].flatten(1).T.to(table.dtype)

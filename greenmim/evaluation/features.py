@@ -86,9 +86,10 @@ def key_of(model: GreenMIM, images: LabelledImages, precision: torch.dtype) -> s
     for name, tensor in sorted(model.encoder.state_dict().items()):
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    config = images.config
+    config, sizes = images.config, model.config
     how = (images.image_size, images.share, config.max_pixels, config.decode, config.mean)
-    how = (VERSION, *how, config.std, str(precision), model.config.norm_eps)
+    how = (VERSION, *how, config.std, str(precision), sizes.norm_eps)
+    how = (*how, sizes.encoder, sizes.window_size, sizes.pretrained_window_sizes)
     found.update(f"{how} {images.source.fingerprint()}".encode())
     return found.hexdigest()[:16]
 

@@ -9,7 +9,8 @@ from typing import Any
 import greenmim
 from greenmim.checkpoint import convert_checkpoint, save_safetensors
 from greenmim.classifier import to_timm
-from greenmim.config import MODELS, ModelConfig
+from greenmim.config import ModelConfig
+from greenmim.encoders import encoder_class
 from greenmim.guards import UserError
 from greenmim.messages import listed
 from greenmim.tools.loading import is_classifier, load_classifier, load_model
@@ -78,10 +79,14 @@ def metadata(
         "window_size": str(config.window_size),
         "merge_order": "swin",
         "norm_eps": str(config.norm_eps),
+        "encoder": config.encoder,
         "timm": json.dumps(
-            timm_arguments(config) | ({"num_classes": len(classes)} if classes else {})
+            encoder_class(config.encoder).timm_arguments(config)
+            | ({"num_classes": len(classes)} if classes else {})
         ),
     }
+    if any(config.pretrained_window_sizes):
+        facts["pretrained_window_sizes"] = json.dumps(config.pretrained_window_sizes)
     if classes:
         facts["classes"] = json.dumps(classes)
     if padded := padded_stages(config):
@@ -108,16 +113,3 @@ def padded_stages(config: ModelConfig) -> list[int]:
         for number, (grid, window, _) in enumerate(config.stage_windows(), 1)
         if any(side % length for side, length in zip(grid, window, strict=True))
     ]
-
-
-def timm_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `timm.create_model` for this encoder."""
-    sizes = {"embed_dim": config.embed_dim, "depths": config.depths, "num_heads": config.num_heads}
-    named = [
-        name.removeprefix("greenmim_").replace("window14", "window7")
-        for name, values in MODELS.items()
-        if all(values[key] == value for key, value in sizes.items())
-    ]
-    arguments = {"model_name": named[0] if named else "swin_base_patch4_window7_224"}
-    arguments |= {"img_size": config.image_hw, "window_size": config.window_size}
-    return arguments | ({} if named else sizes)

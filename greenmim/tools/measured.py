@@ -21,7 +21,6 @@ from greenmim.classifier import Classifier
 from greenmim.data.dataset import Finish, finishes_in_loader
 from greenmim.data.images import Source
 from greenmim.data.labelled import CROP, LabelledCollate, LabelledImages, some_of
-from greenmim.encoders.swin import VisibleBlock
 from greenmim.evaluation.accuracy import Accuracy, by_class, draw, table
 from greenmim.evaluation.sweep import Sweep
 from greenmim.guards import UserError, one_line
@@ -136,7 +135,7 @@ def placed(network: N, precision: str, processes: Processes) -> N:
     """The network on its device, as fast as it goes there."""
     network = network.to(processes.device)
     if processes.device.type == "cpu" and precision == "fp32":
-        use_onednn(network, VisibleBlock)
+        use_onednn(network, network.encoder.one_node_block)
     return network
 
 

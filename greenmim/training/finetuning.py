@@ -75,8 +75,7 @@ class Finetuning(Task):
         model = recipe.model.filled(sizes)
         config = model.model_config()
         # As it is saved beside the run: whole, so that it needs no checkpoint to be read again.
-        model = model.filled({"image_size": config.image_size, "window_size": config.window_size,
-                              "norm_eps": config.norm_eps})  # fmt: skip
+        model = model.filled(dataclasses.asdict(config))
         self.recipe = recipe = dataclasses.replace(recipe, model=model)
         names = found["classes"]
         if state and state["classes"] != names:

@@ -20,7 +20,6 @@ import greenmim
 from greenmim.data.dataset import Finish, finishes_in_loader
 from greenmim.data.loader import Feed, check_shared_memory, make_loader
 from greenmim.data.sampler import EpochSampler
-from greenmim.encoders.swin import VisibleBlock
 from greenmim.finetune_recipe import FinetuneRecipe
 from greenmim.guards import UserError, user_errors
 from greenmim.launch import World
@@ -154,7 +153,7 @@ def prepare(
     if device.type == "cpu":
         keep_freed_memory()
         if precision == torch.float32:
-            use_onednn(model, VisibleBlock)
+            use_onednn(model, model.encoder.one_node_block)
     task.placed(processes)
     wrapped_model = distribute(model, recipe, processes.alone)
     optimizer = make_optimizer(task.parameter_groups(), recipe.optim)

@@ -12,7 +12,7 @@ from timm.models.swin_transformer import PatchMerging
 
 import greenmim_kernels as gk
 from greenmim import ModelConfig
-from greenmim.encoders.swin import merge_patches
+from greenmim.encoders.swin import SwinEncoder
 from greenmim.planning import Planner
 from greenmim_kernels.modules import GroupWindowAttention
 
@@ -82,7 +82,7 @@ def test_patch_merging(file, dtype):
     merge.norm.eps = 1e-6
     load_parameters(merge, arrays)
     x = torch.from_numpy(arrays["x"]).to(dtype).requires_grad_()
-    out = merge_patches(merge, x[:, fine.argsort().argsort()])[:, coarse.argsort()]
+    out = SwinEncoder.merge(merge, x[:, fine.argsort().argsort()])[:, coarse.argsort()]
     check(merge, out, x, arrays, dtype)
     if "official_out_wrong" in arrays:  # wider than high: the published code errs here
         wrong = torch.from_numpy(arrays["official_out_wrong"])

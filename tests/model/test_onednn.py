@@ -13,7 +13,7 @@ from timm.layers import Mlp
 from torch import nn
 
 import greenmim_kernels as gk
-from greenmim.encoders.swin import VisibleBlock
+from greenmim.encoders.swin import SwinBlock
 from greenmim_kernels.onednn import OneDNNBlock, OneDNNLinear, OneDNNMlp, available, use_onednn
 
 from .conftest import images_for, small, some_visible
@@ -160,7 +160,7 @@ def test_without_the_kernels_for_a_processor_nothing_is_changed():
 def test_a_model_that_sees_everything_trains_with_it():
     """Its decoder predicts no unit: products of no rows."""
     model = small().float()
-    use_onednn(model, VisibleBlock)
+    use_onednn(model, SwinBlock)
     plan = model.plan(np.ones(model.config.num_units, dtype=bool))
     loss = model(images_for(model), plan=plan, loss_only=True).loss
     loss.backward()
@@ -181,7 +181,7 @@ def test_every_gradient_of_a_model_is_the_exact_one(masks, way):
     exact, model = small(), small()
     exact.load_state_dict(model.state_dict())
     model.float()
-    use_onednn(model, VisibleBlock)
+    use_onednn(model, SwinBlock)
     images = images_for(exact)
     plan = model.plan(some_visible(exact, None if masks == "shared" else len(images)))
     expected = whole_gradients(exact, images, plan)
@@ -202,7 +202,7 @@ def test_every_gradient_of_a_model_is_the_exact_one(masks, way):
 
 def block_call(model):
     """A call of a block of the third stage, in training."""
-    use_onednn(model, VisibleBlock)
+    use_onednn(model, SwinBlock)
     block = model.encoder.layers[2].blocks[0]
     part = model.plan(some_visible(model)).partitions[2][0]
     channels = block.norm1.weight.shape[0]
@@ -281,7 +281,7 @@ def test_what_is_changed_inside_a_block_later_counts(how):
 
 def test_a_block_keeps_its_stochastic_depth():
     model = small(drop_path=0.5).float()
-    use_onednn(model, VisibleBlock)
+    use_onednn(model, SwinBlock)
     block = model.encoder.layers[3].blocks[0]
     part = model.plan(some_visible(model)).partitions[3][0]
     x = torch.randn(2, part.num_tokens, block.norm1.weight.shape[0], requires_grad=True)
@@ -312,7 +312,7 @@ def test_a_model_trains_and_compiles_with_it():
     images, plan = images_for(model), model.plan(some_visible(model))
     names = list(model.state_dict())
     expected = model(images, plan=plan).loss
-    use_onednn(model, VisibleBlock)
+    use_onednn(model, SwinBlock)
     assert list(model.state_dict()) == names
     blocks = [*model.encoder.blocks(), *model.decoder_blocks]
     assert all(type(block.mlp) is OneDNNMlp for block in blocks)

@@ -1,0 +1,98 @@
+"""SwinV2 on visible tokens only, with timm's parameters.
+
+Cosine attention, a position bias that a small network gives, norms after attention and MLP. Source
+of the network: Liu et al., CVPR 2022 (arXiv 2111.09883). With everything visible, on grids that are
+multiples of the window, it equals timm's dense SwinV2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from torch import Tensor, nn
+
+from greenmim_kernels import GroupPartition, group_window_attention
+from greenmim_kernels.integrations.readers import SwinV2
+
+from ..config import PATCH_PIXELS, ModelConfig
+from .shifted_windows import ShiftedWindowEncoder
+from .visible import VisibleBlock
+
+_attention = SwinV2()  # reads queries, keys, values and the bias out of timm's module
+
+
+class SwinV2Block(VisibleBlock, SwinTransformerV2Block):
+    """timm's SwinV2 block on visible tokens."""
+
+    def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
+        x = x + self.drop_path1(self.norm1(self._attend(x, part)))
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+    def _attend(self, x: Tensor, part: GroupPartition) -> Tensor:
+        module = self.attn
+        qkv, table = _attention.qkv(module, x), _attention.table(module)
+        # Queries have the length of their head's scale already, keys the length 1.
+        return module.proj(group_window_attention(qkv, table, part, module.num_heads, scale=1.0))
+
+
+class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):
+    """timm's SwinV2 without a head: its modules, its state dict, but visible tokens in and out.
+
+    Args:
+        config: sizes of the model.
+    """
+
+    timm_default, sign = "swinv2_base_window8_256", "attn.logit_scale"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(
+            img_size=config.image_hw,
+            patch_size=PATCH_PIXELS,
+            window_size=config.window_size,
+            embed_dim=config.embed_dim,
+            depths=config.depths,
+            num_heads=config.num_heads,
+            drop_path_rate=config.drop_path,
+            norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),
+            num_classes=0,
+            global_pool="",
+            pretrained_window_sizes=config.pretrained_window_sizes,
+            strict_img_size=False,  # as in swin.py
+        )
+        for block in self.blocks():
+            block.__class__ = SwinV2Block
+
+    @staticmethod
+    def merge(merging: nn.Module, x: Tensor) -> Tensor:
+        return merging.norm(merging.reduction(x.unflatten(1, (-1, 4)).flatten(2)))
+
+    def no_weight_decay(self) -> set[str]:
+        """And the scale of each head and the network of the bias, as in timm and Microsoft's."""
+        return super().no_weight_decay() | SwinTransformerV2.no_weight_decay(self)
+
+    @classmethod
+    def to_official(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise ValueError("no SwinV2 of GreenMIM was published")
+
+    @classmethod
+    def continued(cls, sizes: dict[str, Any]) -> dict[str, Any]:
+        """Positions keep their meaning in other windows."""
+        if "window_size" not in sizes or any(sizes.get("pretrained_window_sizes") or ()):
+            return sizes
+        stages = ModelConfig(**sizes).stage_windows()
+        return sizes | {"pretrained_window_sizes": tuple(max(window) for _, window, _ in stages)}
+
+    @staticmethod
+    def heads_of(name: str, tensor: Tensor) -> int:
+        return tensor.numel()
+
+    @classmethod
+    def timm_arguments(cls, config: ModelConfig) -> dict[str, Any]:
+        arguments = super().timm_arguments(config)
+        arguments["model_name"] = arguments["model_name"].replace("_patch4", "")
+        if any(config.pretrained_window_sizes):
+            arguments["pretrained_window_sizes"] = config.pretrained_window_sizes
+        return arguments

@@ -1,0 +1,219 @@
+"""SwinV2 on visible tokens: timm's own network, dense, is what it has to agree with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models.swin_transformer_v2 import window_partition
+
+from greenmim import GreenMIM, ModelConfig, convert_checkpoint, create_model
+from greenmim.checkpoint import kind_of
+from greenmim.classifier import Classifier
+from greenmim.encoders.swinv2 import SwinV2Encoder
+from greenmim.initial import config_of, initialise
+
+from .conftest import images_for, some_visible
+
+SIZES = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)}
+
+
+def small(**changes) -> GreenMIM:
+    """A small model in float64 whose every parameter counts: norms after a block begin as 0."""
+    torch.manual_seed(0)
+    config = {"image_size": 64, "window_size": 4, "norm_eps": 1e-5, "encoder": "swinv2"}
+    decoder = {"decoder_dim": 32, "decoder_heads": 2}
+    model = GreenMIM(ModelConfig(**{**SIZES, **config, **decoder, **changes})).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def timm_s(model: GreenMIM, **more) -> torch.nn.Module:
+    """timm's network with the same weights, as `greenmim export` names it."""
+    arguments = SwinV2Encoder.timm_arguments(model.config)
+    network = timm.create_model(**arguments, num_classes=0, global_pool="", **more).double()
+    weights = convert_checkpoint(model.state_dict(), source="greenmim", target="timm")
+    network.load_state_dict(weights, strict=True)
+    return network.eval()
+
+
+def grads(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, named.values(), allow_unused=True)
+    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("image_size", "window", "before"),
+    [
+        ((64, 64), 4, (0, 0, 0, 0)),
+        ((256, 128), 8, (0, 0, 0, 0)),
+        ((192, 192), 12, (0, 0, 0, 0)),
+        ((256, 256), 16, (12, 12, 12, 6)),
+        ((384, 384), 24, (12, 12, 12, 6)),
+    ],
+)
+def test_equals_timm_with_everything_visible(image_size, window, before, backend):
+    model = small(image_size=image_size, window_size=window, pretrained_window_sizes=before)
+    network = timm_s(model)
+    images = images_for(model, batch=1)
+    expected = network.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
+    for ours, theirs in zip(model.encode(images), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    whole = model.plan(np.ones(model.config.num_units, dtype=bool))
+    latent, final = model.encoder(images, whole), network(images).flatten(1, 2)
+    torch.testing.assert_close(latent, final, rtol=0, atol=1e-9)
+    ours, theirs = grads(latent.sin().sum(), model.encoder), grads(final.sin().sum(), network)
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize(("image_size", "window"), [((96, 96), 3), ((64, 128), 4), ((128, 128), 8)])
+def test_equals_timm_that_masks_the_hidden_tokens(image_size, window, backend):
+    model = small(image_size=image_size, window_size=window)
+    network = timm_s(model)
+    visible = some_visible(model)
+    units = torch.from_numpy(visible.reshape(model.config.unit_grid))
+    for number, stage in enumerate(network.layers):
+        scale = 2 ** (3 - number)
+        tokens = units.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        for block in stage.blocks:
+            shift = [-by for by in block.shift_size]
+            rolled = tokens[None, :, :, None].double().roll(shift, (1, 2))
+            seen = window_partition(rolled, block.window_size).flatten(1)  # [windows, tokens]
+            mask = torch.where(seen > 0, 0.0, -1e9)[:, None]
+            block.attn_mask = mask if block.attn_mask is None else block.attn_mask + mask
+            # Where nothing is shifted there is one mask for all windows' queries alike.
+            block.attn_mask = block.attn_mask.expand(-1, seen.shape[1], -1)
+    images = images_for(model)
+    latent = model(images, visible=visible).latent
+    final = network(images).flatten(1, 2)[:, visible]
+    torch.testing.assert_close(latent, final, rtol=0, atol=1e-9)
+    ours, theirs = grads(latent.sin().sum(), model.encoder), grads(final.sin().sum(), network)
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+def test_a_mask_per_image_is_each_image_alone():
+    model = small(image_size=(96, 96))
+    images, visible = images_for(model, batch=3), some_visible(model, batch=3)
+    together = model(images, visible=visible).latent
+    for i in range(3):
+        alone = model(images[i : i + 1], visible=visible[i]).latent
+        torch.testing.assert_close(together[i], alone[0], rtol=0, atol=1e-12)
+
+
+def test_memory_saved_and_graphs_change_nothing():
+    model = small(image_size=(96, 96)).train()
+    images, plan = images_for(model), model.plan(some_visible(model))
+    loss = model(images, plan=plan, loss_only=True).loss
+    expected = grads(loss, model)
+    model.set_grad_checkpointing()
+    saving = model(images, plan=plan, loss_only=True).loss
+    assert torch.equal(saving, loss)
+    for name, grad in grads(saving, model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12, msg=name)
+    model.set_grad_checkpointing(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    whole = compiled(images, plan=plan, loss_only=True).loss
+    torch.testing.assert_close(whole, loss, rtol=1e-12, atol=0)
+
+
+def test_half_precision():
+    model = small(image_size=(96, 96))
+    images, plan = images_for(model), model.plan(some_visible(model))
+    exact = model(images, plan=plan).latent
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        latent = model(images.float(), plan=plan).latent
+    assert (latent.double() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_what_decays_is_timm_s():
+    model = small()
+    theirs = timm_s(model).no_weight_decay()
+    one_axis = {n for n, p in model.encoder.named_parameters() if p.ndim <= 1}
+    assert model.encoder.no_weight_decay() == theirs | one_axis
+    more = {"mask_token", "decoder_pos_embed"}
+    decoder = {n for n, p in model.named_parameters() if p.ndim <= 1 and "decoder" in n}
+    named = {f"encoder.{name}" for name in theirs | one_axis}
+    assert model.no_weight_decay() == named | more | decoder
+    classifier = Classifier(model.config, 3)
+    assert classifier.no_weight_decay() == named | {"head.fc.bias"}
+
+
+def test_conversion():
+    model = small(image_size=(64, 96))
+    ours = model.state_dict()
+    theirs = convert_checkpoint(ours, source="greenmim", target="timm")
+    assert kind_of(ours) == "greenmim" and kind_of(theirs) == "timm"
+    back = convert_checkpoint(theirs, source="timm", target="greenmim")
+    assert back.keys() == {name for name in ours if name.startswith("encoder.")}
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in back.items())
+    # Microsoft's file has patch merging at the end of a stage, and buffers.
+    microsoft = {"layers.0.blocks.0.attn.relative_coords_table": torch.zeros(1, 7, 7, 2)}
+    for name, tensor in theirs.items():
+        stage = int(name[7]) if ".downsample." in name else None
+        microsoft[name if stage is None else f"layers.{stage - 1}{name[8:]}"] = tensor
+    read = convert_checkpoint(microsoft, source="timm", target="timm")
+    assert read.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in read.items())
+    with pytest.raises(ValueError, match="no SwinV2 of GreenMIM was published"):
+        convert_checkpoint(ours, source="greenmim", target="official")
+    with pytest.raises(ValueError, match="only weights of a Swin have another order"):
+        convert_checkpoint(theirs, source="timm", target="timm", merge_order="row-major")
+
+
+def test_sizes_from_weights():
+    """Nothing in the weights is as large as the windows: a file has to say it."""
+    model = small(image_size=(64, 96), pretrained_window_sizes=(3, 3, 3, 2))
+    weights = convert_checkpoint(model.state_dict(), source="greenmim", target="timm")
+    with pytest.raises(ValueError, match="do not tell how large its windows are"):
+        config_of(weights, {})
+    facts = {"image_size": "[64, 96]", "window_size": "4", "norm_eps": "1e-5"}
+    found = config_of(weights, facts | {"pretrained_window_sizes": "[3, 3, 3, 2]"})
+    for name in ("image_size", "window_size", "pretrained_window_sizes", "encoder", *SIZES):
+        assert getattr(found, name) == getattr(model.config, name), name
+
+
+def test_any_window_starts_from_the_same_weights(tmp_path):
+    first = small(image_size=64, window_size=4)
+    torch.save({"model": first.state_dict()}, tmp_path / "first.pth")
+    other = small(image_size=128, window_size=8, pretrained_window_sizes=(4, 4, 4, 2))
+    said = initialise(other, tmp_path / "first.pth")
+    assert len(said) == 1 and "encoder and decoder" in said[0]
+    assert all(
+        torch.equal(tensor, first.encoder.state_dict()[name])
+        for name, tensor in other.encoder.state_dict().items()
+    )
+    # Two tokens side by side see the same bias in windows of either size.
+    near, far = first.encoder.layers[0].blocks[0].attn, other.encoder.layers[0].blocks[0].attn
+    assert torch.equal(near.relative_coords_table[0, 3, 4], far.relative_coords_table[0, 7, 8])
+    swin = GreenMIM(ModelConfig(**SIZES, image_size=64, window_size=4))
+    with pytest.raises(ValueError, match="it is of another model"):
+        initialise(swin, tmp_path / "first.pth")
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_named_models_are_timm_s(size):
+    with torch.device("meta"):
+        model = create_model(f"greenmim_swinv2_{size}_patch4_window8_256")
+        theirs = timm.create_model(f"swinv2_{size}_window8_256", num_classes=0)
+    arguments = SwinV2Encoder.timm_arguments(model.config)
+    assert arguments["model_name"] == f"swinv2_{size}_window8_256" and "depths" not in arguments
+    shapes = {name: p.shape for name, p in model.encoder.named_parameters()}
+    assert shapes == {name: p.shape for name, p in theirs.named_parameters()}
+
+
+def test_what_means_nothing_is_refused():
+    with pytest.raises(ValueError, match="encoder must be swin or swinv2, got 'vit'"):
+        ModelConfig(encoder="vit")
+    with pytest.raises(ValueError, match="mean nothing to the encoder swin"):
+        GreenMIM(ModelConfig(pretrained_window_sizes=(7, 7, 7, 7)))
+    with pytest.raises(ValueError, match="pretrained_window_sizes must be 4 integers of at least"):
+        ModelConfig(encoder="swinv2", pretrained_window_sizes=(7, 7, 7))

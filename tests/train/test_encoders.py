@@ -1,0 +1,89 @@
+"""Every encoder goes the whole way: pre-trained, measured, fine-tuned elsewhere, exported."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import timm
+import torch
+from crew import command, losses
+from safetensors.torch import load_file, safe_open
+from train_pictures import COLOURS
+from tuning import command as tuning
+from tuning import newest
+
+from greenmim.cli import main
+from greenmim.config import ENCODERS
+from greenmim.tools.loading import load_classifier
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_whole_way(encoder, tiny, photos, labelled, recipe_file, tmp_path, capsys):
+    # Swin's last stage has to have square windows for tables that are interpolated.
+    square = ("--model.encoder", encoder, "--model.image-size", "64")
+    first, tuned = tmp_path / "first", tmp_path / "tuned"
+    assert main(command(tiny, photos, first, *square, "--epochs", "1")) == 0
+    assert len(losses(first)) > 0
+    last = str(first / "checkpoints" / "last.pth")
+    picture, found = tmp_path / "picture.png", tmp_path / "knn.json"
+    assert main(["reconstruct", "--checkpoint", last, "--images", str(photos),
+                 "--output", str(picture)]) == 0  # fmt: skip
+    data = ["--data.workers", "0", "--data.root", str(labelled[0])]
+    assert main(["knn", "--checkpoint", last, *data, "--data.val-root", str(labelled[1]),
+                 "--k", "3", "--output", str(found)]) == 0  # fmt: skip
+    assert json.loads(found.read_text())["images"] == 9
+
+    own = recipe_file.read_text().partition("model:")[0] + "data:\n  batch_size: 4\n  workers: 0\n"
+    (tmp_path / "own.yaml").write_text(own + "schedule:\n  warmup_epochs: 0\n")
+    more = ("--init", last, "--model.image-size", "128", "--model.window-size", "4")
+    assert main(tuning(tmp_path / "own.yaml", labelled[0], tuned, *more, "--epochs", "1")) == 0
+    model = newest(tuned)["recipe"]["model"]
+    assert model["encoder"] == encoder and model["window_size"] == 4
+    # The run goes on from its own sizes.
+    again = ("--epochs", "1", "--resume")
+    assert main(tuning(tuned / "config.yaml", labelled[0], tuned, *again)) == 0
+    last, output = str(tuned / "checkpoints" / "last.pth"), tmp_path / "tuned.safetensors"
+    assert main(["export", "--checkpoint", last, "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+
+    network, _, classes = load_classifier(last)
+    assert classes == sorted(COLOURS)
+    with safe_open(output, "pt") as file:
+        arguments = json.loads(file.metadata()["timm"])
+    assert repr(arguments["model_name"]) in said
+    norm = functools.partial(torch.nn.LayerNorm, eps=network.config.norm_eps)
+    theirs = timm.create_model(**arguments, norm_layer=norm)
+    theirs.load_state_dict(load_file(output), strict=True)
+    images = torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        scores, expected = network.eval()(images), theirs.eval()(images)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
+    exported, _, _ = load_classifier(output)
+    assert exported.config.encoder == encoder
+    assert torch.equal(exported.eval()(images).detach(), scores)
+    windows = network.config.pretrained_window_sizes
+    assert exported.config.pretrained_window_sizes == windows
+    assert windows == ((2, 2, 2, 2) if encoder == "swinv2" else (0, 0, 0, 0))
+
+
+def test_windows_that_weights_do_not_tell(labelled, recipe_file, tmp_path, capsys):
+    theirs = timm.create_model(
+        "swinv2_tiny_window8_256", img_size=64, window_size=2, embed_dim=16, depths=(1, 1, 1, 1),
+        num_heads=(1, 2, 4, 8),
+    )  # fmt: skip
+    file = tmp_path / "timm.pth"
+    torch.save(theirs.state_dict(), file)
+    data = ["--data.root", str(labelled[0]), "--data.val-root", str(labelled[1])]
+    output = ["--output", str(tmp_path / "found.json")]
+    assert main(["knn", "--checkpoint", str(file), *data, *output]) == 2
+    assert "do not tell how large its windows are" in capsys.readouterr().err
+    (tmp_path / "own.yaml").write_text("device: cpu\nepochs: 1\nschedule:\n  warmup_epochs: 0\n")
+    more = ("--init", str(file), "--data.workers", "0", "--data.batch-size", "4")
+    run = tuning(tmp_path / "own.yaml", labelled[0], tmp_path / "run", *more)
+    assert main(run) == 2
+    assert "--model.image-size is missing" in capsys.readouterr().err
+    sizes = ("--model.image-size", "64", "--model.window-size", "2", "--max-steps", "1")
+    assert main([*run, *sizes]) == 0
+    assert "starts from" in capsys.readouterr().out
