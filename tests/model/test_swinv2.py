@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import timm
@@ -12,6 +14,7 @@ from greenmim import GreenMIM, ModelConfig, convert_checkpoint, create_model
 from greenmim.checkpoint import kind_of
 from greenmim.classifier import Classifier
 from greenmim.encoders.swinv2 import SwinV2Encoder
+from greenmim.flops import forward_flops
 from greenmim.initial import config_of, initialise
 
 from .conftest import images_for, some_visible
@@ -208,6 +211,18 @@ def test_named_models_are_timm_s(size):
     assert arguments["model_name"] == f"swinv2_{size}_window8_256" and "depths" not in arguments
     shapes = {name: p.shape for name, p in model.encoder.named_parameters()}
     assert shapes == {name: p.shape for name, p in theirs.named_parameters()}
+
+
+def test_operations_are_those_of_a_swin_and_of_the_network_of_the_bias():
+    v2 = small(image_size=96, window_size=3).float()
+    swin = GreenMIM(dataclasses.replace(v2.config, encoder="swin"))
+    plan = v2.plan(some_visible(v2))
+    bias = 0
+    for stage, heads in zip(v2.encoder.layers, v2.config.num_heads, strict=True):
+        for block in stage.blocks:
+            rows = block.attn.relative_coords_table.numel() // 2
+            bias += 2 * rows * 512 * (2 + heads)
+    assert forward_flops(v2, plan) == forward_flops(swin, plan) + bias
 
 
 def test_what_means_nothing_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -15,7 +16,12 @@ from tuning import command as tuning
 from tuning import newest
 
 from greenmim.cli import main
-from greenmim.config import ENCODERS
+from greenmim.config import ENCODERS, ModelConfig
+from greenmim.data.labelled import LabelledImages
+from greenmim.data.sources import find_source
+from greenmim.evaluation.features import key_of
+from greenmim.mim import GreenMIM
+from greenmim.recipe import DataConfig
 from greenmim.tools.loading import load_classifier
 
 
@@ -87,3 +93,16 @@ def test_windows_that_weights_do_not_tell(labelled, recipe_file, tmp_path, capsy
     sizes = ("--model.image-size", "64", "--model.window-size", "2", "--max-steps", "1")
     assert main([*run, *sizes]) == 0
     assert "starts from" in capsys.readouterr().out
+
+
+def test_kept_features_are_of_these_windows(labelled):
+    """A SwinV2's weights are the same whatever its windows are."""
+    sizes = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+    config = ModelConfig(**sizes, image_size=64, window_size=4, encoder="swinv2")
+    model, keys = GreenMIM(config), set()
+    images = LabelledImages(find_source(DataConfig(root=str(labelled[0]))), DataConfig(), (64, 64))
+    for change in ({}, {"window_size": 8}, {"pretrained_window_sizes": (2, 2, 2, 2)}):
+        other = GreenMIM(dataclasses.replace(config, **change))
+        other.encoder.load_state_dict(model.encoder.state_dict(), strict=True)
+        keys.add(key_of(other, images, torch.float32))
+    assert len(keys) == 3
