@@ -12,11 +12,13 @@ for) can be left out of a step by planning ahead; the published code does it in 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from greenmim import GreenMIM
 from greenmim_kernels import GroupPartition
@@ -94,14 +96,23 @@ class NaiveGreenMIM(nn.Module):
         for number, stage in enumerate(encoder.layers):
             if number > 0:
                 cells = torch.cat([x[:, index] for index in plan.children[number - 1]], -1)
-                x = stage.downsample.reduction(stage.downsample.norm(cells))
+                x = self._merge(stage.downsample, cells)
             for index, block in enumerate(stage.blocks):
-                attention, part = plan.attentions[number][index % 2]
-                table, heads = block.attn.relative_position_bias_table, block.attn.num_heads
-                qkv = block.attn.qkv(block.norm1(x))
-                x = x + block.attn.proj(attention(qkv, table, part, heads))
-                x = x + block.mlp(block.norm2(x))
+                x = self._block(block, x, *plan.attentions[number][index % 2])
         return encoder.norm(x)
+
+    @staticmethod
+    def _merge(merging: nn.Module, cells: Tensor) -> Tensor:
+        return merging.reduction(merging.norm(cells))
+
+    @staticmethod
+    def _block(
+        block: nn.Module, x: Tensor, attention: NaiveGroupAttention, part: GroupPartition
+    ) -> Tensor:
+        table, heads = block.attn.relative_position_bias_table, block.attn.num_heads
+        qkv = block.attn.qkv(block.norm1(x))
+        x = x + block.attn.proj(attention(qkv, table, part, heads))
+        return x + block.mlp(block.norm2(x))
 
     def _decode(self, latent: Tensor, plan: NaivePlan) -> Tensor:
         model = self.model
@@ -123,6 +134,31 @@ class NaiveGreenMIM(nn.Module):
         error = ((prediction - target) ** 2).mean(-1)  # [B, L]
         hidden = (~plan.visible).to(error.dtype)
         return (error * hidden).sum() / (hidden.sum() * batch)
+
+
+class NaiveGreenMIMv2(NaiveGreenMIM):
+    """The same step with a SwinV2, written as timm writes its dense attention."""
+
+    @staticmethod
+    def _merge(merging: nn.Module, cells: Tensor) -> Tensor:
+        return merging.norm(merging.reduction(cells))
+
+    @staticmethod
+    def _block(
+        block: nn.Module, x: Tensor, attention: NaiveGroupAttention, part: GroupPartition
+    ) -> Tensor:
+        module = block.attn
+        bias = torch.cat([module.q_bias, torch.zeros_like(module.v_bias), module.v_bias])
+        qkv = F.linear(x, module.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(2)
+        scale = module.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1)
+        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
+        # The naive path divides by the root of the head's size, as Swin does.
+        q = q * q.shape[-1] ** 0.5
+        table = 16 * module.cpb_mlp(module.relative_coords_table).flatten(0, 2).sigmoid()
+        qkv = torch.stack([q, k, v], 2).flatten(2)
+        x = x + block.norm1(module.proj(attention(qkv, table, part, module.num_heads)))
+        return x + block.norm2(block.mlp(x))
 
 
 def _attention(

@@ -1,4 +1,4 @@
-"""The dense step that GreenMIM is compared with: SimMIM on timm's Swin.
+"""The dense step that GreenMIM is compared with: SimMIM on timm's Swin or SwinV2.
 
 Xie et al., SimMIM, CVPR 2022 (arXiv 2111.09886): all tokens go through the encoder, those of hidden
 units as a learnt mask token; one linear layer predicts the pixels; L1 loss on hidden ones. Frozen.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,11 +17,12 @@ from greenmim.config import PATCH_PIXELS, UNIT_PIXELS
 
 
 class SimMIM(nn.Module):
-    """A Swin of a GreenMIM's sizes that sees every token."""
+    """A Swin, or SwinV2, of a GreenMIM's sizes that sees every token."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.encoder = SwinTransformer(
+        network = {"swin": SwinTransformer, "swinv2": SwinTransformerV2}[config.encoder]
+        self.encoder = network(
             img_size=config.image_hw,
             patch_size=PATCH_PIXELS,
             window_size=config.window_size,

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import greenmim_kernels as gk
 from greenmim import GreenMIM, ModelConfig
+from greenmim.config import model_config
 from greenmim.launch import World
 from greenmim.masking import random_visible
 from greenmim.processes import Processes
 from greenmim.training.passes import GraphedPasses, Passes, recompute_pointwise, reconstruction_loss
 from greenmim_kernels.onednn import use_onednn
 
-from .naive_model import NaiveGreenMIM
+from .naive_model import NaiveGreenMIM, NaiveGreenMIMv2
 from .simmim_model import SimMIM
 
 BATCHES = 4  # of images and masks, used in turn
@@ -40,7 +41,11 @@ class Problem:
     mask_ratio: float = 0.75
 
 
-CPU_PROBLEMS = [Problem("base-224", ModelConfig(), 4, "fp32")]
+BASE_V2 = model_config("greenmim_swinv2_base_patch4_window8_256")
+CPU_PROBLEMS = [
+    Problem("base-224", ModelConfig(), 4, "fp32"),
+    Problem("swinv2-base-256", BASE_V2, 4, "fp32"),
+]
 CUDA_PROBLEMS = [
     Problem("base-224", ModelConfig(), 128, "bf16"),
     Problem("base-512", ModelConfig(image_size=512), 32, "bf16"),
@@ -49,6 +54,7 @@ CUDA_PROBLEMS = [
     Problem("large-window14", ModelConfig(window_size=14, **LARGE), 128, "bf16"),
     Problem("base-224-fp16", ModelConfig(), 128, "fp16"),
     Problem("base-224-fp32", ModelConfig(), 64, "fp32"),
+    Problem("swinv2-base-256", BASE_V2, 128, "bf16"),
 ]
 
 
@@ -84,7 +90,8 @@ class Naive(nn.Module):
 
     def __init__(self, model: GreenMIM, plan_within: bool) -> None:
         super().__init__()
-        self.naive, self.plan_within = NaiveGreenMIM(model), plan_within
+        kind = {"swin": NaiveGreenMIM, "swinv2": NaiveGreenMIMv2}[model.config.encoder]
+        self.naive, self.plan_within = kind(model), plan_within
 
     def prepare(self, visible: Tensor) -> object:
         return visible if self.plan_within else self.naive.plan(visible)
@@ -180,6 +187,11 @@ class Step:
             self.model = GreenMIM(problem.config).to(device)
             plans = variant.kind == "naive-planning"
             forward = self.model if variant.kind == "ours" else Naive(self.model, plans)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                # SwinV2's norms begin as zeros, and no gradient comes through them.
+                if name.endswith(("norm1.weight", "norm2.weight")):
+                    parameter.fill_(1.0)
         if variant.onednn and problem.precision == "fp32":
             use_onednn(self.model, self.model.encoder.one_node_block)
         self.inputs = self._inputs(forward)
@@ -253,12 +265,17 @@ class Step:
         scale = self.scaler.get_scale()
         found = {name: p.grad.cpu() / scale for name, p in self.trained.items()}
         self.passes.zero_grad(self.optimizer)
-        tables = [name for name in found if name.endswith("relative_position_bias_table")]
+        tables = [name for name in found if _of_bias(name)]
         return Errors(
             abs(loss - expected.loss) / abs(expected.loss),
             _distance(found, expected.gradients, list(found)),
             _distance(found, expected.gradients, tables),
         )
+
+
+def _of_bias(name: str) -> bool:
+    """Whether a parameter has to do with the bias alone: Swin's tables, or SwinV2's network."""
+    return name.endswith("relative_position_bias_table") or ".cpb_mlp." in name
 
 
 def _distance(found: dict[str, Tensor], expected: dict[str, Tensor], names: list[str]) -> float:
