@@ -101,6 +101,8 @@ TUNED = {
     "untrained, twice as long": Tuning("untrained", 1.0, {"all": 40}),
     "untrained, rate 0.0003": Tuning("untrained", 1.0, {"20": 10, "all": 20}, 3e-4, 0.25),
     "correct, rate 0.0003": Tuning("correct", 0.8, {"20": 10, "all": 20}, 3e-4, 0.25),
+    "untrained, layer decay 0.8": Tuning("untrained", 0.8, {"all": 20}),
+    "correct, rate 0.0003, layer decay 1": Tuning("correct", 1.0, {"all": 20}, 3e-4, 0.25),
     "untrained, rate 0.0001": Tuning("untrained", 1.0, {"all": 20}, 1e-4, 0.25),
 }
 MODEL = ModelConfig(
@@ -251,10 +253,12 @@ def tuning_recipe(
     each = MOST if labels == "all" else int(labels)
     folder = runs / f"{arm.replace(' ', '-')}-{seed}"
     init = folder / ("untrained.pth" if arm == "untrained" else "checkpoints/last.pth")
+    # All that differs is in the name: what is there goes on.
+    how = f"{each}-{epochs[labels]}-lr{lr}-decay{layer_decay}-warmup{warmup or 'one'}"
     root = some_labelled(each, data, runs)
     whole, there = (len(list(place.rglob("*.jpg"))) for place in (data / "labelled", root))
     return FinetuneRecipe(
-        work_dir=str(runs / f"{folder.name}-tuned-{each}-{epochs[labels]}-{lr}"),
+        work_dir=str(runs / f"{folder.name}-tuned-{how}"),
         init=str(init),
         epochs=epochs[labels],
         seed=seed,
@@ -289,6 +293,8 @@ def tune(data: pathlib.Path, runs: pathlib.Path, seeds: list[int], out: pathlib.
                 log = read_log(pathlib.Path(recipe.work_dir) / "log.jsonl")
                 last = [record for record in log if record["event"] == "val"][-1]
                 found = {name: last[name] for name in ("top1", "loss", "epoch")}
+                where = describe(torch.get_num_threads())
+                found |= {name: where[name] for name in ("device", "torch", "commit", "dirty")}
                 rows.append({"arm": arm, "seed": seed, "labels": labels, **found})
                 write_json(out, result)
                 print(rows[-1], flush=True)
