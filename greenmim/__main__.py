@@ -1,5 +1,7 @@
 """`python -m greenmim` (for torchrun), and the console script."""
 
+import contextlib
+import os
 import signal
 import sys
 import threading
@@ -15,9 +17,18 @@ def main() -> int:
     from greenmim.cli import main as run
 
     try:
-        return run()
+        code = run()
     finally:
         end_of_imports()
+    processes = sys.modules.get("greenmim.processes")
+    if processes is not None and processes.Processes.joined:
+        # Threads of Gloo live as long as a model that DDP or FSDP wrapped, or caches of PyTorch.
+        # One that drops a tensor while the interpreter goes ends the process with SIGABRT.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

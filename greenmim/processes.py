@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import gc
 import math
 import re
 import secrets
@@ -55,6 +54,8 @@ class Processes:
         PeerError: on leaving, in place of the error of a collective that another's death broke.
     """
 
+    joined = False  # whether this process ever had others
+
     def __init__(
         self,
         world: World,
@@ -92,6 +93,7 @@ class Processes:
         """Make a group with the others; why one of them cannot take part, in all alike."""
         on_gpu = problem is None and self.device.type == "cuda"
         rank, size = self.world.rank, self.world.size
+        Processes.joined = True
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -119,11 +121,6 @@ class Processes:
             try:
                 # None goes before the main process has closed its files: srun would end it.
                 self.gather(None)
-                # A thread of Gloo that drops a tensor of the last collective while the interpreter
-                # goes ends the process with SIGABRT. The threads end with the last that holds the
-                # group: models wrapped by DDP, in cycles. Caches of PyTorch keep FSDP's groups; for
-                # them this is the time in which the thread drops it.
-                gc.collect()
                 dist.destroy_process_group()
                 _let_main_speak(error)
                 return

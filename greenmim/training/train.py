@@ -85,33 +85,21 @@ def train(
             world, lambda: choose_device(recipe.device, world), recipe.hang_minutes
         ) as processes,
     ):
-        # In a function of its own: what it holds is gone when the processes part.
-        return _train(recipe, resume, max_steps, profile, processes, outside)
-
-
-def _train(
-    recipe: RunRecipe,
-    resume: str | None,
-    max_steps: int | None,
-    profile: bool,
-    processes: Processes,
-    outside: contextlib.ExitStack,
-) -> Result:
-    run = prepare(recipe, resume, processes, max_steps)
-    if run.progress.first_step >= run.last_step:
-        newest = run.folder.newest_checkpoint()
-        if processes.world.is_main:
-            whole = run.last_step == run.total_steps
-            length = f"{recipe.epochs} epochs" if whole else f"--max-steps {max_steps}"
-            print(f"The run in {recipe.work_dir} is finished ({length}): {newest}")
-        return Result(0, run.progress.first_step, newest)
-    with started(run) as log:
-        # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the
-        # others, which are then finding out which one it was.
-        stop = outside.enter_context(StopSignal())
-        with contextlib.closing(run.feed), told_of_memory(processes.device, SMALLER):
-            with recorded(run, log) if profile else contextlib.nullcontext() as recorder:
-                return Trainer(run, log, stop, recorder).train()
+        run = prepare(recipe, resume, processes, max_steps)
+        if run.progress.first_step >= run.last_step:
+            newest = run.folder.newest_checkpoint()
+            if world.is_main:
+                whole = run.last_step == run.total_steps
+                length = f"{recipe.epochs} epochs" if whole else f"--max-steps {max_steps}"
+                print(f"The run in {recipe.work_dir} is finished ({length}): {newest}")
+            return Result(0, run.progress.first_step, newest)
+        with started(run) as log:
+            # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the
+            # others, which are then finding out which one it was.
+            stop = outside.enter_context(StopSignal())
+            with contextlib.closing(run.feed), told_of_memory(processes.device, SMALLER):
+                with recorded(run, log) if profile else contextlib.nullcontext() as recorder:
+                    return Trainer(run, log, stop, recorder).train()
 
 
 class Trainer:

@@ -15,7 +15,6 @@ from train_pictures import picture
 
 from greenmim.data.dataset import AugmentedImages
 from greenmim.data.sampler import EpochSampler
-from greenmim.processes import Processes
 from greenmim.training.log import read_log
 
 
@@ -101,25 +100,6 @@ def test_any_number_of_processes_gives_the_same_run(
     assert f"updates of 8 (2 x {4 // size} accumulated x {size} processes), 4 left out" in text
     start = read_log(tmp_path / "run" / "log.jsonl")[0]
     assert start["processes"] == size and start["left_out_per_epoch"] == 4
-
-
-def threads_at_the_end(rank: int) -> None:
-    """Prints which threads a process has left when its processes have parted."""
-    leave = Processes.__exit__
-
-    def then_look(self: Processes, *error: object) -> None:
-        leave(self, *error)
-        names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
-        print("threads left:", *sorted(names))
-
-    Processes.__exit__ = then_look
-
-
-def test_no_thread_of_the_group_outlives_it(command, tmp_path: Path) -> None:
-    """One that drops a tensor while the interpreter goes ends a finished run with SIGABRT."""
-    argv = [*command(tmp_path / "two", 2), "--max-steps", "1"]
-    text = run_crew(argv, 2, tmp_path, setup=threads_at_the_end)
-    assert "threads left: " in text and "gloo" not in text.partition("threads left: ")[2]
 
 
 @pytest.mark.parametrize(
