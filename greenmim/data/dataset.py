@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -211,9 +212,8 @@ class AugmentedImages(Dataset):
         Nothing is remembered of a file that failed: it may have been the network.
         """
         failures: list[tuple[str, str]] = []
-        index, stop = self._index(item), None
-        for step in range(min(len(self), MAX_BAD_IN_A_ROW)):
-            candidate = self.source.stand_in(index, step)
+        stop = None
+        for candidate in itertools.islice(self._candidates(item), MAX_BAD_IN_A_ROW):
             try:
                 sample = patiently(lambda chosen=candidate: self._read(chosen, item))
                 failures += self.source.take_damaged()
@@ -224,11 +224,22 @@ class AugmentedImages(Dataset):
                     stop = f"{path} cannot be read, for {why} ({one_line(error)})."
                     break
                 failures.append((path, one_line(error)))
+        if not failures and stop is None:
+            stop = self.none_to_read()
         stop = stop or (
             f"No image can be read: {len(failures)} in a row under {self.source.root} failed;"
             f" the first is {failures[0][0]} ({failures[0][1]})."
         )
         return Sample(item, None, False, tuple(failures), stop)
+
+    def _candidates(self, item: Item) -> Iterator[int]:
+        """The image, and those that may stand in."""
+        index = self._index(item)
+        return (self.source.stand_in(index, step) for step in range(len(self)))
+
+    def none_to_read(self) -> str:
+        """Why there was no candidate."""
+        return f"There is no image in {self.source.root}."
 
     def crop(self, height: int, width: int, item: Item) -> Crop:
         """The part that is taken of a picture of so many pixels."""

@@ -165,9 +165,11 @@ class Source:
     Attributes:
         shards: int64 [number of shards], images of each, where neighbours are to be read together;
             None where any order is as good.
+        knows_labels: Whether labels are known before images are read (see `labels`).
     """
 
     shards: np.ndarray | None = None
+    knows_labels = True
 
     def expect(self, readers: int) -> None:
         """Told before reading: so many readers of the order a process will serve side by side."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from greenmim.data.dataset import AugmentedImages, Crop, Finish, Sample
 from greenmim.data.held_out import HeldOutImages
 from greenmim.data.images import Folder, Selected, Source, hopeless, patiently
 from greenmim.data.loader import Collate, copied_shared
-from greenmim.data.sampler import AUGMENT, Item, torch_seed
+from greenmim.data.sampler import AUGMENT, STAND_IN, Item, torch_seed
 from greenmim.data.sources import Tars, find_source
 from greenmim.finetune_recipe import LabelledImagesConfig
 from greenmim.guards import UserError, one_line
@@ -31,6 +32,8 @@ CROP = 0.875
 UNREADABLE = ""
 # Images whose classes are looked at, to find out whether there are any.
 _LOOKED_AT = 20
+# Draws for an image of a class that is learned, before all are looked at one after the other.
+_DRAWN = 1000
 
 
 def find_labelled(config: ImagesConfig, option: str, least: int = 2) -> Source:
@@ -207,7 +210,7 @@ def _posterize(picture: Image.Image, bits: int, **options: object) -> Image.Imag
 
 class TrainingImages(AugmentedImages):
     """Augmented images with their classes. Of a source that does not tell labels before images are
-    read, another image takes the place of one whose class is not learned.
+    read, another image, drawn by chance, takes the place of one whose class is not learned.
 
     Args:
         source, config, image_size, seed: As of `AugmentedImages`.
@@ -237,10 +240,44 @@ class TrainingImages(AugmentedImages):
                 if operation.aug_fn is auto_augment.posterize:
                     operation.aug_fn = _posterize
 
+    def check_readable(self) -> list[str]:
+        notes = super().check_readable()
+        if not self.source.knows_labels:
+            notes.append(
+                f"{self.source.root} does not tell classes before images are read: others take the"
+                " place of images whose class is not learned"
+            )
+        return notes
+
+    def _candidates(self, item: Item) -> Iterator[int]:
+        if self.source.knows_labels:  # and has images of these classes alone
+            yield from super()._candidates(item)
+            return
+        index = self._index(item)
+        if self._is_learned(index):
+            yield index
+        # Not the next one of these classes: after a row of others it would come again and again.
+        rng = random.Random(torch_seed(self.seed, STAND_IN, item.epoch, item.position))
+        drawn = (rng.randrange(len(self)) for _ in range(_DRAWN))
+        for position in itertools.chain(drawn, range(len(self))):
+            if self._is_learned(other := self.source.at(position, item.epoch)):
+                yield other
+
+    def _is_learned(self, index: int) -> bool:
+        """True also where nobody can say: reading the image tells what is wrong."""
+        try:
+            return patiently(lambda: self.source.label(index)) in self.classes
+        except Exception:  # as of reading an image
+            return True
+
+    def none_to_read(self) -> str:
+        return (
+            f"No image in {self.source.root} is of a class that is learned"
+            f" ({some_of(self.classes)})."
+        )
+
     def _read(self, index: int, item: Item) -> Sample:
         label = self.source.label(index)
-        if label not in self.classes:
-            raise ValueError("it has no class" if label is None else f"no class is called {label}")
         sample = super()._read(index, item)
         if self.change is not None:
             # timm draws from the global generators of Python and NumPy.

@@ -18,7 +18,7 @@ from greenmim.data.images import Source
 from greenmim.recipe import RunRecipe
 
 # Streams of random numbers, which must not repeat one another; each has one for every key.
-ORDER, CROP, MASK, FORWARD, AUGMENT, MIX = 1, 2, 3, 4, 5, 6
+ORDER, CROP, MASK, FORWARD, AUGMENT, MIX, STAND_IN = 1, 2, 3, 4, 5, 6, 7
 # A micro-batch of an update is read by so many readers, each from shards of its own, and images are
 # shuffled within so many of a reader's. A shard is opened by one loader process if their number
 # divides that of the readers; the order must not depend on it.

@@ -274,6 +274,8 @@ class Shards(Source):
         seen: What people should know of the shards; None where they were not looked at yet.
     """
 
+    knows_labels = False
+
     def __init__(
         self,
         root: str,

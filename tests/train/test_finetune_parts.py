@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from greenmim.finetune_recipe import (
     LabelledImagesConfig,
     MixConfig,
 )
+from greenmim.guards import UserError
 from greenmim.launch import World
 from greenmim.processes import Processes
 from greenmim.training import passes
@@ -291,8 +293,28 @@ def test_where_labels_come_after_images_others_take_their_place(tmp_path):
     files = {"0.png": encoded(0), "0.cls": b"red", "1.png": encoded(2)}
     files |= {"2.png": encoded(4), "2.cls": b"blue", "3.png": encoded(6)}
     write_tar(tmp_path / "0.tar", files)
-    sample = training_images(f"wds/{tmp_path}/0.tar")[Item(0, 0, 0, 1)]
-    assert sample.label == "blue" and sample.failures[0][1] == "it has no class"
+    images = training_images(f"wds/{tmp_path}/0.tar")
+    assert any("take the place" in note for note in images.check_readable())
+    sample = images[Item(0, 0, 0, 1)]
+    assert sample.label in ("red", "blue") and not sample.failures
+    assert torch.equal(images[Item(0, 0, 0, 1)].image, sample.image)
+
+
+def test_a_row_of_other_classes_neither_ends_a_run_nor_weighs(tmp_path):
+    labels = ["red"] * 4 + ["zebra"] * 150 + ["blue"] * 4 + ["zebra"] * 2
+    picture, files = encoded(0), {}
+    for number, label in enumerate(labels):
+        files |= {f"{number:03}.png": picture, f"{number:03}.cls": label.encode()}
+    write_tar(tmp_path / "0.tar", files)
+    root = f"wds/{tmp_path}/0.tar"
+    images = training_images(root)
+    stands_in = Counter(images[Item(0, 0, 0, position)].label for position in range(4, 154))
+    assert stands_in.keys() == {"red", "blue"} and min(stands_in.values()) > 50
+    assert [images[Item(0, 0, 0, position)].label for position in (0, 154)] == ["red", "blue"]
+    config = LabelledImagesConfig(root=root)
+    none = TrainingImages(find_source(config), config, SIZE, 0, ["lion"])
+    with pytest.raises(UserError, match=r"No image in .* is of a class that is learned \(lion\)"):
+        none.check_readable()
 
 
 def test_classes_of_shards_are_named_in_a_file(tmp_path, recipe_file, capsys):
