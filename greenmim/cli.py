@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import functools
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -305,20 +304,11 @@ def _evaluation(name: str, tool: Callable, more: str) -> tuple[ArgumentParser, C
 
 
 def _export() -> tuple[ArgumentParser, Callable]:
-    from greenmim.data.labelled import CROP
-    from greenmim.tools.export import export
+    from greenmim.tools.export import export, timm_line
 
     def tell(facts: dict[str, str], options: Namespace) -> str:
-        arguments = json.loads(facts["timm"])
-        name, classes = arguments.pop("model_name"), arguments.pop("num_classes", 0)
-        words = "".join(f", {key}={value!r}" for key, value in arguments.items())
-        # Not checkpoint_path, which takes tables of timm's own window and image size alone.
-        overlay = {"file": str(options.output)} | (
-            {"num_classes": classes, "crop_pct": CROP} if classes else {}
-        )
-        words += f", num_classes={classes}, pretrained=True, pretrained_cfg_overlay={overlay}"
         note = f" ({facts['padding']})" if "padding" in facts else ""
-        return f"wrote {options.output}; for timm{note}:\ntimm.create_model({name!r}{words})"
+        return f"wrote {options.output}; for timm{note}:\n{timm_line(facts, options.output)}"
 
     return _tool("export --checkpoint FILE --output FILE.safetensors [--model NAME]", export, tell)
 

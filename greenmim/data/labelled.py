@@ -106,6 +106,23 @@ class LabelledImages(HeldOutImages):
         top, left = whole.top + (whole.height - high) // 2, whole.left + (whole.width - wide) // 2
         return Crop(top, left, high, wide, flip=False)
 
+    def check_readable(self) -> list[str]:
+        """As of `AugmentedImages`; a few images are tried."""
+        reasons = []
+        for index in self.source.some(_LOOKED_AT):
+            try:
+                self.read(index)
+            except Exception as error:  # decoders raise anything on a broken file
+                reasons.append(f"{self.source.path(index)} ({one_line(error)})")
+            else:
+                return self.source.notes()
+        raise UserError(f"No image can be read: {len(reasons)} under {self.source.root} failed; the"
+                        f" first is {reasons[0]}.")  # fmt: skip
+
+    def read(self, index: int) -> Sample:
+        """An image by its index in the source; raises anything where it cannot be read."""
+        return self._read(index, Item(0, 0, 0, 0))
+
     def _sample(self, item: Item) -> Sample:
         index = self._index(item)
         try:

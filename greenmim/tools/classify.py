@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from greenmim.classifier import Classifier
+from greenmim.data.dataset import Finish
 from greenmim.data.images import Source
-from greenmim.data.labelled import LabelledImages, find_classes, find_labelled
+from greenmim.data.labelled import CROP, LabelledImages, find_classes, find_labelled
 from greenmim.evaluation.classification import classify
-from greenmim.guards import UserError
+from greenmim.guards import UserError, one_line
 from greenmim.launch import World
 from greenmim.processes import Processes
 from greenmim.recipe import DataConfig
@@ -99,6 +104,7 @@ def classify_images(
                     tell(unknown_classes("The classifier", found.strangers, "--data.root"))
                 facts = {"task": "eval", "checkpoint": str(checkpoint), "precision": precision}
                 facts |= {"root": data.root, "crop": data.crop, "loss": found.loss}
+                facts |= run.get("trained", {})
                 unreadable = [name for name, _ in found.failures]
                 return write_result(
                     facts, found.accuracy, found.images, names, {}, unreadable, output
@@ -108,6 +114,48 @@ def classify_images(
         return made if world.is_main else None
 
 
+class _OneFile(Source):
+    """A picture of somebody."""
+
+    def __init__(self, file: str | Path) -> None:
+        self.root = str(file)
+
+    def __len__(self) -> int:
+        return 1
+
+    def path(self, index: int) -> str:
+        return self.root
+
+    def open(self, index: int) -> str:
+        return self.root
+
+
+def load_picture(
+    file: str | Path, network: Classifier, recipe: dict[str, Any], crop: float = CROP
+) -> Tensor:
+    """A picture as `classify_images` reads it: upright, transparent parts white, its middle.
+
+    Args:
+        file: An image file.
+        network: Who is to see it.
+        recipe: As `load_classifier` gives it.
+        crop: As of `ClassifiedData`.
+
+    Returns:
+        float32 [1, 3, H, W], normalised.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    config = read_as_trained(ClassifiedData(), recipe)
+    images = LabelledImages(_OneFile(file), config, network.config.image_hw, crop)
+    try:
+        sample = images.read(0)
+    except Exception as error:  # decoders raise anything on a broken file
+        raise UserError(f"{file} cannot be read as an image: {one_line(error)}.") from error
+    return Finish(config, "cpu")(sample.image[None], torch.tensor([sample.flip]))
+
+
 def _classes(
     source: Source, file: str | Path | None, known: list[str] | None, number: int
 ) -> list[str]:
@@ -115,6 +163,9 @@ def _classes(
     names = known
     if file is not None or known is None:
         names = find_classes(source, file and str(file), "classes")
+    if known is not None and names != known and len(names) == len(known):
+        what = "in another order" if set(names) == set(known) else "others"
+        tell(f"--classes {file} takes the place of the checkpoint's own classes, which are {what}")
     if len(names) != number:
         raise UserError(
             f"The checkpoint tells {number} classes and"

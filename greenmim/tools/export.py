@@ -10,8 +10,10 @@ import greenmim
 from greenmim.checkpoint import convert_checkpoint, save_safetensors
 from greenmim.classifier import to_timm
 from greenmim.config import ModelConfig
+from greenmim.data.labelled import CROP
 from greenmim.encoders import encoder_class
 from greenmim.guards import UserError
+from greenmim.initial import safetensors_facts
 from greenmim.messages import listed
 from greenmim.tools.loading import is_classifier, load_classifier, load_model
 
@@ -49,7 +51,11 @@ def export(
         raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
     if output.exists() and not overwrite:
         raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
+    if safetensors_facts(checkpoint).get("timm"):
+        raise UserError(f"{checkpoint} is exported already; it says so in its metadata.")
     if is_classifier(checkpoint):
+        if model is not None:
+            raise UserError(f"--model {model}: {checkpoint} says itself what it is; leave it out.")
         classifier, run, classes = load_classifier(checkpoint, ema)
         weights, facts = to_timm(classifier.state_dict()), metadata(classifier.config, run, classes)
     else:
@@ -103,7 +109,28 @@ def metadata(
     if run:
         facts |= {"epochs": str(run["epochs"])}
         facts |= {name: json.dumps(run["data"][name]) for name in ("mean", "std")}
+        facts |= {name: str(value) for name, value in run["trained"].items()}
     return facts
+
+
+def timm_line(facts: dict[str, str], file: str | Path) -> str:
+    """The Python that makes timm's network of an exported file, with its preprocessing.
+
+    Args:
+        facts: As `metadata` gives them.
+        file: The file.
+    """
+    arguments = json.loads(facts["timm"])
+    name, classes = arguments.pop("model_name"), arguments.pop("num_classes", 0)
+    # Not checkpoint_path, which takes tables of timm's own window and image size alone.
+    overlay = {"file": str(file), "input_size": (3, *json.loads(facts["image_size"]))}
+    overlay |= {"interpolation": "bicubic", "crop_pct": CROP}
+    overlay |= {key: tuple(json.loads(facts[key])) for key in ("mean", "std") if key in facts}
+    if classes:
+        overlay["num_classes"] = classes
+    words = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    words += f", num_classes={classes}, pretrained=True, pretrained_cfg_overlay={overlay}"
+    return f"timm.create_model({name!r}{words})"
 
 
 def padded_stages(config: ModelConfig) -> list[int]:

@@ -66,7 +66,7 @@ def _with_decoder(
     path: Path, content: Any, weights: dict[str, Any], name: str | None = None
 ) -> tuple[GreenMIM, dict[str, Any]]:
     if run_command(content) == "pretrain":
-        run = content["recipe"]
+        run = {**content["recipe"], "trained": _trained(content)}
         network = GreenMIM(ModelConfig(**run["model"]))
     elif run_command(content):
         raise UserError(f"{path} has no decoder: it is a checkpoint of `greenmim finetune`.")
@@ -114,6 +114,8 @@ def load_classifier(
 ) -> tuple[Classifier, dict[str, Any], list[str] | None]:
     """A classifier, the recipe of its run as of `load_encoder`, and its classes where known.
 
+    In the recipe, `trained` tells the update and the epoch, and whether the weights are averaged.
+
     Args:
         checkpoint: A fine-tuning run's, or timm's Swin or Microsoft's with a head, also exported.
         ema: Take the averaged weights, where the checkpoint has some.
@@ -123,8 +125,10 @@ def load_classifier(
     """
     path = Path(checkpoint)
     content, weights, config, run, classes = _read_encoder(path)
-    if not ema and run_command(content):
-        weights = content["model"]
+    if run_command(content):
+        averaged = ema and "ema" in content
+        weights = weights if averaged else content["model"]
+        run["trained"]["weights"] = "averaged" if averaged else "last"
     if (head := head_of(weights)) is None:
         raise UserError(
             f"The checkpoint {path} has no head, so it classifies nothing: `greenmim finetune`"
@@ -139,6 +143,11 @@ def load_classifier(
     return network, run, classes
 
 
+def _trained(content: dict[str, Any]) -> dict[str, Any]:
+    """How far a run was when it wrote a checkpoint."""
+    return {"step": content["step"], "epoch": round(content["epoch"], 3)}
+
+
 def _read_encoder(
     path: Path,
 ) -> tuple[Any, dict[str, Any], ModelConfig, dict[str, Any], list[str] | None]:
@@ -146,7 +155,7 @@ def _read_encoder(
     check_there(path)
     content, weights = read_weights(path)
     if run_command(content):
-        run = content["recipe"]
+        run = {**content["recipe"], "trained": _trained(content)}
         return content, weights, ModelConfig(**run["model"]), run, content.get("classes")
     facts = safetensors_facts(path)
     try:
@@ -155,4 +164,10 @@ def _read_encoder(
         raise UserError(f"The checkpoint {path}: {first_line(error)}.") from error
     data = {name: json.loads(facts[name]) for name in ("mean", "std") if name in facts}
     classes = json.loads(facts.get("classes", "null"))
-    return content, weights, config, {"data": data} if data else {}, classes
+    trained = {
+        name: facts[name] if name == "weights" else json.loads(facts[name])
+        for name in ("step", "epoch", "weights")
+        if name in facts
+    }
+    run = ({"data": data} if data else {}) | ({"trained": trained} if trained else {})
+    return content, weights, config, run, classes

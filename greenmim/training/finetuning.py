@@ -37,6 +37,7 @@ from greenmim.finetune_recipe import FinetuneRecipe
 from greenmim.flops import forward_flops
 from greenmim.guards import UserError, first_line, user_errors
 from greenmim.initial import initialise_classifier, sizes_in
+from greenmim.messages import listed
 from greenmim.planning import Plan
 from greenmim.processes import Processes
 from greenmim.training.passes import classification_loss, distribute, whole_weights
@@ -157,6 +158,8 @@ class Finetuning(Task):
             return []
         data, (in_loader, on_device) = self.recipe.data, finishes
         images = LabelledImages(source, data, self.model.config.image_hw)
+        with processes.agreed():
+            images.check_readable()
         collate = self.collate(in_loader)
         self.sweeps = [Sweep(images, collate, data.batch_size, data.workers, on_device, processes)]
         return source.notes()
@@ -203,11 +206,12 @@ class Finetuning(Task):
         if results is None:
             return False
         watch.log.unreadable(results[0].failures, "it is left out")
-        if results[0].without_label or results[0].strangers:
-            watch.log.say_once(
-                f"of the held-out images {results[0].without_label} have no class and are left out,"
-                f" and {results[0].strangers.total()} have one that is not learned"
-            )
+        without, others = results[0].without_label, results[0].strangers.total()
+        parts = [f"{without} have no class and are left out"] if without else []
+        if others:
+            parts.append(f"{others} have one that is not learned and count as wrong")
+        if parts:
+            watch.log.say_once(f"of the held-out images {listed(parts)}")
         for name, what, found in zip(
             ("val", "val_ema"), ("held-out", "of the averaged weights"), results, strict=False
         ):

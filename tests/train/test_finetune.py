@@ -17,15 +17,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
-from train_pictures import COLOURS, coloured
+from train_pictures import coloured
 from tuning import command, complaint, newest
 
 from greenmim.checkpoint import load_checkpoint
 from greenmim.cli import main
+from greenmim.data.labelled import CROP, LabelledImages
+from greenmim.data.sampler import Item
+from greenmim.data.sources import find_source
 from greenmim.finetune_recipe import (
     FinetuneRecipe,
     LabelledImagesConfig,
 )
+from greenmim.guards import UserError
+from greenmim.recipe import DataConfig
+from greenmim.tools.classify import load_picture
 from greenmim.tools.loading import load_classifier
 from greenmim.training.finetuning import Finetuning
 
@@ -95,7 +101,47 @@ def test_images_are_measured_as_the_run_s_are(recipe_file, labelled, tmp_path, c
         *("--output", str(output), "--overwrite", "--data.root"),
     ]
     assert main([*arguments, str(labelled[1])]) == 0
-    assert json.loads(output.read_text())["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    first = json.loads(output.read_text())
+    assert first["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert (first["step"], first["epoch"], first["weights"]) == (2, 0.5, "last")
+    assert "cannot be right" not in capsys.readouterr().err
+    # A picture alone is read as they are, whatever is odd about it.
+    odd = tmp_path / "odd" / "red"
+    odd.mkdir(parents=True)
+    glass = Image.new("RGBA", (70, 90), (255, 0, 0, 0))
+    glass.paste((0, 0, 255, 255), (0, 0, 30, 90))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    glass.convert("RGB").save(odd / "turned.jpg", exif=turned)
+    glass.save(odd / "glass.png")
+    source = find_source(DataConfig(root=str(odd.parent)))
+    reads = LabelledImages(source, LabelledImagesConfig(), (96, 64))
+    for number, name in enumerate(("glass.png", "turned.jpg")):
+        picture = load_picture(odd / name, model, recipe)
+        sample = reads[Item(0, 0, 0, number)]
+        assert picture.shape == (1, 3, 96, 64)
+        torch.testing.assert_close(picture[0], (sample.image / 255 - 0.3) / 0.1)
+    with pytest.raises(UserError, match="broken.png cannot be read as an image"):
+        load_picture(val / "red" / "broken.png", model, recipe)
+    # Another order of the classes is taken as it is said, and told.
+    (tmp_path / "classes.txt").write_text("green\nblue\nred\n")
+    order = ["--classes", str(tmp_path / "classes.txt")]
+    assert main([*arguments, str(labelled[1]), *order]) == 0
+    assert "takes the place of the checkpoint's own classes" in capsys.readouterr().err
+    assert json.loads(output.read_text())["loss"] != first["loss"]
+    assert main([*arguments, str(labelled[1]), "--data.max-pixels", "10"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("the limit (--data.max-pixels)") == 9
+    assert "no image with a class can be read" in said
+    more[1] = str(val / "red" / "broken")
+    (val / "red" / "broken" / "a").mkdir(parents=True)
+    (val / "red" / "broken" / "b").mkdir()
+    for name in "ab":
+        (val / "red" / "broken" / name / "1.png").write_bytes(b"no picture")
+    again = command(recipe_file, labelled[0], tmp_path / "again", *more)
+    (tmp_path / "classes.txt").write_text("a\nb\nred\n")
+    again += ["--data.classes", str(tmp_path / "classes.txt")]
+    assert "No image can be read: 2 under" in complaint(capsys, *again)
     assert main([*arguments, str(labelled[1]), "--data.crop", "0.4"]) == 0
     assert json.loads(output.read_text())["loss"] != pytest.approx(row["loss"], rel=1e-3)
     # The loss is that of images whose class is known: of the same ones, whatever is beside them.
@@ -136,7 +182,12 @@ def test_a_stopped_run_ends_with_the_same_bits(recipe_file, labelled, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_do_what_one_does(strategy, recipe_file, labelled, tmp_path):
     """The same micro-batches, mixed alike; measured over all, and averaged in slices."""
-    val = ("--data.val-root", str(labelled[1]), "--data.batch-size", "2")
+    # One that is not learned, and two in the second half that cannot be read or have no class.
+    folder = shutil.copytree(labelled[1], tmp_path / "val")
+    shutil.copytree(labelled[1] / "red", folder / "crimson")
+    (folder / "red" / "zz.png").write_bytes(b"no picture")
+    Image.new("RGB", (40, 40)).save(folder / "zz.png")
+    val = ("--data.val-root", str(folder), "--data.batch-size", "2")
     one, two = tmp_path / "one", tmp_path / "two"
     more = (*val, "--optim.accumulate", "2", "--epochs", "1")
     assert main(command(recipe_file, labelled[0], one, *more)) == 0
@@ -146,7 +197,9 @@ def test_two_processes_do_what_one_does(strategy, recipe_file, labelled, tmp_pat
     for event in ("val", "val_ema"):
         (mine,), (theirs,) = records(one, event), records(two, event)
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
-        assert (theirs["top1"], theirs["images"]) == (mine["top1"], 9)
+        assert (theirs["top1"], theirs["images"]) == (mine["top1"], 12)
+    named = [{r["path"] for r in records(run, "unreadable_image")} for run in (one, two)]
+    assert named[0] == named[1] == {str(folder / "red" / "zz.png")}
     first, second = newest(one), newest(two)
     for part in ("model", "ema"):
         for name, tensor in first[part].items():
@@ -156,7 +209,9 @@ def test_two_processes_do_what_one_does(strategy, recipe_file, labelled, tmp_pat
 def test_timm_loads_what_is_exported(recipe_file, labelled, tmp_path, capsys):
     output, run = tmp_path / "tuned.safetensors", tmp_path / "run"
     # Windows that are full in all stages, which timm pads else.
-    more = ("--model.image-size", "64", "--max-steps", "3")
+    more = ("--model.image-size", "64", "--max-steps", "3", "--data.mean", "[0.3,0.4,0.5]")
+    more += ("--data.std", "[0.1,0.1,0.2]", "--data.classes", str(tmp_path / "classes.txt"))
+    (tmp_path / "classes.txt").write_text("red\nblue\ngreen\n")
     assert main(command(recipe_file, labelled[0], run, *more)) == 0
     last = run / "checkpoints" / "last.pth"
     arguments = ["export", "--checkpoint", str(last), "--output", str(output), "--overwrite"]
@@ -167,23 +222,33 @@ def test_timm_loads_what_is_exported(recipe_file, labelled, tmp_path, capsys):
         assert "num_classes=3" in said and "pads" not in said
         # What the command prints for people to paste.
         theirs = eval(said.splitlines()[-1], {"timm": timm}).eval()
+        reads = timm.data.resolve_model_data_config(theirs)
+        assert reads["input_size"] == (3, 64, 64) and reads["crop_pct"] == CROP
+        assert (reads["mean"], reads["std"]) == ((0.3, 0.4, 0.5), (0.1, 0.1, 0.2))
+        assert reads["interpolation"] == "bicubic"
         for module in theirs.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
         ours, _, classes = load_classifier(last, ema)
-        assert classes == sorted(COLOURS)
+        assert classes == ["red", "blue", "green"]
         state = newest(run)
         head = state["ema" if ema else "model"]["head.fc.weight"]
         assert torch.equal(theirs.head.fc.weight, head)
         with torch.no_grad():
             torch.testing.assert_close(theirs(images), ours.eval()(images), rtol=1e-4, atol=1e-5)
         again, recipe, names = load_classifier(output)
-        assert names == classes and recipe["data"]["mean"] == list(LabelledImagesConfig.mean)
+        assert names == classes and recipe["data"]["mean"] == [0.3, 0.4, 0.5]
+        weights = "averaged" if ema else "last"
+        assert recipe["trained"] == {"step": 3, "epoch": 0.75, "weights": weights}
         with torch.no_grad():
             assert torch.equal(again.eval()(images), ours(images))
     assert not torch.equal(state["ema"]["head.fc.weight"], state["model"]["head.fc.weight"])
     # It is told where timm pads, as in the last stage of 3 x 2 tokens; and no command forgets it.
     assert main(["export", "--checkpoint", str(last), "--output", str(output), "--overwrite"]) == 0
+    again = ["export", "--checkpoint", str(output), "--output", str(tmp_path / "x.safetensors")]
+    assert "is exported already" in complaint(capsys, *again)
+    again[2] = str(last)
+    assert "leave it out" in complaint(capsys, *again, "--model", "greenmim_swin_tiny")
     text = complaint(capsys, "convert", "--input", str(last), "--output", str(tmp_path / "x.pth"))
     assert "`greenmim export` writes it for timm, with its head" in text
 
@@ -281,7 +346,7 @@ def test_held_out_images_of_other_classes_are_told(recipe_file, labelled, tmp_pa
     more = ("--data.val-root", str(val), "--max-steps", "2")
     arguments = command(recipe_file, labelled[0], run, *more)
     assert main(arguments) == 0
-    said = "of the held-out images 1 have no class and are left out, and 2 have one that is not"
+    said = "of the held-out images 1 have no class and are left out and 2 have one that is not"
     assert capsys.readouterr().out.count(said) == 1
     (row,) = records(run, "val")
     assert row["images"] == 6 and row["top1"] <= 4 / 6 and math.isfinite(row["loss"])

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from train_pictures import COLOURS, coloured
 from tuning import SIZE, command, complaint, newest
 
+import greenmim.encoders.visible
 from greenmim.checkpoint import load_checkpoint
 from greenmim.cli import main
 from greenmim.data.dataset import Finish
@@ -61,14 +62,19 @@ def test_the_schedule_is_that_of_timm():
 
 
 def test_layers_learn_at_their_own_rates(recipe_file, labelled, tmp_path, monkeypatch):
-    seen = []
-    before = torch.optim.AdamW.step
+    seen, decays, tasks = [], [], []
+    before, groups_of = torch.optim.AdamW.step, Finetuning.parameter_groups
 
     def step(optimizer, *rest):
         seen.append([(group["lr"], group["lr_scale"]) for group in optimizer.param_groups])
+        decays.append(
+            {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        )
         return before(optimizer, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    keep = lambda task: tasks.append(task) or groups_of(task)  # noqa: E731
+    monkeypatch.setattr(Finetuning, "parameter_groups", keep)
     run = tmp_path / "run"
     more = ("--max-steps", "3", "--optim.layer-decay", "0.5")
     assert main(command(recipe_file, labelled[0], run, *more)) == 0
@@ -78,6 +84,9 @@ def test_layers_learn_at_their_own_rates(recipe_file, labelled, tmp_path, monkey
     assert rates[1] > 0
     for rate, groups in zip(rates, seen, strict=True):
         assert all(lr == pytest.approx(rate * scale) for lr, scale in groups)
+    for name, parameter in tasks[0].model.named_parameters():
+        has_none = parameter.ndim == 1 or name.endswith("bias_table")
+        assert decays[0][id(parameter)] == (0.0 if has_none else 0.05), name
 
 
 def test_the_average_is_that_of_timm(recipe_file, labelled, tmp_path):
@@ -216,9 +225,28 @@ def test_it_is_one_graph_to_the_compiler(labelled):
 
 def test_who_was_told_to_stop_measures_no_further(labelled, monkeypatch):
     task = task_for(labelled[0])
-    monkeypatch.setattr("greenmim.training.finetuning.classify", lambda *_: None)
-    task.sweeps, task.watch = [None], SimpleNamespace(autocast=None, stop=None)
+
+    def classify(sweep, models, autocast, classes, stop):
+        assert stop() and classes == task.classes
+        return None
+
+    monkeypatch.setattr("greenmim.training.finetuning.classify", classify)
+    task.sweeps, task.watch = [None], SimpleNamespace(autocast=None, stop=lambda: True)
     assert task.measure(1) is False
+
+
+def test_memory_is_saved_where_that_is_asked_for(labelled, monkeypatch):
+    task = task_for(labelled[0])
+    model, batch = task.model, batch_of(task)
+    blocks = sum(1 for _ in model.blocks())
+    calls = []
+    visible = "greenmim.encoders.visible.checkpoint"
+    real = greenmim.encoders.visible.checkpoint
+    monkeypatch.setattr(visible, lambda *a, **k: calls.append(1) or real(*a, **k))
+    plain = model.train()(batch.images)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(batch.images), plain, rtol=0, atol=0)
+    assert len(calls) == blocks
 
 
 # ---- images -------------------------------------------------------------------------------------

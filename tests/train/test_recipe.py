@@ -137,11 +137,17 @@ def test_published_presets(name: str, window: int, embed_dim: int, base_lr: floa
 
 @pytest.mark.parametrize("window", [7, 14])
 @pytest.mark.parametrize(
-    ("size", "embed_dim", "base_lr", "layer_decay", "drop_path"),
-    [("base", 128, 1.25e-3, 0.9, 0.1), ("large", 192, 1e-3, 0.8, 0.3)],
+    ("size", "embed_dim", "base_lr", "min_lr", "layer_decay", "drop_path"),
+    [("base", 128, 1.25e-3, 2.5e-7, 0.9, 0.1), ("large", 192, 1e-3, 3.5e-7, 0.8, 0.3)],
 )
 def test_published_fine_tuning(
-    window: int, size: str, embed_dim: int, base_lr: float, layer_decay: float, drop_path: float
+    window: int,
+    size: str,
+    embed_dim: int,
+    base_lr: float,
+    min_lr: float,
+    layer_decay: float,
+    drop_path: float,
 ) -> None:
     name = f"finetune_swin-{size}{'-win14' * (window == 14)}_8xb128-amp-coslr-100e_in1k"
     parser, *_ = build_parser("finetune")
@@ -149,6 +155,7 @@ def test_published_fine_tuning(
     model, optim, mix = recipe["model"], recipe["optim"], recipe["mix"]
     assert (model["window_size"], model["embed_dim"]) == (window, embed_dim)
     assert (optim["base_lr"], optim["layer_decay"]) == (base_lr, layer_decay)
+    assert recipe["schedule"]["min_lr"] == min_lr
     assert (model["drop_path"], optim["base_batch"], optim["clip"]) == (drop_path, 512, 5.0)
     assert (recipe["epochs"], recipe["schedule"]["warmup_epochs"]) == (100, 20)
     assert recipe["data"]["batch_size"] * 8 == 1024 and optim["betas"] == (0.9, 0.999)
