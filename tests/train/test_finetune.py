@@ -184,7 +184,7 @@ def test_two_processes_do_what_one_does(strategy, recipe_file, labelled, tmp_pat
     """The same micro-batches, mixed alike; measured over all, and averaged in slices."""
     # One that is not learned, and two in the second half that cannot be read or have no class.
     folder = shutil.copytree(labelled[1], tmp_path / "val")
-    shutil.copytree(labelled[1] / "red", folder / "crimson")
+    shutil.copytree(labelled[1] / "red", folder / "violet")
     (folder / "red" / "zz.png").write_bytes(b"no picture")
     Image.new("RGB", (40, 40)).save(folder / "zz.png")
     val = ("--data.val-root", str(folder), "--data.batch-size", "2")
