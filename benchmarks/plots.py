@@ -49,9 +49,11 @@ def draw_findings(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
         contents.append(("fine-tuned", list(dict.fromkeys(row["labels"] for row in tuned)), points))
     figure = Figure(figsize=(4 * len(contents), 3.4))
     panels = figure.subplots(1, len(contents), sharey=True)
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    colours = dict(zip(dict.fromkeys(row["arm"] for row in rows), FINDINGS_COLOURS, strict=False))
     for axes, (title, numbers, points) in zip(panels, contents, strict=True):
-        for shift, (arm, colour) in enumerate(zip(arms, FINDINGS_COLOURS, strict=False)):
+        arms = list(dict.fromkeys(name for name, *_ in points))
+        for shift, arm in enumerate(arms):
+            base, changed, _ = arm.partition(", ")
             own = [(labels, 100 * top1) for name, labels, top1 in points if name == arm]
             found = [[top1 for labels, top1 in own if labels == number] for number in numbers]
             if not all(found):
@@ -59,13 +61,17 @@ def draw_findings(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
             means = [np.mean(values) for values in found]
             spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in found]
             places = np.arange(len(numbers)) + 0.04 * (shift - len(arms) / 2)
-            axes.errorbar(places, means, spread, label=arm, color=colour, marker="o", capsize=3)
+            axes.errorbar(
+                places, means, spread, label=arm, color=colours.get(base, "black"), marker="o", capsize=3,
+                linestyle="--" if changed else "-",
+            )  # fmt: skip
         axes.set_xticks(range(len(numbers)), numbers)
         axes.set(title=title, xlabel="labelled drawings of each kind")
         axes.grid(axis="y", alpha=0.3)
         axes.margins(x=0.1)
+        if axes is panels[0] or title == "fine-tuned":
+            axes.legend(frameon=False, fontsize=9, loc="lower right")
     panels[0].set_ylabel("top-1, %")
-    panels[0].legend(frameon=False, fontsize=9)
     return _save(figure, folder, "findings")
 
 
