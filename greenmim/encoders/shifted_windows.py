@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import MODELS, ModelConfig
+from ..config import MODELS, PATCH_PIXELS, ModelConfig
 from ..planning import Plan
 from .visible import VisibleBlock, VisibleEncoder, embed_patches
 
@@ -18,14 +19,39 @@ _MERGES = {"official": [{0, 1, 2}], "timm": [{1, 2, 3}, {0, 1, 2}], "greenmim": 
 
 
 class ShiftedWindowEncoder(VisibleEncoder):
-    """A base beside timm's SwinTransformer and SwinTransformerV2.
+    """A base beside timm's SwinTransformer and SwinTransformerV2: their modules, their state dict,
+    without a head.
 
-    Sizes are those that name a model of timm's: what `timm_arguments` is made from.
+    Args:
+        config: sizes of the model.
+        more: arguments of timm's class that the other one has not.
     """
 
+    block: type[VisibleBlock]
     timm_default: str  # a model of timm's, of whatever size
     # What tells such an encoder from others: the end of a name that each block has.
     sign: str
+
+    def __init__(self, config: ModelConfig, **more: Any) -> None:
+        super().__init__(
+            img_size=config.image_hw,
+            patch_size=PATCH_PIXELS,
+            window_size=config.window_size,
+            embed_dim=config.embed_dim,
+            depths=config.depths,
+            num_heads=config.num_heads,
+            drop_path_rate=config.drop_path,
+            norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),
+            num_classes=0,
+            global_pool="",
+            # Else every shifted block holds a dense mask as a buffer, which nothing here reads but
+            # devices store and distributed training sends around.
+            strict_img_size=False,
+            **more,
+        )
+        for block in self.blocks():
+            # timm offers no hook to choose the class; parameters and names stay what they are.
+            block.__class__ = self.block
 
     def blocks(self) -> Iterator[VisibleBlock]:
         """The blocks of all stages, in order."""

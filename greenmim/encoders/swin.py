@@ -7,7 +7,6 @@ timm's dense Swin.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from greenmim_kernels import GroupPartition, group_window_attention
 
-from ..config import PATCH_PIXELS, UNIT_PIXELS, ModelConfig
+from ..config import UNIT_PIXELS, ModelConfig
 from .shifted_windows import ShiftedWindowEncoder
 from .visible import VisibleBlock
 
@@ -41,37 +40,16 @@ class SwinBlock(VisibleBlock, SwinTransformerBlock):
 
 
 class SwinEncoder(ShiftedWindowEncoder, SwinTransformer):
-    """timm's Swin without a head: its modules, its state dict, but visible tokens in and out.
+    """timm's Swin, but visible tokens in and out."""
 
-    Args:
-        config: sizes of the model.
-    """
-
-    one_node_block = SwinBlock
+    block = one_node_block = SwinBlock
     undecayed = ("relative_position_bias_table",)
     timm_default, sign = "swin_base_patch4_window7_224", _TABLE
 
     def __init__(self, config: ModelConfig) -> None:
         if any(config.pretrained_window_sizes):
             raise ValueError("pretrained_window_sizes mean nothing to the encoder swin")
-        super().__init__(
-            img_size=config.image_hw,
-            patch_size=PATCH_PIXELS,
-            window_size=config.window_size,
-            embed_dim=config.embed_dim,
-            depths=config.depths,
-            num_heads=config.num_heads,
-            drop_path_rate=config.drop_path,
-            norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),
-            num_classes=0,
-            global_pool="",
-            # Else every shifted block holds a dense mask as a buffer, which nothing here reads but
-            # devices store and distributed training sends around.
-            strict_img_size=False,
-        )
-        for block in self.blocks():
-            # timm offers no hook to choose the class; parameters and names stay what they are.
-            block.__class__ = SwinBlock
+        super().__init__(config)
 
     @staticmethod
     def merge(merging: nn.Module, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ multiples of the window, it equals timm's dense SwinV2.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from greenmim_kernels import GroupPartition, group_window_attention
 from greenmim_kernels.integrations.readers import SwinV2
 
-from ..config import PATCH_PIXELS, ModelConfig
+from ..config import ModelConfig
 from .shifted_windows import ShiftedWindowEncoder
 from .visible import VisibleBlock
 
@@ -39,31 +38,13 @@ class SwinV2Block(VisibleBlock, SwinTransformerV2Block):
 
 
 class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):
-    """timm's SwinV2 without a head: its modules, its state dict, but visible tokens in and out.
+    """timm's SwinV2, but visible tokens in and out."""
 
-    Args:
-        config: sizes of the model.
-    """
-
+    block = SwinV2Block
     timm_default, sign = "swinv2_base_window8_256", "attn.logit_scale"
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(
-            img_size=config.image_hw,
-            patch_size=PATCH_PIXELS,
-            window_size=config.window_size,
-            embed_dim=config.embed_dim,
-            depths=config.depths,
-            num_heads=config.num_heads,
-            drop_path_rate=config.drop_path,
-            norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),
-            num_classes=0,
-            global_pool="",
-            pretrained_window_sizes=config.pretrained_window_sizes,
-            strict_img_size=False,  # as in swin.py
-        )
-        for block in self.blocks():
-            block.__class__ = SwinV2Block
+        super().__init__(config, pretrained_window_sizes=config.pretrained_window_sizes)
 
     @staticmethod
     def merge(merging: nn.Module, x: Tensor) -> Tensor:
