@@ -152,11 +152,12 @@ class NaiveGreenMIMv2(NaiveGreenMIM):
         qkv = F.linear(x, module.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(2)
         scale = module.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1)
-        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
         # The naive path divides by the root of the head's size, as Swin does.
-        q = q * q.shape[-1] ** 0.5
+        q = F.normalize(q, dim=-1) * (scale * q.shape[-1] ** 0.5)
+        k = F.normalize(k, dim=-1)
         table = 16 * module.cpb_mlp(module.relative_coords_table).flatten(0, 2).sigmoid()
-        qkv = torch.stack([q, k, v], 2).flatten(2)
+        # Under autocast a norm is in float32, and products in 16 bit again.
+        qkv = torch.stack([part.to(v.dtype) for part in (q, k, v)], 2).flatten(2)
         x = x + block.norm1(module.proj(attention(qkv, table, part, module.num_heads)))
         return x + block.norm2(block.mlp(x))
 

@@ -62,8 +62,8 @@ def draw_findings(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
             spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in found]
             places = np.arange(len(numbers)) + 0.04 * (shift - len(arms) / 2)
             axes.errorbar(
-                places, means, spread, label=arm, color=colours.get(base, "black"), marker="o", capsize=3,
-                linestyle="--" if changed else "-",
+                places, means, spread, label=arm, color=colours.get(base, "black"), marker="o",
+                capsize=3, linestyle="--" if changed else "-",
             )  # fmt: skip
         axes.set_xticks(range(len(numbers)), numbers)
         axes.set(title=title, xlabel="labelled drawings of each kind")

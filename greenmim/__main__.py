@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from typing import NoReturn
 
 from greenmim.guards import end_of_imports, leave
 
@@ -17,19 +18,35 @@ def main() -> int:
     from greenmim.cli import main as run
 
     try:
-        code = run()
+        return run()
     finally:
         end_of_imports()
-    processes = sys.modules.get("greenmim.processes")
-    if processes is not None and processes.Processes.joined:
+
+
+def script() -> NoReturn:
+    """`main`, and the end of the process."""
+    try:
+        code = main()
+    except Exception:
+        if not _joined():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if _joined():
         # Threads of Gloo live as long as a model that DDP or FSDP wrapped, or caches of PyTorch.
         # One that drops a tensor while the interpreter goes ends the process with SIGABRT.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
-    return code
+    sys.exit(code)
+
+
+def _joined() -> bool:
+    """Whether this process was one of several."""
+    processes = sys.modules.get("greenmim.processes")  # there if a command needed it
+    return processes is not None and processes.Processes.joined
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -49,14 +49,12 @@ class EncoderConfig:
 
     def model_config(self) -> ModelConfig:
         """The sizes; UserError where one is null or they do not fit together."""
-        where = "name a checkpoint with --init, or a preset (`greenmim presets`)"
-        needed = dict.fromkeys(("embed_dim", "depths", "num_heads"), where)
-        if self.encoder is not None:  # else windows and images are as of Swin-B
-            where = "the weights to start from do not tell it"
-            needed |= dict.fromkeys(("image_size", "window_size"), where)
-        for name, where in needed.items():
+        for name in ("embed_dim", "depths", "num_heads"):
             if getattr(self, name) is None:
-                raise UserError(f"--model.{name.replace('_', '-')} is missing; {where}.")
+                raise UserError(
+                    f"--model.{name.replace('_', '-')} is missing; name a checkpoint with --init,"
+                    " or a preset (`greenmim presets`)."
+                )
         try:
             return ModelConfig(**self.given())
         except ValueError as error:

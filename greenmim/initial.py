@@ -5,6 +5,7 @@ And the sizes of an encoder that only its weights tell.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,8 +97,7 @@ def _of_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sizes_in(path: str | Path | None) -> dict[str, Any]:
-    """What a checkpoint tells of the sizes, as `ModelConfig` has them, of a model that starts from
-    it; {} without a path.
+    """What a checkpoint tells of its model's sizes, as `ModelConfig` has them; {} without a path.
 
     Raises:
         FileNotFoundError, ValueError: as `initialise`.
@@ -106,10 +106,30 @@ def sizes_in(path: str | Path | None) -> dict[str, Any]:
         return {}
     content = load_checkpoint(path, lazily=True)
     if run_command(content):
-        sizes = {n: size for n, size in content["recipe"]["model"].items() if size is not None}
-    else:
-        sizes = _sizes_of(find_state_dict(content, path), safetensors_facts(path))
-    return encoder_class(sizes.get("encoder", ModelConfig.encoder)).continued(sizes)
+        return {n: size for n, size in content["recipe"]["model"].items() if size is not None}
+    return _sizes_of(find_state_dict(content, path), safetensors_facts(path))
+
+
+def continued(config: ModelConfig, before: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of a model that starts from weights.
+
+    Args:
+        config: What was asked for.
+        before: What is known of the weights' model, as `sizes_in` gives it.
+
+    Raises:
+        ValueError: they have another encoder.
+    """
+    if not before:
+        return config
+    encoder = before.get("encoder", ModelConfig.encoder)
+    if encoder != config.encoder:
+        raise ValueError(f"it has the encoder {encoder}, and this recipe {config.encoder}")
+    if "window_size" not in before:
+        return config
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    its = ModelConfig(**{n: v for n, v in before.items() if n in known and v is not None})
+    return encoder_class(encoder).continued(config, its)
 
 
 def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelConfig:

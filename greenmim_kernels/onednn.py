@@ -19,6 +19,7 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .backends import available_backends, choose_backend
 from .ops import operator
@@ -49,6 +50,12 @@ class OneDNNLinear(nn.Linear):
         if _fit(x, self):
             return _Linear.apply(x, self.weight, self.bias)
         return super().forward(x)
+
+    def with_bias(self, x: Tensor, bias: Tensor) -> Tensor:
+        """The same with a bias [out] that is made in each pass, in place of its own."""
+        if _fit(x, self) and bias.dtype == torch.float32 and bias.is_cpu:
+            return _Linear.apply(x, self.weight, bias)
+        return F.linear(x, self.weight, bias)
 
 
 class OneDNNMlp(Mlp):

@@ -7,6 +7,7 @@ multiples of the window, it equals timm's dense SwinV2.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,12 +60,17 @@ class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):
         raise ValueError("no SwinV2 of GreenMIM was published")
 
     @classmethod
-    def continued(cls, sizes: dict[str, Any]) -> dict[str, Any]:
-        """Positions keep their meaning in other windows."""
-        if "window_size" not in sizes or any(sizes.get("pretrained_window_sizes") or ()):
-            return sizes
-        stages = ModelConfig(**sizes).stage_windows()
-        return sizes | {"pretrained_window_sizes": tuple(max(window) for _, window, _ in stages)}
+    def continued(cls, config: ModelConfig, before: ModelConfig) -> ModelConfig:
+        """Positions keep their meaning in a stage with other windows than before.
+
+        Exactly so where those were square: timm takes one side for both axes.
+        """
+        sides = []
+        pairs = zip(config.stage_windows(), before.stage_windows(), strict=True)
+        settings = zip(config.pretrained_window_sizes, before.pretrained_window_sizes, strict=True)
+        for ((_, now, _), (_, then, _)), (own, earlier) in zip(pairs, settings, strict=True):
+            sides.append(own or earlier or (max(then) if then != now else 0))
+        return dataclasses.replace(config, pretrained_window_sizes=tuple(sides))
 
     @staticmethod
     def heads_of(name: str, tensor: Tensor) -> int:

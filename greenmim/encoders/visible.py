@@ -128,9 +128,10 @@ class VisibleEncoder(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def continued(cls, sizes: dict[str, Any]) -> dict[str, Any]:
-        """Sizes of a model that goes on from one of these, maybe with other windows."""
-        return sizes
+    def continued(cls, config: ModelConfig, before: ModelConfig) -> ModelConfig:
+        """The configuration of a model that starts from the weights of another, which may have had
+        other windows."""
+        return config
 
     @classmethod
     def fitted(

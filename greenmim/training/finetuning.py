@@ -41,7 +41,7 @@ from greenmim.messages import listed
 from greenmim.planning import Plan
 from greenmim.processes import Processes
 from greenmim.training.passes import classification_loss, distribute, whole_weights
-from greenmim.training.task import Aside, Finishes, Task, Watch
+from greenmim.training.task import Aside, Finishes, Task, Watch, started_from
 from greenmim_kernels import use_backend
 
 
@@ -73,10 +73,19 @@ class Finetuning(Task):
             sizes = state["recipe"]["model"] if state else sizes_in(recipe.init)
         except (ValueError, OSError) as error:
             raise UserError(f"--init {recipe.init}: {first_line(error)}.") from error
-        model = recipe.model.filled(sizes)
-        config = model.model_config()
+        model = recipe.model.filled({**sizes, "pretrained_window_sizes": None})
+        for name in ("image_size", "window_size"):
+            if sizes and getattr(model, name) is None:
+                raise UserError(
+                    f"--model.{name.replace('_', '-')} is missing; the weights of --init"
+                    f" {recipe.init} do not tell it."
+                )
+        config = started_from(model.model_config(), recipe.init, sizes, state)
         # As it is saved beside the run: whole, so that it needs no checkpoint to be read again.
-        model = model.filled(dataclasses.asdict(config))
+        model = dataclasses.replace(
+            model.filled(dataclasses.asdict(config)),
+            pretrained_window_sizes=config.pretrained_window_sizes,
+        )
         self.recipe = recipe = dataclasses.replace(recipe, model=model)
         names = found["classes"]
         if state and state["classes"] != names:

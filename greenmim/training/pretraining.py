@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from greenmim.evaluation.held_out import held_out_loss
 from greenmim.evaluation.sweep import Sweep
 from greenmim.flops import forward_flops
 from greenmim.guards import UserError, first_line, one_line, user_errors
-from greenmim.initial import initialise
+from greenmim.initial import initialise, sizes_in
 from greenmim.masking import draw_visible, num_visible_units
 from greenmim.mim import GreenMIM
 from greenmim.pictures import Album
@@ -28,7 +30,7 @@ from greenmim.planning import Plan
 from greenmim.processes import Processes
 from greenmim.recipe import Recipe
 from greenmim.training.passes import decay_groups, reconstruction_loss, whole_weights
-from greenmim.training.task import Aside, Finishes, Task, Watch
+from greenmim.training.task import Aside, Finishes, Task, Watch, started_from
 from greenmim_kernels import use_backend
 
 # Labelled images that are classified while a run is watched: their features, and the comparison of
@@ -63,7 +65,13 @@ class Pretraining(Task):
 
     def build(self, found: dict[str, Source], state: dict[str, Any] | None) -> list[str]:
         recipe = self.recipe
-        size = recipe.model.image_hw
+        sizes: dict[str, Any] = {}
+        if not state:
+            with contextlib.suppress(ValueError, OSError):  # `initialise` tells what is wrong
+                sizes = sizes_in(recipe.init)
+        config = started_from(recipe.model, recipe.init, sizes, state)
+        self.recipe = recipe = dataclasses.replace(recipe, model=config)
+        size = config.image_hw
         self.dataset = AugmentedImages(found["data.root"], recipe.data, size, recipe.seed)
         notes = self.dataset.check_readable()
         torch.manual_seed(recipe.seed)

@@ -31,6 +31,7 @@ from greenmim.checkpoint import (
     save_text,
     sync_folder,
 )
+from greenmim.config import ModelConfig
 from greenmim.data.sampler import EpochSampler
 from greenmim.guards import UserError, first_line
 from greenmim.processes import Processes
@@ -381,16 +382,21 @@ def read_run_checkpoint(path: str | Path, command: str = "pretrain") -> dict[str
 
 def check_same_model(state: dict[str, Any], recipe: RunRecipe, path: Path) -> None:
     """Raises UserError for the checkpoint of another model, and names the first difference."""
-    # An option that the version before did not have stands as that version worked: its default.
-    defaults = {f.name: f.default for f in dataclasses.fields(recipe.model)}
-    there, here = state["recipe"]["model"], recipe.to_dict()["model"]
-    for name in here:
-        before = there.get(name, defaults[name])
-        if before != here[name]:
+    there, here = (_model_of(values) for values in (state["recipe"], recipe.to_dict()))
+    for field in dataclasses.fields(recipe.model):
+        before, now = (getattr(config, field.name) for config in (there, here))
+        if before != now:
             raise UserError(
-                f"The checkpoint {path} is of another model: {name} is {before} there and"
-                f" {here[name]} in this recipe."
+                f"The checkpoint {path} is of another model: {field.name} is {before} there and"
+                f" {now} in this recipe."
             )
+
+
+def _model_of(recipe: dict[str, Any]) -> ModelConfig:
+    """An option that the version before did not have stands as that version worked: its default."""
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    values = recipe["model"].items()
+    return ModelConfig(**{n: value for n, value in values if n in known and value is not None})
 
 
 def restore_moments(

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenmim.config import ModelConfig
 from greenmim.data.dataset import AugmentedImages, Finish
 from greenmim.data.loader import Batch, Collate
 from greenmim.evaluation.sweep import Sweep
+from greenmim.guards import UserError, first_line
+from greenmim.initial import continued
 from greenmim.processes import Processes
 from greenmim.recipe import RunRecipe
 from greenmim.training.log import RunLog
@@ -37,6 +40,27 @@ class Watch:
     def measured(self, name: str, step: int, found: dict[str, float], text: str, **facts: int):
         """Log what was found after `step` updates; `text` says it to people."""
         self.log.measured(name, step, step / self.steps_per_epoch, found, text, **facts)
+
+
+def started_from(
+    config: ModelConfig, init: str | None, sizes: dict[str, Any], state: dict[str, Any] | None
+) -> ModelConfig:
+    """The configuration of a run's model, by that of the weights it starts from.
+
+    Args:
+        config: What was asked for.
+        init, sizes: The checkpoint of --init, and what is known of its model.
+        state: The checkpoint that the run goes on from, which counts then.
+
+    Raises:
+        UserError: --init has another encoder. Of a run that goes on `check_same_model` tells.
+    """
+    try:
+        return continued(config, state["recipe"]["model"] if state else sizes)
+    except ValueError as error:
+        if state:
+            return config
+        raise UserError(f"--init {init}: {first_line(error)}.") from error
 
 
 class Task(ABC):

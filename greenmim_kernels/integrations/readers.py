@@ -59,7 +59,12 @@ class SwinV2(Swin):
 
     def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias = self.of_padding(m, x)
-        qkv = m.qkv(x) if bias is None else F.linear(x, m.qkv.weight, bias)
+        if bias is None:
+            qkv = m.qkv(x)
+        elif hasattr(m.qkv, "with_bias"):  # of onednn
+            qkv = m.qkv.with_bias(x, bias)
+        else:
+            qkv = F.linear(x, m.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(-3)
         return of_length(q, m.logit_scale), of_length(k), v
 
@@ -248,4 +253,4 @@ class _OfLength(torch.autograd.Function):
 
 def bias_of_mlp(table: Tensor, num_heads: int) -> Tensor:
     """SwinV2's table [1, rows per axis ..., heads] -> [rows, heads] between 0 and 16."""
-    return 16 * table.view(-1, num_heads).sigmoid()
+    return 16 * table.view(-1, num_heads).to(accumulation_dtype(table.dtype)).sigmoid()

@@ -15,7 +15,9 @@ from greenmim.checkpoint import kind_of
 from greenmim.classifier import Classifier
 from greenmim.encoders.swinv2 import SwinV2Encoder
 from greenmim.flops import forward_flops
-from greenmim.initial import config_of, initialise
+from greenmim.initial import config_of, continued, initialise
+from greenmim_kernels import onednn
+from greenmim_kernels.onednn import use_onednn
 
 from .conftest import images_for, some_visible
 
@@ -100,6 +102,64 @@ def test_equals_timm_that_masks_the_hidden_tokens(image_size, window, backend):
     ours, theirs = grads(latent.sin().sum(), model.encoder), grads(final.sin().sum(), network)
     for name, grad in ours.items():
         torch.testing.assert_close(grad, theirs[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+def test_paths_are_dropped_as_timm_does():
+    """After the norm, by the same draws."""
+    model = small(image_size=64, window_size=4, drop_path=0.6)
+    network = timm_s(model, drop_path_rate=0.6)
+    images, whole = images_for(model, batch=8), model.plan(np.ones(4, dtype=bool))
+    found = []
+    for run in (lambda: model.encoder.train()(images, whole), lambda: network.train()(images)):
+        torch.manual_seed(3)
+        found.append(run().flatten(1))
+    assert not torch.allclose(found[0], model.encoder.eval()(images, whole).flatten(1))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.skipif(not onednn.available(), reason="needs oneDNN")
+def test_products_of_a_cpu_are_onednn_s(monkeypatch):
+    model = small(image_size=(96, 96)).float()
+    images, plan = images_for(model), model.plan(some_visible(model))
+    loss = model(images, plan=plan, loss_only=True).loss
+    expected = grads(loss, model)
+    use_onednn(model, model.encoder.one_node_block)
+    calls, real = [], onednn.OneDNNLinear.with_bias
+    monkeypatch.setattr(onednn.OneDNNLinear, "with_bias", lambda *a: calls.append(1) or real(*a))
+    again = model(images, plan=plan, loss_only=True).loss
+    assert len(calls) == sum(model.config.depths)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    for name, grad in grads(again, model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+    exact, bias = torch.randn(3, 16).double(), torch.randn(48).double()
+    layer = next(model.encoder.blocks()).attn.qkv
+    with pytest.raises(RuntimeError):  # of PyTorch's own layer: other types do not mix
+        layer.with_bias(exact, bias)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "before", "had", "own", "expected"),
+    [
+        (128, 8, (64, 4), (0, 0, 0, 0), (0, 0, 0, 0), (4, 4, 4, 2)),
+        (64, 4, (64, 4), (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+        (256, 16, (128, 8), (4, 4, 4, 2), (0, 0, 0, 0), (4, 4, 4, 2)),
+        (256, 16, (192, 12), (6, 6, 6, 0), (0, 0, 0, 0), (6, 6, 6, 6)),
+        (128, 8, (64, 4), (0, 0, 0, 0), (3, 0, 0, 0), (3, 4, 4, 2)),
+        # A stage whose window is as it was keeps its positions, square or not.
+        ((256, 128), 8, ((256, 128), 8), (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+        ((256, 128), 8, ((128, 64), 4), (0, 0, 0, 0), (0, 0, 0, 0), (4, 4, 4, 4)),
+    ],
+)
+def test_windows_before(size, window, before, had, own, expected):
+    config = ModelConfig(
+        **SIZES, encoder="swinv2", image_size=size, window_size=window, pretrained_window_sizes=own
+    )
+    sizes = {"encoder": "swinv2", "image_size": before[0], "window_size": before[1]}
+    sizes |= {**SIZES, "pretrained_window_sizes": had, "classes": None}
+    assert continued(config, sizes).pretrained_window_sizes == expected
+    assert continued(config, {}) == continued(config, {"encoder": "swinv2"}) == config
+    with pytest.raises(ValueError, match="it has the encoder swin, and this recipe swinv2"):
+        continued(config, {"image_size": 64, "window_size": 4})
 
 
 def test_a_mask_per_image_is_each_image_alone():

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from crew import command, losses
 from safetensors.torch import load_file, safe_open
 from train_pictures import COLOURS
 from tuning import command as tuning
 from tuning import newest
 
+from greenmim.checkpoint import load_checkpoint
 from greenmim.cli import main
 from greenmim.config import ENCODERS, ModelConfig
 from greenmim.data.labelled import LabelledImages
@@ -72,6 +75,56 @@ def test_the_whole_way(encoder, tiny, photos, labelled, recipe_file, tmp_path, c
     windows = network.config.pretrained_window_sizes
     assert exported.config.pretrained_window_sizes == windows
     assert windows == ((2, 2, 2, 2) if encoder == "swinv2" else (0, 0, 0, 0))
+    # Once more, from either file, in windows of another size; and another's config.yaml.
+    larger = ("--model.image-size", "256", "--model.window-size", "8", "--max-steps", "1")
+    for number, init in enumerate((last, str(output))):
+        run = tmp_path / f"again-{number}"
+        more = ("--init", init, *larger)
+        assert main(tuning(tuned / "config.yaml", labelled[0], run, *more)) == 0
+        assert newest(run)["recipe"]["model"]["pretrained_window_sizes"] == list(windows)
+    # Pre-training goes on likewise, and is resumed by the same command.
+    more = (*square, "--init", str(first / "checkpoints" / "last.pth"), "--model.image-size", "128")
+    more += ("--model.window-size", "4", "--max-steps", "2")
+    for again in ((), ("--resume",)):
+        assert main(command(tiny, photos, tmp_path / "second", *more, *again)) == 0
+    assert newest(tmp_path / "second")["recipe"]["model"]["pretrained_window_sizes"] == list(
+        windows
+    )
+
+
+def test_a_run_from_before_there_were_encoders_goes_on(
+    tiny, photos, labelled, recipe_file, tmp_path
+):
+    for argv in (
+        command(tiny, photos, tmp_path / "pretrain", "--max-steps", "2"),
+        tuning(recipe_file, labelled[0], tmp_path / "finetune", "--max-steps", "2"),
+    ):
+        assert main(argv) == 0
+        run = Path(argv[argv.index("--work-dir") + 1])
+        for file in {path.resolve() for path in (run / "checkpoints").glob("*.pth")}:
+            state = load_checkpoint(file)
+            for name in ("encoder", "pretrained_window_sizes"):
+                del state["recipe"]["model"][name]
+            torch.save(state, file)
+        kept = yaml.safe_load((run / "config.yaml").read_text())
+        for name in ("encoder", "pretrained_window_sizes"):
+            del kept["model"][name]
+        (run / "config.yaml").write_text(yaml.safe_dump(kept))
+        assert main([*argv[:-1], "3", "--resume"]) == 0
+        assert main([argv[0], "--config", str(run / "config.yaml"), "--resume"]) == 0
+        assert newest(run)["step"] > 3
+
+
+def test_another_encoder_is_named(tiny, photos, tmp_path, capsys):
+    assert main(command(tiny, photos, tmp_path / "first", "--max-steps", "1")) == 0
+    last = str(tmp_path / "first" / "checkpoints" / "last.pth")
+    argv = command(tiny, photos, tmp_path / "second", "--init", last, "--model.encoder", "swinv2")
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert "it has the encoder swin, and this recipe swinv2" in capsys.readouterr().err
+    again = command(tiny, photos, tmp_path / "first", "--model.encoder", "swinv2", "--resume")
+    assert main(again) == 2
+    assert "of another model: encoder is swin there and swinv2" in capsys.readouterr().err
 
 
 def test_windows_that_weights_do_not_tell(labelled, recipe_file, tmp_path, capsys):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from crew import command, free_port, losses, run_crew
 
+import greenmim.__main__ as start
 from greenmim.cli import main
 from greenmim.guards import PeerError, UserError
 from greenmim.launch import World, first_host, set_meeting_point
@@ -124,6 +125,35 @@ def test_torchrun(tiny: Path, photos: Path, tmp_path: Path) -> None:
     assert done.stdout.count("step ") == 4 and "2 processes (ddp)" in done.stdout
     run_crew(command(tiny, photos, tmp_path / "one", "--optim.accumulate", "2"), 1, tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-6)
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_one_of_several_ends_with_its_code(code: int, monkeypatch) -> None:
+    ended = []
+    monkeypatch.setattr("greenmim.cli.main", lambda: code)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(SystemExit) as left:
+        start.script()
+    assert left.value.code == code and not ended
+    monkeypatch.setattr("greenmim.processes.Processes.joined", True)
+    with pytest.raises(SystemExit):  # as `_exit` came back
+        start.script()
+    assert ended == [code]
+
+
+def test_one_of_several_shows_an_error_of_ours(monkeypatch, capsys) -> None:
+    def fail() -> int:
+        raise KeyError("lost")
+
+    ended = []
+    monkeypatch.setattr("greenmim.cli.main", fail)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(KeyError):
+        start.script()
+    monkeypatch.setattr("greenmim.processes.Processes.joined", True)
+    with pytest.raises(SystemExit):
+        start.script()
+    assert ended == [1] and "KeyError: 'lost'" in capsys.readouterr().err
 
 
 # ---- a job --------------------------------------------------------------------------------------
