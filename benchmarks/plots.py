@@ -51,16 +51,17 @@ def draw_findings(result: dict, folder: pathlib.Path) -> list[pathlib.Path]:
     panels = figure.subplots(1, len(contents), sharey=True)
     colours = dict(zip(dict.fromkeys(row["arm"] for row in rows), FINDINGS_COLOURS, strict=False))
     for axes, (title, numbers, points) in zip(panels, contents, strict=True):
-        arms = list(dict.fromkeys(name for name, *_ in points))
-        for shift, arm in enumerate(arms):
+        found = {
+            arm: [[100 * top1 for name, labels, top1 in points if (name, labels) == (arm, number)]
+                  for number in numbers]
+            for arm in dict.fromkeys(name for name, *_ in points)
+        }  # fmt: skip
+        whole = {arm: columns for arm, columns in found.items() if all(columns)}
+        for shift, (arm, columns) in enumerate(whole.items()):
             base, changed, _ = arm.partition(", ")
-            own = [(labels, 100 * top1) for name, labels, top1 in points if name == arm]
-            found = [[top1 for labels, top1 in own if labels == number] for number in numbers]
-            if not all(found):
-                continue
-            means = [np.mean(values) for values in found]
-            spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in found]
-            places = np.arange(len(numbers)) + 0.04 * (shift - len(arms) / 2)
+            means = [np.mean(values) for values in columns]
+            spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in columns]
+            places = np.arange(len(numbers)) + 0.04 * (shift - len(whole) / 2)
             axes.errorbar(
                 places, means, spread, label=arm, color=colours.get(base, "black"), marker="o",
                 capsize=3, linestyle="--" if changed else "-",
