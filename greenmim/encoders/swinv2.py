@@ -56,6 +56,12 @@ class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):
         return super().no_weight_decay() | SwinTransformerV2.no_weight_decay(self)
 
     @classmethod
+    def to_timm(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        if source == "official":
+            raise ValueError("holds a SwinV2, which was never published with GreenMIM")
+        return super().to_timm(tensors, source)
+
+    @classmethod
     def to_official(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError("no SwinV2 of GreenMIM was published")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -88,8 +89,11 @@ def key_of(model: GreenMIM, images: LabelledImages, precision: torch.dtype) -> s
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     config, sizes = images.config, model.config
     how = (images.image_size, images.share, config.max_pixels, config.decode, config.mean)
-    how = (VERSION, *how, config.std, str(precision), sizes.norm_eps)
-    how = (*how, sizes.encoder, sizes.window_size, sizes.pretrained_window_sizes)
+    # All sizes of the encoder but the images', which are there: weights do not tell an epsilon.
+    others = ("decoder", "norm_pix", "drop_path", "image_size")
+    fields = dataclasses.asdict(sizes).items()
+    own = {name: value for name, value in fields if not name.startswith(others)}
+    how = (VERSION, *how, config.std, str(precision), sorted(own.items()))
     found.update(f"{how} {images.source.fingerprint()}".encode())
     return found.hexdigest()[:16]
 

@@ -226,6 +226,9 @@ def test_conversion():
     read = convert_checkpoint(microsoft, source="timm", target="timm")
     assert read.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in read.items())
+    moved = {f"encoder.{name}": tensor for name, tensor in microsoft.items()}
+    with pytest.raises(ValueError, match="holds a SwinV2, which was never published"):
+        convert_checkpoint(moved, source="official", target="greenmim")
     with pytest.raises(ValueError, match="no SwinV2 of GreenMIM was published"):
         convert_checkpoint(ours, source="greenmim", target="official")
     with pytest.raises(ValueError, match="only weights of a Swin have another order"):
