@@ -142,7 +142,7 @@ def steps_table(result: dict) -> str:
     for row in result["rows"]:
         commit = row.get("commit", result["environment"]["commit"])
         if commit != result["environment"]["commit"] and "images_per_second" in row:
-            commits.setdefault(commit, []).append(row["variant"])
+            commits.setdefault(commit, []).append(f"{row['model']}, {row['variant']}")
     lines += [f"\nMeasured at {c[:9]}: {'; '.join(names)}.\n" for c, names in commits.items()]
     return "".join(lines)
 

@@ -388,7 +388,7 @@ def test_a_cut_shard_is_named_and_used_as_far_as_it_goes(tmp_path: Path) -> None
 
 class Heavy(torch.utils.data.Dataset):
     def __len__(self) -> int:
-        return 4
+        return 100  # more than are taken: who has none left ends, and nobody knows of its memory
 
     def __getitem__(self, index: int) -> torch.Tensor:
         time.sleep(0.2)  # longer than it takes to look at the process as it starts
