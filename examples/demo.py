@@ -49,13 +49,13 @@ SHORT_SIDE = 288  # px; the crops have 224, so decoding larger files would only 
 
 
 def demo(
-    out: str = "runs/demo", config: str = "greenmim_swin-demo-cpu", epochs: int | None = None
+    out: str = "runs/demo", preset: str = "greenmim_swin-demo-cpu", epochs: int | None = None
 ) -> int:
     """Pre-train on scikit-image's photographs and show the result.
 
     Args:
         out: Folder for the photographs and the runs.
-        config: Preset or recipe file.
+        preset: Its name, or a recipe file. Not --config, which jsonargparse keeps for itself.
         epochs: Other number of epochs than the recipe's.
 
     Returns:
@@ -64,7 +64,7 @@ def demo(
     folder = Path(out)
     photos = gather_photographs(folder / "photos")
     run = new_run_folder(folder)
-    arguments = ["pretrain", "--config", config, "--data.root", str(photos), "--work-dir", str(run)]
+    arguments = ["pretrain", "--config", preset, "--data.root", str(photos), "--work-dir", str(run)]
     arguments += ["--threads", str(len(os.sched_getaffinity(0)))]
     if epochs is not None:
         arguments += ["--epochs", str(epochs)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import pathlib
+import sys
 
 import pytest
 import torch
@@ -45,3 +46,14 @@ def test_patches_are_cut_from_a_whole(grid):
         sums = (line[..., :-2] + line[..., 2:])[inner.abs() > 0.1]
         ratio = sums / inner[inner.abs() > 0.1]
         assert ratio.std() < 1e-4 and line.std() > 0.01
+
+
+def test_the_demo_takes_a_preset(tmp_path, monkeypatch):
+    pytest.importorskip("skimage")
+    demo = importlib.import_module("examples.demo")
+    taken = []
+    monkeypatch.setattr(demo.cli, "main", lambda argv: taken.append(argv) or 2)
+    argv = ["demo.py", "--preset", "mine", "--out", str(tmp_path), "--epochs", "3"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert demo.auto_cli(demo.demo) == 2
+    assert taken[0][:3] == ["pretrain", "--config", "mine"] and taken[0][-2:] == ["--epochs", "3"]
