@@ -281,7 +281,7 @@ def tune(data: pathlib.Path, runs: pathlib.Path, seeds: list[int], out: pathlib.
     result = json.loads(out.read_text()) if out.exists() else {}
     rows = result.setdefault("finetuned", [])
     done = {(row["arm"], row["seed"], row["labels"]) for row in rows}
-    result["finetuned_environment"] = describe(torch.get_num_threads())
+    result["finetuned_environment"] = where = describe(torch.get_num_threads())
     for seed in seeds:
         for arm, tuning in TUNED.items():
             for labels in tuning.epochs:
@@ -293,7 +293,6 @@ def tune(data: pathlib.Path, runs: pathlib.Path, seeds: list[int], out: pathlib.
                 log = read_log(pathlib.Path(recipe.work_dir) / "log.jsonl")
                 last = [record for record in log if record["event"] == "val"][-1]
                 found = {name: last[name] for name in ("top1", "loss", "epoch")}
-                where = describe(torch.get_num_threads())
                 found |= {name: where[name] for name in ("device", "torch", "commit", "dirty")}
                 rows.append({"arm": arm, "seed": seed, "labels": labels, **found})
                 write_json(out, result)

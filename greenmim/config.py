@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
+from typing import Any
 
 UNIT_PIXELS = 32
 PATCH_PIXELS = 4
@@ -87,6 +88,12 @@ class ModelConfig:
                 f"decoder_dim must be a multiple of 4 and of decoder_heads = {self.decoder_heads},"
                 f" got {self.decoder_dim}"
             )
+
+    @classmethod
+    def of_saved(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """From what a run saved: what it did not know yet, or left open, is as by default."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{n: value for n, value in values.items() if n in known and value is not None})
 
     @property
     def image_hw(self) -> tuple[int, int]:

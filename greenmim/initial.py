@@ -5,7 +5,6 @@ And the sizes of an encoder that only its weights tell.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,9 +126,7 @@ def continued(config: ModelConfig, before: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"it has the encoder {encoder}, and this recipe {config.encoder}")
     if "window_size" not in before:
         return config
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    its = ModelConfig(**{n: v for n, v in before.items() if n in known and v is not None})
-    return encoder_class(encoder).continued(config, its)
+    return encoder_class(encoder).continued(config, ModelConfig.of_saved(before))
 
 
 def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelConfig:

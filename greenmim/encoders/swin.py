@@ -43,7 +43,6 @@ class SwinEncoder(ShiftedWindowEncoder, SwinTransformer):
     """timm's Swin, but visible tokens in and out."""
 
     block = one_node_block = SwinBlock
-    undecayed = ("relative_position_bias_table",)
     timm_default, sign = "swin_base_patch4_window7_224", _TABLE
 
     def __init__(self, config: ModelConfig) -> None:

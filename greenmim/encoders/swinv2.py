@@ -51,10 +51,6 @@ class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):
     def merge(merging: nn.Module, x: Tensor) -> Tensor:
         return merging.norm(merging.reduction(x.unflatten(1, (-1, 4)).flatten(2)))
 
-    def no_weight_decay(self) -> set[str]:
-        """And the scale of each head and the network of the bias, as in timm and Microsoft's."""
-        return super().no_weight_decay() | SwinTransformerV2.no_weight_decay(self)
-
     @classmethod
     def to_timm(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         if source == "official":

@@ -59,8 +59,6 @@ class VisibleEncoder(nn.Module):
 
     # Its class of blocks, if they are what `greenmim_kernels.onednn` makes one node of autograd.
     one_node_block: type[VisibleBlock] | None = None
-    # Parameters with more than one axis that have no weight decay, by the ends of their names.
-    undecayed: tuple[str, ...] = ()
 
     def forward(self, images: Tensor, plan: Plan) -> Tensor:
         """images [B, 3, H, W] -> latent [B, n_vis, C4], after the final norm."""
@@ -80,12 +78,9 @@ class VisibleEncoder(nn.Module):
             block.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: those with one axis, position tables."""
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.ndim <= 1 or name.endswith(self.undecayed)
-        }
+        """Names of the parameters without weight decay: those with one axis, and timm's."""
+        one_axis = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+        return one_axis | set(super().no_weight_decay())
 
     # ---- the names of its weights; `tensors` have no prefix ----
 

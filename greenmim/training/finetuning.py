@@ -73,7 +73,7 @@ class Finetuning(Task):
             sizes = state["recipe"]["model"] if state else sizes_in(recipe.init)
         except (ValueError, OSError) as error:
             raise UserError(f"--init {recipe.init}: {first_line(error)}.") from error
-        model = recipe.model.filled({**sizes, "pretrained_window_sizes": None})
+        model = recipe.model.filled(sizes)
         for name in ("image_size", "window_size"):
             if sizes and getattr(model, name) is None:
                 raise UserError(
@@ -82,10 +82,8 @@ class Finetuning(Task):
                 )
         config = started_from(model.model_config(), recipe.init, sizes, state)
         # As it is saved beside the run: whole, so that it needs no checkpoint to be read again.
-        model = dataclasses.replace(
-            model.filled(dataclasses.asdict(config)),
-            pretrained_window_sizes=config.pretrained_window_sizes,
-        )
+        whole = {field.name: getattr(config, field.name) for field in dataclasses.fields(model)}
+        model = dataclasses.replace(model, **whole)
         self.recipe = recipe = dataclasses.replace(recipe, model=model)
         names = found["classes"]
         if state and state["classes"] != names:

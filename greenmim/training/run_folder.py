@@ -382,7 +382,8 @@ def read_run_checkpoint(path: str | Path, command: str = "pretrain") -> dict[str
 
 def check_same_model(state: dict[str, Any], recipe: RunRecipe, path: Path) -> None:
     """Raises UserError for the checkpoint of another model, and names the first difference."""
-    there, here = (_model_of(values) for values in (state["recipe"], recipe.to_dict()))
+    saved = state["recipe"]["model"], recipe.to_dict()["model"]
+    there, here = map(ModelConfig.of_saved, saved)
     for field in dataclasses.fields(recipe.model):
         before, now = (getattr(config, field.name) for config in (there, here))
         if before != now:
@@ -390,13 +391,6 @@ def check_same_model(state: dict[str, Any], recipe: RunRecipe, path: Path) -> No
                 f"The checkpoint {path} is of another model: {field.name} is {before} there and"
                 f" {now} in this recipe."
             )
-
-
-def _model_of(recipe: dict[str, Any]) -> ModelConfig:
-    """An option that the version before did not have stands as that version worked: its default."""
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    values = recipe["model"].items()
-    return ModelConfig(**{n: value for n, value in values if n in known and value is not None})
 
 
 def restore_moments(
