@@ -43,6 +43,45 @@ inline void check_scatter(const Tensor& x, const Tensor& token_index, int64_t nu
   STD_TORCH_CHECK(num_tokens >= 0, "num_tokens must not be negative, got ", num_tokens);
 }
 
+// What the convolution of visible tokens is called with, once it is checked.
+struct ConvShape {
+  int64_t batch, tokens, channels;
+};
+
+constexpr int kTaps = 9;  // of a kernel of 3 x 3
+
+inline ConvShape check_conv(
+    const Tensor& x, const Tensor& weight, ScalarType weight_type, const Tensor& neighbours) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, C], got ", x.dim(), " axes");
+  const ConvShape shape{x.size(0), x.size(1), x.size(2)};
+  check_indices(neighbours, 3, "neighbours");
+  check_batch(neighbours, shape.batch, "neighbours");
+  STD_TORCH_CHECK(
+      neighbours.size(1) == shape.tokens && neighbours.size(2) == kTaps,
+      "neighbours must be [1 or B, N, 9]");
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && weight.size(0) == shape.channels && weight.size(1) == kTaps &&
+          weight.scalar_type() == weight_type && weight.device() == x.device(),
+      "weight must be [C, 9] in fp32 (fp64 for fp64), where x is");
+  return shape;
+}
+
+inline void check_conv_like(
+    const Tensor& tensor, const Tensor& x, const ConvShape& shape, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 3 && tensor.size(0) == shape.batch && tensor.size(1) == shape.tokens &&
+          tensor.size(2) == shape.channels && tensor.scalar_type() == x.scalar_type() &&
+          tensor.device() == x.device(),
+      name, " must be like x");
+}
+inline void check_conv_bias(
+    const std::optional<Tensor>& bias, const Tensor& weight, const ConvShape& shape) {
+  STD_TORCH_CHECK(
+      !bias || (bias->dim() == 1 && bias->size(0) == shape.channels &&
+                bias->scalar_type() == weight.scalar_type() && bias->device() == weight.device()),
+      "bias must be [C], like weight");
+}
+
 // q, k and v [B, N, heads, D] with any strides but the last; or all in one, then k and v are absent:
 // [B, N, 3C], or gathered groups [B, G, S, 3C].
 struct QueryKeyValue {

@@ -6,8 +6,10 @@ from .functional import (
     group_gather,
     group_scatter,
     group_window_attention,
+    sparse_depthwise_conv,
 )
 from .modules import GroupWindowAttention
+from .neighbours import grid_neighbours
 from .partition import GroupPartition, group_partition, pack_windows, partition_capacity
 from .windows import partition_from_windows
 
@@ -20,6 +22,7 @@ __all__ = [
     "GroupWindowAttention",
     "available_backends",
     "block_diagonal_attention",
+    "grid_neighbours",
     "group_gather",
     "group_partition",
     "group_scatter",
@@ -27,5 +30,6 @@ __all__ = [
     "pack_windows",
     "partition_capacity",
     "partition_from_windows",
+    "sparse_depthwise_conv",
     "use_backend",
 ]

@@ -3,7 +3,7 @@
 The table is `automatic_table.json`, which `python -m benchmarks.choose` writes on a GPU: for every
 class the faster backend and how the two compared. A class is "<operator>-<length>-<head dim>-
 <precision>" for attention, with length "short" for groups that one tile holds and "long" for
-others, and the operator's name for the copies.
+others, and the operator's name for what is no attention.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 TABLE = pathlib.Path(__file__).parent / "automatic_table.json"
 SHORT_GROUP = 64
 HEAD_DIMS = (16, 32, 64)
-COPIES = ("group_gather", "group_scatter")
+# Operators of which all problems are one class.
+SINGLE = ("group_gather", "group_scatter", "sparse_depthwise_conv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def class_name(
     operator: str, dtype: torch.dtype, head_dim: int | None, group_size: int | None
 ) -> str:
     """The class of a problem; an attention without sizes is that of Swin: head dim 32, short."""
-    if operator in COPIES:
+    if operator in SINGLE:
         return operator
     length = "long" if group_size is not None and group_size > SHORT_GROUP else "short"
     precision = "fp32" if dtype == torch.float32 else "16bit"
@@ -63,7 +64,7 @@ def choices() -> dict[str, Choice]:
         for head_dim in HEAD_DIMS
         for precision in ("16bit", "fp32")
     ]
-    return {name: _choice(name) for name in (*COPIES, *names)}
+    return {name: _choice(name) for name in (*SINGLE, *names)}
 
 
 # Dynamo takes the answer as a constant of the trace and does not look inside.

@@ -28,6 +28,7 @@ OPERATORS = (
     "group_scatter",
     "block_diagonal_attention",
     "group_window_attention",
+    "sparse_depthwise_conv",
 )
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(

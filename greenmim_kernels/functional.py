@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -163,6 +164,65 @@ def group_window_attention(
     if backend == "reference":
         return reference.group_window_attention(*arguments)
     return operator(name, VARIANT[backend])(*arguments)[0]
+
+
+def sparse_depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor
+) -> Tensor:
+    """Depthwise 3 x 3 convolution of visible tokens; hidden neighbours count as zero.
+
+    Equal to putting the tokens on a map of zeros, ``conv2d`` with a padding of 1 and one group per
+    channel, and taking the visible tokens again, without the map.
+
+    Args:
+        x: floating point tensor [B, N, C].
+        weight: [C, 1, 3, 3] as of ``nn.Conv2d``, or [C, 9], of any float dtype.
+        bias: [C], or None.
+        neighbours: int32 [P, N, 9] with P = 1 or B, on the device of `x`: the token under each of
+            the kernel's places, row by row, or -1; see :func:`~greenmim_kernels.grid_neighbours`.
+            Tokens may be numbered in any order, but who has a neighbour is that one's, at the
+            opposite place: on this the gradient relies. Kernels on a GPU trust it.
+
+    Returns:
+        Tensor [B, N, C] of the dtype of `x`. Sums run in fp32 (fp64 for fp64). Differentiable in
+        `x`, `weight` and `bias`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
+    """
+    if x.dim() != 3 or not x.dtype.is_floating_point:
+        raise ValueError(f"x must be floating point [B, N, C], got {x.dtype} {list(x.shape)}")
+    batch, tokens, channels = x.shape
+    if tuple(weight.shape) not in ((channels, 1, 3, 3), (channels, 9)):
+        raise ValueError(
+            f"weight must be [{channels}, 1, 3, 3] or [{channels}, 9], got {list(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise ValueError(f"bias must be [{channels}], got {list(bias.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and not value.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {value.dtype}")
+    if tuple(neighbours.shape[1:]) != (tokens, 9) or neighbours.dtype != torch.int32:
+        raise ValueError(
+            f"neighbours must be int32 [1 or {batch}, {tokens}, 9], got {neighbours.dtype}"
+            f" {list(neighbours.shape)}; make them with grid_neighbours"
+        )
+    if neighbours.shape[0] not in (1, batch):
+        raise ValueError(
+            f"neighbours are of {neighbours.shape[0]} images and x a batch of {batch}; give those"
+            " of one mask for the batch or of one per image"
+        )
+    for name, value in (("weight", weight), ("bias", bias), ("neighbours", neighbours)):
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device} and x on {x.device}")
+    dtype = reference.accumulation_dtype(x.dtype)
+    weight = weight.flatten(1).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    name = "sparse_depthwise_conv"
+    backend = choose_backend(name, x.device, x.dtype)
+    if backend == "reference":
+        return reference.sparse_depthwise_conv(x, weight, bias, neighbours)
+    return operator(name, VARIANT[backend])(x, weight, bias, neighbours)
 
 
 def _number(scale: float | None, head_dim: int) -> float:

@@ -13,6 +13,8 @@ schema:
 - window_slots: that a window has at most;
 - lse [B, heads, rows]: log of the softmax's denominator, in the accumulation dtype; not
   differentiable, kept for the backward pass;
+- neighbours [P, N, 9]: int32, as of `neighbours.grid_neighbours`; weight [C, 9] and bias [C] of the
+  convolution in the accumulation dtype;
 - a gradient that is not asked for comes back as an empty tensor; that of pad_value as
   [2 D, heads], of its k and v, in the accumulation dtype.
 """
@@ -51,6 +53,14 @@ SCHEMAS = {
         f" Tensor out, Tensor lse, Tensor token_index, {_WINDOWS}, bool need_qkv, bool need_table,"
         " bool need_pad) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_table,"
         " Tensor grad_pad)"
+    ),
+    "sparse_depthwise_conv": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor neighbours) -> Tensor"
+    ),
+    "sparse_depthwise_conv_backward": (
+        "(Tensor grad_out, Tensor x, Tensor weight, Tensor neighbours, bool need_x,"
+        " bool need_weight, bool need_bias) -> (Tensor grad_x, Tensor grad_weight,"
+        " Tensor grad_bias)"
     ),
 }
 
@@ -227,23 +237,60 @@ def _register_attention(variant: str) -> None:
         "group_window_attention": (_fused_fake, fused_backward, _fused_backward_fake),
     }
     for name, (fake, backward, backward_fake) in rules.items():
-
-        def refuse(ctx, *grads, name=name):
-            raise RuntimeError(
-                f"{name} has no second derivative; for one, run it inside"
-                ' greenmim_kernels.use_backend("reference")'
-            )
-
         _register(name, variant, fake, backward, _setup_attention)
-        _register(
-            name + "_backward", variant, backward_fake, refuse, lambda ctx, inputs, output: None
+        _register_once_differentiable(name, variant, backward_fake)
+
+
+def _register_once_differentiable(name: str, variant: str, fake: Callable) -> None:
+    """The backward pass of an operator: it says that it has none itself."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{name} has no second derivative; for one, run it inside"
+            ' greenmim_kernels.use_backend("reference")'
         )
+
+    _register(name + "_backward", variant, fake, refuse, lambda ctx, inputs, output: None)
 
 
 def _if_needed(grads, needed: tuple[bool, ...], number: int) -> tuple[Tensor | None, ...]:
     """None in the place of gradients that were not asked for, and of all further inputs."""
     kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     return *kept, *(None,) * (number - len(needed))
+
+
+# --- the convolution of visible tokens ----------------------------------------------------------
+
+
+def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _conv_backward_fake(
+    grad_out: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, *needed: bool
+) -> tuple[Tensor, ...]:
+    need_x, need_weight, need_bias = needed
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+def _conv_setup(ctx, inputs, output) -> None:
+    x, weight, _, neighbours = inputs
+    ctx.save_for_backward(x, weight, neighbours)
+
+
+def _register_conv(variant: str) -> None:
+    def backward(ctx, grad_out: Tensor):
+        needed = ctx.needs_input_grad[:3]
+        run = operator("sparse_depthwise_conv_backward", variant)
+        return _if_needed(run(grad_out, *ctx.saved_tensors, *needed), needed, 4)
+
+    name = "sparse_depthwise_conv"
+    _register(name, variant, _conv_fake, backward, _conv_setup)
+    _register_once_differentiable(name, variant, _conv_backward_fake)
 
 
 # --- linear layers on a CPU: kernels of _C alone, with oneDNN; autograd is the caller's ---------
@@ -309,3 +356,4 @@ def _needed(grad: Tensor, shapes: tuple, needed: tuple[bool, ...]) -> tuple[Tens
 for _variant in VARIANTS:
     _register_copies(_variant)
     _register_attention(_variant)
+    _register_conv(_variant)

@@ -1,4 +1,4 @@
-"""Group window attention in eager PyTorch: the oracle every other backend is checked against.
+"""The operators in eager PyTorch: the oracle every other backend is checked against.
 
 It reads like the formulas and is slow and memory-hungry on purpose. All tensors carry the shapes of
 the public functions in :mod:`greenmim_kernels.functional`; nothing is validated here. float64
@@ -118,6 +118,20 @@ def group_window_attention(
         grouped, table, window_id, query_row, key_row, num_heads, window_slots, scale
     )
     return group_scatter(out, token_index, qkv.shape[1])
+
+
+def sparse_depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor
+) -> Tensor:
+    """x [B, N, C], weight [C, 9], bias [C], neighbours [P, N, 9] -> [B, N, C]."""
+    batch, tokens, channels = x.shape
+    dtype = accumulation_dtype(x.dtype)
+    rows = neighbours.clamp(min=0).long().flatten(1)  # [P, N * 9]
+    rows = rows[..., None].expand(batch, -1, channels)
+    around = x.to(dtype).gather(1, rows).unflatten(1, (tokens, 9))
+    around = torch.where(neighbours[..., None] >= 0, around, 0)
+    out = (around * weight.to(dtype).t()).sum(2)
+    return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
 
 def _same_window(window_id: Tensor) -> Tensor:

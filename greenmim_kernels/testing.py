@@ -185,6 +185,8 @@ def operator_arguments(
     `three`: q, k and v apart, of strides of their own, and padding's.
     """
     part, qkv, grad_out, table = inputs.part, inputs.qkv, inputs.grad_out, inputs.table
+    if name.startswith("sparse"):
+        return _conv_arguments(name, inputs)
     if name == "group_gather":
         return qkv.requires_grad_(), part.token_index
     if name.startswith("block_diagonal") or name == "group_scatter":
@@ -208,6 +210,21 @@ def operator_arguments(
     saved = operator(name.removesuffix("_backward"), variant)(*tensors, *indices, *sizes)
     needs = (True, True) if len(tensors) == 2 else (True, True, tensors[-1] is not None)
     return grad_out, *tensors, *saved, *indices, *sizes, *needs
+
+
+def _conv_arguments(name: str, inputs: Inputs) -> tuple:
+    """Of the convolution: with qkv for tokens, in a row that is as long as there are."""
+    x, grad_out = inputs.qkv.detach(), inputs.qkv.detach().flip(1)
+    number = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    places = [number + step for step in range(-4, 5)]
+    neighbours = torch.stack([torch.where(n < len(number), n, -1) for n in places], 1)
+    neighbours = neighbours.clamp(min=-1)[None].repeat(len(inputs.part.token_index), 1, 1)
+    dtype = accumulation_dtype(x.dtype)
+    weight = x[0, 0, :, None].to(dtype) * torch.linspace(-1, 1, 9, dtype=dtype, device=x.device)
+    if name.endswith("_backward"):
+        return grad_out, x, weight, neighbours, True, True, True
+    bias = x[0, 1].to(dtype)
+    return *(t.clone().requires_grad_() for t in (x, weight, bias)), neighbours
 
 
 def relative_error(actual: Tensor, exact: Tensor, least_scale: float = 1e-30) -> float:

@@ -18,6 +18,7 @@ FLOORS = [
     ["greenmim_kernels._partition", "greenmim_kernels._C", "greenmim_kernels._C_cuda"],
     [
         "greenmim_kernels.partition",
+        "greenmim_kernels.neighbours",
         "greenmim_kernels.reference",
         "greenmim_kernels.automatic",
         "greenmim_kernels.host_memory",
