@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def grid_neighbours(visible: np.ndarray | Tensor) -> Tensor:
-    """The visible tokens around each visible token, for :func:`~greenmim_kernels.sparse_depthwise_conv`.
+    """The visible tokens around each visible token, for `sparse_depthwise_conv`.
 
     Args:
         visible: the token grid, True = visible: bool [H, W], one for the whole batch, or

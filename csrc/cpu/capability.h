@@ -79,6 +79,23 @@ struct FinishTask {
   int64_t rows, columns;
 };
 
+// A run of the tokens of all images for a depthwise convolution of kTaps places; x, grad_out and out are
+// [tokens of all images, channels].
+struct ConvTask {
+  StorageType storage;
+  const void* x;
+  const void* grad_out;  // backward only
+  void* out;             // the result; backward that of x, or null
+  const void* weight;    // [taps, channels], arithmetic type; backward the last place first
+  const void* bias;      // [channels] likewise, or null
+  void* sums;            // [taps + 1, channels] likewise, gradients of weight, the last place first, and
+                         // of bias over these tokens; or null
+  const int32_t* neighbours;  // [tokens, taps], of an image or of all
+  int64_t tokens_per_image, channels;
+  bool per_image;
+  int64_t first, last;   // tokens
+};
+
 struct Kernels {
   const char* name;
   // Bytes of 64-byte aligned scratch that a task of this size and head dim needs at most.
@@ -90,6 +107,8 @@ struct Kernels {
   // Strips of kStripColumns columns, begin to end.
   void (*transpose_strips)(const TransposeTask&, int64_t begin, int64_t end);
   void (*finish_strips)(const FinishTask&, int64_t begin, int64_t end);
+  void (*conv)(const ConvTask&);
+  void (*conv_backward)(const ConvTask&);
 };
 
 // The kernels for this processor; GREENMIM_CPU_CAPABILITY may name a lesser one

@@ -7,6 +7,7 @@
 // number of threads.
 #include "../checks.h"
 #include "capability.h"
+#include "storage.h"
 #include "windows.h"
 
 #include <torch/csrc/stable/library.h>
@@ -27,25 +28,6 @@ namespace {
 constexpr int64_t kTasks = 128;
 // Multiply-adds worth a thread of its own.
 constexpr int64_t kWorkPerThread = 1 << 15;
-
-StorageType storage_type(const Tensor& qkv) {
-  switch (qkv.scalar_type()) {
-    case ScalarType::Float: return StorageType::Float32;
-    case ScalarType::Double: return StorageType::Float64;
-    case ScalarType::BFloat16: return StorageType::BFloat16;
-    case ScalarType::Half: return StorageType::Float16;
-    default:
-      STD_TORCH_CHECK(
-          false, "the CPU kernels compute in float64, float32, bfloat16 and float16 only");
-  }
-}
-
-ScalarType arithmetic_type(const Tensor& qkv) {
-  return qkv.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// What is not asked for, in a result.
-Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
 
 struct Deleter {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }

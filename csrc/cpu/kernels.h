@@ -10,10 +10,12 @@ namespace {  // all internal: nothing of one instruction set may be linked into 
 
 #include "gelu.h"
 
+#include "depthwise_conv.h"
+
 }  // namespace
 
 const Kernels GREENMIM_KERNELS = {
     GREENMIM_CAPABILITY, scratch_bytes, forward_any, backward_any, gelu, transpose_strips,
-    finish_strips};
+    finish_strips, conv_any, conv_backward_any};
 
 }  // namespace greenmim::cpu
