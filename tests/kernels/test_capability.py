@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 HERE = pathlib.Path(__file__).parent
 TESTS = {
+    "test_sparse_conv.py": ("test_agrees_with_the_reference",),
     "test_windows.py": ("test_windows_with_more_queries_than_are_taken_at_once",),
     "test_attention.py": (
         "test_agrees_with_the_reference",
