@@ -2,8 +2,10 @@
 
 - greenmim: ``encoder.`` + timm's keys, and the decoder's keys as published, or a classifier's head.
 - official: the published checkpoints: patch merging stands at the end of the stage before, and
-  every block has a ``relative_position_index`` buffer.
-- timm: an encoder as in timm, without decoder; files of Microsoft's Swins are read as such.
+  every block has a ``relative_position_index`` buffer; of a Twins, strided convolutions have their
+  input channels last.
+- timm: an encoder as in timm, without decoder; files of Microsoft's Swins and Meituan's Twins are
+  read as such.
 
 The head of a classifier is left out of what is converted.
 """
@@ -41,6 +43,9 @@ _MAKERS = (
     (r"^features\.", "torchvision's Swin"),
     (r"^backbone\.|^stages\.\d+\.blocks", "MMDetection's Swin"),
     (r"^swinViT\.", "MONAI's"),
+    (r"^blocks\.0\.0\.attn\.q\.", "a Twins-PCPVT, which has no windows"),
+    (r"^encoder\.pos_block\.", "a Twins-SVT of GreenMIM or of this package"),
+    (r"^pos_block\.", "a Twins-SVT of timm or Meituan (kind 'timm')"),
     (r"^encoder\.layers\.0\.downsample", "GreenMIM's published ones (kind 'official')"),
     (r"^encoder\.layers\.3\.downsample", "those of this package (kind 'greenmim')"),
     (r"^layers\.0\.downsample", "Microsoft's Swin (read as kind 'timm')"),
@@ -82,7 +87,7 @@ def convert_checkpoint(
     if merge_order == "row-major":
         encoder = kind.to_swin_order(encoder)
     if target == "timm":
-        return encoder
+        return kind.to_timm(encoder)
     if target == "official":
         encoder = kind.to_official(encoder)
     return {**{_ENCODER + name: tensor for name, tensor in encoder.items()}, **decoder}
@@ -115,7 +120,7 @@ def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(
     tensors: dict[str, Tensor], source: str
 ) -> tuple[type[VisibleEncoder], dict[str, Tensor], dict[str, Tensor]]:
-    """The class of the encoder, its weights with timm's names, and the decoder."""
+    """The class of the encoder, its weights as that has them, and the decoder."""
     tensors = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _BUFFERS}
     if source == "timm":
         encoder = {n: t for n, t in tensors.items() if not n.startswith(_HEAD)}
@@ -127,7 +132,7 @@ def _read(
         decoder = {n: t for n, t in tensors.items() if not n.startswith((_ENCODER, _HEAD))}
     try:
         kind = encoder_class(encoder_of(encoder))
-        encoder = kind.to_timm(encoder, source)
+        encoder = kind.to_own(encoder, source)
         strangers = [n for n in decoder if not n.startswith(("decoder_", "mask_token"))]
         if strangers:
             raise ValueError(f"holds {strangers[0]!r}")

@@ -12,6 +12,7 @@ import numpy as np
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from .checkpoint import convert_checkpoint
 from .config import ModelConfig
 from .encoders import VisibleBlock, create_encoder
 from .planning import Plan, Planner, check_images, ready_plan
@@ -20,7 +21,7 @@ from .planning import Plan, Planner, check_images, ready_plan
 class Classifier(nn.Module):
     """Scores of classes.
 
-    The state dict holds the encoder as ``encoder.`` + timm's keys, and timm's ``head.fc``.
+    The state dict holds the encoder as ``encoder.`` + timm's keys, and ``head.fc``.
 
     Args:
         config: sizes of the encoder; those of the decoder mean nothing here.
@@ -65,12 +66,18 @@ class Classifier(nn.Module):
 
     def blocks(self) -> Iterator[VisibleBlock]:
         """The parts that are alike, in order."""
-        return self.encoder.blocks()
+        return self.encoder.visible_blocks()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: the encoder's, and the head's bias."""
         of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return of_encoder | {"head.fc.bias"}
+
+    def to_timm(self) -> dict[str, Tensor]:
+        """Its state dict as timm's network with a head has it."""
+        encoder = convert_checkpoint(self.state_dict(), source="greenmim", target="timm")
+        head = self.head["fc"].state_dict()
+        return encoder | {f"{self.encoder.timm_head}.{name}": head[name] for name in head}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Which parameters are of which layer, for timm's layer decay: as in timm's own."""
@@ -82,11 +89,6 @@ class Classifier(nn.Module):
             name: inside(found) if isinstance(found, str) else [(inside(p), n) for p, n in found]
             for name, found in self.encoder.group_matcher(coarse).items()
         }
-
-
-def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A classifier's state dict with timm's names."""
-    return {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
 
 
 def head_of(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -12,8 +12,32 @@ from typing import Any
 UNIT_PIXELS = 32
 PATCH_PIXELS = 4
 NUM_STAGES = 4
-# Encoders by name: the class in the file of that name in encoders/.
-ENCODERS = {"swin": "SwinEncoder", "swinv2": "SwinV2Encoder"}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderKind:
+    """An encoder, as far as sizes and plans depend on it.
+
+    Args:
+        class_name: in the file of its name in encoders/.
+        fields: of `ModelConfig`, those that mean something to this encoder and not to all.
+        shifts: odd blocks have shifted windows, and windows are as large as the grid at most.
+        has_neighbours: plans tell which visible tokens are beside each other.
+    """
+
+    class_name: str
+    fields: tuple[str, ...] = ()
+    shifts: bool = True
+    has_neighbours: bool = False
+
+
+ENCODERS = {
+    "swin": EncoderKind("SwinEncoder"),
+    "swinv2": EncoderKind("SwinV2Encoder", ("pretrained_window_sizes",)),
+    "twins_svt": EncoderKind(
+        "TwinsSVTEncoder", ("sr_ratios", "pos_conv_residual"), shifts=False, has_neighbours=True
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +50,8 @@ class ModelConfig:
     Args:
         image_size: pixels, one side or (height, width); multiples of 32.
         window_size: side M of a window, in tokens.
-        embed_dim: channels of stage 1; each stage doubles them.
+        embed_dim: channels of stage 1, which each stage doubles; or of each of the four stages,
+            where an encoder takes others.
         depths: blocks of each of the four stages.
         num_heads: attention heads of each of the four stages.
         norm_eps: epsilon of every LayerNorm (published: 1e-6; timm's own Swin: 1e-5).
@@ -35,9 +60,14 @@ class ModelConfig:
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
         norm_pix_loss: whether the target of a unit is normalised by its own mean and deviation.
-        encoder: swin, or swinv2.
+        encoder: swin, swinv2 or twins_svt.
         pretrained_window_sizes: of swinv2, the side of each stage's windows in training before,
             where it was another: positions keep their meaning; 0 for the same.
+        sr_ratios: of twins_svt, sides of the cells that are a key of global attention, in each
+            stage; powers of two, at most the 8, 4, 2 and 1 tokens along a unit.
+        pos_conv_residual: of twins_svt, whether positional convolutions begin as timm's, which add
+            their input; those that were published do not. Only fresh weights differ by it: to add
+            the input is to add 1 to the middle weight, which conversion to and from timm does.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -45,7 +75,7 @@ class ModelConfig:
 
     image_size: int | tuple[int, int] = 224
     window_size: int = 7
-    embed_dim: int = 128
+    embed_dim: int | tuple[int, ...] = 128
     depths: tuple[int, ...] = (2, 2, 18, 2)
     num_heads: tuple[int, ...] = (4, 8, 16, 32)
     norm_eps: float = 1e-6
@@ -56,24 +86,37 @@ class ModelConfig:
     norm_pix_loss: bool = True
     encoder: str = "swin"
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
+    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    pos_conv_residual: bool = False
 
     def __post_init__(self) -> None:
         # YAML brings lists and NumPy its own integers; a frozen dataclass is set this way.
         sides = check_image_size(self.image_size)
         pair = isinstance(self.image_size, (tuple, list))
         object.__setattr__(self, "image_size", sides if pair else sides[0])
-        for name in ("depths", "num_heads"):
+        for name in ("depths", "num_heads", "sr_ratios"):
             object.__setattr__(self, name, _integers(getattr(self, name), name, 1))
         windows = _integers(self.pretrained_window_sizes, "pretrained_window_sizes", 0)
         object.__setattr__(self, "pretrained_window_sizes", windows)
-        for name in ("window_size", "embed_dim", "decoder_dim", "decoder_heads"):
+        object.__setattr__(self, "embed_dim", _channels(self.embed_dim))
+        for name in ("window_size", "decoder_dim", "decoder_heads"):
             object.__setattr__(self, name, _integer(getattr(self, name), name, 1))
         object.__setattr__(self, "decoder_depth", _integer(self.decoder_depth, "decoder_depth", 0))
         self._check()
 
     def _check(self) -> None:
         if self.encoder not in ENCODERS:
-            raise ValueError(f"encoder must be {' or '.join(ENCODERS)}, got {self.encoder!r}")
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in {name for kind in ENCODERS.values() for name in kind.fields}:
+            if name not in self.kind.fields and getattr(self, name) != default[name]:
+                raise ValueError(f"{name} mean nothing to the encoder {self.encoder}")
+        for ratio, most in zip(self.sr_ratios, default["sr_ratios"], strict=True):
+            if ratio & (ratio - 1) or ratio > most:
+                raise ValueError(
+                    "sr_ratios must be powers of two and at most"
+                    f" {default['sr_ratios']}, got {self.sr_ratios}"
+                )
         if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
         if not 0 <= self.drop_path < 1:
@@ -96,6 +139,11 @@ class ModelConfig:
         return cls(**{n: value for n, value in values.items() if n in known and value is not None})
 
     @property
+    def kind(self) -> EncoderKind:
+        """What sizes and plans depend on of the encoder."""
+        return ENCODERS[self.encoder]
+
+    @property
     def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return check_image_size(self.image_size)
@@ -115,6 +163,8 @@ class ModelConfig:
     @property
     def stage_dims(self) -> tuple[int, ...]:
         """Channels of each stage."""
+        if isinstance(self.embed_dim, tuple):
+            return self.embed_dim
         return tuple(self.embed_dim * 2**stage for stage in range(NUM_STAGES))
 
     def stage_windows(
@@ -122,14 +172,17 @@ class ModelConfig:
     ) -> tuple[tuple[tuple[int, int], tuple[int, int], tuple[int, int]], ...]:
         """(token grid, window, shift of odd blocks), each (height, width), for every stage.
 
-        Per axis, where the grid is no larger than M, the window is the grid and the shift 0.
+        Where windows are shifted: per axis, with a grid no larger than M, the window is the grid
+        and the shift 0.
         """
         sides = check_image_size(self.image_size if image_size is None else image_size)
         stages = []
         for stage in range(NUM_STAGES):
             grid = tuple(side // (PATCH_PIXELS * 2**stage) for side in sides)
-            window = tuple(min(self.window_size, side) for side in grid)
-            shift = tuple(self.window_size // 2 if side > self.window_size else 0 for side in grid)
+            window, shift = (self.window_size,) * 2, (0, 0)
+            if self.kind.shifts:
+                shift = tuple(window[0] // 2 if side > window[0] else 0 for side in grid)
+                window = tuple(min(window[0], side) for side in grid)
             stages.append((grid, window, shift))
         return tuple(stages)
 
@@ -150,6 +203,15 @@ def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
             f"image_size must be one or two positive multiples of {UNIT_PIXELS}, got {image_size!r}"
         )
     return sides
+
+
+def _channels(embed_dim: int | Sequence[int]) -> int | tuple[int, ...]:
+    """One number where each stage doubles it."""
+    if not isinstance(embed_dim, (tuple, list)):
+        return _integer(embed_dim, "embed_dim", 1)
+    dims = _integers(embed_dim, "embed_dim", 1)
+    doubled = tuple(dims[0] * 2**stage for stage in range(NUM_STAGES))
+    return dims[0] if dims == doubled else dims
 
 
 def _integer(value: int, name: str, least: int) -> int:
@@ -179,6 +241,8 @@ _BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
 _LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
 # None was published with GreenMIM; epsilon is timm's and Microsoft's.
 _V2 = {"encoder": "swinv2", "image_size": 256, "window_size": 8, "norm_eps": 1e-5}
+# Chu et al., NeurIPS 2021 (arXiv 2104.13840).
+_TWINS = {"encoder": "twins_svt"}
 
 MODELS: dict[str, dict] = {
     "greenmim_swin_tiny_patch4_window7_224": {**_TINY, "window_size": 7},
@@ -189,6 +253,19 @@ MODELS: dict[str, dict] = {
     "greenmim_swinv2_tiny_patch4_window8_256": {**_TINY, **_V2},
     "greenmim_swinv2_small_patch4_window8_256": {**_SMALL, **_V2},
     "greenmim_swinv2_base_patch4_window8_256": {**_BASE, **_V2},
+    "greenmim_twins_svt_small_patch4_224": {
+        **_TWINS,
+        "embed_dim": 64,
+        "depths": (2, 2, 10, 4),
+        "num_heads": (2, 4, 8, 16),
+    },
+    "greenmim_twins_svt_base_patch4_224": {
+        **_TWINS,
+        "embed_dim": 96,
+        "depths": (2, 2, 18, 2),
+        "num_heads": (3, 6, 12, 24),
+    },
+    "greenmim_twins_svt_large_patch4_224": {**_TWINS, **_BASE},
 }
 
 

@@ -23,24 +23,26 @@ class EncoderConfig:
     Args:
         image_size: Pixels, one side or (height, width); multiples of 32.
         window_size: Side of a window, in tokens; tables of other windows are interpolated.
-        embed_dim: Channels of stage 1; each stage doubles them.
+        embed_dim: Channels of stage 1, which each stage doubles; or of each stage.
         depths: Blocks of each of the four stages.
         num_heads: Attention heads of each of the four stages.
         norm_eps: Epsilon of every LayerNorm.
         drop_path: Stochastic depth rate of the last block, growing from 0.
-        encoder: swin, or swinv2.
+        encoder: swin, swinv2 or twins_svt.
         pretrained_window_sizes: Of swinv2, the side of each stage's windows in training before.
+        sr_ratios: Of twins_svt, sides of the cells that are a key of global attention.
     """
 
     image_size: int | tuple[int, int] | None = None
     window_size: int | None = None
-    embed_dim: int | None = None
+    embed_dim: int | tuple[int, int, int, int] | None = None
     depths: tuple[int, int, int, int] | None = None
     num_heads: tuple[int, int, int, int] | None = None
     norm_eps: float | None = None
     drop_path: float = 0.1
     encoder: str | None = None
     pretrained_window_sizes: tuple[int, int, int, int] | None = None
+    sr_ratios: tuple[int, int, int, int] | None = None
 
     def given(self) -> dict[str, Any]:
         """The values that are not null."""

@@ -21,6 +21,8 @@ def forward_flops(model: nn.Module, plan: Plan, **options: bool) -> int:
         getattr(torch.ops.greenmim, f"group_window_attention{variant}"): _window_attention_flops
         for variant in ("", "_triton")
     }
+    for variant in ("", "_triton"):
+        formulas[getattr(torch.ops.greenmim, f"sparse_depthwise_conv{variant}")] = _conv_flops
     formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     image = torch.zeros(1, 3, *model.config.image_hw)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -40,4 +42,12 @@ def _window_attention_flops(q: Tensor, *others: object, **_: object) -> int:
     return 4 * pairs * channels * (len(q) // len(window_id))
 
 
-_attention_flops._get_raw = _window_attention_flops._get_raw = True
+def _conv_flops(
+    x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor, *_: object, **__: object
+) -> int:
+    pairs = int((neighbours >= 0).sum())
+    return 2 * pairs * x.shape[2] * (len(x) // len(neighbours))
+
+
+for _formula in (_attention_flops, _window_attention_flops, _conv_flops):
+    _formula._get_raw = True

@@ -22,7 +22,7 @@ from greenmim.checkpoint import (
     run_command,
 )
 from greenmim.classifier import Classifier
-from greenmim.config import ModelConfig
+from greenmim.config import ENCODERS, ModelConfig
 from greenmim.encoders import encoder_class, encoder_of
 from greenmim.mim import GreenMIM
 
@@ -138,28 +138,29 @@ def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelC
 
     Raises:
         ValueError: it is of no encoder that is known here, or nobody knows how large its images or
-            windows are.
+            windows are, or how many heads there are.
     """
     sizes = _sizes_of(weights, facts)
-    if "window_size" not in sizes:
-        raise ValueError(
-            "its weights do not tell how large its windows are; give the checkpoint of a run, or"
-            " what `greenmim export` wrote"
-        )
+    for name, what in (("window_size", "how large its windows are"), ("num_heads", "its heads")):
+        if name not in sizes:
+            raise ValueError(
+                f"its weights do not tell {what}; give the checkpoint of a run, or what"
+                " `greenmim export` wrote"
+            )
     return ModelConfig(**sizes)
 
 
 def _sizes_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[str, Any]:
     """What is known of them: `greenmim export` writes how large images and windows were."""
     kind = kind_of(weights)
-    encoder = convert_checkpoint(weights, source=kind, target="timm")
+    encoder = _of_encoder(convert_checkpoint(weights, source=kind, target="greenmim"))
     name = encoder_of(encoder)
     sizes = encoder_class(name).sizes(encoder) | {"encoder": name}
-    for fact in ("image_size", "window_size", "norm_eps", "pretrained_window_sizes"):
+    for fact in ("image_size", "window_size", "norm_eps", "num_heads", *ENCODERS[name].fields):
         if fact in facts:
             sizes[fact] = json.loads(facts[fact])
-    # timm's default, and Swin's own.
-    sizes.setdefault("norm_eps", 1e-5 if kind == "timm" else 1e-6)
+    published = ModelConfig.norm_eps
+    sizes.setdefault("norm_eps", encoder_class(name).timm_norm_eps if kind == "timm" else published)
     return sizes
 
 

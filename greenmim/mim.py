@@ -273,7 +273,7 @@ class GreenMIM(nn.Module):
 
     def blocks(self) -> Iterator[nn.Module]:
         """The parts that are alike, encoder's and decoder's, in order."""
-        return itertools.chain(self.encoder.blocks(), self.decoder_blocks)
+        return itertools.chain(self.encoder.visible_blocks(), self.decoder_blocks)
 
 
 def _unit_grid(images: Tensor) -> Tensor:
@@ -287,9 +287,7 @@ def create_model(name: str, **overrides) -> GreenMIM:
     """A model by name, with fresh weights.
 
     Args:
-        name: greenmim_swin_{tiny,small,base}_patch4_window7_224,
-            greenmim_swin_{base,large}_patch4_window14_224 or
-            greenmim_swinv2_{tiny,small,base}_patch4_window8_256.
+        name: one of `greenmim.config.MODELS`, such as greenmim_swin_base_patch4_window7_224.
         overrides: fields of :class:`ModelConfig` to change, such as ``image_size=(192, 256)``.
 
     Raises:

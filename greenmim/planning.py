@@ -21,7 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from greenmim_kernels import GroupPartition, group_partition, partition_capacity
+from greenmim_kernels import (
+    GroupPartition,
+    grid_neighbours,
+    group_partition,
+    partition_capacity,
+)
 
 from .config import UNIT_PIXELS, ModelConfig, check_image_size
 
@@ -56,13 +61,15 @@ class Layout:
     hidden_index: Region
     patch_index: Region
     partitions: tuple[tuple[GroupPartition, GroupPartition], ...]
+    neighbours: tuple[Region, ...]
     patch_grid: tuple[int, int]
 
     def regions(self) -> tuple[Region, ...]:
         """All of them; the same for plans of the same shapes."""
         parts = [part for pair in self.partitions for part in pair]
         inner = (region for part in parts for region in part.tensors)
-        return self.visible, self.unit_index, self.hidden_index, self.patch_index, *inner
+        own = self.visible, self.unit_index, self.hidden_index, self.patch_index
+        return *own, *inner, *self.neighbours
 
 
 class Plan:
@@ -80,6 +87,8 @@ class Plan:
             the encoder.
         partitions: for each stage, those of its even blocks and of its odd (shifted) blocks; one
             object twice where nothing is shifted. They number tokens in the order of the encoder.
+        neighbours: for each stage, which visible tokens are beside each other, in that order (see
+            `grid_neighbours`); () for an encoder that does not ask.
     """
 
     def __init__(self, memory: Tensor, layout: Layout) -> None:
@@ -89,6 +98,7 @@ class Plan:
         self.hidden_index = layout.hidden_index.of(memory)
         self.patch_index = layout.patch_index.of(memory)
         self.partitions = _map_partitions(layout.partitions, lambda region: region.of(memory))
+        self.neighbours = tuple(region.of(memory) for region in layout.neighbours)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """The same plan on a device."""
@@ -112,7 +122,9 @@ def _map_partitions(partitions, change):
     return tuple(pairs)
 
 
-def _packed(tensors: dict[str, Tensor], partitions, patch_grid: tuple[int, int]) -> Plan:
+def _packed(
+    tensors: dict[str, Tensor], partitions, neighbours: list[Tensor], patch_grid: tuple[int, int]
+) -> Plan:
     """A plan of these values."""
     sources: list[tuple[Region, Tensor]] = []
 
@@ -124,7 +136,10 @@ def _packed(tensors: dict[str, Tensor], partitions, patch_grid: tuple[int, int])
 
     regions = {name: reserve(tensor) for name, tensor in tensors.items()}
     layout = Layout(
-        **regions, partitions=_map_partitions(partitions, reserve), patch_grid=patch_grid
+        **regions,
+        partitions=_map_partitions(partitions, reserve),
+        neighbours=tuple(map(reserve, neighbours)),
+        patch_grid=patch_grid,
     )
     memory = torch.zeros(sources[-1][0].end, dtype=torch.uint8)
     content = memory.numpy()  # NumPy copies small arrays in less time
@@ -151,6 +166,7 @@ class Planner:
         sides = check_image_size(config.image_size if image_size is None else image_size)
         self.unit_grid = tuple(side // UNIT_PIXELS for side in sides)
         self.stages = config.stage_windows(sides)
+        self.has_neighbours = config.kind.has_neighbours
 
     def __call__(self, visible: np.ndarray | Tensor) -> Plan:
         """Plan a step.
@@ -163,7 +179,7 @@ class Planner:
         """
         units = self._check(visible)
         blocks = units.reshape(-1, *self.unit_grid)
-        partitions = []
+        partitions, neighbours = [], []
         for grid, window, shift in self.stages:
             scale = grid[0] // self.unit_grid[0]
             tokens = blocks.repeat(scale, 1).repeat(scale, 2)  # [P, H, W]
@@ -174,6 +190,8 @@ class Planner:
             even = self._partition(tokens, window, (0, 0), numbers)
             odd = self._partition(tokens, window, shift, numbers) if any(shift) else even
             partitions.append((even, odd))
+            if self.has_neighbours:
+                neighbours.append(torch.from_numpy(_renumbered(grid_neighbours(tokens), numbers)))
         tensors = {
             "visible": units,
             "unit_index": _indices(units),
@@ -181,7 +199,7 @@ class Planner:
             "patch_index": self.positions(units, self.stages[0][0][0] // self.unit_grid[0]),
         }
         tensors = {name: torch.from_numpy(values) for name, values in tensors.items()}
-        return _packed(tensors, partitions, self.stages[0][0])
+        return _packed(tensors, partitions, neighbours, self.stages[0][0])
 
     def positions(self, units: np.ndarray, scale: int) -> np.ndarray:
         """Places of a stage's tokens in its flattened grid, in the order of the encoder.
@@ -193,7 +211,7 @@ class Planner:
         Returns:
             int64 [P, N].
         """
-        row, column = _order_in_unit(scale)
+        row, column = order_in_unit(scale)
         width = self.unit_grid[1]
         unit_row, unit_column = np.divmod(_indices(units)[..., None], width)  # [P, n_vis, 1]
         number = (unit_row * scale + row) * (width * scale) + unit_column * scale + column
@@ -262,6 +280,8 @@ def ready_plan(plan: Plan, planner: Planner, images: Tensor) -> Plan:
             f"the plan is for {grid[0]} x {grid[1]} patches and this model has {expected[0]} x"
             f" {expected[1]}; make it with this model's plan()"
         )
+    if bool(plan.neighbours) != planner.has_neighbours:
+        raise ValueError("the plan is for another encoder; make it with this model's plan()")
     if len(plan.visible) not in (1, len(images)):
         raise ValueError(
             f"the masks are for {len(plan.visible)} images and the batch has {len(images)};"
@@ -277,8 +297,16 @@ def _indices(units: np.ndarray) -> np.ndarray:
     return units.nonzero()[1].reshape(len(units), -1)
 
 
+def _renumbered(neighbours: Tensor, numbers: np.ndarray) -> np.ndarray:
+    """Neighbours [P, N, 9] of tokens of which the r-th, row-major, is called numbers[:, r]."""
+    images = np.arange(len(numbers))[:, None]
+    called = np.empty(neighbours.shape, dtype=np.int32)
+    called[images, numbers[:, :-1]] = numbers[images[..., None], neighbours.numpy()]
+    return called
+
+
 @functools.cache
-def _order_in_unit(scale: int) -> tuple[np.ndarray, np.ndarray]:
+def order_in_unit(scale: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows, columns) in a unit of scale x scale tokens, the children of a token together."""
     row = column = np.zeros(1, dtype=np.int64)
     while scale > 1:

@@ -14,7 +14,8 @@ __all__ = ["VisibleBlock", "VisibleEncoder", "create_encoder", "encoder_class", 
 
 def encoder_class(name: str) -> type[VisibleEncoder]:
     """The class of an encoder in `config.ENCODERS`."""
-    return getattr(importlib.import_module(f".{name}", __name__), ENCODERS[name])
+    module = importlib.import_module(f".{name}", __name__)
+    return getattr(module, ENCODERS[name].class_name)
 
 
 def encoder_of(names: Collection[str]) -> str:

@@ -33,6 +33,8 @@ class ShiftedWindowEncoder(VisibleEncoder):
     sign: str
 
     def __init__(self, config: ModelConfig, **more: Any) -> None:
+        if isinstance(config.embed_dim, tuple):
+            raise ValueError(f"the encoder {config.encoder} takes one embed_dim, which it doubles")
         super().__init__(
             img_size=config.image_hw,
             patch_size=PATCH_PIXELS,
@@ -49,11 +51,11 @@ class ShiftedWindowEncoder(VisibleEncoder):
             strict_img_size=False,
             **more,
         )
-        for block in self.blocks():
+        for block in self.visible_blocks():
             # timm offers no hook to choose the class; parameters and names stay what they are.
             block.__class__ = self.block
 
-    def blocks(self) -> Iterator[VisibleBlock]:
+    def visible_blocks(self) -> Iterator[VisibleBlock]:
         """The blocks of all stages, in order."""
         return (block for stage in self.layers for block in stage.blocks)
 
@@ -82,7 +84,7 @@ class ShiftedWindowEncoder(VisibleEncoder):
         return any(name.endswith(cls.sign) for name in names)
 
     @classmethod
-    def to_timm(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    def to_own(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         strangers = [n for n in tensors if not n.startswith(("patch_embed.", "layers.", "norm."))]
         merges = {int(found[1]) for found in map(_DOWNSAMPLE.match, tensors) if found}
         if strangers:

@@ -28,10 +28,6 @@ _TABLE = "attn.relative_position_bias_table"
 class SwinBlock(VisibleBlock, SwinTransformerBlock):
     """timm's Swin block on visible tokens."""
 
-    def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
-        x = x + self.drop_path1(self._attend(self.norm1(x), part))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
     def _attend(self, x: Tensor, part: GroupPartition) -> Tensor:
         attention = self.attn
         table = attention.relative_position_bias_table
@@ -44,11 +40,6 @@ class SwinEncoder(ShiftedWindowEncoder, SwinTransformer):
 
     block = one_node_block = SwinBlock
     timm_default, sign = "swin_base_patch4_window7_224", _TABLE
-
-    def __init__(self, config: ModelConfig) -> None:
-        if any(config.pretrained_window_sizes):
-            raise ValueError("pretrained_window_sizes mean nothing to the encoder swin")
-        super().__init__(config)
 
     @staticmethod
     def merge(merging: nn.Module, x: Tensor) -> Tensor:

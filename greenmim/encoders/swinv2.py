@@ -52,10 +52,10 @@ class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):
         return merging.norm(merging.reduction(x.unflatten(1, (-1, 4)).flatten(2)))
 
     @classmethod
-    def to_timm(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    def to_own(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         if source == "official":
             raise ValueError("holds a SwinV2, which was never published with GreenMIM")
-        return super().to_timm(tensors, source)
+        return super().to_own(tensors, source)
 
     @classmethod
     def to_official(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

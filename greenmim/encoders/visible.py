@@ -26,7 +26,7 @@ from ..planning import Plan
 
 class VisibleBlock(nn.Module):
     """A block called with the visible tokens and the partition of its windows; a base beside
-    timm's, whose parts `_run` calls.
+    timm's, whose parts it calls.
 
     A module of its own, so that what wraps modules (FSDP, torch.compile) can wrap a block.
     """
@@ -51,12 +51,19 @@ class VisibleBlock(nn.Module):
             return self._run(x, part)
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
+        """With the norms before attention and MLP."""
+        x = x + self.drop_path1(self._attend(self.norm1(x), part))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, part: GroupPartition) -> Tensor:
         raise NotImplementedError
 
 
 class VisibleEncoder(nn.Module):
     """An encoder: images and a plan in, visible tokens out."""
 
+    # timm's name of a classifier's head, and its epsilon of the blocks' norms.
+    timm_head, timm_norm_eps = "head.fc", 1e-5
     # Its class of blocks, if they are what `greenmim_kernels.onednn` makes one node of autograd.
     one_node_block: type[VisibleBlock] | None = None
 
@@ -68,13 +75,13 @@ class VisibleEncoder(nn.Module):
         """images [B, 3, H, W] -> for each stage, its visible tokens [B, N, C] in a plan's order."""
         raise NotImplementedError
 
-    def blocks(self) -> Iterator[VisibleBlock]:
+    def visible_blocks(self) -> Iterator[VisibleBlock]:
         """The blocks of all stages, in order."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks compute their activations again in the backward pass to save memory."""
-        for block in self.blocks():
+        for block in self.visible_blocks():
             block.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
@@ -90,8 +97,8 @@ class VisibleEncoder(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def to_timm(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-        """A state dict of a kind (see `checkpoint`) with timm's names.
+    def to_own(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """A state dict of a kind (see `checkpoint`) as this class has it, with timm's names.
 
         Raises:
             ValueError: it is none of that kind; the text goes on after "it".
@@ -99,8 +106,13 @@ class VisibleEncoder(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def to_timm(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One of this class as timm's has it: the same, where nothing is said."""
+        return dict(tensors)
+
+    @classmethod
     def to_official(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One with timm's names, with those of the published checkpoints.
+        """One of this class as the published checkpoints have it.
 
         Raises:
             ValueError: none was published, or not of such sizes.
@@ -109,12 +121,12 @@ class VisibleEncoder(nn.Module):
 
     @classmethod
     def to_swin_order(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Patch merging of weights published before 2023, with timm's names, in Swin's order."""
+        """Patch merging of weights published before 2023, of this class, in Swin's order."""
         raise ValueError("only weights of a Swin have another order of patch merging")
 
     @classmethod
     def sizes(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What weights with timm's names tell of their `ModelConfig`.
+        """What weights of this class tell of their `ModelConfig`.
 
         Raises:
             ValueError: they are not whole, or of sizes that there are not; goes on after "it" or
@@ -132,7 +144,7 @@ class VisibleEncoder(nn.Module):
     def fitted(
         cls, tensors: Mapping[str, Tensor], config: ModelConfig, own: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """Weights with timm's names for other windows, and lines for people on what changed.
+        """Weights of this class for other windows, and lines for people on what changed.
 
         Args:
             tensors: what a checkpoint has.

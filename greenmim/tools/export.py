@@ -8,7 +8,6 @@ from typing import Any
 
 import greenmim
 from greenmim.checkpoint import convert_checkpoint, save_safetensors
-from greenmim.classifier import to_timm
 from greenmim.config import ModelConfig
 from greenmim.data.labelled import CROP
 from greenmim.encoders import encoder_class
@@ -57,7 +56,7 @@ def export(
         if model is not None:
             raise UserError(f"--model {model}: {checkpoint} says itself what it is; leave it out.")
         classifier, run, classes = load_classifier(checkpoint, ema)
-        weights, facts = to_timm(classifier.state_dict()), metadata(classifier.config, run, classes)
+        weights, facts = classifier.to_timm(), metadata(classifier.config, run, classes)
     else:
         network, run = load_model(checkpoint, model)
         weights = convert_checkpoint(network.state_dict(), source="greenmim", target="timm")
@@ -83,7 +82,6 @@ def metadata(
         "greenmim": greenmim.__version__,
         "image_size": json.dumps(config.image_hw),
         "window_size": str(config.window_size),
-        "merge_order": "swin",
         "norm_eps": str(config.norm_eps),
         "encoder": config.encoder,
         "timm": json.dumps(
@@ -91,8 +89,10 @@ def metadata(
             | ({"num_classes": len(classes)} if classes else {})
         ),
     }
-    if any(config.pretrained_window_sizes):
-        facts["pretrained_window_sizes"] = json.dumps(config.pretrained_window_sizes)
+    own = ("num_heads", *config.kind.fields)
+    facts |= {name: json.dumps(getattr(config, name)) for name in own}
+    if config.kind.shifts:
+        facts["merge_order"] = "swin"
     if classes:
         facts["classes"] = json.dumps(classes)
     if padded := padded_stages(config):

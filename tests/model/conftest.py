@@ -32,16 +32,18 @@ def load_arrays(name: str) -> dict[str, np.ndarray]:
 
 def golden_model(weights: str, config: dict, **overrides) -> greenmim.GreenMIM:
     """One of the small official models, converted; float64."""
+    twins = {"encoder": "twins_svt", "sr_ratios": config["sr"]} if "sr" in config else {}
     model = greenmim.GreenMIM(
         greenmim.ModelConfig(
             image_size=config["img_px"],
             window_size=config["window"],
-            embed_dim=config["embed_dim"],
+            embed_dim=config["dims"] if twins else config["embed_dim"],
             depths=config["depths"],
             num_heads=config["heads"],
             decoder_dim=config["dec_dim"],
-            decoder_depth=config["dec_depth"],
+            decoder_depth=config.get("dec_depth", 1),
             decoder_heads=config["dec_heads"],
+            **twins,
             **overrides,
         )
     )

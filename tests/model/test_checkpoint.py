@@ -17,9 +17,10 @@ from greenmim.checkpoint import load_checkpoint, load_state_dict_file, save_atom
 from .conftest import DATA, SMALL, load_json
 
 FULL_SIZE = {
-    "greenmim_swin_base_patch4_window7_224": "base_patch4_dec512b1",
-    "greenmim_swin_base_patch4_window14_224": "base_patch4_win14_dec512b1",
-    "greenmim_swin_large_patch4_window14_224": "large_patch4_win14_dec512b1",
+    "greenmim_swin_base_patch4_window7_224": "swin_base_patch4_dec512b1",
+    "greenmim_swin_base_patch4_window14_224": "swin_base_patch4_win14_dec512b1",
+    "greenmim_swin_large_patch4_window14_224": "swin_large_patch4_win14_dec512b1",
+    "greenmim_twins_svt_large_patch4_224": "twins_large_patch4_dec512b1",
 }
 
 
@@ -54,7 +55,7 @@ def test_official_keys_and_shapes(name):
     with torch.device("meta"):
         state = create_model(name).state_dict()
     official = convert_checkpoint(state, source="greenmim", target="official")
-    expected = load_json(f"fullsize_state_dict_green_mim_swin_{FULL_SIZE[name]}.json")
+    expected = load_json(f"fullsize_state_dict_green_mim_{FULL_SIZE[name]}.json")
     found = {
         key: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
         for key, tensor in official.items()

@@ -10,7 +10,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 
 from greenmim.checkpoint import convert_checkpoint, kind_of
-from greenmim.classifier import Classifier, head_of, to_timm
+from greenmim.classifier import Classifier, head_of
 from greenmim.config import ModelConfig
 from greenmim.mim import GreenMIM
 
@@ -29,8 +29,12 @@ def pair() -> tuple[Classifier, torch.nn.Module]:
         "swin_base_patch4_window7_224", img_size=64, window_size=2, num_classes=CLASSES, **SIZES
     )
     theirs = theirs.double().eval()
-    theirs.load_state_dict(to_timm(ours.state_dict()), strict=True)
+    theirs.load_state_dict(ours.to_timm(), strict=True)
     return ours, theirs
+
+
+def with_timm_s_names(values: dict) -> dict:
+    return {name.removeprefix("encoder."): value for name, value in values.items()}
 
 
 def test_scores_and_gradients_are_those_of_timm():
@@ -41,7 +45,7 @@ def test_scores_and_gradients_are_those_of_timm():
     pull = torch.randn_like(expected)
     expected.backward(pull)
     scores.backward(pull)
-    gradients = to_timm({name: p.grad for name, p in ours.named_parameters()})
+    gradients = with_timm_s_names({name: p.grad for name, p in ours.named_parameters()})
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-8, msg=name)
 
@@ -73,7 +77,9 @@ def test_layers_learn_and_decay_as_timm_s_do():
     ours, theirs = pair()
     found = []
     for model, without in ((ours, ours.no_weight_decay()), (theirs, theirs.no_weight_decay())):
-        names = {id(p): name for name, p in to_timm(dict(model.named_parameters())).items()}
+        names = {
+            id(p): name for name, p in with_timm_s_names(dict(model.named_parameters())).items()
+        }
         groups = param_groups_layer_decay(model, 0.05, without, layer_decay=0.8)
         found.append(
             {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from greenmim import create_model
+from greenmim import convert_checkpoint, create_model
 
 from .conftest import golden_model, load_arrays, load_json, official_names
 
-MODELS = load_json("model_index.json")["cases"]
+TWINS = load_json("model_shared_twins_224.json")
+MODELS = [*load_json("model_index.json")["cases"], TWINS | TWINS["losses"]]
 CURVE = load_json("training_curve_shared_win7_224.json")
 
 
@@ -24,13 +25,14 @@ def cosine_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(model, loss):
-    """Norm and cosine sum of every parameter's gradient, by official name."""
-    names = official_names(model)
+    """Norm and cosine sum of every parameter's gradient, by official name and in official shape."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(trainable.values()))
+    official = convert_checkpoint(dict(zip(trainable, found, strict=True)), "greenmim", "official")
     return {
-        names[name]: (grad.double().norm().item(), cosine_sum(grad.flatten()).item())
-        for name, grad in zip(trainable, found, strict=True)
+        name: (grad.double().norm().item(), cosine_sum(grad.flatten()).item())
+        for name, grad in official.items()
+        if not name.endswith("relative_position_index")
     }
 
 

@@ -132,7 +132,7 @@ def test_products_of_a_cpu_are_onednn_s(monkeypatch):
     for name, grad in grads(again, model).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
     exact, bias = torch.randn(3, 16).double(), torch.randn(48).double()
-    layer = next(model.encoder.blocks()).attn.qkv
+    layer = next(model.encoder.visible_blocks()).attn.qkv
     with pytest.raises(RuntimeError):  # of PyTorch's own layer: other types do not mix
         layer.with_bias(exact, bias)
 
@@ -289,9 +289,9 @@ def test_operations_are_those_of_a_swin_and_of_the_network_of_the_bias():
 
 
 def test_what_means_nothing_is_refused():
-    with pytest.raises(ValueError, match="encoder must be swin or swinv2, got 'vit'"):
+    with pytest.raises(ValueError, match="encoder must be one of swin, swinv2, twins_svt, got 'v"):
         ModelConfig(encoder="vit")
     with pytest.raises(ValueError, match="mean nothing to the encoder swin"):
-        GreenMIM(ModelConfig(pretrained_window_sizes=(7, 7, 7, 7)))
+        ModelConfig(pretrained_window_sizes=(7, 7, 7, 7))
     with pytest.raises(ValueError, match="pretrained_window_sizes must be 4 integers of at least"):
         ModelConfig(encoder="swinv2", pretrained_window_sizes=(7, 7, 7))
