@@ -33,15 +33,19 @@ class NaiveGroupAttention:
         self.scatter_index = torch.empty(part.num_tokens, dtype=torch.long, device=index.device)
         self.scatter_index[index.flatten()[kept]] = slots[kept]
 
-    def __call__(self, qkv: Tensor, table: Tensor, part: GroupPartition, num_heads: int) -> Tensor:
+    def __call__(
+        self, qkv: Tensor, table: Tensor | None, part: GroupPartition, num_heads: int
+    ) -> Tensor:
         batch, _, channels = qkv.shape
         groups, slots, head_dim = self.groups, self.slots, channels // 3 // num_heads
         x = qkv[:, self.gather_index]
         x = x.view(batch, groups, slots, 3, num_heads, head_dim).permute(3, 0, 1, 4, 2, 5)
         q, k, v = x.unbind(0)  # [B, G, heads, S, D]
         scores = (q * head_dim**-0.5) @ k.transpose(-1, -2)
-        bias = table[self.bias_index].view(groups, slots, slots, num_heads).permute(0, 3, 1, 2)
-        scores = (scores + bias).masked_fill(self.excluded, -torch.inf)
+        if table is not None:
+            bias = table[self.bias_index].view(groups, slots, slots, num_heads)
+            scores = scores + bias.permute(0, 3, 1, 2)
+        scores = scores.masked_fill(self.excluded, -torch.inf)
         out = scores.softmax(-1) @ v
         out = out.transpose(2, 3).reshape(batch, groups * slots, num_heads * head_dim)
         return out[:, self.scatter_index]

@@ -57,24 +57,17 @@ class NaiveGreenMIM(nn.Module):
     def plan(self, visible: Tensor) -> NaivePlan:
         """Plan a mask, bool [L] on the device of the step; asks the device for its counts."""
         config, device = self.model.config, visible.device
-        units = visible.view(config.unit_grid)
-        coords, attentions = [], []
-        for grid, window, shift in config.stage_windows():
-            scale = grid[0] // units.shape[0]
-            tokens = units.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-            coords.append(tokens.nonzero())  # [N, 2]
-            pair = [_attention(coords[-1], grid, window, (0, 0))]
-            pair.append(_attention(coords[-1], grid, window, shift) if any(shift) else pair[0])
+        coords, attentions = self._coords(visible), []
+        for number, (grid, window, shift) in enumerate(config.stage_windows()):
+            pair = [_attention(coords[number], grid, window, (0, 0))]
+            pair.append(_attention(coords[number], grid, window, shift) if any(shift) else pair[0])
             attentions.append(pair)
         children = []
         for (grid, _, _), fine, coarse in zip(
             config.stage_windows(), coords, coords[1:], strict=False
         ):
-            places = torch.empty(grid, dtype=torch.long, device=device)
-            places[fine[:, 0], fine[:, 1]] = torch.arange(len(fine), device=device)
             offsets = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]], device=device)
-            row, column = (2 * coarse + offsets[:, None]).unbind(-1)  # [4, N]
-            children.append(places[row, column])
+            children.append(_positions(fine, grid, 2 * coarse + offsets[:, None]))
         width = config.stage_windows()[0][0][1]
         shuffled = torch.cat([visible.nonzero(), (~visible).nonzero()])[:, 0]
         return NaivePlan(
@@ -84,6 +77,16 @@ class NaiveGreenMIM(nn.Module):
             children=children,
             order=shuffled.argsort(),
         )
+
+    def _coords(self, visible: Tensor) -> list[Tensor]:
+        """Of each stage, where its visible tokens are: int64 [N, 2], row-major."""
+        config, found = self.model.config, []
+        units = visible.view(config.unit_grid)
+        for grid, _, _ in config.stage_windows():
+            scale = grid[0] // units.shape[0]
+            tokens = units.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+            found.append(tokens.nonzero())
+        return found
 
     def forward(self, images: Tensor, plan: NaivePlan) -> Tensor:
         """images [B, 3, H, W] -> the loss, a scalar."""
@@ -160,6 +163,102 @@ class NaiveGreenMIMv2(NaiveGreenMIM):
         qkv = torch.stack([part.to(v.dtype) for part in (q, k, v)], 2).flatten(2)
         x = x + block.norm1(module.proj(attention(qkv, table, part, module.num_heads)))
         return x + block.norm2(block.mlp(x))
+
+
+class TwinsPlan(NamedTuple):
+    """What a mask means for a step of a Twins.
+
+    Attributes:
+        base: as of a Swin; `children` in Swin's order, although they are of a convolution.
+        places: for each stage, int64 [N], visible tokens in the flattened grid.
+        cells: for each stage, int64 [s * s, N / s^2], positions of the tokens of each key of global
+            attention, row by row; None where a token is a key.
+    """
+
+    base: NaivePlan
+    places: list[Tensor]
+    cells: list[Tensor | None]
+
+    @property
+    def visible(self) -> Tensor:
+        return self.base.visible
+
+    @property
+    def order(self) -> Tensor:
+        return self.base.order
+
+
+class NaiveGreenMIMTwins(NaiveGreenMIM):
+    """The same step with a Twins-SVT: strided convolutions as linear layers on gathered cells, the
+    positional one dense on a map of zeros, in the layout that is faster for it."""
+
+    def plan(self, visible: Tensor) -> TwinsPlan:
+        config, coords = self.model.config, self._coords(visible)
+        places, cells = [], []
+        for (grid, _, _), at, ratio in zip(
+            config.stage_windows(), coords, config.sr_ratios, strict=True
+        ):
+            places.append(at[:, 0] * grid[1] + at[:, 1])
+            if ratio == 1:
+                cells.append(None)
+                continue
+            first = at[(at % ratio == 0).all(1)]  # of each cell
+            side = torch.arange(ratio, device=at.device)
+            offsets = torch.cartesian_prod(side, side)
+            cells.append(_positions(at, grid, first + offsets[:, None]))
+        return TwinsPlan(super().plan(visible), places, cells)
+
+    def _encode(self, images: Tensor, plan: TwinsPlan) -> Tensor:
+        encoder, config = self.model.encoder, self.model.config
+        for number, embed in enumerate(encoder.patch_embeds):
+            if number == 0:
+                x = embed.proj(images).flatten(2).transpose(1, 2)[:, plan.places[0]]
+            else:
+                # Swin's order goes down the columns first.
+                weight = embed.proj.weight.transpose(2, 3)
+                x = self._of_cells(x, plan.base.children[number - 1], weight, embed.proj.bias)
+            x = embed.norm(x)
+            for index, block in enumerate(encoder.blocks[number]):
+                if index % 2 == 0:
+                    attention, part = plan.base.attentions[number][0]
+                    qkv = block.attn.qkv(block.norm1(x))
+                    out = attention(qkv, None, part, block.attn.num_heads)
+                else:
+                    out = self._global(block.attn, block.norm1(x), plan.cells[number])
+                x = x + block.attn.proj(out)
+                x = x + block.mlp(block.norm2(x))
+                if index == 0:
+                    grid = config.stage_windows()[number][0]
+                    x = self._position(encoder.pos_block[number], x, plan.places[number], grid)
+        return encoder.norm(x)
+
+    @staticmethod
+    def _of_cells(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        cells = torch.cat([x[:, one] for one in index], -1)
+        return F.linear(cells, weight.permute(0, 2, 3, 1).flatten(1), bias)
+
+    def _global(self, attention: nn.Module, x: Tensor, cells: Tensor | None) -> Tensor:
+        keys, heads = x, attention.num_heads
+        if cells is not None:
+            sr = attention.sr
+            keys = attention.norm(self._of_cells(x, cells, sr.weight, sr.bias))
+        q = attention.q(x).unflatten(2, (heads, -1)).transpose(1, 2)
+        k, v = attention.kv(keys).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def _position(block: nn.Module, x: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
+        dense = x.new_zeros(len(x), grid[0] * grid[1], x.shape[2]).index_copy(1, places, x)
+        dense = block.proj(dense.unflatten(1, grid).permute(0, 3, 1, 2))
+        return dense.permute(0, 2, 3, 1).flatten(1, 2)[:, places]
+
+
+def _positions(coords: Tensor, grid: tuple[int, int], at: Tensor) -> Tensor:
+    """Which of the tokens at coords [N, 2], row-major, is at each place [..., 2] of a grid."""
+    places = torch.empty(grid, dtype=torch.long, device=coords.device)
+    places[coords[:, 0], coords[:, 1]] = torch.arange(len(coords), device=coords.device)
+    row, column = at.unbind(-1)
+    return places[row, column]
 
 
 def _attention(

@@ -20,7 +20,7 @@ from greenmim.processes import Processes
 from greenmim.training.passes import GraphedPasses, Passes, recompute_pointwise, reconstruction_loss
 from greenmim_kernels.onednn import use_onednn
 
-from .naive_model import NaiveGreenMIM, NaiveGreenMIMv2
+from .naive_model import NaiveGreenMIM, NaiveGreenMIMTwins, NaiveGreenMIMv2
 from .simmim_model import SimMIM
 
 BATCHES = 4  # of images and masks, used in turn
@@ -28,6 +28,7 @@ CHECKED = 1  # the batch that is compared: not the one that a graph was recorded
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHUNK = 16  # images
 LARGE = {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}
+NAIVE = {"swin": NaiveGreenMIM, "swinv2": NaiveGreenMIMv2, "twins_svt": NaiveGreenMIMTwins}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,11 @@ class Problem:
 
 
 BASE_V2 = model_config("greenmim_swinv2_base_patch4_window8_256")
+TWINS = model_config("greenmim_twins_svt_large_patch4_224")
 CPU_PROBLEMS = [
     Problem("base-224", ModelConfig(), 4, "fp32"),
     Problem("swinv2-base-256", BASE_V2, 4, "fp32"),
+    Problem("twins-large-224", TWINS, 4, "fp32"),
 ]
 CUDA_PROBLEMS = [
     Problem("base-224", ModelConfig(), 128, "bf16"),
@@ -55,6 +58,7 @@ CUDA_PROBLEMS = [
     Problem("base-224-fp16", ModelConfig(), 128, "fp16"),
     Problem("base-224-fp32", ModelConfig(), 64, "fp32"),
     Problem("swinv2-base-256", BASE_V2, 128, "bf16"),
+    Problem("twins-large-224", TWINS, 128, "bf16"),
 ]
 
 
@@ -71,7 +75,8 @@ class Errors(NamedTuple):
     Attributes:
         loss: Of the loss.
         gradient: Of all gradients, as one vector.
-        tables: Of those of the bias tables, as one vector: they are too small to show in the other.
+        tables: Of those of the bias tables (of a Twins: of the positional convolutions), as one
+            vector: they are too small to show in the other.
     """
 
     loss: float
@@ -90,8 +95,8 @@ class Naive(nn.Module):
 
     def __init__(self, model: GreenMIM, plan_within: bool) -> None:
         super().__init__()
-        kind = {"swin": NaiveGreenMIM, "swinv2": NaiveGreenMIMv2}[model.config.encoder]
-        self.naive, self.plan_within = kind(model), plan_within
+        self.naive = NAIVE[model.config.encoder](model)
+        self.plan_within = plan_within
 
     def prepare(self, visible: Tensor) -> object:
         return visible if self.plan_within else self.naive.plan(visible)
@@ -265,7 +270,7 @@ class Step:
         scale = self.scaler.get_scale()
         found = {name: p.grad.cpu() / scale for name, p in self.trained.items()}
         self.passes.zero_grad(self.optimizer)
-        tables = [name for name in found if _of_bias(name)]
+        tables = [name for name in found if _of_positions(name)]
         return Errors(
             abs(loss - expected.loss) / abs(expected.loss),
             _distance(found, expected.gradients, list(found)),
@@ -273,9 +278,11 @@ class Step:
         )
 
 
-def _of_bias(name: str) -> bool:
-    """Whether a parameter has to do with the bias alone: Swin's tables, or SwinV2's network."""
-    return name.endswith("relative_position_bias_table") or ".cpb_mlp." in name
+def _of_positions(name: str) -> bool:
+    """Whether a parameter has to do with positions alone: Swin's tables, SwinV2's network, or the
+    convolutions of Twins."""
+    others = ".cpb_mlp." in name or ".pos_block." in name
+    return name.endswith("relative_position_bias_table") or others
 
 
 def _distance(found: dict[str, Tensor], expected: dict[str, Tensor], names: list[str]) -> float:

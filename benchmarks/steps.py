@@ -195,7 +195,7 @@ def _figures(timing: Timing, problem: Problem, variant: Variant, rates: Rates, r
         "rounds": timing.n,
         "floor_ms": None,
     }
-    if variant.kind != "dense":
+    if variant.kind != "dense" and problem.config.kind.shifts:  # the costs are a Swin's
         work = step_work(
             problem.config, problem.batch, problem.mask_ratio, row["parameters"], Widths(act=act)
         )

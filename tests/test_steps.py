@@ -32,6 +32,8 @@ SMALL = ModelConfig(
 PROBLEM = Problem("small", SMALL, 2, "fp32")
 SMALL_V2 = dataclasses.replace(SMALL, image_size=256, window_size=8, encoder="swinv2")
 PROBLEM_V2 = Problem("small-v2", SMALL_V2, 2, "fp32")
+PROBLEM_TWINS = Problem("small-twins", dataclasses.replace(SMALL, encoder="twins_svt"), 2, "fp32")
+PROBLEMS = [PROBLEM, PROBLEM_V2, PROBLEM_TWINS]
 RATES = Rates(1e10, {"float32": 1e11})
 
 
@@ -48,7 +50,7 @@ def expected() -> dict[bool, Expected]:
     return {dense: reference(PROBLEM, dense, "cpu") for dense in (False, True)}
 
 
-@pytest.mark.parametrize("problem", [PROBLEM, PROBLEM_V2], ids=lambda problem: problem.name)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_all_variants_have_the_reference_s_gradients_and_train(problem, request):
     if problem is PROBLEM:
         expected = request.getfixturevalue("expected")
@@ -65,7 +67,7 @@ def test_all_variants_have_the_reference_s_gradients_and_train(problem, request)
         for _ in range(3):
             step()
         if variant.kind != "dense":
-            weights.append(step.model.encoder.layers[0].blocks[1].mlp.fc1.weight.detach())
+            weights.append(list(step.model.blocks())[1].mlp.fc1.weight.detach())
     assert len(weights) == 4
     for other in weights[1:]:  # AdamW's first steps are of the gradient's sign: 1e-4 each
         assert (other - weights[0]).abs().mean() < 2e-6
