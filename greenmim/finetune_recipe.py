@@ -134,7 +134,7 @@ class FinetuneRecipe(RunRecipe):
 
     Args:
         init: Weights that a new run starts from: the encoder's in a checkpoint of this package, an
-            official one, timm's Swin or Microsoft's. Tables of other windows are interpolated.
+            official one, timm's or Microsoft's. Tables of other windows are interpolated.
         ema_decay: Greatest decay of the moving average of the weights, which is measured and saved
             beside them. timm's warm-up keeps it to 1 - (1 + updates)^(-2/3): 0.99 after 1,000,
             0.9996 after 125,000. null keeps none.

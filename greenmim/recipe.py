@@ -195,7 +195,7 @@ class RunRecipe:
     Args:
         work_dir: Folder of the run: config.yaml, log.jsonl, TensorBoard events, checkpoints.
         init: Weights that a new run starts from: a checkpoint of this package, an official one,
-            timm's Swin or Microsoft's; the encoder's alone, or all. Tables of other windows are
+            timm's or Microsoft's; the encoder's alone, or all. Tables of other windows are
             interpolated.
         epochs: Passes over the data (each data.repeats times the folder).
         seed: Seed of weights, masks, crops and order.

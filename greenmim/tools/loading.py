@@ -95,7 +95,7 @@ def load_encoder(checkpoint: str | Path) -> tuple[GreenMIM, dict[str, Any]]:
     recipe has mean and standard deviation of the images alone; of others it is {}.
 
     Raises:
-        UserError: unreadable file, or no Swin.
+        UserError: unreadable file, or no encoder that is known here.
     """
     path = Path(checkpoint)
     content, weights, config, run, _ = _read_encoder(path)
@@ -117,11 +117,12 @@ def load_classifier(
     In the recipe, `trained` tells the update and the epoch, and whether the weights are averaged.
 
     Args:
-        checkpoint: A fine-tuning run's, or timm's Swin or Microsoft's with a head, also exported.
+        checkpoint: A fine-tuning run's, or timm's network or Microsoft's Swin with a head, also
+            exported.
         ema: Take the averaged weights, where the checkpoint has some.
 
     Raises:
-        UserError: unreadable file, no Swin, or no head.
+        UserError: unreadable file, no encoder that is known here, or no head.
     """
     path = Path(checkpoint)
     content, weights, config, run, classes = _read_encoder(path)
