@@ -38,7 +38,7 @@ def initialise(
 
     Args:
         model: On the CPU; its window and image size may be others than the checkpoint's.
-        path: A checkpoint of this package (of a run, or exported), an official one, timm's network or
+        path: A checkpoint of this package (of a run, or exported), an official one, timm's or
             Microsoft's, with Swin's order of patch merging.
         weights: The state dict in it, where it was read before.
 
