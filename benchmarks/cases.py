@@ -14,7 +14,7 @@ import torch
 
 from greenmim_kernels.testing import Case
 
-from .peers import COPIES, FLEX, OPERATORS, PEERS, Peer
+from .peers import ATTENTION, FLEX, OPERATORS, PEERS, Peer
 from .traffic import PASSES
 
 # Channels at stage 1 over head dim 32; doubled at every stage.
@@ -211,8 +211,8 @@ def _full(device: str, batch: int) -> list[Problem]:
         _problem("full", device, case, model, operator=operator)
         for model, case in cases
         for operator in OPERATORS
-        # The copies know no windows' size but through the groups.
-        if operator not in COPIES or case.window_size == 7
+        # The others know no windows' size but through the groups.
+        if operator in ATTENTION or case.window_size == 7
     ]
 
 

@@ -24,6 +24,7 @@ import greenmim_kernels as gk
 from greenmim_kernels import automatic
 from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error, run
 
+from .convolution import CONVOLUTION, conv_inputs
 from .environment import describe, earlier, first_line, folder_of, write_json
 from .measure import measure_graph
 
@@ -49,7 +50,8 @@ def problem_of(name: str, batch: int, device: str) -> Inputs:
         dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         capacity=True,
     )
-    return make_inputs(case, device=device)
+    make = conv_inputs if name == CONVOLUTION else make_inputs
+    return make(case, device=device)
 
 
 def work_of(name: str, inputs: Inputs) -> Callable[[], dict[str, torch.Tensor]]:
@@ -60,7 +62,7 @@ def work_of(name: str, inputs: Inputs) -> Callable[[], dict[str, torch.Tensor]]:
         with gk.use_backend("reference"):
             groups = gk.group_gather(inputs.qkv, inputs.part)
         return lambda: {"out": gk.group_scatter(groups, inputs.part)}
-    return lambda: run(inputs)
+    return lambda: run(inputs, inputs.conv if name == CONVOLUTION else gk.group_window_attention)
 
 
 def milliseconds(call: Callable[[], object]) -> float:

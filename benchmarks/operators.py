@@ -18,6 +18,7 @@ from greenmim_kernels import use_backend
 from greenmim_kernels.testing import assert_within_budget, make_inputs, relative_error
 
 from .cases import FUSED, OURS, Problem
+from .convolution import CONVOLUTION, conv_inputs
 from .measure import Call, Rates, Sampler, Timing, bytes_of, capture, copies_beyond_cache
 from .peers import COPIES, Function, Peer, Unable, ours
 from .traffic import work_of
@@ -69,11 +70,12 @@ class Bench:
     def __init__(self, problem: Problem, device: str) -> None:
         self.problem, self.device = problem, device
         self.is_cuda = torch.device(device).type == "cuda"
-        self.inputs = inputs = make_inputs(problem.case, device=device)
         operator = problem.operator
+        make = conv_inputs if operator == CONVOLUTION else make_inputs
+        self.inputs = inputs = make(problem.case, device=device)
         with use_backend("reference"):
             channels = problem.case.channels
-            if operator == FUSED:
+            if operator in (FUSED, CONVOLUTION):
                 x, self.grad_out = inputs.qkv, inputs.grad_out
             elif operator == "block_diagonal_attention":
                 x, self.grad_out = (

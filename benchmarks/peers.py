@@ -21,12 +21,13 @@ import greenmim_kernels as gk
 from greenmim_kernels import GroupPartition
 from greenmim_kernels.testing import Inputs
 
+from .convolution import CONVOLUTION, dense, gathered
 from .naive import NaiveGroupAttention
 
 Function = Callable[[Tensor, "Tensor | None"], Tensor]
 ATTENTION = ("group_window_attention", "block_diagonal_attention")
 COPIES = ("group_gather", "group_scatter")
-OPERATORS = (*ATTENTION, *COPIES)
+OPERATORS = (*ATTENTION, *COPIES, CONVOLUTION)
 FLEX_BLOCKS = (16, 32, 64, 128)
 FLEX = tuple(f"flex-{block}" for block in FLEX_BLOCKS)
 
@@ -109,6 +110,8 @@ def heads_of(x: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def ours(operator: str, inputs: Inputs) -> Function:
     """Our operator, in the backend that the peer names."""
+    if operator == CONVOLUTION:
+        return inputs.conv
     function, part = getattr(gk, operator), inputs.part
     if operator in COPIES:
         return lambda x, table: function(x, part)
@@ -396,4 +399,14 @@ PEERS = (
     Peer("indexing", "PyTorch's index_select or gather", COPIES, indexing),
     Peer("indexing-compiled", "the same through torch.compile", COPIES,
          functools.partial(indexing, compiled=True), compiles=True),
+    Peer("dense", "PyTorch's convolution on a map of zeros", (CONVOLUTION,),
+         functools.partial(dense, channels_last=False)),
+    Peer("dense-last", "the same, channels last", (CONVOLUTION,),
+         functools.partial(dense, channels_last=True)),
+    Peer("dense-compiled", "the same through torch.compile", (CONVOLUTION,),
+         functools.partial(dense, channels_last=True, compiled=True), compiles=True),
+    Peer("gather-einsum", "nine neighbours side by side, and a sum of products", (CONVOLUTION,),
+         gathered),
+    Peer("gather-einsum-compiled", "the same through torch.compile", (CONVOLUTION,),
+         functools.partial(gathered, compiled=True), compiles=True),
 )  # fmt: skip

@@ -3,7 +3,8 @@
 Bytes: every input read once, every output written once, nothing in between. What an implementation
 saves from the forward for the backward pass (output, log-sum-exp) does not count: another one could
 do without. Operations: two products of n x n x D for a window of n tokens and a head forward, four
-backward; no window with another, no padding, nothing computed twice.
+backward; no window with another, no padding, nothing computed twice. The convolution's are in
+`convolution`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from greenmim_kernels import GroupPartition
 from greenmim_kernels.testing import Inputs
 
+from .convolution import CONVOLUTION, moved_bytes, operations
 from .measure import bytes_of
 from .peers import COPIES
 
@@ -50,6 +52,8 @@ def work_of(operator: str, inputs: Inputs, which: str) -> Work:
     if which == "both":
         return work_of(operator, inputs, "forward") + work_of(operator, inputs, "backward")
     forward = which == "forward"
+    if operator == CONVOLUTION:
+        return Work(moved_bytes(inputs, forward), operations(inputs, forward))
     part = inputs.part
     batch, tokens, width = inputs.qkv.shape
     element = inputs.qkv.element_size()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from benchmarks import costs, environment, loader, peers, plots, report, tables
 from benchmarks.cases import SELECTIONS, select
+from benchmarks.convolution import conv_inputs
 from benchmarks.measure import Rates, Sampler, Timing, measure
 from benchmarks.operators import Bench, extra_bytes, timed_row
 from benchmarks.peers import PEERS, Unable
@@ -214,6 +215,21 @@ def test_a_case_with_capacity_has_the_partition_of_a_step(stage, per_image, shif
     planned = plan.partitions[stage - 1][shifted]
     assert part.num_groups == planned.num_groups
     assert all(map(torch.equal, part.tensors, planned.tensors))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_the_convolution_has_the_neighbours_of_a_step(stage, per_image):
+    case = Case(stage=stage, per_image=per_image, batch=3)
+    inputs = conv_inputs(case, "cpu")
+    grids = visible_tokens(case).reshape(-1, *case.grid)
+    units = grids[:, :: case.scale, :: case.scale].reshape(len(grids), -1)
+    planner = Planner(ModelConfig(encoder="twins_svt"))
+    assert torch.equal(inputs.neighbours, planner(units).neighbours[stage - 1])
+    assert (inputs.places.numpy() == planner.positions(units, case.scale)).all()
+    bench = Bench(dataclasses.replace(tiny("sparse_depthwise_conv"), case=case), "cpu")
+    for name in ("dense", "dense-last", "gather-einsum", "greenmim-cpp"):
+        bench.check(peer_named(name), with_gradients=True)
 
 
 def test_the_best_of_flex_attention_s_blocks_counts():
