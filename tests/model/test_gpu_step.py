@@ -11,6 +11,7 @@ from torch._functorch import config as functorch_config
 
 from greenmim import GreenMIM, ModelConfig
 from greenmim.classifier import Classifier
+from greenmim.config import ENCODERS
 from greenmim.launch import World
 from greenmim.masking import random_visible
 from greenmim.processes import Processes, Reports
@@ -33,12 +34,14 @@ def train(
     strict: bool,
     parts: int = 2,
     classes: int = 0,
+    encoder: str = "swin",
 ):
     """Losses of a few updates, of a classifier if there are classes; `strict` raises where anything
     waits for the device."""
     torch.manual_seed(0)
     device = torch.device("cuda")
-    config = ModelConfig(embed_dim=64, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16), decoder_dim=64)
+    sizes = {"embed_dim": 64, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 8, 16)}
+    config = ModelConfig(**sizes, decoder_dim=64, encoder=encoder)
     model = (Classifier(config, classes) if classes else GreenMIM(config)).to(device)
     loss = classification_loss if classes else reconstruction_loss
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -96,6 +99,15 @@ def test_a_recorded_step_is_the_step(parts, precision, per_image):
     actual = train(True, False, precision, per_image, strict=True, parts=parts)
     # The same kernels on the same numbers; only the norm sums in another order.
     torch.testing.assert_close(actual, expected, rtol=1e-3 if precision != "fp32" else 1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS if name != "swin"])
+def test_a_recorded_step_of_other_encoders_is_the_step(encoder, per_image):
+    expected = train(False, False, "bf16", per_image, strict=True, encoder=encoder)
+    actual = train(True, False, "bf16", per_image, strict=True, encoder=encoder)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.gpu

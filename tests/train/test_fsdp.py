@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_watch import TINY
 
 from greenmim import pictures
+from greenmim.config import ENCODERS
 from greenmim.data.dataset import AugmentedImages
 from greenmim.data.images import Folder
 from greenmim.mim import GreenMIM
@@ -34,11 +35,13 @@ def pictures_in(run: Path) -> list[int]:
     return [e.step for tag in events.Tags()["images"] for e in events.Images(tag)]
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_compiled_blocks_train_and_draw_as_plain_ones(
-    tiny: Path, photos: Path, tmp_path: Path
+    encoder: str, tiny: Path, photos: Path, tmp_path: Path
 ) -> None:
+    many = (*MANY, "--model.encoder", encoder)
     for name, more in (("plain", ()), ("compiled", ("--compile", "true"))):
-        argv = command(tiny, photos, tmp_path / name, "--strategy", "fsdp", *MANY, *more)
+        argv = command(tiny, photos, tmp_path / name, "--strategy", "fsdp", *many, *more)
         argv += ["--log.pictures-every-epochs", "1"]
         text = run_crew(argv, 2, tmp_path / "outputs", setup=eager_graphs)
         assert "picture" not in text, text
