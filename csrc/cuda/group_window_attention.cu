@@ -5,6 +5,7 @@
 #include "primitives.cuh"
 #include "stream.h"
 #include "table_gradient.cuh"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,12 +15,20 @@
 
 namespace greenmim::cuda {
 
-namespace {
-
-// PyTorch is not asked for what is contiguous already: a call through the stable interface takes time.
-Tensor to_contiguous(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+Tensor summed(const Tensor& partial) {
+  const int64_t programs = partial.size(0), heads = partial.size(1), rows = partial.size(2);
+  const int64_t runs = table_runs(programs);
+  Tensor sums = torch::stable::new_empty(
+      partial, {runs > 1 ? runs : 0, heads, rows}, ScalarType::Double);
+  Tensor result = torch::stable::new_empty(partial, {rows, heads});
+  run_table_gradient(partial.const_data_ptr<float>(), sums.mutable_data_ptr<double>(),
+                     result.mutable_data_ptr<float>(), programs, int(heads), int(rows),
+                     current_stream(partial.get_device_index()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
 }
+
+namespace {
 
 // Bytes of an access to rows of this head dimension: only heads of 16, 32 and 64 elements are whole
 // numbers of the largest ones.
@@ -46,13 +55,6 @@ Tensor ready(const Tensor& x, int64_t bytes, bool any_strides = false) {
   Tensor copy = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
   torch::stable::copy_(copy, x);
   return copy;
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "cannot ask the device: ", cudaGetErrorString(error));
-  return value;
 }
 
 struct Problem {
@@ -176,8 +178,6 @@ struct Problem {
   }
 };
 
-using Guard = torch::stable::accelerator::DeviceGuard;
-
 std::tuple<Tensor, Tensor> forward(Problem problem) {
   const Tensor& q = problem.x.q;
   Tensor out = torch::stable::new_empty(q, problem.sizes());
@@ -190,22 +190,6 @@ std::tuple<Tensor, Tensor> forward(Problem problem) {
     problem.run(Pass::Forward);
   }
   return {out, lse};
-}
-
-Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
-
-// The sums that blocks left, partial [programs, heads, rows] -> [rows, heads].
-Tensor summed(const Tensor& partial) {
-  const int64_t programs = partial.size(0), heads = partial.size(1), rows = partial.size(2);
-  const int64_t runs = table_runs(programs);
-  Tensor sums = torch::stable::new_empty(
-      partial, {runs > 1 ? runs : 0, heads, rows}, ScalarType::Double);
-  Tensor result = torch::stable::new_empty(partial, {rows, heads});
-  run_table_gradient(partial.const_data_ptr<float>(), sums.mutable_data_ptr<double>(),
-                     result.mutable_data_ptr<float>(), programs, int(heads), int(rows),
-                     current_stream(partial.get_device_index()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return result;
 }
 
 struct Gradients {

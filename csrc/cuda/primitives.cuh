@@ -180,6 +180,12 @@ __device__ __forceinline__ unsigned in_register(unsigned x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// An address of global memory.
+__device__ __forceinline__ const char* in_register(const char* x) {
+  asm volatile("" : "+l"(x));
+  __builtin_assume(__isGlobal(x));
+  return x;
+}
 
 // The kernel that follows on the stream with launch_early may start from now on: its blocks take places
 // as they become free, and wait. The other one waits for all that the kernel before it has written.

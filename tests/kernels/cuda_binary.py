@@ -48,7 +48,10 @@ def cuobjdump() -> str | None:
 
 def short_name(symbol: str) -> str | None:
     """From a mangled name, such as attention_forward-bfloat16-32-short; None if it is not ours."""
-    names = r"attention_(?:forward|backward_long|backward)|row_copy|table_gradient"
+    names = (
+        r"attention_(?:forward|backward_long|backward)|row_copy|table_gradient"
+        r"|sparse_depthwise_conv"
+    )
     found = re.search(rf"cuda\d+({names})_kernel(I.*?E)?E?v", symbol)
     if found is None:
         return None
@@ -68,6 +71,7 @@ def short_name(symbol: str) -> str | None:
         "attention_forward": (("short", "long"), ("", "general")),
         "attention_backward": (("", "general"),),
         "attention_backward_long": (("", "general"),),
+        "sparse_depthwise_conv": (("", "backward"),),
     }
     flags = re.findall(r"Lb(\d)E", arguments)
     for pair, flag in zip(words.get(found[1], ()), flags, strict=True):

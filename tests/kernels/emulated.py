@@ -17,6 +17,7 @@ import tempfile
 
 import numpy as np
 import torch
+from conv_cases import ConvInputs
 from filelock import FileLock
 from torch import Tensor
 
@@ -179,6 +180,54 @@ def copy_rows(rows: Tensor, part: GroupPartition, what: str, order: int = 0) -> 
     raw = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)
     count = slots if what == "gather" else part.num_tokens
     return raw.view(rows.dtype).view(len(rows), count, rows.shape[2])
+
+
+def convolve(
+    inputs: ConvInputs,
+    order: int = 0,
+    processors: int = 1,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    binary: pathlib.Path | None = None,
+) -> dict[str, Tensor]:
+    """The convolution of visible tokens: as `run_conv`, with the gradients asked for.
+
+    Raises:
+        Caught: the program stopped; the message is what it or a sanitizer wrote.
+    """
+    data = encode_conv(inputs, order, processors, needs)
+    done = run_binary([binary or build("conv.cu")], data)
+    if done.returncode != 0:
+        raise Caught(done.stderr.decode(errors="replace")[:4000])
+    return decode_conv(inputs, done.stdout, needs)
+
+
+def encode_conv(
+    inputs: ConvInputs, order: int, processors: int, needs: tuple[bool, bool, bool] = (True,) * 3
+) -> bytes:
+    x, bias = inputs.x, inputs.bias
+    header = struct.pack(
+        "=11q", order, ELEMENTS[x.dtype], *x.shape, len(inputs.neighbours), bias is not None,
+        *needs, processors,
+    )  # fmt: skip
+    arrays = (x, inputs.grad_out, inputs.weight, bias, inputs.neighbours)
+    return header + b"".join(map(_bytes, arrays))
+
+
+def decode_conv(
+    inputs: ConvInputs, data: bytes, needs: tuple[bool, bool, bool] = (True,) * 3
+) -> dict[str, Tensor]:
+    x, weight = inputs.x, inputs.weight
+    results, offset = {}, 0
+    like = {"out": x, "grad_x": x, "grad_weight": weight, "grad_bias": weight[:, 0]}
+    for (name, tensor), written in zip(like.items(), (True, *needs), strict=True):
+        if written:
+            count = tensor.numel() * tensor.itemsize
+            raw = bytearray(data[offset : offset + count])
+            results[name] = torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape)
+            offset += count
+    if offset != len(data):
+        raise RuntimeError(f"the program wrote {len(data)} bytes where {offset} were expected")
+    return results
 
 
 def plan(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from budget import plain_results
-from emulated import SMALL, Launch, copy_rows
+from conv_cases import conv_agrees, make_conv
+from emulated import SMALL, Launch, convolve, copy_rows
 from emulated import run as emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -390,3 +392,74 @@ def test_gather_and_scatter(channels, per_image, dtype):
         with gk.use_backend("reference"):
             assert torch.equal(groups, gk.group_gather(x, part).flatten(1, 2))
         assert torch.equal(copy_rows(groups, part, "scatter", order), x)
+
+
+# --- the convolution of visible tokens ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+# Of one element, odd, whole pieces of 8 bytes that fill few lanes, a tile and a bit of the next.
+@pytest.mark.parametrize("channels", [1, 7, 8, 96, 130, 132])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_convolution_in_any_order_of_threads(channels, per_image, dtype):
+    inputs = make_conv(channels, per_image=per_image, dtype=dtype, shuffled=True, batch=5)
+    first = convolve(inputs)
+    conv_agrees(first, inputs)
+    for order in ORDERS[1:]:
+        for key, value in convolve(inputs, order).items():
+            assert torch.equal(value, first[key]), f"{key} depends on the order of threads"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    channels=st.integers(1, 150),
+    batch=st.integers(1, 20),
+    per_image=st.booleans(),
+    visible=st.sampled_from((0.0, 0.3, 1.0)),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    processors=st.sampled_from((1, 3, 132)),
+    seed=st.integers(0, 99),
+)
+def test_convolution_of_any_shape(processors, **fields):
+    inputs = make_conv(**fields)
+    conv_agrees(convolve(inputs, processors=processors), inputs)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_how_a_convolution_is_cut_changes_no_bit_of_an_image(per_image):
+    """Into a block, and into so many that their sums are added in runs."""
+    inputs = make_conv(132, (16, 16), batch=20, per_image=per_image, dtype=torch.bfloat16)
+    together, apart = (convolve(inputs, processors=n) for n in (1, 1000))
+    for key in ("out", "grad_x"):
+        assert torch.equal(together[key], apart[key]), key
+    assert not torch.equal(together["grad_weight"], apart["grad_weight"])  # it was cut
+    conv_agrees(apart, inputs)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3))[1:-1])
+def test_only_the_gradients_of_a_convolution_that_are_asked_for(needs):
+    inputs = make_conv(20, dtype=torch.float16)
+    whole, part = convolve(inputs), convolve(inputs, needs=needs)
+    names = ("grad_x", "grad_weight", "grad_bias")
+    assert set(part) == {"out", *(name for name, need in zip(names, needs, strict=True) if need)}
+    for key, value in part.items():
+        assert torch.equal(value, whole[key]), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("channels", [5, 8])
+def test_what_is_not_finite_reaches_neighbours_alone(channels, dtype):
+    """Hidden ones are zero, not a row that is not finite times zero."""
+    inputs = make_conv(channels, per_image=True, dtype=dtype)
+    clean = convolve(inputs)
+    inputs.x[1, 0], inputs.grad_out[1, 0] = torch.nan, torch.inf
+    result = convolve(inputs)
+    beside = (inputs.neighbours[1] == 0).any(-1)
+    assert not beside.all()
+    for key in ("out", "grad_x"):
+        assert not result[key][1, beside].isfinite().any(), key
+        assert torch.equal(result[key][1, ~beside], clean[key][1, ~beside]), key
+        assert torch.equal(result[key][[0, 2]], clean[key][[0, 2]]), key
+    assert not result["grad_weight"].isfinite().all()

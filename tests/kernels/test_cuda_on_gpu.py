@@ -11,7 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from emulated import Launch, build, build_for_gpu, decode, encode, run, run_binary, toolkit
+from conv_cases import conv_agrees, make_conv
+from emulated import (
+    Launch,
+    build,
+    build_for_gpu,
+    convolve,
+    decode,
+    decode_conv,
+    encode,
+    encode_conv,
+    run,
+    run_binary,
+    toolkit,
+)
 from test_cuda_emulated import agree
 
 from benchmarks.environment import describe, folder_of, write_json
@@ -41,6 +54,13 @@ SMALL_CASES = [
 ]  # fmt: skip
 
 
+# By pieces of 8 bytes, and by element with a mask per image.
+CONVOLUTIONS = [
+    make_conv(132, (12, 8), batch=9, dtype=torch.bfloat16),
+    make_conv(7, batch=9, dtype=torch.float32, per_image=True),
+]
+
+
 def test_every_primitive_does_what_its_twin_does():
     outputs = []
     for binary in (build("conformance.cu"), build_for_gpu("conformance.cu")):
@@ -64,6 +84,15 @@ def test_the_kernels_agree_with_their_emulation(case):
     emulated = run(inputs, binary=build("attention.cu", "plain", *ONLY))
     agree(device, inputs, case)  # the error budget
     for name, value in emulated.items():
+        assert relative_error(device[name], value) < 0.01, name
+
+
+@pytest.mark.parametrize("inputs", CONVOLUTIONS, ids=["wide", "narrow"])
+def test_the_convolution_agrees_with_its_emulation(inputs):
+    processors = Launch.of_gpu().processors
+    device = convolve(inputs, processors=processors, binary=build_for_gpu("conv.cu"))
+    conv_agrees(device, inputs)
+    for name, value in convolve(inputs, processors=processors).items():
         assert relative_error(device[name], value) < 0.01, name
 
 
@@ -123,6 +152,16 @@ def test_compute_sanitizer_finds_nothing(case):
     with ThreadPoolExecutor() as pool:
         for out in pool.map(lambda tool: sanitized(tool, command, data), TOOLS):
             assert decode(inputs, launch, out)["out"].isfinite().all()
+
+
+@pytest.mark.skipif(toolkit("compute-sanitizer") is None, reason="there is no compute-sanitizer")
+@pytest.mark.parametrize("inputs", CONVOLUTIONS, ids=["wide", "narrow"])
+def test_compute_sanitizer_finds_nothing_in_the_convolution(inputs):
+    command = [build_for_gpu("conv.cu")]
+    data = encode_conv(inputs, 0, Launch.of_gpu().processors)
+    with ThreadPoolExecutor() as pool:
+        for out in pool.map(lambda tool: sanitized(tool, command, data), TOOLS):
+            assert all(value.isfinite().all() for value in decode_conv(inputs, out).values())
 
 
 # Both cases, once each; memory of PyTorch's own pool would hide what is read beside a tensor.

@@ -10,6 +10,7 @@ import emulated
 import pytest
 import torch
 from budget import plain_results
+from conv_cases import ConvInputs, conv_agrees, make_conv
 from emulated import Caught, Launch, build, run_binary
 from window_cases import swin, window_inputs
 
@@ -26,6 +27,9 @@ MANY_CASE = Case(stage=3, batch=64, num_heads=1, per_image=True, dtype=torch.bfl
 # With padding that attends, packed and apart, the last in heads that are no whole tiles.
 PADDED = (window_inputs(swin(), torch.bfloat16, 32, batch=3), False)
 NARROW = (window_inputs(swin(), torch.bfloat16, 20, batch=3), True)
+# Of a tile and a bit; by element; with a mask per image. Images enough for several blocks.
+CONV = make_conv(132, (12, 8), batch=9, dtype=torch.bfloat16)
+NARROW_CONV = make_conv(7, batch=9, dtype=torch.bfloat16, per_image=True)
 ONLY = ("ONLY_HEAD_DIM=32", "ONLY_ELEMENT=1")
 
 
@@ -95,8 +99,18 @@ def test_an_access_beyond_shared_memory():
 # --- the kernels themselves ----------------------------------------------------------------------
 
 
-def check(binary: pathlib.Path, case: Case | tuple) -> None:
+def built(case: Case | tuple | ConvInputs, kind: str, root: pathlib.Path = emulated.ROOT):
+    if isinstance(case, ConvInputs):
+        return build("conv.cu", kind, root=root)
+    return build("attention.cu", kind, *ONLY, root=root)
+
+
+def check(binary: pathlib.Path, case: Case | tuple | ConvInputs) -> None:
     """Results within the budget and equal in every order, or an exception."""
+    if isinstance(case, ConvInputs):
+        for order, processors in ((0, 3), (1, 30), (7, 3)):
+            conv_agrees(emulated.convolve(case, order, processors, binary=binary), case)
+        return
     inputs, apart = case if isinstance(case, tuple) else (make_inputs(case), False)
     with gk.use_backend("reference"):
         exact = run(inputs.to(torch.float64))
@@ -129,9 +143,17 @@ def test_sanitizers_find_nothing_in_other_kernels(dtype):
         emulated.run(make_inputs(case), Launch(), build("attention.cu", kind, *defines))
 
 
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("case", [CONV, NARROW_CONV], ids=["wide", "narrow"])
+def test_sanitizers_find_nothing_in_the_convolution(case, kind):
+    for dtype in emulated.ELEMENTS:
+        emulated.convolve(case.to(dtype), processors=30, binary=built(case, kind))
+
+
 FORWARD, BACKWARD, LONG = (
     f"attention_{name}.cuh" for name in ("forward", "backward", "backward_long")
 )
+CONVOLUTION = "sparse_depthwise_conv.cuh"
 ALSO = "    // Also: no warp still works on the stage that is filled next.\n"
 # file, what stands there, what is planted where PLANTED holds, the sanitizer that has to see it,
 # the case
@@ -349,6 +371,63 @@ FAULTS = {
         "address",
         NARROW,
     ),
+    "convolution: the channels beyond the last": (
+        CONVOLUTION,
+        "works = channel < c.channels;",
+        "works = PLANTED || channel < c.channels;",
+        "address",
+        CONV,
+    ),
+    "convolution: sums of the next place over those that are read": (
+        CONVOLUTION,
+        "    __syncthreads();  // nobody reads the sums before any more\n",
+        "    if (!PLANTED) __syncthreads();\n",
+        # To the race detector, who goes on from a barrier has also seen who is at the next one.
+        "plain",
+        CONV,
+    ),
+    "convolution: sums added before they are there": (
+        CONVOLUTION,
+        "    __syncthreads();\n    if (column",
+        "    if (!PLANTED) __syncthreads();\n    if (column",
+        "thread",
+        CONV,
+    ),
+    "convolution: the gradient of the opposite place": (
+        CONVOLUTION,
+        "int64_t(part) * kPlaces + kPlaces - 1 - k",
+        "int64_t(part) * kPlaces + (PLANTED ? k : kPlaces - 1 - k)",
+        "plain",
+        CONV,
+    ),
+    "convolution: the weights not turned round backward": (
+        CONVOLUTION,
+        "(kBackward ? kPlaces - 1 - k : k)",
+        "(kBackward && !PLANTED ? kPlaces - 1 - k : k)",
+        "plain",
+        NARROW_CONV,
+    ),
+    "convolution: the neighbours of the image before": (
+        CONVOLUTION,
+        "if (c.per_image || image == first_image)",
+        "if ((c.per_image && !PLANTED) || image == first_image)",
+        "plain",
+        NARROW_CONV,
+    ),
+    "convolution: the last image of a run left out": (
+        CONVOLUTION,
+        "std::min(first_image + c.images, c.batch)",
+        "std::min(first_image + c.images - (PLANTED && c.images > 1), c.batch)",
+        "plain",
+        CONV,
+    ),
+    "convolution: a step of tokens taken twice": (
+        CONVOLUTION,
+        "first_token + int64_t(c.steps) * c.rows()",
+        "first_token + (int64_t(c.steps) + PLANTED) * c.rows()",
+        "plain",
+        CONV,
+    ),
 }
 CHOICE = """
 #include <cstdlib>
@@ -365,8 +444,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("faulty", numbered=False)
     for folder in ("csrc/cuda", "tests/emulator"):
         shutil.copytree(emulated.ROOT / folder, root / folder)
-    program = root / "tests" / "emulator" / "attention.cu"
-    program.write_text(CHOICE + program.read_text())
+    for name in ("attention.cu", "conv.cu"):
+        program = root / "tests" / "emulator" / name
+        program.write_text(CHOICE + program.read_text())
     for number, (file, before, after, *_) in enumerate(FAULTS.values()):
         source = root / "csrc" / "cuda" / file
         text = source.read_text()
@@ -380,13 +460,13 @@ def test_a_planted_fault_is_caught(fault, faulty, monkeypatch):
     *_, kind, case = FAULTS[fault]
     monkeypatch.setenv("PLANTED", str(list(FAULTS).index(fault)))
     with pytest.raises((AssertionError, Caught)) as caught:
-        check(build("attention.cu", kind, *ONLY, root=faulty), case)
+        check(built(case, kind, faulty), case)
     expected = {"thread": "data race", "address": "Sanitizer", "plain": "error"}[kind]
     assert expected in str(caught.value)
 
 
 CASES = {"short": CASE, "long": LONG_CASE, "many": MANY_CASE, "groups": GROUPS_CASE}
-CASES |= {"padded": PADDED, "narrow": NARROW}
+CASES |= {"padded": PADDED, "narrow": NARROW, "conv": CONV, "narrow-conv": NARROW_CONV}
 
 
 @pytest.mark.parametrize(
@@ -396,7 +476,8 @@ CASES |= {"padded": PADDED, "narrow": NARROW}
         *(("address", case) for case in CASES),
         ("thread", "short"),
         ("thread", "long"),
+        ("thread", "conv"),
     ],
 )
 def test_without_a_fault_nothing_is_caught(kind, case, faulty):
-    check(build("attention.cu", kind, *ONLY, root=faulty), CASES[case])
+    check(built(CASES[case], kind, faulty), CASES[case])

@@ -18,7 +18,7 @@ from greenmim_kernels._triton import machine_code
 from greenmim_kernels.testing import Case, make_partition
 
 COMMITTED = json.loads(cuda_binary.FIGURES.read_text())
-MOST_THREADS = 128  # of a block of attention
+MOST_THREADS = 128  # of a block of attention, and of the convolution
 REGISTERS = 64 * 1024  # of a multiprocessor, on every architecture
 
 binary = cuda_binary.module()
@@ -44,6 +44,9 @@ def test_every_kernel_is_there_for_every_architecture(figures):
         for head_dim in (16, 32, 64):
             assert f"attention_forward-{dtype}-{head_dim}-short" in figures
             assert f"attention_backward_long-{dtype}-{head_dim}" in figures
+        for width in (1, 2 if dtype == "float32" else 4):
+            assert f"sparse_depthwise_conv-{dtype}-{width}" in figures
+            assert f"sparse_depthwise_conv-{dtype}-{width}-backward" in figures
     built = {arch for rows in figures.values() for arch in rows}
     for name, rows in figures.items():
         assert set(rows) == built, name
@@ -72,6 +75,9 @@ def test_no_spills_tensor_cores_and_wide_accesses(figures):
                     assert blocks * found["registers"] * MOST_THREADS <= REGISTERS, where
                 if re.match(r"attention_backward-", name):  # of short groups: two blocks
                     assert 2 * found["registers"] * MOST_THREADS <= REGISTERS, where
+            if name.startswith("sparse_depthwise_conv"):
+                blocks = 4 if name.endswith("backward") else 5
+                assert blocks * found["registers"] * MOST_THREADS <= REGISTERS, where
             if name.startswith("row_copy-16bytes"):
                 assert found["reads_16_bytes"] > 0 and found["writes_16_bytes"] > 0, where
 
@@ -155,10 +161,12 @@ def test_the_kernels_are_c_plus_plus_17(tmp_path):
     """As which torch 2.11 compiles extensions, and newer ones do not."""
     source = tmp_path / "headers.cu"
     folder = emulated.ROOT / "csrc" / "cuda"
-    names = ("attention_launch.cuh", "attention_type.cuh", "group_gather.cuh", "table_gradient.cuh")
+    names = ("attention_launch.cuh", "attention_type.cuh", "group_gather.cuh", "table_gradient.cuh",
+             "sparse_depthwise_conv.cuh")  # fmt: skip
     lines = [f'#include "{folder / name}"' for name in names]
-    # What is a template is only read; the launches of the table's sum are compiled.
+    # What is a template is only read; launches of the table's sum and a convolution are compiled.
     lines.append("auto* launches = &greenmim::cuda::run_table_gradient;")
+    lines.append("auto* convolves = &greenmim::cuda::launch_conv<greenmim::cuda::float16, true>;")
     source.write_text("\n".join(lines) + "\n")
     command = [emulated.toolkit("nvcc"), "-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_90"]
     command += ["-ptx", str(source), "-o", str(tmp_path / "headers.ptx")]

@@ -1,0 +1,34 @@
+// What the operators do with tensors and devices.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cuda_runtime.h>
+
+namespace greenmim::cuda {
+
+using torch::stable::Tensor;
+using Guard = torch::stable::accelerator::DeviceGuard;
+
+// PyTorch is not asked for what is contiguous already: a call through the stable interface takes time.
+inline Tensor to_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+inline Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "cannot ask the device: ", cudaGetErrorString(error));
+  return value;
+}
+
+// The sums that blocks left, partial [programs, heads, rows] -> [rows, heads], on the current stream;
+// in group_window_attention.cu.
+Tensor summed(const Tensor& partial);
+
+}  // namespace greenmim::cuda
