@@ -35,6 +35,7 @@ FLOORS = [
         "greenmim_kernels._triton.group_window_attention",
         "greenmim_kernels._triton.long_groups",
         "greenmim_kernels._triton.group_gather",
+        "greenmim_kernels._triton.sparse_depthwise_conv",
     ],
     ["greenmim_kernels._triton.operators", "greenmim_kernels._triton.ahead_of_time"],
     ["greenmim_kernels.ops"],

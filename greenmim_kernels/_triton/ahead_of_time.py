@@ -26,6 +26,7 @@ from .group_window_attention import group_attention_bwd_kernel, group_attention_
 from .launch import launch_table, write_json
 from .machine_code import loop_length, overwritten_operands, proxy_fence
 from .primitives import Partition, Rows
+from .sparse_depthwise_conv import conv_kernel, conv_sums_kernel
 from .table_gradient import BLOCK_PROGRAMS, BLOCK_ROWS, add_rows_kernel
 
 FIGURES = pathlib.Path(__file__).parent / "static_figures.json"
@@ -49,6 +50,10 @@ _TYPES = {
     "p_lse": "*fp32",
     "p_partial": "*i64",
     "p_power": "*fp32",
+    "p_weight": "*fp32",
+    "p_bias": "*fp32",
+    "p_sums": "*fp32",
+    "p_neighbours": "*i32",
     "scale": "fp32",
     "scale_log2": "fp32",
 }
@@ -96,6 +101,18 @@ def compile_copy(architecture: int, **flags):
     """The compiled kernel of gather and scatter."""
     values = {"BLOCK_SLOTS": 16, "BLOCK_CHANNELS": 128, "SCATTER": False, "PER_IMAGE": False}
     return _compile(copy_rows_kernel, {**values, **flags}, "bf16", architecture, 4, 2)
+
+
+def compile_conv(architecture: int, element: str = "bf16", **flags):
+    """The compiled kernel of the convolution of visible tokens."""
+    values = {"BLOCK_TOKENS": 8, "BLOCK_CHANNELS": 128, "FLIP": False, "PER_IMAGE": False}
+    return _compile(conv_kernel, {**values, **flags}, element, architecture, 4, 3)
+
+
+def compile_conv_sums(architecture: int, element: str = "bf16", **flags):
+    """The compiled kernel of the sums for its weights and bias."""
+    values = {"BLOCK_TOKENS": 2, "BLOCK_CHANNELS": 64, "PER_IMAGE": False}
+    return _compile(conv_sums_kernel, {**values, **flags}, element, architecture, 4, 3)
 
 
 def compile_add_rows(architecture: int, first: bool, last: bool):

@@ -31,6 +31,7 @@ from .launch import (
     tile_of,
 )
 from .primitives import Partition, Rows
+from .sparse_depthwise_conv import conv_kernel, conv_sums_kernel
 from .table_gradient import add_rows
 
 LOG2_E = math.log2(math.e)
@@ -287,3 +288,67 @@ def block_diagonal_attention_backward(
     problem = _Problem(qkv, None, None, table, None, None, *arguments, backward=True)
     grad_qkv, _, _, grad_table, _ = _backward(problem, grad_out, out, lse, need_qkv, need_table)
     return grad_qkv, grad_table
+
+
+# Of the convolution's sums: the tile of a program, and programs for a multiprocessor.
+CONV_TOKENS, CONV_CHANNELS, CONV_PROGRAMS = 2, 64, 8
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, flip: bool):
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    batch, tokens, channels = x.shape
+    block_channels = min(triton.next_power_of_2(channels), 128)
+    block_tokens = 1024 // block_channels
+    conv_kernel[(triton.cdiv(tokens, block_tokens) * batch,)](
+        x, out, weight.contiguous(), None if bias is None else bias.contiguous(),
+        neighbours.contiguous(), tokens, channels, BLOCK_TOKENS=block_tokens,
+        BLOCK_CHANNELS=block_channels, FLIP=flip, PER_IMAGE=len(neighbours) > 1, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def sparse_depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor
+) -> Tensor:
+    return _convolve(x, weight, bias, neighbours, flip=False)
+
+
+def sparse_depthwise_conv_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, sums = x.new_empty(0), weight.new_zeros(10, x.shape[2])
+    if need_x:
+        grad_x = _convolve(grad_out, weight, None, neighbours, flip=True)
+    if x.numel() and (need_weight or need_bias):
+        sums = _conv_sums(x.contiguous(), grad_out.contiguous(), neighbours.contiguous())
+    return (
+        grad_x,
+        sums[:9].t().contiguous() if need_weight else weight.new_empty(0),
+        sums[9].clone() if need_bias else weight.new_empty(0),
+    )
+
+
+def _conv_sums(x: Tensor, grad_out: Tensor, neighbours: Tensor) -> Tensor:
+    """[10, C]: the gradients of the weights' nine places, and of the bias."""
+    batch, tokens, channels = x.shape
+    tiles = triton.cdiv(channels, CONV_CHANNELS)
+    all_blocks = triton.cdiv(batch * tokens, CONV_TOKENS)
+    programs = triton.cdiv(CONV_PROGRAMS * num_processors(x.device), tiles)
+    blocks = triton.cdiv(all_blocks, programs)
+    programs = triton.cdiv(all_blocks, blocks)
+    partial = x.new_empty(programs, 10, channels, dtype=torch.float32)
+    conv_sums_kernel[programs, tiles](
+        x, grad_out, neighbours, partial, batch * tokens, tokens, channels, blocks,
+        BLOCK_TOKENS=CONV_TOKENS, BLOCK_CHANNELS=CONV_CHANNELS, PER_IMAGE=len(neighbours) > 1,
+        num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0, dtype=torch.float64).float()

@@ -8,6 +8,7 @@ CUDA kernels run without a GPU in test_cuda_emulated.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import plain_results
+from conv_cases import conv_agrees, make_conv, run_conv
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_backends import (
@@ -347,6 +349,83 @@ def test_rows_of_sums_are_added(programs):
 
 
 @kernel_test
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+# Of one element, odd, a tile and a bit of the next, of both backends.
+@pytest.mark.parametrize("channels", [1, 7, 8, 132])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_convolution(channels, per_image, dtype, backend):
+    fields = {"channels": channels, "per_image": per_image, "dtype": dtype, "device": DEVICE}
+    for more in ({"shuffled": True, "batch": 5}, {"grid": (1, 1)}, {"has_bias": False}):
+        inputs = make_conv(**fields, **more)
+        with gk.use_backend(backend):
+            first, again = run_conv(inputs), run_conv(inputs)
+        conv_agrees(first, inputs)
+        for name, value in first.items():
+            assert value.dtype == (torch.float32 if "weight" in name or "bias" in name else dtype)
+            assert torch.equal(again[name], value), f"{name} differs between two runs"
+
+
+@kernel_test
+def test_many_programs_of_a_convolution(backend, monkeypatch):
+    """Whose sums are added; a program beyond the last token adds nothing."""
+    if INTERPRETED:
+        from greenmim_kernels._triton import operators
+
+        monkeypatch.setattr(operators, "num_processors", lambda _: 3)
+    inputs = make_conv(70, (12, 8), batch=7, device=DEVICE)
+    with gk.use_backend(backend):
+        conv_agrees(run_conv(inputs), inputs)
+
+
+@kernel_test
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
+def test_the_gradients_of_a_convolution_that_are_asked_for(needs, backend):
+    inputs = make_conv(8, device=DEVICE)
+    backward = operator("sparse_depthwise_conv_backward", VARIANT[backend])
+    arguments = (inputs.grad_out, inputs.x, inputs.weight, inputs.neighbours)
+    whole, part = backward(*arguments, True, True, True), backward(*arguments, *needs)
+    for need, gradient, expected in zip(needs, part, whole, strict=True):
+        assert torch.equal(gradient, expected) if need else gradient.shape == (0,)
+    torch.library.opcheck(backward, (*arguments, *needs))
+
+
+@kernel_test
+def test_a_convolution_of_nothing(backend):
+    inputs = make_conv(8, device=DEVICE)
+    for x, neighbours in (
+        (inputs.x[:0], inputs.neighbours),
+        (inputs.x[:, :0], inputs.neighbours[:, :0]),
+    ):
+        empty = dataclasses.replace(inputs, x=x, grad_out=x, neighbours=neighbours)
+        with gk.use_backend(backend):
+            results = run_conv(empty)
+        assert results["out"].shape == results["grad_x"].shape == x.shape
+        assert (results["grad_weight"] == 0).all() and (results["grad_bias"] == 0).all()
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_convolution_of_strided_and_misaligned_inputs(dtype, backend):
+    inputs = make_conv(8, dtype=dtype, device=DEVICE)
+    strided = {
+        name: value.transpose(0, -1).contiguous().transpose(0, -1)
+        for name, value in vars(inputs).items()
+        if value.dim() > 1
+    }
+    buffer = inputs.x.new_empty(inputs.x.numel() + 1)
+    shifted = {"x": buffer[1:].view_as(inputs.x).copy_(inputs.x)}
+    assert shifted["x"].data_ptr() % 8 != 0
+    with gk.use_backend(backend):
+        expected = run_conv(inputs)
+        for changes in (strided, shifted):
+            other = dataclasses.replace(inputs, **changes)
+            for name, value in run_conv(other).items():
+                # Sums of single elements are cut otherwise.
+                assert relative_error(value, expected[name]) < 1e-5, name
+
+
+@kernel_test
 @pytest.mark.parametrize(
     ("name", "three"),
     [*((n, False) for n in SCHEMAS), *((n, True) for n in SCHEMAS if n.startswith("group_window"))],
@@ -614,6 +693,25 @@ def test_more_images_than_a_grid_has_rows(per_image, backend):
         expected = run(inputs)
     for name in ("out", "grad_qkv"):
         assert relative_error(actual[name][-3:], expected[name][-3:]) < 0.03, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_image", [False, True])
+def test_a_convolution_of_more_than_2_to_the_31_elements(per_image, backend):
+    few = make_conv(96, (28, 28), batch=4, per_image=per_image, dtype=torch.bfloat16, device="cuda")
+    times = 2**31 // few.x.numel() + 1
+    many = dataclasses.replace(
+        few,
+        x=few.x.repeat(times, 1, 1),
+        grad_out=few.grad_out.repeat(times, 1, 1),
+        neighbours=few.neighbours.repeat(times if per_image else 1, 1, 1),
+    )
+    with gk.use_backend(backend):
+        expected, actual = run_conv(few), run_conv(many)
+    for name in ("out", "grad_x"):
+        assert torch.equal(actual[name][-4:], expected[name]), name
+    for name in ("grad_weight", "grad_bias"):
+        assert relative_error(actual[name], times * expected[name]) < 1e-4, name
 
 
 @pytest.mark.gpu

@@ -148,6 +148,23 @@ def test_gather_and_scatter_compile(scatter, per_image):
     assert found["loads_16_bytes"] > 0
 
 
+@pytest.mark.parametrize("architecture", ahead_of_time.ARCHITECTURES)
+@pytest.mark.parametrize("element", ["bf16", "fp32"])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_the_convolution_compiles(per_image, element, architecture):
+    """As forward, as backward with the weights turned round and no bias, and the sums."""
+    backward = {"FLIP": True, "p_bias": None}
+    for compiled in (
+        ahead_of_time.compile_conv(architecture, element, PER_IMAGE=per_image),
+        ahead_of_time.compile_conv(architecture, element, PER_IMAGE=per_image, **backward),
+        ahead_of_time.compile_conv_sums(architecture, element, PER_IMAGE=per_image),
+    ):
+        found = ahead_of_time.inspect(compiled)
+        assert found["spill_loads"] == found["spill_stores"] == 0
+        assert found["loads_16_bytes"] > 0
+        assert found["registers"] <= 168  # three programs of four warps
+
+
 @pytest.mark.parametrize(("first", "last"), [(True, True), (True, False), (False, True)])
 def test_the_sum_over_programs_compiles(first, last):
     found = ahead_of_time.inspect(ahead_of_time.compile_add_rows(90, first, last))
@@ -192,7 +209,7 @@ def test_another_batch_or_mask_compiles_nothing(window, per_image, launches, mon
         batch = max(batch, 1 + per_image)
         call(dataclasses.replace(case, batch=batch, mask_ratio=ratio, group_size=size))
         keys.append({(name, key) for name, _, _, key in launches})
-    assert len(keys[0]) == (7 if window == 7 else 11)
+    assert len(keys[0]) == (10 if window == 7 else 14)
     assert all(other == keys[0] for other in keys)
 
 
