@@ -280,7 +280,7 @@ def ready_plan(plan: Plan, planner: Planner, images: Tensor) -> Plan:
             f"the plan is for {grid[0]} x {grid[1]} patches and this model has {expected[0]} x"
             f" {expected[1]}; make it with this model's plan()"
         )
-    if bool(plan.neighbours) != planner.has_neighbours:
+    if (len(plan.neighbours) > 0) != planner.has_neighbours:
         raise ValueError("the plan is for another encoder; make it with this model's plan()")
     if len(plan.visible) not in (1, len(images)):
         raise ValueError(
