@@ -87,6 +87,43 @@ def some_visible(model: greenmim.GreenMIM, batch: int | None = None, seed: int =
     return random_visible(np.random.default_rng(seed), model.config.num_units, 0.5, batch)
 
 
+def grads(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, named.values(), allow_unused=True)
+    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+def assert_grads_are(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+def assert_equals_timm(model: greenmim.GreenMIM, network: torch.nn.Module) -> None:
+    """Everything visible, in float64: maps, latent, gradients."""
+    images = images_for(model, batch=1)
+    expected = network.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
+    for ours, theirs in zip(model.encode(images), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    whole = model.plan(np.ones(model.config.num_units, dtype=bool))
+    latent, final = model.encoder(images, whole), network(images)
+    final = final.reshape(latent.shape)  # [B, h, w, C] of some
+    torch.testing.assert_close(latent, final, rtol=0, atol=1e-9)
+    ours, theirs = grads(latent.sin().sum(), model.encoder), grads(final.sin().sum(), network)
+    assert ours.keys() == theirs.keys()
+    assert_grads_are(ours, theirs)
+
+
+def assert_drops_as_timm(model: greenmim.GreenMIM, network: torch.nn.Module) -> None:
+    """By the same draws; images of 64 px."""
+    images, whole = images_for(model, batch=8), model.plan(np.ones(4, dtype=bool))
+    found = []
+    for run in (lambda: model.encoder.train()(images, whole), lambda: network.train()(images)):
+        torch.manual_seed(3)
+        found.append(run().flatten(1))
+    assert not torch.allclose(found[0], model.encoder.eval()(images, whole).flatten(1))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+
+
 @pytest.fixture(autouse=True)
 def small_models(one_thread):
     """All models here are small."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,7 +18,14 @@ from greenmim.initial import config_of, continued, initialise
 from greenmim_kernels import onednn
 from greenmim_kernels.onednn import use_onednn
 
-from .conftest import images_for, some_visible
+from .conftest import (
+    assert_drops_as_timm,
+    assert_equals_timm,
+    assert_grads_are,
+    grads,
+    images_for,
+    some_visible,
+)
 
 SIZES = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)}
 
@@ -46,12 +52,6 @@ def timm_s(model: GreenMIM, **more) -> torch.nn.Module:
     return network.eval()
 
 
-def grads(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, named.values(), allow_unused=True)
-    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
-
-
 @pytest.mark.parametrize(
     ("image_size", "window", "before"),
     [
@@ -64,18 +64,7 @@ def grads(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]
 )
 def test_equals_timm_with_everything_visible(image_size, window, before, backend):
     model = small(image_size=image_size, window_size=window, pretrained_window_sizes=before)
-    network = timm_s(model)
-    images = images_for(model, batch=1)
-    expected = network.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
-    for ours, theirs in zip(model.encode(images), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
-    whole = model.plan(np.ones(model.config.num_units, dtype=bool))
-    latent, final = model.encoder(images, whole), network(images).flatten(1, 2)
-    torch.testing.assert_close(latent, final, rtol=0, atol=1e-9)
-    ours, theirs = grads(latent.sin().sum(), model.encoder), grads(final.sin().sum(), network)
-    assert ours.keys() == theirs.keys()
-    for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], rtol=1e-8, atol=1e-8, msg=name)
+    assert_equals_timm(model, timm_s(model))
 
 
 @pytest.mark.parametrize(("image_size", "window"), [((96, 96), 3), ((64, 128), 4), ((128, 128), 8)])
@@ -100,21 +89,13 @@ def test_equals_timm_that_masks_the_hidden_tokens(image_size, window, backend):
     final = network(images).flatten(1, 2)[:, visible]
     torch.testing.assert_close(latent, final, rtol=0, atol=1e-9)
     ours, theirs = grads(latent.sin().sum(), model.encoder), grads(final.sin().sum(), network)
-    for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], rtol=1e-8, atol=1e-8, msg=name)
+    assert_grads_are(ours, theirs)
 
 
 def test_paths_are_dropped_as_timm_does():
     """After the norm, by the same draws."""
     model = small(image_size=64, window_size=4, drop_path=0.6)
-    network = timm_s(model, drop_path_rate=0.6)
-    images, whole = images_for(model, batch=8), model.plan(np.ones(4, dtype=bool))
-    found = []
-    for run in (lambda: model.encoder.train()(images, whole), lambda: network.train()(images)):
-        torch.manual_seed(3)
-        found.append(run().flatten(1))
-    assert not torch.allclose(found[0], model.encoder.eval()(images, whole).flatten(1))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+    assert_drops_as_timm(model, timm_s(model, drop_path_rate=0.6))
 
 
 @pytest.mark.skipif(not onednn.available(), reason="needs oneDNN")

@@ -20,7 +20,13 @@ from greenmim.initial import config_of
 from greenmim_kernels import onednn
 from greenmim_kernels.onednn import use_onednn
 
-from .conftest import images_for, some_visible
+from .conftest import (
+    assert_drops_as_timm,
+    assert_equals_timm,
+    grads,
+    images_for,
+    some_visible,
+)
 
 SIZES = {"embed_dim": (16, 32, 48, 80), "depths": (2, 1, 3, 2), "num_heads": (1, 2, 3, 5)}
 
@@ -55,11 +61,6 @@ def timm_s(model: GreenMIM, **more) -> nn.Module:
     return with_epsilon(network, model.config.norm_eps).eval()
 
 
-def grads(loss: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True))
-
-
 @pytest.mark.parametrize(
     ("image_size", "window", "ratios"),
     [
@@ -71,30 +72,12 @@ def grads(loss: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
 )
 def test_equals_timm_with_everything_visible(image_size, window, ratios, backend):
     model = small(image_size=image_size, window_size=window, sr_ratios=ratios)
-    network = timm_s(model)
-    images = images_for(model, batch=1)
-    expected = network.forward_intermediates(images, intermediates_only=True)
-    for ours, theirs in zip(model.encode(images), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
-    whole = model.plan(np.ones(model.config.num_units, dtype=bool))
-    latent, final = model.encoder(images, whole), network(images)
-    torch.testing.assert_close(latent, final, rtol=0, atol=1e-9)
-    ours, theirs = grads(latent.sin().sum(), model.encoder), grads(final.sin().sum(), network)
-    assert ours.keys() == theirs.keys()
-    for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], rtol=1e-8, atol=1e-8, msg=name)
+    assert_equals_timm(model, timm_s(model))
 
 
 def test_paths_are_dropped_as_timm_does():
     model = small(drop_path=0.6)
-    network = timm_s(model, drop_path_rate=0.6)
-    images, whole = images_for(model, batch=8), model.plan(np.ones(4, dtype=bool))
-    found = []
-    for run in (lambda: model.encoder.train()(images, whole), lambda: network.train()(images)):
-        torch.manual_seed(3)
-        found.append(run().flatten(1))
-    assert not torch.allclose(found[0], model.encoder.eval()(images, whole).flatten(1))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+    assert_drops_as_timm(model, timm_s(model, drop_path_rate=0.6))
 
 
 @pytest.mark.parametrize("visible_units", [1, 3, 6])
