@@ -228,6 +228,11 @@ def step_work(
     ]
 
 
+def covers(config: ModelConfig) -> bool:
+    """Whether the costs are of such a model: a Swin, or a SwinV2 without its bias' network."""
+    return config.encoder in ("swin", "swinv2")
+
+
 def floor_seconds(work: list[Work], copy: float, rate: float) -> float:
     """The least time at these rates."""
     return sum(item.seconds(copy, rate) for item in work if item.kind not in ADDED)

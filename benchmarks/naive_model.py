@@ -234,7 +234,7 @@ class NaiveGreenMIMTwins(NaiveGreenMIM):
 
     @staticmethod
     def _of_cells(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        cells = torch.cat([x[:, one] for one in index], -1)
+        cells = x[:, index.t()].flatten(2)
         return F.linear(cells, weight.permute(0, 2, 3, 1).flatten(1), bias)
 
     def _global(self, attention: nn.Module, x: Tensor, cells: Tensor | None) -> Tensor:

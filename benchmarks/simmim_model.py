@@ -22,14 +22,14 @@ class SimMIM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        network, sizes = SwinTransformer, {"embed_dim": config.embed_dim}
-        if config.encoder == "swinv2":
-            network = SwinTransformerV2
-        if config.encoder == "twins_svt":
-            network, sizes = Twins, {"embed_dims": config.stage_dims, "sr_ratios": config.sr_ratios}
-            sizes["wss"] = (config.window_size,) * len(config.depths)
-        else:
-            sizes["window_size"] = config.window_size
+        swin = {"embed_dim": config.embed_dim, "window_size": config.window_size}
+        twins = {"embed_dims": config.stage_dims, "sr_ratios": config.sr_ratios}
+        twins["wss"] = (config.window_size,) * len(config.depths)
+        network, sizes = {
+            "swin": (SwinTransformer, swin),
+            "swinv2": (SwinTransformerV2, swin),
+            "twins_svt": (Twins, twins),
+        }[config.encoder]
         self.encoder = network(
             img_size=config.image_hw,
             patch_size=PATCH_PIXELS,

@@ -75,13 +75,13 @@ class Errors(NamedTuple):
     Attributes:
         loss: Of the loss.
         gradient: Of all gradients, as one vector.
-        tables: Of those of the bias tables (of a Twins: of the positional convolutions), as one
-            vector: they are too small to show in the other.
+        positions: Of those that have to do with positions alone, as one vector: they are too small
+            to show in the other.
     """
 
     loss: float
     gradient: float
-    tables: float
+    positions: float
 
 
 class Output(NamedTuple):
@@ -270,11 +270,11 @@ class Step:
         scale = self.scaler.get_scale()
         found = {name: p.grad.cpu() / scale for name, p in self.trained.items()}
         self.passes.zero_grad(self.optimizer)
-        tables = [name for name in found if _of_positions(name)]
+        positions = [name for name in found if _of_positions(name)]
         return Errors(
             abs(loss - expected.loss) / abs(expected.loss),
             _distance(found, expected.gradients, list(found)),
-            _distance(found, expected.gradients, tables),
+            _distance(found, expected.gradients, positions),
         )
 
 

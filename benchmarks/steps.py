@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from .costs import Widths, floor_seconds, step_work
+from .costs import Widths, covers, floor_seconds, step_work
 from .environment import describe, earlier, first_line, folder_of, write_json
 from .measure import Energy, Rates, Sampler, Timing, measure_rates, no_garbage_collection
 from .step_processes import (
@@ -195,7 +195,7 @@ def _figures(timing: Timing, problem: Problem, variant: Variant, rates: Rates, r
         "rounds": timing.n,
         "floor_ms": None,
     }
-    if variant.kind != "dense" and problem.config.kind.shifts:  # the costs are a Swin's
+    if variant.kind != "dense" and covers(problem.config):
         work = step_work(
             problem.config, problem.batch, problem.mask_ratio, row["parameters"], Widths(act=act)
         )

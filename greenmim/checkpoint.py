@@ -83,13 +83,13 @@ def convert_checkpoint(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    kind, encoder, decoder = _read(_plain_names(state_dict), source)
+    network, encoder, decoder = _read(_plain_names(state_dict), source)
     if merge_order == "row-major":
-        encoder = kind.to_swin_order(encoder)
+        encoder = network.to_swin_order(encoder)
     if target == "timm":
-        return kind.to_timm(encoder)
+        return network.to_timm(encoder)
     if target == "official":
-        encoder = kind.to_official(encoder)
+        encoder = network.to_official(encoder)
     return {**{_ENCODER + name: tensor for name, tensor in encoder.items()}, **decoder}
 
 
@@ -131,8 +131,8 @@ def _read(
         }
         decoder = {n: t for n, t in tensors.items() if not n.startswith((_ENCODER, _HEAD))}
     try:
-        kind = encoder_class(encoder_of(encoder))
-        encoder = kind.to_own(encoder, source)
+        network = encoder_class(encoder_of(encoder))
+        encoder = network.to_own(encoder, source)
         strangers = [n for n in decoder if not n.startswith(("decoder_", "mask_token"))]
         if strangers:
             raise ValueError(f"holds {strangers[0]!r}")
@@ -140,7 +140,7 @@ def _read(
         raise ValueError(
             f"this is not a state dict of kind {source!r}: it {error}, like {_maker(tensors)}"
         ) from error
-    return kind, encoder, decoder
+    return network, encoder, decoder
 
 
 def _maker(tensors: Mapping[str, Tensor]) -> str:

@@ -15,27 +15,35 @@ NUM_STAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderKind:
+class EncoderTraits:
     """An encoder, as far as sizes and plans depend on it.
 
     Args:
         class_name: in the file of its name in encoders/.
         fields: of `ModelConfig`, those that mean something to this encoder and not to all.
-        shifts: odd blocks have shifted windows, and windows are as large as the grid at most.
+        shifts: odd blocks have shifted windows, windows are as large as the grid at most, and each
+            stage has twice the channels of the one before.
+        least_window: side of the smallest window.
         has_neighbours: plans tell which visible tokens are beside each other.
     """
 
     class_name: str
     fields: tuple[str, ...] = ()
     shifts: bool = True
+    least_window: int = 1
     has_neighbours: bool = False
 
 
 ENCODERS = {
-    "swin": EncoderKind("SwinEncoder"),
-    "swinv2": EncoderKind("SwinV2Encoder", ("pretrained_window_sizes",)),
-    "twins_svt": EncoderKind(
-        "TwinsSVTEncoder", ("sr_ratios", "pos_conv_residual"), shifts=False, has_neighbours=True
+    "swin": EncoderTraits("SwinEncoder"),
+    "swinv2": EncoderTraits("SwinV2Encoder", ("pretrained_window_sizes",)),
+    "twins_svt": EncoderTraits(
+        # timm takes a window of 1 for global attention.
+        "TwinsSVTEncoder",
+        ("sr_ratios", "pos_conv_residual"),
+        False,
+        2,
+        has_neighbours=True,
     ),
 }
 
@@ -108,9 +116,16 @@ class ModelConfig:
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
         default = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in {name for kind in ENCODERS.values() for name in kind.fields}:
-            if name not in self.kind.fields and getattr(self, name) != default[name]:
-                raise ValueError(f"{name} mean nothing to the encoder {self.encoder}")
+        for name in {name for traits in ENCODERS.values() for name in traits.fields}:
+            if name not in self.traits.fields and getattr(self, name) != default[name]:
+                raise ValueError(f"the encoder {self.encoder} has no {name}")
+        if self.traits.shifts and isinstance(self.embed_dim, tuple):
+            raise ValueError(f"the encoder {self.encoder} takes one embed_dim, which it doubles")
+        if self.window_size < self.traits.least_window:
+            raise ValueError(
+                f"the encoder {self.encoder} has windows of at least {self.traits.least_window}"
+                " tokens a side"
+            )
         for ratio, most in zip(self.sr_ratios, default["sr_ratios"], strict=True):
             if ratio & (ratio - 1) or ratio > most:
                 raise ValueError(
@@ -139,7 +154,7 @@ class ModelConfig:
         return cls(**{n: value for n, value in values.items() if n in known and value is not None})
 
     @property
-    def kind(self) -> EncoderKind:
+    def traits(self) -> EncoderTraits:
         """What sizes and plans depend on of the encoder."""
         return ENCODERS[self.encoder]
 
@@ -180,7 +195,7 @@ class ModelConfig:
         for stage in range(NUM_STAGES):
             grid = tuple(side // (PATCH_PIXELS * 2**stage) for side in sides)
             window, shift = (self.window_size,) * 2, (0, 0)
-            if self.kind.shifts:
+            if self.traits.shifts:
                 shift = tuple(window[0] // 2 if side > window[0] else 0 for side in grid)
                 window = tuple(min(window[0], side) for side in grid)
             stages.append((grid, window, shift))

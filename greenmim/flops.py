@@ -17,12 +17,12 @@ def forward_flops(model: nn.Module, plan: Plan, **options: bool) -> int:
         plan: of the image's visible units.
         options: of the model's forward pass, such as `loss_only` for what training computes.
     """
+    own = {"group_window_attention": _window_attention_flops, "sparse_depthwise_conv": _conv_flops}
     formulas = {
-        getattr(torch.ops.greenmim, f"group_window_attention{variant}"): _window_attention_flops
+        getattr(torch.ops.greenmim, name + variant): formula
+        for name, formula in own.items()
         for variant in ("", "_triton")
     }
-    for variant in ("", "_triton"):
-        formulas[getattr(torch.ops.greenmim, f"sparse_depthwise_conv{variant}")] = _conv_flops
     formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     image = torch.zeros(1, 3, *model.config.image_hw)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:

@@ -117,16 +117,23 @@ def continued(config: ModelConfig, before: Mapping[str, Any]) -> ModelConfig:
         before: What is known of the weights' model, as `sizes_in` gives it.
 
     Raises:
-        ValueError: they have another encoder.
+        ValueError: they have another encoder, or another number of heads where no weight tells.
     """
     if not before:
         return config
     encoder = before.get("encoder", ModelConfig.encoder)
     if encoder != config.encoder:
         raise ValueError(f"it has the encoder {encoder}, and this recipe {config.encoder}")
-    if "window_size" not in before:
+    if not {"window_size", "num_heads"} <= before.keys():
         return config
     return encoder_class(encoder).continued(config, ModelConfig.of_saved(before))
+
+
+def with_usual(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes as `sizes_in` gives them, and what they do not tell, as it most often is."""
+    if "embed_dim" not in sizes:
+        return dict(sizes)
+    return {**encoder_class(sizes.get("encoder", ModelConfig.encoder)).usual(sizes), **sizes}
 
 
 def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelConfig:
@@ -140,7 +147,7 @@ def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelC
         ValueError: it is of no encoder that is known here, or nobody knows how large its images or
             windows are, or how many heads there are.
     """
-    sizes = _sizes_of(weights, facts)
+    sizes = with_usual(_sizes_of(weights, facts))
     for name, what in (("window_size", "how large its windows are"), ("num_heads", "its heads")):
         if name not in sizes:
             raise ValueError(

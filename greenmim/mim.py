@@ -74,7 +74,7 @@ class GreenMIM(nn.Module):
     def _initialise_decoder(self) -> None:
         """As MAE: Xavier-uniform matrices, zero biases, a small mask token.
 
-        The encoder is initialised by timm: truncated normal, deviation 0.02.
+        The encoder is initialised as timm does it.
         """
         nn.init.normal_(self.mask_token, std=0.02)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):

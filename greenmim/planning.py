@@ -166,7 +166,7 @@ class Planner:
         sides = check_image_size(config.image_size if image_size is None else image_size)
         self.unit_grid = tuple(side // UNIT_PIXELS for side in sides)
         self.stages = config.stage_windows(sides)
-        self.has_neighbours = config.kind.has_neighbours
+        self.has_neighbours = config.traits.has_neighbours
 
     def __call__(self, visible: np.ndarray | Tensor) -> Plan:
         """Plan a step.
@@ -211,7 +211,7 @@ class Planner:
         Returns:
             int64 [P, N].
         """
-        row, column = order_in_unit(scale)
+        row, column = _order_in_unit(scale)
         width = self.unit_grid[1]
         unit_row, unit_column = np.divmod(_indices(units)[..., None], width)  # [P, n_vis, 1]
         number = (unit_row * scale + row) * (width * scale) + unit_column * scale + column
@@ -306,7 +306,7 @@ def _renumbered(neighbours: Tensor, numbers: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def order_in_unit(scale: int) -> tuple[np.ndarray, np.ndarray]:
+def _order_in_unit(scale: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows, columns) in a unit of scale x scale tokens, the children of a token together."""
     row = column = np.zeros(1, dtype=np.int64)
     while scale > 1:

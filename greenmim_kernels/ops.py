@@ -267,9 +267,14 @@ def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tenso
 
 
 def _conv_backward_fake(
-    grad_out: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, *needed: bool
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    need_x, need_weight, need_bias = needed
     return (
         x.new_empty(x.shape if need_x else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),

@@ -33,8 +33,6 @@ class ShiftedWindowEncoder(VisibleEncoder):
     sign: str
 
     def __init__(self, config: ModelConfig, **more: Any) -> None:
-        if isinstance(config.embed_dim, tuple):
-            raise ValueError(f"the encoder {config.encoder} takes one embed_dim, which it doubles")
         super().__init__(
             img_size=config.image_hw,
             patch_size=PATCH_PIXELS,

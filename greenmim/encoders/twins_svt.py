@@ -4,8 +4,8 @@ Windows in even blocks; in odd ones global attention, in which a cell of tokens 
 the first block of a stage a depthwise convolution that tells where tokens are. Source of the
 method: Huang et al., NeurIPS 2022 (arXiv 2205.13515); of the network: Chu et al., NeurIPS 2021
 (arXiv 2104.13840). With everything visible, on grids that are multiples of the window, it equals
-timm's dense Twins, whose weights differ in one number (see `to_timm`) and whose norms outside of
-blocks have an epsilon of 1e-5, whatever the others have.
+timm's dense Twins, whose weights differ in one number (see `to_timm`), and whose norms of patch
+embeddings and of global attention's keys have an epsilon of 1e-5, whatever the others have.
 
 A cell is in one unit, so it is visible as a whole or not at all, and its tokens stand together in
 the order of a plan: a convolution whose stride is its kernel is a linear layer on them.
@@ -74,8 +74,6 @@ class TwinsSVTEncoder(VisibleEncoder, Twins):
     timm_head, timm_norm_eps = "head", 1e-6
 
     def __init__(self, config: ModelConfig) -> None:
-        if config.window_size == 1:  # which timm takes for global attention
-            raise ValueError("the encoder twins_svt has windows of at least 2 tokens")
         super().__init__(
             img_size=config.image_hw,
             patch_size=PATCH_PIXELS,
@@ -158,7 +156,7 @@ class TwinsSVTEncoder(VisibleEncoder, Twins):
 
     @classmethod
     def sizes(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Images, windows and heads are as in those that were published: no weight tells."""
+        """Nothing tells images, windows and heads."""
         dims, depths, ratios = [], [], []
         for stage in range(NUM_STAGES):
             bias = tensors.get(f"patch_embeds.{stage}.proj.bias")
@@ -170,11 +168,22 @@ class TwinsSVTEncoder(VisibleEncoder, Twins):
             depths.append(max(found) + 1)
             kernel = tensors.get(f"blocks.{stage}.1.attn.sr.weight")
             ratios.append(1 if kernel is None else kernel.shape[2])
-        sizes = {"embed_dim": tuple(dims), "depths": tuple(depths), "sr_ratios": tuple(ratios)}
+        return {"embed_dim": tuple(dims), "depths": tuple(depths), "sr_ratios": tuple(ratios)}
+
+    @classmethod
+    def usual(cls, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """As in all that were published."""
+        found = {"image_size": ModelConfig.image_size, "window_size": ModelConfig.window_size}
+        dims = sizes["embed_dim"]
         if not any(dim % _HEAD_DIM for dim in dims):
-            sizes["num_heads"] = tuple(dim // _HEAD_DIM for dim in dims)
-        image_size = ModelConfig(encoder="twins_svt").image_hw
-        return sizes | {"image_size": image_size, "window_size": ModelConfig.window_size}
+            found["num_heads"] = tuple(dim // _HEAD_DIM for dim in dims)
+        return found
+
+    @classmethod
+    def continued(cls, config: ModelConfig, before: ModelConfig) -> ModelConfig:
+        if config.num_heads != before.num_heads:  # of which no weight's shape depends
+            raise ValueError(f"it has {before.num_heads} heads, and this recipe {config.num_heads}")
+        return config
 
     @classmethod
     def timm_arguments(cls, config: ModelConfig) -> dict[str, Any]:
@@ -200,6 +209,8 @@ def _middle_moved(tensors: Mapping[str, Tensor], by: float) -> dict[str, Tensor]
     for stage in range(NUM_STAGES):
         name = _POS_CONV.format(stage)
         if name in tensors:
-            moved[name] = tensors[name].clone()
+            # In 16 bits, what is beside the 1 would be rounded off.
+            dtype = torch.promote_types(tensors[name].dtype, torch.float32)
+            moved[name] = tensors[name].to(dtype, copy=True)
             moved[name][:, :, 1, 1] += by
     return moved

@@ -135,9 +135,18 @@ class VisibleEncoder(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def usual(cls, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """What weights of such `sizes` do not tell, as it most often is; nothing, by default."""
+        return {}
+
+    @classmethod
     def continued(cls, config: ModelConfig, before: ModelConfig) -> ModelConfig:
         """The configuration of a model that starts from the weights of another, which may have had
-        other windows."""
+        other windows.
+
+        Raises:
+            ValueError: they differ in what no weight tells.
+        """
         return config
 
     @classmethod

@@ -89,9 +89,9 @@ def metadata(
             | ({"num_classes": len(classes)} if classes else {})
         ),
     }
-    own = ("num_heads", *config.kind.fields)
+    own = ("num_heads", *config.traits.fields)
     facts |= {name: json.dumps(getattr(config, name)) for name in own}
-    if config.kind.shifts:
+    if config.traits.shifts:
         facts["merge_order"] = "swin"
     if classes:
         facts["classes"] = json.dumps(classes)

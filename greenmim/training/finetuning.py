@@ -36,7 +36,7 @@ from greenmim.evaluation.sweep import Sweep
 from greenmim.finetune_recipe import FinetuneRecipe
 from greenmim.flops import forward_flops
 from greenmim.guards import UserError, first_line, user_errors
-from greenmim.initial import initialise_classifier, sizes_in
+from greenmim.initial import initialise_classifier, sizes_in, with_usual
 from greenmim.messages import listed
 from greenmim.planning import Plan
 from greenmim.processes import Processes
@@ -73,8 +73,8 @@ class Finetuning(Task):
             sizes = state["recipe"]["model"] if state else sizes_in(recipe.init)
         except (ValueError, OSError) as error:
             raise UserError(f"--init {recipe.init}: {first_line(error)}.") from error
-        model = recipe.model.filled(sizes)
-        for name in ("image_size", "window_size"):
+        model = recipe.model.filled(with_usual(sizes))
+        for name in ("image_size", "window_size", "num_heads"):
             if sizes and getattr(model, name) is None:
                 raise UserError(
                     f"--model.{name.replace('_', '-')} is missing; the weights of --init"

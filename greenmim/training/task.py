@@ -53,7 +53,8 @@ def started_from(
         state: The checkpoint that the run goes on from, which counts then.
 
     Raises:
-        UserError: --init has another encoder. Of a run that goes on `check_same_model` tells.
+        UserError: --init has another encoder, or other heads. Of a run that goes on
+            `check_same_model` tells.
     """
     try:
         return continued(config, state["recipe"]["model"] if state else sizes)

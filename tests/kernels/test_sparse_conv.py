@@ -105,7 +105,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
 def test_only_the_gradients_that_are_asked_for(needs):
-    inputs = make_conv(5, batch=2, per_image=True)
+    inputs = make_conv(5, batch=2, per_image=True, dtype=torch.bfloat16)
     arguments = (inputs.grad_out, inputs.x, inputs.weight, inputs.neighbours)
     backward = operator("sparse_depthwise_conv_backward")
     whole, some = backward(*arguments, True, True, True), backward(*arguments, *needs)
@@ -204,12 +204,16 @@ def test_clear_errors_of_grids(visible, error, message):
 
 @pytest.mark.parametrize(
     ("place", "value", "message"),
-    [((0, 0, 0), 9, "neighbours name token 9"), ((0, 0, 0), 8, "which is not its neighbour")],
+    [
+        ((0, 0, 0), 9, "neighbours name token 9"),
+        ((1, 0, 0), 9, "neighbours name token 9"),
+        ((0, 0, 0), 8, "which is not its neighbour"),
+    ],
 )
 def test_the_kernel_refuses_neighbours_that_would_leave_its_memory_or_are_not_mutual(
     place, value, message
 ):
-    inputs = make_conv(4, (3, 3), batch=2, visible=1.0)
+    inputs = make_conv(4, (3, 3), batch=2, visible=1.0, per_image=True)
     inputs.neighbours[place] = value
     with pytest.raises(RuntimeError, match=message):
         run_cpp(inputs)

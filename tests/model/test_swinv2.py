@@ -272,7 +272,7 @@ def test_operations_are_those_of_a_swin_and_of_the_network_of_the_bias():
 def test_what_means_nothing_is_refused():
     with pytest.raises(ValueError, match="encoder must be one of swin, swinv2, twins_svt, got 'v"):
         ModelConfig(encoder="vit")
-    with pytest.raises(ValueError, match="mean nothing to the encoder swin"):
+    with pytest.raises(ValueError, match="the encoder swin has no pretrained_window_sizes"):
         ModelConfig(pretrained_window_sizes=(7, 7, 7, 7))
     with pytest.raises(ValueError, match="pretrained_window_sizes must be 4 integers of at least"):
         ModelConfig(encoder="swinv2", pretrained_window_sizes=(7, 7, 7))

@@ -16,7 +16,8 @@ from greenmim.checkpoint import kind_of
 from greenmim.classifier import Classifier
 from greenmim.encoders.twins_svt import TwinsSVTEncoder
 from greenmim.flops import forward_flops
-from greenmim.initial import config_of
+from greenmim.initial import config_of, continued, with_usual
+from greenmim.tools.export import padded_stages
 from greenmim_kernels import onednn
 from greenmim_kernels.onednn import use_onednn
 
@@ -45,7 +46,7 @@ def small(**changes) -> GreenMIM:
 
 
 def with_epsilon(network: nn.Module, eps: float) -> nn.Module:
-    """timm passes an epsilon on to the norms of blocks alone."""
+    """timm has another one in the norms of patch embeddings and of keys."""
     for module in network.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
@@ -250,6 +251,10 @@ def test_named_models_are_timm_s(size):
     assert arguments["model_name"] == f"twins_svt_{size}" and "depths" not in arguments
     shapes = {name: p.shape for name, p in model.encoder.named_parameters()}
     assert shapes == {name: p.shape for name, p in theirs.named_parameters()}
+    other = TwinsSVTEncoder.timm_arguments(
+        dataclasses.replace(model.config, sr_ratios=(4, 4, 2, 1))
+    )
+    assert other["sr_ratios"] == (4, 4, 2, 1) and other["embed_dims"] == model.config.stage_dims
     heads = [block.attn.num_heads for stage in theirs.blocks for block in stage]
     assert heads == [block.attn.num_heads for block in model.encoder.visible_blocks()]
 
@@ -267,8 +272,8 @@ def test_positional_convolutions_begin_as_published_or_as_timm_s():
 
 
 def test_operations():
-    """Of a convolution, those of neighbours that are there."""
-    model = small(image_size=32, depths=(1, 1, 1, 1)).float()
+    """Of a convolution, those of neighbours that are there; a unit is one key."""
+    model = small(image_size=32, depths=(2, 2, 2, 2)).float()
     plan = model.plan(np.ones(1, dtype=bool))
     total = 2 * 64 * 48 * 16  # patch embedding
     for stage, dim in enumerate(model.config.stage_dims):
@@ -276,12 +281,13 @@ def test_operations():
         side, window = 8 // 2**stage, min(2, 8 // 2**stage)
         total += 2 * tokens * 12 * dim**2  # linear layers of a block
         total += 4 * tokens * window**2 * dim  # attention
+        total += 2 * tokens * 10 * dim**2 + 2 * 2 * dim**2  # those of the other block, and of a key
+        total += 2 * tokens * dim**2 if tokens > 1 else 0  # the convolution that makes it
+        total += 4 * tokens * dim
         total += 2 * (3 * side - 2) ** 2 * dim  # positional convolution
         if stage:
             total += 2 * tokens * 4 * model.config.stage_dims[stage - 1] * dim
     with_decoder = forward_flops(model, plan)
-    shallow = GreenMIM(dataclasses.replace(model.config, depths=(1, 1, 1, 1), encoder="twins_svt"))
-    assert forward_flops(shallow, plan) == with_decoder
     decoder = forward_flops(Decoder(model), plan)
     assert with_decoder - decoder == total
 
@@ -309,16 +315,46 @@ class Decoder(nn.Module):
         ({"sr_ratios": (8, 4, 2)}, "sr_ratios must be 4 positive integers"),
         ({"embed_dim": (16, 32, 64)}, "embed_dim must be 4 positive integers"),
         ({"embed_dim": (16, 32, 48, 81)}, "the 81 channels of stage 4 cannot be split"),
-        ({"pretrained_window_sizes": (7, 7, 7, 7)}, "mean nothing to the encoder twins_svt"),
+        ({"pretrained_window_sizes": (7, 7, 7, 7)}, "twins_svt has no pretrained_window_sizes"),
         ({"encoder": "swin", "embed_dim": (16, 32, 48, 80)}, "takes one embed_dim"),
-        ({"encoder": "swin", "sr_ratios": (4, 4, 2, 1)}, "sr_ratios mean nothing to the encoder"),
-        ({"encoder": "swinv2", "pos_conv_residual": True}, "pos_conv_residual mean nothing to"),
+        ({"encoder": "swin", "sr_ratios": (4, 4, 2, 1)}, "the encoder swin has no sr_ratios"),
+        ({"encoder": "swinv2", "pos_conv_residual": True}, "the encoder swinv2 has no pos_conv"),
         ({"window_size": 1}, "windows of at least 2 tokens"),
     ],
 )
 def test_sizes_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         small(**change)
+
+
+@pytest.mark.parametrize(("image", "stages"), [(224, []), (256, [1, 2, 3, 4]), (96, [1, 2, 3, 4])])
+def test_stages_that_timm_pads(image, stages):
+    """Also where the grid is smaller than a window."""
+    assert padded_stages(ModelConfig(encoder="twins_svt", image_size=image)) == stages
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_moved_keeps_its_digits(dtype):
+    ours = {name: tensor.to(dtype) for name, tensor in small().state_dict().items()}
+    theirs = convert_checkpoint(ours, source="greenmim", target="timm")
+    back = convert_checkpoint(theirs, source="timm", target="greenmim")
+    for stage in range(4):
+        name = f"encoder.pos_block.{stage}.proj.0.weight"
+        torch.testing.assert_close(back[name], ours[name].float(), rtol=0, atol=2e-7)
+
+
+def test_other_heads_are_refused_where_they_are_told():
+    config = small().config
+    told = {"encoder": "twins_svt", "window_size": 2, **SIZES}
+    assert continued(config, told) == config
+    with pytest.raises(ValueError, match=r"it has \(1, 2, 3, 1\) heads, and this recipe"):
+        continued(config, told | {"num_heads": (1, 2, 3, 1)})
+    # Weights alone do not tell: whoever names heads is believed.
+    del told["num_heads"]
+    assert continued(config, told) == config and "num_heads" not in with_usual(told)
+    known = {"encoder": "twins_svt", "embed_dim": (64, 128, 256, 512)}
+    assert with_usual(known)["num_heads"] == (2, 4, 8, 16)
+    assert with_usual(known | {"num_heads": (1, 2, 4, 8)})["num_heads"] == (1, 2, 4, 8)
 
 
 def test_channels_that_double_are_one_number():
