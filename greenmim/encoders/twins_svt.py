@@ -174,7 +174,8 @@ class TwinsSVTEncoder(VisibleEncoder, Twins):
     def usual(cls, sizes: Mapping[str, Any]) -> dict[str, Any]:
         """As in all that were published."""
         found = {"image_size": ModelConfig.image_size, "window_size": ModelConfig.window_size}
-        dims = sizes["embed_dim"]
+        width, one = sizes["embed_dim"], (1,) * NUM_STAGES
+        dims = ModelConfig(encoder="twins_svt", embed_dim=width, num_heads=one).stage_dims
         if not any(dim % _HEAD_DIM for dim in dims):
             found["num_heads"] = tuple(dim // _HEAD_DIM for dim in dims)
         return found
