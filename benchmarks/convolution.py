@@ -8,19 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import greenmim_kernels as gk
-from greenmim_kernels.testing import (
-    Case,
-    Inputs,
-    encoder_numbers,
-    make_inputs,
-    visible_tokens,
-)
+from greenmim import ModelConfig
+from greenmim.planning import Planner
+from greenmim_kernels.testing import Case, Inputs, make_inputs, visible_tokens
 
 CONVOLUTION = "sparse_depthwise_conv"
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -49,13 +44,9 @@ def conv_inputs(case: Case, device: str) -> ConvInputs:
     """Random inputs for the tokens of a case; its windows mean nothing."""
     inputs = make_inputs(case, device=device)
     grids = visible_tokens(case).reshape(-1, *case.grid)
-    numbers = np.stack([encoder_numbers(grid, case.scale) for grid in grids])
-    order = torch.from_numpy(numbers.argsort(1))
-    around = gk.grid_neighbours(grids)
-    images = torch.arange(len(grids))[:, None]
-    called = torch.from_numpy(numbers)[images[..., None], around.clamp(min=0).long()]
-    neighbours = torch.where(around < 0, -1, called)[images, order].int()
-    places = torch.from_numpy(np.stack([grid.reshape(-1).nonzero()[0] for grid in grids]))
+    units = grids[:, :: case.scale, :: case.scale].reshape(len(grids), -1)
+    planner = Planner(ModelConfig(encoder="twins_svt", image_size=case.image_size))
+    places = torch.from_numpy(planner.positions(units, case.scale))
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(case.channels, 9, generator=generator)
     return ConvInputs(
@@ -64,8 +55,8 @@ def conv_inputs(case: Case, device: str) -> ConvInputs:
         grad_out=inputs.grad_out,
         part=inputs.part,
         num_heads=inputs.num_heads,
-        neighbours=neighbours.contiguous().to(device),
-        places=places[images, order].to(device),
+        neighbours=planner(units).neighbours[case.stage - 1].to(device),
+        places=places.to(device),
         grid=case.grid,
     )
 

@@ -38,11 +38,10 @@ ENCODERS = {
     "swin": EncoderTraits("SwinEncoder"),
     "swinv2": EncoderTraits("SwinV2Encoder", ("pretrained_window_sizes",)),
     "twins_svt": EncoderTraits(
-        # timm takes a window of 1 for global attention.
         "TwinsSVTEncoder",
         ("sr_ratios", "pos_conv_residual"),
-        False,
-        2,
+        shifts=False,
+        least_window=2,  # timm takes one of 1 for global attention
         has_neighbours=True,
     ),
 }
@@ -282,6 +281,18 @@ MODELS: dict[str, dict] = {
     },
     "greenmim_twins_svt_large_patch4_224": {**_TWINS, **_BASE},
 }
+
+
+def models_like(config: ModelConfig, fields: Sequence[str]) -> list[str]:
+    """Named models with the encoder of a configuration and the same values of these fields."""
+    return [
+        name
+        for name, values in MODELS.items()
+        if all(
+            values.get(field, getattr(ModelConfig, field)) == getattr(config, field)
+            for field in ("encoder", *fields)
+        )
+    ]
 
 
 def model_config(name: str, **overrides) -> ModelConfig:

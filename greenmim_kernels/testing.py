@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backends import use_backend
 from .functional import group_gather, group_window_attention
+from .neighbours import grid_neighbours
 from .ops import operator
 from .partition import GroupPartition, group_partition, partition_capacity
 from .reference import accumulation_dtype
@@ -213,12 +214,10 @@ def operator_arguments(
 
 
 def _conv_arguments(name: str, inputs: Inputs) -> tuple:
-    """Of the convolution: with qkv for tokens, in a row that is as long as there are."""
+    """Of the convolution: with qkv for tokens, all in a row."""
     x, grad_out = inputs.qkv.detach(), inputs.qkv.detach().flip(1)
-    number = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-    places = [number + step for step in range(-4, 5)]
-    neighbours = torch.stack([torch.where(n < len(number), n, -1) for n in places], 1)
-    neighbours = neighbours.clamp(min=-1)[None].repeat(len(inputs.part.token_index), 1, 1)
+    row = np.ones((inputs.part.num_partitions, 1, x.shape[1]), dtype=bool)
+    neighbours = grid_neighbours(row).to(x.device)
     dtype = accumulation_dtype(x.dtype)
     weight = x[0, 0, :, None].to(dtype) * torch.linspace(-1, 1, 9, dtype=dtype, device=x.device)
     if name.endswith("_backward"):

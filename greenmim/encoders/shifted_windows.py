@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import MODELS, PATCH_PIXELS, ModelConfig
+from ..config import PATCH_PIXELS, ModelConfig, models_like
 from ..planning import Plan
 from .visible import VisibleBlock, VisibleEncoder, embed_patches
 
@@ -121,13 +121,12 @@ class ShiftedWindowEncoder(VisibleEncoder):
 
     @classmethod
     def timm_arguments(cls, config: ModelConfig) -> dict[str, Any]:
-        sizes = {name: getattr(config, name) for name in ("embed_dim", "depths", "num_heads")}
+        fields = ("embed_dim", "depths", "num_heads")
+        sizes = {name: getattr(config, name) for name in fields}
         # timm has each size with one window, which its arguments change.
         named = [
             name.removeprefix("greenmim_").replace("window14", "window7")
-            for name, values in MODELS.items()
-            if values.get("encoder", ModelConfig.encoder) == config.encoder
-            if all(values[key] == value for key, value in sizes.items())
+            for name in models_like(config, fields)
         ]
         arguments = {"model_name": named[0] if named else cls.timm_default}
         arguments |= {"img_size": config.image_hw, "window_size": config.window_size}

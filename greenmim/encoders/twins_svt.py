@@ -13,7 +13,6 @@ the order of a plan: a convolution whose stride is its kernel is a linear layer 
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 
 from greenmim_kernels import GroupPartition, group_window_attention, sparse_depthwise_conv
 
-from ..config import MODELS, NUM_STAGES, PATCH_PIXELS, ModelConfig
+from ..config import NUM_STAGES, PATCH_PIXELS, ModelConfig, models_like
 from ..planning import Plan
 from .visible import VisibleBlock, VisibleEncoder, embed_patches
 
@@ -83,12 +82,11 @@ class TwinsSVTEncoder(VisibleEncoder, Twins):
             sr_ratios=config.sr_ratios,
             wss=(config.window_size,) * NUM_STAGES,
             drop_path_rate=config.drop_path,
-            norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),
             num_classes=0,
             global_pool="",
         )
         for module in self.modules():
-            if isinstance(module, nn.LayerNorm):  # timm passes it on to some
+            if isinstance(module, nn.LayerNorm):  # timm would pass it on to some alone
                 module.eps = config.norm_eps
         for stage in self.blocks:
             for number, block in enumerate(stage):
@@ -188,13 +186,11 @@ class TwinsSVTEncoder(VisibleEncoder, Twins):
 
     @classmethod
     def timm_arguments(cls, config: ModelConfig) -> dict[str, Any]:
-        names = ("embed_dim", "depths", "num_heads", "sr_ratios")
-        sizes = {name: getattr(config, name) for name in names}
+        fields = ("embed_dim", "depths", "num_heads", "sr_ratios")
+        sizes = {name: getattr(config, name) for name in fields}
         named = [
             name.removeprefix("greenmim_").removesuffix("_patch4_224")
-            for name, values in MODELS.items()
-            if values.get("encoder") == config.encoder
-            if sizes == {n: values.get(n, getattr(ModelConfig, n)) for n in names}
+            for name in models_like(config, fields)
         ]
         arguments: dict[str, Any] = {"model_name": named[0] if named else "twins_svt_base"}
         arguments |= {"img_size": config.image_hw, "wss": (config.window_size,) * NUM_STAGES}
