@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import random
 import statistics
@@ -53,60 +54,90 @@ GPU_SECONDS = 300.0
 
 
 def measured_rows(
-    problem: Problem,
-    chosen: list[Variant],
+    chosen: list[tuple[Problem, Variant]],
     device: str,
     rounds: int,
     rates: Rates,
     save: Callable[[dict], None],
     until: float = math.inf,
+    at_once: bool = False,
 ) -> None:
-    """Measure variants of a problem; `save` is called with each row as it is done.
+    """Measure variants of problems, on a CPU of one; `save` is called with each row as it is done.
 
-    On a GPU no variant is started after `until` on the monotonic clock.
+    Args:
+        until: on a GPU nothing is begun after this moment of the monotonic clock.
+        at_once: on a GPU all are compiled and checked side by side before the first is timed; they
+            have to fit into its memory together.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        kinds = sorted({variant.kind == "dense" for variant in chosen})
-        files = {dense: pathlib.Path(folder) / f"expected-{dense}.pt" for dense in kinds}
 
         def begun(work: Callable, *arguments: object) -> Child:
             return stack.enter_context(contextlib.closing(Child(work, *arguments)))
 
-        # On a GPU all import what they need at once, and go on one after the other.
-        waiting = {
-            v: begun(when_told, _on_gpu, problem, v, files[v.kind == "dense"], rounds, rates)
-            for v in chosen
+        def file_of(problem: Problem, variant: Variant) -> pathlib.Path:
+            return pathlib.Path(folder) / f"{problem.name}-{variant.kind == 'dense'}.pt"
+
+        # On a GPU all import what they need at once, and go on when they are told.
+        waiting = [
+            (one, begun(when_told, _on_gpu, *one, file_of(*one), rounds, rates))
+            for one in chosen
             if device != "cpu"
+        ]
+        needed = {file_of(*one): one for one in chosen}
+        references = {
+            file: begun(save_reference, problem, variant.kind == "dense", device, file)
+            for file, (problem, variant) in needed.items()
         }
-        references = {d: begun(save_reference, problem, d, device, files[d]) for d in kinds}
-        for dense, child in references.items():
+        failed = set()
+        for file, child in references.items():
             try:
                 reason = child.hear()
             except Ended as error:
                 reason = str(error)
             child.close()
             if reason:
-                files[dense] = None
-                reason = f"no reference: {reason}"
-            for variant in chosen:
-                if reason and (variant.kind == "dense") == dense:
-                    save({**first_row(problem, variant), "reason": reason})
-        left = [(v, files[v.kind == "dense"]) for v in chosen if files[v.kind == "dense"]]
+                failed.add(file)
+                for one in chosen:
+                    if file_of(*one) == file:
+                        save({**first_row(*one), "reason": f"no reference: {reason}"})
         if device == "cpu":
-            for row in _in_turn(problem, left, rounds, rates):
+            left = [(variant, file_of(p, variant)) for p, variant in chosen]
+            left = [(variant, file) for variant, file in left if file not in failed]
+            for row in _in_turn(chosen[0][0], left, rounds, rates):
                 save(row)
             return
-        for variant, _ in left:
+        waiting = [(one, child) for one, child in waiting if file_of(*one) not in failed]
+        for batch in [waiting] if at_once else [[one] for one in waiting]:
             if time.monotonic() > until:
-                save({**first_row(problem, variant), "reason": "no time was left"})
+                for one, _ in batch:
+                    save({**first_row(*one), "reason": "no time was left"})
                 continue
-            try:
-                waiting[variant].say("go")
-                row = waiting[variant].hear(GPU_SECONDS)
-            except Ended as error:
-                row = {**first_row(problem, variant), "reason": str(error)}
-            waiting[variant].close()  # its memory is free before the next begins
-            save(row)
+            _gpu_rows(batch, save)
+
+
+def _gpu_rows(batch: list[tuple[tuple[Problem, Variant], Child]], save: Callable) -> None:
+    """Have all of a batch get ready, then time one after the other."""
+
+    def tell(child: Child, what: str) -> None:
+        with contextlib.suppress(Ended):  # which is heard, too
+            child.say(what)
+
+    def hear(one: tuple[Problem, Variant], child: Child) -> dict:
+        try:
+            return child.hear(GPU_SECONDS)
+        except Ended as error:
+            child.close()  # it may be at work still
+            return {**first_row(*one), "reason": str(error)}
+
+    for _, child in batch:
+        tell(child, "get ready")
+    ready = [(one, child, hear(one, child)) for one, child in batch]
+    for one, child, row in ready:
+        if "reason" not in row:
+            tell(child, "go")
+            row = hear(one, child)
+        child.close()  # its memory is free before the next begins
+        save(row)
 
 
 def _on_gpu(
@@ -117,13 +148,18 @@ def _on_gpu(
     rounds: int,
     rates: Rates,
 ) -> None:
-    """Work of a child: says a variant's row."""
+    """Work of a child: says a variant's row so far, and where it may be timed, once it is told to,
+    the whole."""
     row, step = checked_step(problem, variant, "cuda", load_reference(file))
-    if step is not None:
-        try:
-            row |= _sampled(step, problem, rounds, rates, row)
-        except Exception as error:  # a kernel's, a compiler's, memory's
-            row["reason"] = first_line(error)
+    connection.send(row)
+    if step is None:
+        return
+    torch.cuda.empty_cache()  # what checking took is for those that get ready meanwhile
+    connection.recv()
+    try:
+        row |= _sampled(step, problem, rounds, rates, row)
+    except Exception as error:  # a kernel's, a compiler's, memory's
+        row["reason"] = first_line(error)
     connection.send(row)
 
 
@@ -227,6 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after these")
+    parser.add_argument(
+        "--at-once", action="store_true", help="compile all side by side; a GPU has to hold them"
+    )
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--dry-run", action="store_true", help="say what a GPU would run")
     options = parser.parse_args(argv)
@@ -263,9 +302,15 @@ def main(argv: list[str] | None = None) -> int:
         if not options.no_save:
             write_json(file, result)
 
-    for problem in problems:
+    pairs = [[(problem, variant) for variant in chosen] for problem in problems]
+    if options.at_once and device == "cuda":
+        pairs = [sum(pairs, [])]
+        # Each of them compiles with as many threads as there are cores, otherwise.
+        share = max(1, (os.cpu_count() or 1) // len(pairs[0]))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
+    for some in pairs:
         if time.monotonic() < until:
-            measured_rows(problem, chosen, device, options.rounds, rates, save, until)
+            measured_rows(some, device, options.rounds, rates, save, until, options.at_once)
     return 0
 
 

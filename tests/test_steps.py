@@ -186,7 +186,7 @@ def test_variants_take_turns_in_processes_of_their_own():
     broken = Variant("broken", "ours", "no such backend")
     chosen = [broken, *(v for v in variants("cpu") if v.name in ("naive", "cpp"))]
     rows: list[dict] = []
-    steps.measured_rows(PROBLEM, chosen, "cpu", 2, RATES, rows.append)
+    steps.measured_rows([(PROBLEM, v) for v in chosen], "cpu", 2, RATES, rows.append)
     assert [row["variant"] for row in rows] == ["broken", "naive", "cpp"]
     assert "no such backend" in rows[0]["reason"] and "seconds" not in rows[0]
     for row in rows[1:]:
@@ -257,7 +257,7 @@ def _sleep(connection):
 def test_a_gpu_that_fails_leaves_a_reason_for_each_variant(tmp_path):
     chosen = [v for v in variants("cuda") if v.name in ("naive", "simmim")]
     rows: list[dict] = []
-    steps.measured_rows(PROBLEM, chosen, "cuda", 1, RATES, rows.append)
+    steps.measured_rows([(PROBLEM, v) for v in chosen], "cuda", 1, RATES, rows.append)
     assert {row["variant"] for row in rows} == {"naive", "simmim"}
     assert all("no reference: RuntimeError" in row["reason"] for row in rows)
     file = tmp_path / "expected.pt"
@@ -266,14 +266,16 @@ def test_a_gpu_that_fails_leaves_a_reason_for_each_variant(tmp_path):
     assert row["variant"] == "naive" and row["reason"].startswith("RuntimeError")
 
 
-def test_on_a_gpu_one_goes_after_the_other(monkeypatch):
-    """All processes begin at once and wait; one that ends or dies makes room for the next."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_on_a_gpu_one_is_timed_after_the_other(monkeypatch, at_once):
+    """All begin at once and wait; what ends or dies makes room, and nobody else works meanwhile."""
     log: list[tuple[str, str]] = []
 
     class Child:
         def __init__(self, work, *arguments):
-            variant = arguments[2] if work is steps.when_told else None
-            self.name = variant.name if variant else "reference"
+            is_variant = work is steps.when_told
+            self.name = arguments[2].name if is_variant else "reference"
+            self.row = {"variant": self.name, "checked": True} if is_variant else None
             log.append(("begins", self.name))
 
         def say(self, what):
@@ -282,21 +284,32 @@ def test_on_a_gpu_one_goes_after_the_other(monkeypatch):
         def hear(self, seconds=None):
             if self.name == "cuda":
                 raise Ended("its process ended")
-            return None if self.name == "reference" else {"variant": self.name}
+            if self.name == "simmim":
+                return {**self.row, "reason": "wrong"}
+            return self.row
 
         def close(self):
             if ("ends", self.name) not in log:
                 log.append(("ends", self.name))
 
     monkeypatch.setattr(steps, "Child", Child)
-    names = ["naive", "cuda", "cuda-graphed"]
+    names = ["naive", "cuda", "simmim", "cuda-graphed"]
     known = {v.name: v for v in variants("cuda")}
     rows: list[dict] = []
-    steps.measured_rows(PROBLEM, [known[n] for n in names], "cuda", 1, RATES, rows.append)
-    assert log[:4] == [("begins", name) for name in (*names, "reference")]
-    assert log[4:] == [("ends", "reference")] + [(w, n) for n in names for w in ("go", "ends")]
+    chosen = [(PROBLEM, known[n]) for n in names]
+    steps.measured_rows(chosen, "cuda", 1, RATES, rows.append, at_once=at_once)
+    assert log[:6] == [("begins", n) for n in (*names, "reference", "reference")]
+    ready = {n: [("get ready", n)] for n in names}
+    timed = {n: [("go", n)] if n in ("naive", "cuda-graphed") else [] for n in names}
+    ends = {n: [("ends", n)] for n in names}
+    if at_once:  # what fails ends before anything is timed
+        order = [ready[n] for n in names] + [ends.pop("cuda")]
+        order += [timed[n] + ends[n] for n in names if n in ends]
+    else:
+        order = [ready[n] + timed[n] + ends[n] for n in names]
+    assert log[6:] == [("ends", "reference"), *sum(order, [])]
     assert [row["variant"] for row in rows] == names
-    assert rows[1]["reason"] == "its process ended"
+    assert [row.get("reason") for row in rows] == [None, "its process ended", "wrong", None]
 
 
 def test_knapsacks_hold_all_windows_and_fill_up():

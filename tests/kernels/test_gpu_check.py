@@ -381,8 +381,8 @@ tune.resident = lambda *_: 5
 raise SystemExit(tune.main(["--only=-32-16bit"]))
 """
 STEPS = """
-def rows(problem, chosen, device, rounds, rates, save, until):
-    for variant in chosen:
+def rows(chosen, device, rounds, rates, save, until, at_once):
+    for problem, variant in chosen:
         time.sleep(1)
         save({"model": problem.name, "batch": 1, "precision": "bf16", "variant": variant.name,
               "reason": "a trial"})
