@@ -14,7 +14,8 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 
-from jsonargparse import ArgumentParser
+if typing.TYPE_CHECKING:  # kernels, their tests and the benchmarks do without it
+    from jsonargparse import ArgumentParser
 
 # Of the help of a run: what a first one needs, and what most people change, where it is there.
 NEEDED = ("config", "data.root", "work_dir", "resume", "dry_run")

@@ -317,6 +317,8 @@ def test_the_command_lines_of_the_parts_are_understood(part, capsys):
 # Each part's tests in a fork of one process that has imported what they need.
 COLLECT_EACH = """
 import gc, json, os, sys
+for name in ("jsonargparse", "submitit"):  # as on a machine with what the kernels need alone
+    sys.modules[name] = None
 import hypothesis, pytest, timm, torch
 gc.freeze()  # what is imported is not looked through for garbage, which would copy it
 parts = json.loads(sys.argv[1])
