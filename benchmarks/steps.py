@@ -78,8 +78,9 @@ def measured_rows(
             return pathlib.Path(folder) / f"{problem.name}-{variant.kind == 'dense'}.pt"
 
         # On a GPU all import what they need at once, and go on when they are told.
+        beside = len(chosen) if at_once else 1
         waiting = [
-            (one, begun(when_told, _on_gpu, *one, file_of(*one), rounds, rates))
+            (one, begun(when_told, _on_gpu, *one, file_of(*one), rounds, rates, beside))
             for one in chosen
             if device != "cpu"
         ]
@@ -147,15 +148,23 @@ def _on_gpu(
     file: pathlib.Path,
     rounds: int,
     rates: Rates,
+    beside: int,
 ) -> None:
     """Work of a child: says a variant's row so far, and where it may be timed, once it is told to,
-    the whole."""
+    the whole.
+
+    Args:
+        beside: so many get ready at the same time, and share the CPU.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // beside))
     row, step = checked_step(problem, variant, "cuda", load_reference(file))
     connection.send(row)
     if step is None:
         return
     torch.cuda.empty_cache()  # what checking took is for those that get ready meanwhile
     connection.recv()
+    torch.set_num_threads(threads)
     try:
         row |= _sampled(step, problem, rounds, rates, row)
     except Exception as error:  # a kernel's, a compiler's, memory's
@@ -305,9 +314,11 @@ def main(argv: list[str] | None = None) -> int:
     pairs = [[(problem, variant) for variant in chosen] for problem in problems]
     if options.at_once and device == "cuda":
         pairs = [sum(pairs, [])]
-        # Each of them compiles with as many threads as there are cores, otherwise.
+        # Otherwise each compiles with as many processes as there are cores, and threads that wait
+        # for work would keep cores busy.
         share = max(1, (os.cpu_count() or 1) // len(pairs[0]))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for some in pairs:
         if time.monotonic() < until:
             measured_rows(some, device, options.rounds, rates, save, until, options.at_once)

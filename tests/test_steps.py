@@ -262,7 +262,7 @@ def test_a_gpu_that_fails_leaves_a_reason_for_each_variant(tmp_path):
     assert all("no reference: RuntimeError" in row["reason"] for row in rows)
     file = tmp_path / "expected.pt"
     assert in_child(save_reference, PROBLEM, False, "cpu", file) is None
-    row = in_child(steps._on_gpu, PROBLEM, chosen[0], file, 1, RATES)
+    row = in_child(steps._on_gpu, PROBLEM, chosen[0], file, 1, RATES, 1)
     assert row["variant"] == "naive" and row["reason"].startswith("RuntimeError")
 
 
