@@ -8,6 +8,7 @@
 #
 #   make gpu-check         five minutes: build, are the kernels right, a first table of their times
 #   make gpu-check-more    eight more: what failed, tuning, steps, counters, sanitizers
+#   make gpu-check-steps   eight more: steps of all encoders, the convolution, other shapes, swap
 #
 # Both set up a virtual environment first. Variables:
 #
@@ -39,7 +40,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test bench gpu-check gpu-check-more lint clean
+.PHONY: help demo test bench gpu-check gpu-check-more gpu-check-steps lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -75,6 +76,9 @@ gpu-check: $(READY)
 
 gpu-check-more: $(READY)
 	$(RUN) -m benchmarks.gpu_check second $(ARGS)
+
+gpu-check-steps: $(READY)
+	$(RUN) -m benchmarks.gpu_check third $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m pip install --quiet ruff

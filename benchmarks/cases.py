@@ -2,7 +2,7 @@
 
 A study varies one thing. "short" is what `make bench` runs, "default" what a GPU runs in minutes,
 "full" the whole product, "tiny" everything at sizes that only try the code, "table" the layers of
-Swin-B with the few peers that a first look at a GPU needs.
+Swin-B with the few peers that a first look at a GPU needs, "rest" what that leaves out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .traffic import PASSES
 
 # Channels at stage 1 over head dim 32; doubled at every stage.
 HEADS = {"swin-t": 3, "swin-b": 4, "swin-l": 6}
-SELECTIONS = ("short", "default", "full", "tiny", "table")
+SELECTIONS = ("short", "default", "full", "tiny", "table", "rest")
 # One pass over stage 1 of Swin-B takes milliseconds on a GPU at the one, on a CPU at the other.
 BATCH = {"cuda": 128, "cpu": 8}
 FUSED = "group_window_attention"
@@ -84,6 +84,8 @@ def select(selection: str, device: str, batch: int | None = None) -> list[Proble
         return _full(device, batch)
     if selection == "table":
         return _table(device, batch, dtype)
+    if selection == "rest":
+        return _rest(device, batch, dtype)
     problems = [
         *_stages(device, batch, dtype),
         *_operators(device, batch, dtype),
@@ -133,6 +135,27 @@ def _table(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
     ours = [_problem("stages", device, case, names=(*OURS, "naive")) for case in exact]
     flex = [_problem("stages", device, case, names=FLEX) for case in exact]
     return ours + _as_trained(device, batch, dtype) + flex
+
+
+def _rest(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
+    """Other operators, the convolution first, and shapes, without what compiles for a minute."""
+    slow = ("gather-einsum-compiled", "reference")
+    operators = sorted(
+        _operators(device, batch, dtype), key=lambda p: p.operator != "sparse_depthwise_conv"
+    )
+    found = [
+        dataclasses.replace(
+            problem,
+            peers=tuple(peer for peer in problem.peers if peer.name not in slow),
+            passes=PASSES if problem.operator == "sparse_depthwise_conv" else ("both",),
+        )
+        for problem in operators
+    ]
+    beside = (*OURS, "naive", "padded-sdpa", "varlen")
+    for problem in _shapes(device, batch, dtype):
+        peers = tuple(peer for peer in problem.peers if peer.name in beside)
+        found.append(dataclasses.replace(problem, peers=peers, passes=("both",)))
+    return found
 
 
 def _operators(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:

@@ -16,10 +16,12 @@ import torch
 from greenmim_kernels.host_memory import keep_freed_memory
 
 from .cases import SELECTIONS, Problem, select
-from .environment import describe, folder_of, write_json
+from .environment import describe, earlier, folder_of, put, rows_with_commits, write_json
 from .measure import Rates, measure_rates
 from .operators import Bench
 from .peers import Peer
+
+ROW = ("study", "operator", "model", "case", "peer", "pass")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, help="of the CPU")
     group.addoption("--rounds", type=int, default=15, help="samples of a row")
     group.addoption("--minutes", type=float, default=1e9, help="measure nothing after these")
+    group.addoption("--add", action="store_true", help="keep what the file has of other rows")
     group.addoption("--out", type=pathlib.Path, help="file of the rows; 'none' writes nothing")
 
 
@@ -77,11 +80,12 @@ class Results:
         scale = 0.1 if options.selection == "tiny" else 1.0
         self.rates: Rates = measure_rates(device(), dtypes, scale)
         self.file = options.out or folder_of(environment["device"]) / "operators.json"
+        kept = earlier(self.file, environment, of_any_commit=True) if options.add else {}
         self.content = {
             "environment": environment,
-            "selection": options.selection,
+            "selection": kept.get("selection", options.selection),
             "rates": dataclasses.asdict(self.rates),
-            "rows": [],
+            "rows": rows_with_commits(kept),
         }
         self._bench: Bench | None = None
 
@@ -95,7 +99,7 @@ class Results:
 
     def add(self, row: dict) -> None:
         """Keep a row."""
-        self.content["rows"].append(row)
+        put(self.content["rows"], row, ROW)
         if str(self.file) != "none":
             write_json(self.file, self.content)
 

@@ -135,6 +135,25 @@ def earlier(file: pathlib.Path, environment: dict, of_any_commit: bool = False) 
     return content if same[0] == same[1] else {}
 
 
+def rows_with_commits(content: dict) -> list[dict]:
+    """Rows of a result file, each with the commit that it was measured at, which is the file's
+    where it names none: for a file that is of another commit from now on."""
+    environment = content.get("environment")
+    return [
+        row | {name: row.get(name, environment[name]) for name in ("commit", "dirty")}
+        for row in content.get("rows", [])
+    ]
+
+
+def put(rows: list[dict], row: dict, key: tuple[str, ...]) -> None:
+    """Add a row, in the place of the earlier one that is the same in `key` if there is one."""
+    for number, other in enumerate(rows):
+        if all(other[name] == row[name] for name in key):
+            rows[number] = row
+            return
+    rows.append(row)
+
+
 def write_json(file: pathlib.Path, content: dict) -> None:
     """Write a result file whole or not at all; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)

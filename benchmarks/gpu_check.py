@@ -1,7 +1,8 @@
-"""Everything that only a GPU can tell, in two commands of five and eight minutes.
+"""Everything that only a GPU can tell, in three commands of five to eight minutes.
 
     make gpu-check         # build; are the kernels right; a first table of what they cost
     make gpu-check-more    # what failed then; tune, choose; steps, counters, sanitizers
+    make gpu-check-steps   # steps of all encoders and variants; the convolution, other shapes; swap
 
 A part is a process, started when those that it waits for have ended, however they ended. Those that
 measure nothing run beside each other and beside the build; those that measure run alone. A part may
@@ -13,7 +14,7 @@ pytest-benchmark, hypothesis and the CUDA toolkit; pytest-xdist is used where it
     make gpu-check ARGS=--dry-run              # what would run, and for how long
     GPU_CHECK_PARTS=stress-triton make gpu-check   # only these
     GPU_CHECK_MINUTES=20 make gpu-check        # more time for each part; what does not fit into
-                                               # less than five and eight is left out, and said
+                                               # less than usual is left out, and said
     OUT=somewhere make gpu-check               # the results there as well, in two files
 """
 
@@ -165,7 +166,25 @@ SECOND = (
     Part("switches", (*PYTEST, PROGRAMS, "-k", "switches_cost"), 15, ("steps-512",)),
     Part("swap", (*SWAP, "timm-swin-b-224"), 30, ("switches",)),
 )  # fmt: skip
-CALLS = {"first": (FIRST, 5.0), "second": (SECOND, 8.0)}
+THIRD = (
+    *BUILDS,
+    Part("warm", ("-m", "benchmarks.warm", "rest"), 60, ("partition",), nice=True),
+    Part("tests-convolution", (*PYTEST, "-m", "gpu", KERNELS, "-k", "conv"), 45, BUILT),
+    # Six at once keep sixteen cores busy; of twenty, none was ready after two minutes.
+    Part("steps-encoders",
+         (*STEPS, "base-224", "swinv2-base-256", "twins-large-224", "--variant", "naive",
+          "cuda-graphed"),
+         125, ("warm", "tests-convolution")),
+    Part("steps",
+         (*STEPS, "base-224", "--variant", LESS, "simmim-compiled", UNCOMPILED,
+          "naive, planning in the step"),
+         100, ("steps-encoders",)),
+    Part("operators",
+         (*PYTEST, "benchmarks", "--selection", "rest", "--add", "--minutes", "{minutes}"), 60,
+         ("steps",)),
+    Part("swap", (*SWAP, "timm-swin-b-224"), 30, ("operators",)),
+)  # fmt: skip
+CALLS = {"first": (FIRST, 5.0), "second": (SECOND, 8.0), "third": (THIRD, 8.5)}
 
 
 _running: set[subprocess.Popen] = set()

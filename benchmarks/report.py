@@ -221,6 +221,8 @@ def page(folder: pathlib.Path) -> str:
             table = tables.growth_table(result)
             parts.append(f"### Growth\n\n{table}\n![growth](growth.png)\n")
         parts.append(f"### Not timed\n\n{tables.reasons_table(result)}")
+        if said := tables.measured_at(result, result["rows"], lambda row: row["study"]):
+            parts.append(f"### Of other commits\n{said}")
     if result := found.get("steps.json"):
         parts.append(
             f"## Training steps\n\n{tables.where(result['environment'])}\n"

@@ -28,7 +28,15 @@ from multiprocessing.connection import Connection
 import torch
 
 from .costs import Widths, covers, floor_seconds, step_work
-from .environment import describe, earlier, first_line, folder_of, write_json
+from .environment import (
+    describe,
+    earlier,
+    first_line,
+    folder_of,
+    put,
+    rows_with_commits,
+    write_json,
+)
 from .measure import Energy, Rates, Sampler, Timing, measure_rates, no_garbage_collection
 from .step_processes import (
     Child,
@@ -250,15 +258,6 @@ def _figures(timing: Timing, problem: Problem, variant: Variant, rates: Rates, r
     return figures
 
 
-def put(rows: list[dict], row: dict) -> None:
-    """Add a row, in the place of the earlier one of its model and variant if there is one."""
-    for number, other in enumerate(rows):
-        if (other["model"], other["variant"]) == (row["model"], row["variant"]):
-            rows[number] = row
-            return
-    rows.append(row)
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # Nobody asks what a CPU would do: it is here.
@@ -295,13 +294,11 @@ def main(argv: list[str] | None = None) -> int:
     }
     file = folder_of(result["environment"]["device"]) / "steps.json"
     kept = earlier(file, result["environment"], of_any_commit=True)
-    for row in kept.get("rows", []):  # the file is of this commit from now on
-        its = {name: row.get(name, kept["environment"][name]) for name in ("commit", "dirty")}
-        result["rows"].append(row | its)
+    result["rows"] = rows_with_commits(kept)
 
     def save(row: dict) -> None:
         row |= {name: result["environment"][name] for name in ("commit", "dirty")}
-        put(result["rows"], row)
+        put(result["rows"], row, ("model", "variant"))
         speed = row.get("images_per_second")
         said = row.get("reason") if speed is None else (
             f"{speed:9.1f} images/s   {1e3 * row['seconds']:9.1f} ms"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 
 import numpy as np
 
@@ -138,13 +139,19 @@ def steps_table(result: dict) -> str:
                 memory, f"{joules:.3f}" if joules else "",
             ])
         )  # fmt: skip
-    commits: dict[str, list[str]] = {}
-    for row in result["rows"]:
-        commit = row.get("commit", result["environment"]["commit"])
-        if commit != result["environment"]["commit"] and "images_per_second" in row:
-            commits.setdefault(commit, []).append(f"{row['model']}, {row['variant']}")
-    lines += [f"\nMeasured at {c[:9]}: {'; '.join(names)}.\n" for c, names in commits.items()]
+    timed = [row for row in result["rows"] if "images_per_second" in row]
+    lines.append(measured_at(result, timed, lambda row: f"{row['model']}, {row['variant']}"))
     return "".join(lines)
+
+
+def measured_at(result: dict, rows: list[dict], name_of: Callable[[dict], str]) -> str:
+    """Which rows are of a commit that is not the file's."""
+    commits: dict[str, dict[str, None]] = {}
+    for row in rows:
+        commit = row.get("commit", result["environment"]["commit"])
+        if commit != result["environment"]["commit"]:
+            commits.setdefault(commit, {})[name_of(row)] = None
+    return "".join(f"\nMeasured at {c[:9]}: {'; '.join(names)}.\n" for c, names in commits.items())
 
 
 def kernels_table(result: dict) -> str:

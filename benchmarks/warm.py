@@ -1,6 +1,7 @@
 """Fill the compilers' caches on all cores, before what is compiled is timed one after the other.
 
     python -m benchmarks.warm table    # what `--selection table` of the operators compiles
+    python -m benchmarks.warm rest     # what `--selection rest` does
     python -m benchmarks.warm tune     # the candidates of benchmarks.tune for Swin's classes, and
                                        # the other classes as they are, which benchmarks.choose runs
 
@@ -27,19 +28,19 @@ from .operators import Bench
 SPARE = 4  # cores left to a build that runs meanwhile
 
 
-def jobs_of_table() -> list[tuple]:
+def jobs_of_operators(selection: str) -> list[tuple]:
     """Problem and peer of whatever waits for a compiler, the slowest first."""
     found = [
         (number, peer.name, peer.compiles)
-        for number, problem in enumerate(select("table", "cuda"))
+        for number, problem in enumerate(select(selection, "cuda"))
         for peer in problem.peers
         if peer.compiles or peer.backend == "triton"
     ]
     return [job[:2] for job in sorted(found, key=lambda job: not job[2])]
 
 
-def run_of_table(number: int, name: str) -> None:
-    problem = select("table", "cuda")[number]
+def run_of_operators(selection: str, number: int, name: str) -> None:
+    problem = select(selection, "cuda")[number]
     peer = next(peer for peer in problem.peers if peer.name == name)
     try:
         Bench(problem, "cuda").run_once(peer)
@@ -80,7 +81,16 @@ def run_of_tune(name: str, *numbers: int) -> None:
         table[name] = shipped
 
 
-WHAT = {"table": (jobs_of_table, run_of_table), "tune": (jobs_of_tune, run_of_tune)}
+WHAT = {
+    "tune": (jobs_of_tune, run_of_tune),
+    **{
+        name: (
+            functools.partial(jobs_of_operators, name),
+            functools.partial(run_of_operators, name),
+        )
+        for name in ("table", "rest")
+    },
+}
 
 
 def run_all(work: Callable, jobs: list[tuple], processes: int) -> dict[tuple, str]:
@@ -116,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     taken = time.monotonic() - start
     print(f"{len(jobs) - len(failed)} of {len(jobs)} compiled in {taken:.0f} s")
     # A candidate that does not fit is no failure: the search leaves it out as well.
-    return int(bool(failed) and options.what == "table")
+    return int(bool(failed) and options.what != "tune")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import naive_model, step_processes, step_profile, steps
-from benchmarks.environment import earlier, write_json
+from benchmarks.environment import earlier, put, write_json
 from benchmarks.measure import Rates
 from benchmarks.step_processes import (
     Ended,
@@ -327,8 +327,8 @@ def test_rows_stay_until_they_are_measured_again(tmp_path):
     rows = [{"model": "m", "variant": v, "run": 1} for v in ("one", "two")]
     write_json(file, {"environment": environment, "rows": rows})
     kept = earlier(file, environment)["rows"]
-    steps.put(kept, {"model": "m", "variant": "one", "run": 2})
-    steps.put(kept, {"model": "m", "variant": "three", "run": 2})
+    for variant in ("one", "three"):
+        put(kept, {"model": "m", "variant": variant, "run": 2}, ("model", "variant"))
     assert [(row["variant"], row["run"]) for row in kept] == [("one", 2), ("two", 1), ("three", 2)]
     assert earlier(file, {**environment, "commit": "b"}) == {}
     assert earlier(file, {**environment, "commit": "b"}, of_any_commit=True)["rows"] == rows
