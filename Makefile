@@ -54,7 +54,7 @@ $(VENV)/.torch:
 
 # An editable install, built against the torch that was just chosen.
 $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
-	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja numpy "pybind11>=2.12"
+	$(RUN) -m pip install --quiet "setuptools>=77" ninja numpy
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,demo]"
 	@touch $@
 

@@ -1,9 +1,9 @@
 """Build of the compiled modules; everything else about the package is in pyproject.toml.
 
 Switches (environment): USE_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, DEBUG=0|1,
-MODULES (the names of those to build, such as "_partition"; all if empty).
+MODULES (the names of those to build, such as "_C_partition"; all if empty).
 
-- greenmim_kernels._partition: the planner, over NumPy (pybind11).
+- greenmim_kernels._C_partition: the planner, a C interface.
 - greenmim_kernels._C: CPU operators, on libtorch's stable ABI.
 - greenmim_kernels._C_cuda: CUDA operators, built when a toolkit and a torch with CUDA are there. A
   GPU is never asked for: the machine that builds often has none.
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = pathlib.Path(__file__).parent
 # The oldest torch that the binaries load under: 2.11.
@@ -132,7 +132,6 @@ def main() -> None:
     use_cuda = switch("USE_CUDA", "auto", ("auto", "0", "1"))
     debug = switch("DEBUG", "0", ("0", "1")) == "1"
     try:
-        import pybind11
         import torch
     except ImportError as error:
         stop(f"{error.name} is needed to build; install it, or let pip build in isolation.")
@@ -167,11 +166,11 @@ def main() -> None:
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     cxx = [*optimise, "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     modules = [
-        CppExtension(
-            "greenmim_kernels._partition",
+        Extension(
+            "greenmim_kernels._C_partition",
             sources("partition", ".cpp"),
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args={"cxx": cxx},
+            py_limited_api=True,
+            extra_compile_args={"cxx": [*cxx, "-std=c++17"]},
             depends=headers(),
         ),
         CppExtension(

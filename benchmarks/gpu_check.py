@@ -110,7 +110,7 @@ def stress(backend: str, seconds: int, after: tuple[str, ...]) -> Part:
 
 BUILDS = (
     # Nothing of ours can be imported without it.
-    build("partition", "_partition", 30),
+    build("partition", "_C_partition", 30),
     build("build-cuda", "_C_cuda", 120),
     build("build-cpu", "_C", 110),
 )

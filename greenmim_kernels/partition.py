@@ -19,13 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    from . import _partition
-except ImportError as error:
-    raise ImportError(
-        "greenmim_kernels is not built here: this is its source folder, which Python takes before"
-        " an installed package; leave the folder, or run `pip install -e .` in it."
-    ) from error
+from . import _partition
 
 _INT32_MAX = 2**31 - 1
 TENSORS = ("token_index", "window_id", "query_row", "key_row")

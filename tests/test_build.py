@@ -23,7 +23,6 @@ def setup(**environment: str) -> subprocess.CompletedProcess:
 
 
 def test_switches_are_printed():
-    pytest.importorskip("pybind11")
     done = setup(USE_CUDA="0", MAX_JOBS="3")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("greenmim build:")]
@@ -49,7 +48,6 @@ def test_a_wrong_switch_is_one_sentence(environment, message):
 
 
 def test_a_missing_or_wrong_toolkit_is_one_sentence(tmp_path):
-    pytest.importorskip("pybind11")
     done = setup(USE_CUDA="1", CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
@@ -112,7 +110,6 @@ def test_architectures_older_than_the_kernels_are_left_out(
 
 
 def test_the_build_takes_the_architectures_that_are_left(tmp_path):
-    pytest.importorskip("pybind11")
     for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart.so"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"#!/bin/sh\necho 'release {torch.version.cuda}'\n")
