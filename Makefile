@@ -8,6 +8,7 @@
 #
 #   make gpu-check         five minutes: build, are the kernels right, a first table of their times
 #   make gpu-check-more    eight more: what failed, tuning, steps, counters, sanitizers
+#   make dist              an sdist and a wheel for this kind of processor, checked, in dist/
 #   make gpu-check-steps   eight more: steps of all encoders, the convolution, other shapes, swap
 #
 # Both set up a virtual environment first. Variables:
@@ -18,6 +19,7 @@
 #   TORCH="torch torchvision"   what to install as torch (default: the versions this is tested with)
 #   PIP_ARGS=           more arguments for pip when it installs torch, such as an index of CPU builds
 #   OUT=runs/demo       where the demo writes
+#   DIST=dist           where the sdist and the wheel are written
 #   PROCESSES=3         processes that run tests side by side: one more than cores, as many wait
 #   ARGS=               more arguments for pytest, the demo, the benchmark or gpu-check (--dry-run)
 
@@ -27,6 +29,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 PIP_ARGS ?=
 OUT ?= runs/demo
+DIST ?= dist
 PROCESSES ?= 3
 ARGS ?=
 
@@ -40,7 +43,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test bench gpu-check gpu-check-more gpu-check-steps lint clean
+.PHONY: help demo test bench gpu-check gpu-check-more gpu-check-steps dist dist-files lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -79,6 +82,19 @@ gpu-check-more: $(READY)
 
 gpu-check-steps: $(READY)
 	$(RUN) -m benchmarks.gpu_check third $(ARGS)
+
+# Of the sdist, not of this folder; libraries that come with torch stay there.
+dist-files:
+	rm -rf $(DIST) && mkdir -p $(DIST)/linux
+	MANYLINUX=1 $(RUN) -m build --no-isolation --outdir $(DIST)/linux .
+	mv $(DIST)/linux/*.tar.gz $(DIST)
+	PATH="$$(dirname $$(command -v $(RUN))):$$PATH" $(RUN) -m auditwheel repair --only-plat \
+	    --plat manylinux_2_28_$$(uname -m) --exclude 'libtorch*' --exclude 'libc10*' \
+	    --exclude 'libcudart*' --wheel-dir $(DIST) $(DIST)/linux/*.whl
+	rm -r $(DIST)/linux
+
+dist: $(READY) dist-files
+	GREENMIM_DIST=$(DIST) $(RUN) -m pytest -q tests/test_dist.py
 
 lint: $(READY)
 	$(RUN) -m pip install --quiet ruff

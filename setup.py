@@ -1,6 +1,7 @@
 """Build of the compiled modules; everything else about the package is in pyproject.toml.
 
 Switches (environment): USE_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, DEBUG=0|1,
+MANYLINUX=0|1 (binaries that need glibc 2.28 and no newer one),
 MODULES (the names of those to build, such as "_C_partition"; all if empty).
 
 - greenmim_kernels._C_partition: the planner, a C interface.
@@ -131,6 +132,7 @@ def headers() -> list[str]:
 def main() -> None:
     use_cuda = switch("USE_CUDA", "auto", ("auto", "0", "1"))
     debug = switch("DEBUG", "0", ("0", "1")) == "1"
+    manylinux = switch("MANYLINUX", "0", ("0", "1")) == "1"
     try:
         import torch
     except ImportError as error:
@@ -157,6 +159,7 @@ def main() -> None:
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "-"),
         "MAX_JOBS": os.environ.get("MAX_JOBS", "all cores"),
         "DEBUG": int(debug),
+        "MANYLINUX": int(manylinux),
     }
     for name, value in switches.items():
         say(f"{name:<20} {value}")
@@ -164,7 +167,8 @@ def main() -> None:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
-    cxx = [*optimise, "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    older_glibc = ["-include", str(ROOT / "csrc" / "glibc_2_28.h")] if manylinux else []
+    cxx = [*optimise, "-fvisibility=hidden", "-Wall", "-Wno-psabi", *older_glibc]
     modules = [
         Extension(
             "greenmim_kernels._C_partition",
@@ -191,7 +195,7 @@ def main() -> None:
                 py_limited_api=True,
                 extra_compile_args={
                     "cxx": [*cxx, STABLE_ABI, "-DUSE_CUDA"],
-                    "nvcc": [*nvcc, STABLE_ABI, "-DUSE_CUDA", built_for],
+                    "nvcc": [*nvcc, STABLE_ABI, "-DUSE_CUDA", built_for, *older_glibc],
                 },
                 depends=headers(),
             )

@@ -1,6 +1,7 @@
 """GreenMIM: masked image modelling on the visible patches of hierarchical vision transformers."""
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,10 +26,21 @@ else:
         if name == "__version__":
             return _version()
         if name in _HOMES.values():
-            return importlib.import_module(f".{name}", __name__)
+            return _module(name)
         if name in _HOMES:
-            return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+            return getattr(_module(_HOMES[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        from .guards import missing_package
+
+        if said := missing_package(error):
+            raise ModuleNotFoundError(said, name=error.name) from error
+        raise
 
 
 def __dir__() -> list[str]:

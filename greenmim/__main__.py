@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import NoReturn
 
-from greenmim.guards import end_of_imports, leave
+from greenmim.guards import end_of_imports, exit_code, leave
 
 
 def main() -> int:
@@ -15,12 +15,23 @@ def main() -> int:
     is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_plain and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, leave)  # until a run or a tool has begun
-    from greenmim.cli import main as run
-
     try:
-        return run()
+        return exit_code(_run)
     finally:
         end_of_imports()
+
+
+def _run() -> int:
+    try:
+        from greenmim.cli import main
+    except ModuleNotFoundError:
+        if sys.argv[1:] != ["doctor"]:
+            raise
+        from greenmim.tools.doctor import report  # of the kernels, which need nothing else
+
+        print(report())
+        return 0
+    return main()
 
 
 def script() -> NoReturn:

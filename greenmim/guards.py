@@ -67,6 +67,21 @@ def user_errors() -> Iterator[None]:
         raise UserError(first_line(error)) from error
 
 
+# Modules of the extra "train", without which the kernels can be installed.
+_TRAIN = (
+    "PIL", "filelock", "jsonargparse", "matplotlib", "safetensors", "submitit", "tensorboard",
+    "timm", "torchvision", "tqdm", "yaml",
+)  # fmt: skip
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """A sentence where the extra "train" has what was not found."""
+    name = (error.name or "").partition(".")[0]
+    if name not in _TRAIN:
+        return None
+    return f"This needs {name}, which is not installed: pip install 'greenmim[train]'."
+
+
 def exit_code(work: Callable[[], int], debug: bool = False) -> int:
     """The exit code of a program's work; an error for people is a line on stderr and its code.
 
@@ -83,6 +98,10 @@ def exit_code(work: Callable[[], int], debug: bool = False) -> int:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             raise UserError(f"{error.filename}: this name is too long; take another.") from error
+        except ModuleNotFoundError as error:
+            if said := missing_package(error):
+                raise UserError(said) from error
+            raise
     except (UserError, PeerError) as error:
         if debug:
             raise

@@ -29,6 +29,7 @@ def test_switches_are_printed():
     shown = {line.split()[2]: line.split()[3:] for line in lines}
     assert set(shown) == {
         "torch", "USE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "DEBUG",
+        "MANYLINUX",
     }  # fmt: skip
     assert shown["USE_CUDA"][:3] == ["0", "->", "no:"]
     assert shown["MAX_JOBS"] == ["3"]
