@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
+from greenmim import guards
 from greenmim.guards import first_line, one_line
 
 
@@ -16,3 +22,68 @@ def test_an_error_of_several_lines_becomes_one():
     error = ValueError("\n no room\n  in /dev/shm\n")
     assert first_line(error) == "no room"
     assert one_line(error) == "no room in /dev/shm"
+
+
+# A process in which packages of the extra "train" are not there.
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({names!r}))
+from greenmim.__main__ import main
+sys.argv = {argv!r}
+raise SystemExit(main())
+"""
+
+
+def without(names: list[str], *argv: str) -> subprocess.CompletedProcess[str]:
+    code = WITHOUT.format(names=names, argv=["greenmim", *argv])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "argv", "missing"),
+    [
+        (["jsonargparse"], ["pretrain", "--help"], "jsonargparse"),
+        (["timm"], ["knn", "--help"], "timm"),
+        (["safetensors"], ["reconstruct", "--help"], "safetensors"),
+    ],
+)
+def test_a_command_that_misses_a_package_says_so_in_a_line(names, argv, missing):
+    done = without(names, *argv)
+    advice = f"This needs {missing}, which is not installed: pip install 'greenmim[train]'."
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"greenmim: error: {advice}\n"
+
+
+def test_the_doctor_needs_the_kernels_alone():
+    done = without(list(guards._TRAIN), "doctor")
+    assert done.returncode == 0, done.stderr
+    assert "backends" in done.stdout and "cpp" in done.stdout
+
+
+def test_a_model_without_timm_says_what_to_install():
+    code = "import sys; sys.modules['timm'] = None; from greenmim import GreenMIM"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'greenmim[train]'" in done.stderr.splitlines()[-1]
+
+
+def test_the_packages_of_the_extra_are_known():
+    """Each that the package imports anywhere and that the kernels' requirements do not bring."""
+    root = pathlib.Path(guards.__file__).parent.parent
+    imported = set()
+    for path in (root / "greenmim").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    optional = {
+        "wandb",
+        "webdataset",
+        "pillow_heif",
+        "datasets",
+        "triton",
+    }  # these say it themselves
+    ours = {"greenmim", "greenmim_kernels", "torch", "numpy"}
+    assert imported - sys.stdlib_module_names - ours - optional == set(guards._TRAIN) - {
+        "tensorboard"
+    }
