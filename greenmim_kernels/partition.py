@@ -34,7 +34,7 @@ TENSORS = ("token_index", "window_id", "query_row", "key_row")
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupPartition:
     """Which tokens attend together; made by :func:`group_partition` or
-    :func:`~greenmim_kernels.partition_from_windows`.
+    :func:`greenmim_kernels.partition_from_windows`.
 
     P is 1 (one partition for the whole batch) or the batch size, G the number of groups, S the
     slots of a group. A slot holds one token or nothing. Inside a group slots are sorted by window;

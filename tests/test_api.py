@@ -33,6 +33,8 @@ def problem(found: Callable) -> str | None:
     text = found.__doc__
     if not text:  # of its own: not a base's
         return "it has no docstring"
+    if re.search(r"^ *\[[^]]*\]:|`~", text, re.M):  # Markdown takes such a line for a link's target
+        return "pages would lose a line that begins with [...]:, or show the ~ of a link"
     sections = dict(re.findall(r"^(\w+):\n(.*?)(?=^\w|\Z)", inspect.cleandoc(text), re.M | re.S))
     told = sections.get("Args", "") + sections.get("Attributes", "")
     names = {
@@ -61,6 +63,11 @@ def nothing(x, y=1):
     ("docstring", "module", "wrong"),
     [
         (None, "", "no docstring"),
+        (
+            "Of x.\n\n    Args:\n        x, y: of shape\n            [B, N]: both.\n    ",
+            "",
+            "lose a line",
+        ),
         ("Of x.\n\n    Args:\n        x: y: [B, N].\n    ", "", "Args lack y"),
         ("Of x.\n\n    Args:\n        x, y, z: sizes.\n    ", "", "Args have z"),
         ("Of x.\n\n    Args:\n        x, y: sizes.\n    ", "greenmim_kernels.functional", "raises"),
