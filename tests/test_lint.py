@@ -16,7 +16,9 @@ COMMANDS = re.findall(r"\$\(RUN\) -m (.*)", LINT)
 PINS = dict(re.findall(r'"(ruff|mypy|codespell)==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.slow if c == "mypy" else ()) for c in COMMANDS]
+)
 def test_nothing_is_found(command):
     module, *options = command.split()
     if importlib.util.find_spec(module) is None:
