@@ -3,6 +3,8 @@
 #   make demo    pre-train a small GreenMIM on real photographs on the CPU
 #   make test    run the tests
 #   make bench   measure what this machine can; see benchmarks/README.md
+#   make lint    style, types and spelling
+#   make docs    the API reference, in build/docs
 #
 # and, on a machine with an NVIDIA GPU,
 #
@@ -43,7 +45,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test bench gpu-check gpu-check-more gpu-check-steps dist dist-files lint clean
+.PHONY: help demo test bench gpu-check gpu-check-more gpu-check-steps dist dist-files lint docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -97,9 +99,14 @@ dist: $(READY) dist-files
 	GREENMIM_DIST=$(DIST) $(RUN) -m pytest -q tests/test_dist.py
 
 lint: $(READY)
-	$(RUN) -m pip install --quiet ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
+
+# `greenmim` takes its names from these modules.
+docs: $(READY)
+	$(RUN) -m pdoc --docformat google -o build/docs greenmim_kernels greenmim_kernels.integrations greenmim.mim greenmim.config greenmim.planning greenmim.checkpoint
 
 clean:
 	rm -rf build dist *.egg-info greenmim_kernels/*.so

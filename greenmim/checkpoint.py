@@ -35,7 +35,7 @@ _ENCODER, _HEAD, _RUN = "encoder.", "head.", "greenmim."
 # Derived from the sizes, and rebuilt where a kind has them.
 _BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 # What official files hold beside tensors and plain values: the command line they were made with.
-_PLAIN_CLASSES = [argparse.Namespace, pathlib.PosixPath]
+_PLAIN_CLASSES: list[Any] = [argparse.Namespace, pathlib.PosixPath]
 # Found in a name, and whose files have such names; the first counts.
 _MAKERS = (
     (r"^encoder\.mask_token|^decoder\.0\.", "SimMIM's, of which only the encoder's would be read"),
@@ -195,8 +195,8 @@ def run_command(content: Mapping[str, Any]) -> str | None:
     """The command whose run wrote a checkpoint with this content, "pretrain" or "finetune"; None
     of any other file."""
     name = content.get("format")
-    found = isinstance(name, str) and name.startswith(_RUN)
-    return name.removeprefix(_RUN) if found else None
+    is_run = isinstance(name, str) and name.startswith(_RUN)
+    return str(name).removeprefix(_RUN) if is_run else None
 
 
 def load_state_dict_file(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -276,7 +276,7 @@ def save_text(text: str, path: str | os.PathLike) -> None:
     _write_atomic(lambda beside: beside.write_text(text, encoding="utf-8"), pathlib.Path(path))
 
 
-def _write_atomic(write: Callable[[pathlib.Path], None], path: pathlib.Path) -> None:
+def _write_atomic(write: Callable[[pathlib.Path], object], path: pathlib.Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:

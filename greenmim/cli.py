@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
@@ -117,7 +118,7 @@ def _config_first(arguments: list[str]) -> list[str]:
     return [arguments[0], *configs, *rest]
 
 
-def _parser(**options: str) -> ArgumentParser:
+def _parser(**options: Any) -> ArgumentParser:
     return ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
 
 
@@ -131,7 +132,8 @@ def build_parser(command: str = "pretrain") -> tuple[ArgumentParser, ArgumentPar
         epilog="--debug (or GREENMIM_DEBUG=1) shows the traceback of an error.",
     )
     subcommands = parser.add_subcommands(dest="command", required=False, title="commands")
-    subparser, function = COMMANDS[command][1]() if command in COMMANDS else (None, None)
+    made: tuple[Any, Any] = COMMANDS[command][1]() if command in COMMANDS else (None, None)
+    subparser, function = made
     for name, (text, _) in COMMANDS.items():
         subcommands.add_subcommand(name, subparser if name == command else _parser(), help=text)
     return parser, subparser, function
@@ -155,7 +157,7 @@ class _Preset(ActionConfigFile):
     """`--config` that takes the name of a preset as well as a file."""
 
     @staticmethod
-    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
+    def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
         ActionConfigFile.apply_config(parser, cfg, dest, resolve_config(value, parser.of_command))
 
 
@@ -168,7 +170,7 @@ def _run_command(command: str) -> tuple[ArgumentParser, Callable]:
         description=text,
         epilog=EXIT_CODES,
     )
-    parser.of_command = command
+    parser.of_command = command  # type: ignore[attr-defined]  # for `_Preset`
     texts = {
         "config": "a preset or a YAML file; options override its values",
         "resume": "go on with the run in --work-dir (or start it), or from this checkpoint",
@@ -213,22 +215,22 @@ def _train(kind: type[RunRecipe], parser: ArgumentParser, options: Namespace) ->
     values = options.clone()
     for name in OF_A_CALL:
         values.pop(name, None)
-    job = {field.name: values.pop(field.name) for field in dataclasses.fields(SlurmJob)}
+    of_job = {field.name: values.pop(field.name) for field in dataclasses.fields(SlurmJob)}
     try:
         recipe = kind(**vars(parser.instantiate(values)))
     except (UserError, ValueError) as error:  # the recipe's own checks and the model's
         raise _told_once(str(error)) from error
-    if options.get("mask_per_image"):
+    if options.get("mask_per_image") and isinstance(recipe, Recipe):
         recipe.mask.per_image = True
     max_steps, profile = options.max_steps, options.profile
     if max_steps is not None and max_steps < 1:
         raise _told_once(f"--max-steps is {max_steps}; it has to be at least 1.")
     if options.launcher == "none" and not options.dry_run:
-        # What it raises, torchrun shows as the cause.
-        return record(train)(recipe, options.resume, max_steps, profile).exit_code
+        # What it raises, torchrun shows as the cause; what `record` gives is what `train` does.
+        return record(train)(recipe, options.resume, max_steps, profile).exit_code  # type: ignore[union-attr]
 
     world = World.from_environment()
-    job = SlurmJob(**job) if options.launcher == "slurm" else None
+    job = SlurmJob(**of_job) if options.launcher == "slurm" else None
     # A login node need not have the GPUs of the job, nor who asks what a run on one would be.
     on_gpu = (job is not None or recipe.cuda_graph) and recipe.device != "cpu"
     device = torch.device("cuda") if on_gpu else choose_device(recipe.device, world)
@@ -246,8 +248,8 @@ def _train(kind: type[RunRecipe], parser: ArgumentParser, options: Namespace) ->
 
 def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, Callable]:
     """A tool's options are the parameters of its function, described by its docstring."""
-    parser = _parser(usage=f"greenmim {usage}", description=tool.__doc__.split("\n")[0])
-    by_hand = {
+    parser = _parser(usage=f"greenmim {usage}", description=(tool.__doc__ or "").split("\n")[0])
+    by_hand: dict[str, dict[str, Any]] = {
         "images": {
             "nargs": "+",
             "required": True,

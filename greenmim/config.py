@@ -114,7 +114,7 @@ class ModelConfig:
     def _check(self) -> None:
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
-        default = {field.name: field.default for field in dataclasses.fields(self)}
+        default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         for name in {name for traits in ENCODERS.values() for name in traits.fields}:
             if name not in self.traits.fields and getattr(self, name) != default[name]:
                 raise ValueError(f"the encoder {self.encoder} has no {name}")
@@ -148,7 +148,14 @@ class ModelConfig:
 
     @classmethod
     def of_saved(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """From what a run saved: what it did not know yet, or left open, is as by default."""
+        """From what a run saved: what it did not know yet, or left open, is as by default.
+
+        Args:
+            values: fields by name; others are left alone.
+
+        Raises:
+            ValueError: sizes that do not fit together.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{n: value for n, value in values.items() if n in known and value is not None})
 
@@ -182,18 +189,25 @@ class ModelConfig:
         return tuple(self.embed_dim * 2**stage for stage in range(NUM_STAGES))
 
     def stage_windows(
-        self, image_size: int | tuple[int, int] | None = None
+        self, image_size: int | Sequence[int] | None = None
     ) -> tuple[tuple[tuple[int, int], tuple[int, int], tuple[int, int]], ...]:
         """(token grid, window, shift of odd blocks), each (height, width), for every stage.
 
         Where windows are shifted: per axis, with a grid no larger than M, the window is the grid
         and the shift 0.
+
+        Args:
+            image_size: pixels, one side or (height, width); None takes the model's.
+
+        Raises:
+            ValueError: a side is not a positive multiple of 32.
         """
         sides = check_image_size(self.image_size if image_size is None else image_size)
-        stages = []
+        stages: list[Any] = []
         for stage in range(NUM_STAGES):
             grid = tuple(side // (PATCH_PIXELS * 2**stage) for side in sides)
-            window, shift = (self.window_size,) * 2, (0, 0)
+            window: tuple[int, ...] = (self.window_size,) * 2
+            shift: tuple[int, ...] = (0, 0)
             if self.traits.shifts:
                 shift = tuple(window[0] // 2 if side > window[0] else 0 for side in grid)
                 window = tuple(min(window[0], side) for side in grid)
@@ -228,7 +242,7 @@ def _channels(embed_dim: int | Sequence[int]) -> int | tuple[int, ...]:
     return dims[0] if dims == doubled else dims
 
 
-def _integer(value: int, name: str, least: int) -> int:
+def _integer(value: Any, name: str, least: int) -> int:
     try:
         number = index(value)
     except TypeError:

@@ -142,7 +142,8 @@ class FinetuneRecipe(RunRecipe):
     """
 
     data: LabelledImagesConfig = field(default_factory=LabelledImagesConfig)
-    model: EncoderConfig = field(default_factory=EncoderConfig)
+    # What --init tells is filled in later.
+    model: EncoderConfig = field(default_factory=EncoderConfig)  # type: ignore[assignment]
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     schedule: ScheduleConfig = field(default_factory=_schedule)
     ema_decay: float | None = 0.9999

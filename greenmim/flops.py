@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +36,7 @@ def _attention_flops(query: Tensor, key: Tensor, *_: object, **__: object) -> in
     return 4 * query.numel() * key.shape[2]
 
 
-def _window_attention_flops(q: Tensor, *others: object, **_: object) -> int:
+def _window_attention_flops(q: Tensor, *others: Any, **_: object) -> int:
     """`q` is [B, N, heads, D], or [B, N, 3C] with keys and values."""
     window_id = others[5]
     pairs = sum(int(torch.bincount(row[row >= 0]).square().sum()) for row in window_id)
@@ -49,5 +51,6 @@ def _conv_flops(
     return 2 * pairs * x.shape[2] * (len(x) // len(neighbours))
 
 
+_formula: Any
 for _formula in (_attention_flops, _window_attention_flops, _conv_flops):
     _formula._get_raw = True

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
@@ -90,7 +90,7 @@ def exit_code(work: Callable[[], int], debug: bool = False) -> int:
     for stream in (sys.stdout, sys.stderr):
         # Names of files may hold bytes that no encoding has.
         with contextlib.suppress(AttributeError):  # no file of the system's
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
             return work()
@@ -140,7 +140,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._interrupted = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():

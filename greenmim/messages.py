@@ -62,8 +62,8 @@ def in_words(error: argparse.ArgumentError, parser: ArgumentParser, typed: Seque
         if "argument command" in text:
             near = _near(found[1], choices)
             return f"{found[1]} is no command{near or f'; there are {listed(choices)}'}"
-        option = re.search(r"argument (--\S+):", text)
-        return f"{dashes(option[1])} {found[1]}: give {listed(choices, 'or')}"
+        name = re.findall(r"argument (--\S+):", text)[0]
+        return f"{dashes(name)} {found[1]}: give {listed(choices, 'or')}"
     if found := re.search(r"argument (?:-\w/)?(--\S+): ignored explicit argument '(.*)'", text):
         return f"{dashes(found[1])} takes no value; leave ={found[2]} out"
     if found := re.search(r"argument (--\S+): expected (?:one|at least one) argument", text):
@@ -235,7 +235,7 @@ def help_text(parser: ArgumentParser, topic: str | None, of_slurm: Sequence[str]
         *more,
         f"  --help {'all':<12}Everything",
         "",
-        textwrap.fill(parser.epilog, 80),
+        textwrap.fill(parser.epilog or "", 80),
     ]
     return _page(parser, chosen, "\n".join(epilog))
 
@@ -277,7 +277,9 @@ def _show(group: argparse._ArgumentGroup, action: argparse.Action) -> None:
     metavar = action.metavar or action.dest.rpartition(".")[2].upper()
     if hint is bool:
         metavar = "{true,false}"
-    elif values := action.choices or (typing.get_origin(hint) is typing.Literal and hint.__args__):
+    elif values := action.choices or (
+        typing.get_origin(hint) is typing.Literal and typing.get_args(hint)
+    ):
         metavar = "{" + ",".join(values) + "}"
     group.add_argument(*options, nargs=action.nargs, metavar=metavar, help=text)
 

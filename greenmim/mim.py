@@ -44,7 +44,10 @@ class MIMOutput(NamedTuple):
 
 
 class GreenMIM(nn.Module):
-    """An encoder on visible tokens and an MAE-like decoder.
+    """An encoder on visible tokens and an MAE-like decoder (Huang et al., NeurIPS 2022).
+
+    B images of H x W pixels have L = H W / 32^2 units, of which n_vis are visible; C4 are the
+    encoder's channels at its last stage, and 3072 = 32 x 32 x 3 the values of a unit.
 
     The state dict holds the encoder as ``encoder.`` + timm's keys, and the decoder as published.
 
@@ -134,7 +137,15 @@ class GreenMIM(nn.Module):
         return MIMOutput(self.loss(images, prediction, plan), prediction, latent, plan.visible)
 
     def decode(self, latent: Tensor, plan: Plan) -> Tensor:
-        """latent [B, n_vis, C4] -> prediction [B, L, 3072]. Each latent goes to its own place."""
+        """Pixels of all units; each latent goes to its own place.
+
+        Args:
+            latent: [B, n_vis, C4], as the encoder gives it for `plan`.
+            plan: on the device of `latent`.
+
+        Returns:
+            [B, L, 3072].
+        """
         x = self.decoder_embed(latent)
         batch, _, width = x.shape
         units = plan.visible.shape[1]
@@ -148,6 +159,11 @@ class GreenMIM(nn.Module):
 
         What the decoder does with a token depends on its position embedding, not on its place in
         the sequence, so hidden units can stand behind the visible ones.
+
+        Args:
+            images: float [B, 3, H, W].
+            latent: [B, n_vis, C4], as the encoder gives it for `plan`.
+            plan: on the device of `images`.
         """
         hidden = plan.hidden_index.shape[1]
         position = self.decoder_pos_embed[0]
@@ -172,21 +188,37 @@ class GreenMIM(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))
 
     def loss(self, images: Tensor, prediction: Tensor, plan: Plan) -> Tensor:
-        """Mean squared error over the hidden units, at least in float32; a scalar."""
+        """Mean squared error over the hidden units, at least in float32; a scalar.
+
+        Args:
+            images: float [B, 3, H, W].
+            prediction: [B, L, 3072].
+            plan: which units are hidden; on the device of `images`.
+        """
         hidden = plan.visible.logical_not()
         count = len(images) * (plan.visible.shape[1] - plan.unit_index.shape[1])
         # Not a division by zero where nothing is hidden or the batch is empty: the sum is 0 then.
         return (self.errors(images, prediction) * hidden).sum() / max(count, 1)
 
     def errors(self, images: Tensor, prediction: Tensor) -> Tensor:
-        """Mean squared error of each unit [B, L], hidden or not, at least in float32."""
+        """Mean squared error of each unit [B, L], hidden or not, at least in float32.
+
+        Args:
+            images: float [B, 3, H, W].
+            prediction: [B, L, 3072].
+        """
         target = self.target(images)
         return (prediction.to(target.dtype) - target).square().mean(-1)
 
     def target(self, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """What to predict: images [B, 3, H, W] -> [B, L, 3072].
+        """What to predict: pixels of units, at least in float32, normalised with ``norm_pix_loss``.
 
-        Normalised per unit with ``norm_pix_loss``. With an index int64 [P, n], only those units.
+        Args:
+            images: float [B, 3, H, W].
+            index: int64 [P, n], the units; None takes all.
+
+        Returns:
+            [B, n, 3072], or [B, L, 3072].
         """
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         if index is None:
@@ -199,11 +231,25 @@ class GreenMIM(nn.Module):
         return target
 
     def patchify(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, L, 3072]: each unit's pixels by row, column, channel."""
+        """Each unit's pixels by row, column, channel.
+
+        Args:
+            images: [B, 3, H, W].
+
+        Returns:
+            [B, L, 3072].
+        """
         return _unit_grid(images).flatten(3).flatten(1, 2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """[B, L, 3072] -> images [B, 3, H, W]; undoes :meth:`patchify`."""
+        """Undoes :meth:`patchify`.
+
+        Args:
+            patches: [B, L, 3072].
+
+        Returns:
+            [B, 3, H, W], of the model's size.
+        """
         x = patches.unflatten(2, (UNIT_PIXELS, UNIT_PIXELS, 3))
         x = x.unflatten(1, self.config.unit_grid)  # [B, h, w, 32, 32, 3]
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
@@ -261,7 +307,11 @@ class GreenMIM(nn.Module):
         return self.encoder(images, ready_plan(plan, self.planner, images)).mean(1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training computes activations again in the backward pass: less memory, slower."""
+        """Training computes activations again in the backward pass: less memory, slower.
+
+        Args:
+            enable: whether it does.
+        """
         self.encoder.set_grad_checkpointing(enable)
         self.grad_checkpointing = enable
 
@@ -318,9 +368,9 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 class DecoderBlock(Block):
-    """timm's ViT block, able to give only some of its tokens."""
+    """timm's ViT block, able to give only some of its tokens, but without a mask."""
 
-    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:  # type: ignore[override]
         """x [B, L, C] -> [B, L, C], or [B, last, C]: the last tokens, which attend to all."""
         if last is None or last == x.shape[1]:
             return super().forward(x)
@@ -349,7 +399,8 @@ def decoder_blocks(config: ModelConfig) -> nn.ModuleList:
             config.decoder_dim,
             config.decoder_heads,
             qkv_bias=True,
-            norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),
+            # timm takes whatever makes one.
+            norm_layer=functools.partial(nn.LayerNorm, eps=config.norm_eps),  # type: ignore[arg-type]
         )
         for _ in range(config.decoder_depth)
     )

@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +69,7 @@ class Layout:
     def regions(self) -> tuple[Region, ...]:
         """All of them; the same for plans of the same shapes."""
         parts = [part for pair in self.partitions for part in pair]
-        inner = (region for part in parts for region in part.tensors)
+        inner: Iterator[Any] = (region for part in parts for region in part.tensors)
         own = self.visible, self.unit_index, self.hidden_index, self.patch_index
         return *own, *inner, *self.neighbours
 
@@ -160,11 +162,9 @@ class Planner:
         ValueError: `image_size` is not made of multiples of 32.
     """
 
-    def __init__(
-        self, config: ModelConfig, image_size: int | tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, image_size: int | Sequence[int] | None = None) -> None:
         sides = check_image_size(config.image_size if image_size is None else image_size)
-        self.unit_grid = tuple(side // UNIT_PIXELS for side in sides)
+        self.unit_grid = (sides[0] // UNIT_PIXELS, sides[1] // UNIT_PIXELS)
         self.stages = config.stage_windows(sides)
         self.has_neighbours = config.traits.has_neighbours
 
@@ -192,13 +192,13 @@ class Planner:
             partitions.append((even, odd))
             if self.has_neighbours:
                 neighbours.append(torch.from_numpy(_renumbered(grid_neighbours(tokens), numbers)))
-        tensors = {
+        arrays = {
             "visible": units,
             "unit_index": _indices(units),
             "hidden_index": _indices(~units),
             "patch_index": self.positions(units, self.stages[0][0][0] // self.unit_grid[0]),
         }
-        tensors = {name: torch.from_numpy(values) for name, values in tensors.items()}
+        tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
         return _packed(tensors, partitions, neighbours, self.stages[0][0])
 
     def positions(self, units: np.ndarray, scale: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from greenmim.config import ModelConfig
 from greenmim.finetune_recipe import FinetuneRecipe
 from greenmim.guards import UserError
 from greenmim.messages import columns, nearest
-from greenmim.recipe import DataConfig, OptimConfig, Recipe
+from greenmim.recipe import DataConfig, OptimConfig, Recipe, RunRecipe
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -50,7 +50,8 @@ def preset_table() -> str:
     rows = []
     for name in [*preset_names("pretrain"), *preset_names("finetune")]:
         values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        epochs = {"pretrain": Recipe, "finetune": FinetuneRecipe}[command_of(name)].epochs
+        kinds: dict[str, type[RunRecipe]] = {"pretrain": Recipe, "finetune": FinetuneRecipe}
+        epochs = kinds[command_of(name)].epochs
         window = values.get("model", {}).get("window_size", ModelConfig.window_size)
         batch = values.get("data", {}).get("batch_size", DataConfig.batch_size)
         update = batch * values.get("optim", {}).get("accumulate", OptimConfig.accumulate)

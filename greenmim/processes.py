@@ -16,7 +16,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,8 @@ class Processes:
         device: torch.device | Callable[[], torch.device],
         hang_minutes: float | None = None,
     ) -> None:
-        self.world, self._find_device = world, device
+        self.world = world
+        self._find_device: Any = device
         if isinstance(device, torch.device):
             self.device, self._find_device = device, lambda: device
         self._timeout = datetime.timedelta(minutes=hang_minutes or _MINUTES_PER_YEAR)
@@ -84,9 +85,9 @@ class Processes:
         if not self.alone:
             problem = self._join(problem)
         if problem:
-            error = self.common_error(problem)
-            _let_main_speak(error)
-            raise error
+            agreed = self.common_error(problem)
+            _let_main_speak(agreed)
+            raise agreed
         return self
 
     def _join(self, problem: str | None) -> str | None:
@@ -186,7 +187,7 @@ class Processes:
             yield
         except UserError as error:
             own = error
-        for rank, text in enumerate(self.gather(own and str(own))):
+        for rank, text in enumerate(self.gather(None if own is None else str(own))):
             if text is not None:
                 raise self.common_error(f"Process {rank}: {text}" if rank else text) from own
 

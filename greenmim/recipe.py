@@ -255,6 +255,12 @@ class RunRecipe:
         """Raises UserError where a value cannot be, or values do not go together."""
         _check(self)
 
+    @property
+    def folder(self) -> Path:
+        """The run's, of a recipe that was checked to name one."""
+        assert self.work_dir is not None
+        return Path(self.work_dir)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (no tuples), the same after a trip through YAML or a checkpoint."""
         return _plain(dataclasses.asdict(self))
@@ -280,7 +286,7 @@ class Recipe(RunRecipe):
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values under names with dots, as on the command line."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict)
         found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
@@ -319,6 +325,7 @@ def _check_mask(recipe: Recipe) -> None:
 
 def _check(recipe: RunRecipe) -> None:
     data, optim, every = recipe.data, recipe.optim, recipe.checkpoint
+    value: Any
     for name, value in (("data.root", data.root), ("work-dir", recipe.work_dir)):
         if not value:
             kept = Path(recipe.work_dir or "", "config.yaml")

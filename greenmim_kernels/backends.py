@@ -108,7 +108,11 @@ def cpu_capability() -> str:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name, with None if it can be used here, else the reason why not."""
+    """What can be used on this machine.
+
+    Returns:
+        Every backend by name, with None if it can be used here, else the reason why not.
+    """
     return {name: _unusable(name) for name in BACKENDS}
 
 
@@ -313,7 +317,7 @@ def _does_not_fit(
         )
     if name != "cuda":
         return None
-    slots, rows = index(group_size), index(table_rows or 0)
+    slots, rows = index(group_size or 0), index(table_rows or 0)
     number = torch.cuda.current_device() if device.index is None else device.index
     if not _cuda_has_room(number, dtype, head_dim, slots, rows):
         return (

@@ -108,8 +108,8 @@ def group_window_attention(
 
     Args:
         qkv: floating point tensor [B, N, 3C], tokens in row-major order of their grid; the last
-            axis holds q, k, v blocks of C, each num_heads x head_dim. Or (q, k, v), each
-            [B, N, num_heads, head_dim]: read where they lie, whatever their strides, if the
+            axis holds q, k, v blocks of C, each num_heads x head_dim. Or (q, k, v), [B, N,
+            num_heads, head_dim] each, which are read where they lie, whatever their strides, if the
             elements of a head are neighbours; their gradients are laid out like them.
         table: relative position bias [part.table_rows, num_heads] of any float dtype, or None;
             for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
@@ -179,7 +179,7 @@ def sparse_depthwise_conv(
         weight: [C, 1, 3, 3] as of ``nn.Conv2d``, or [C, 9], of any float dtype.
         bias: [C], or None.
         neighbours: int32 [P, N, 9] with P = 1 or B, on the device of `x`: the token under each of
-            the kernel's places, row by row, or -1; see :func:`~greenmim_kernels.grid_neighbours`.
+            the kernel's places, row by row, or -1; see :func:`greenmim_kernels.grid_neighbours`.
             Tokens may be numbered in any order, but who has a neighbour is that one's, at the
             opposite place: on this the gradient relies. Kernels on a GPU trust it.
 

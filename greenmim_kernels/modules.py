@@ -41,7 +41,14 @@ class GroupWindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, part: GroupPartition) -> Tensor:
-        """x [B, N, C], visible tokens in row-major order of their grid -> [B, N, C].
+        """Attention in the windows of a partition.
+
+        Args:
+            x: floating point [B, N, C], visible tokens in row-major order of their grid.
+            part: with the layer's window size, on the device of `x`.
+
+        Returns:
+            [B, N, C].
 
         Raises:
             ValueError: the partition has another window size, or does not fit `x`.

@@ -14,6 +14,7 @@ Calls that are not in float32, not on a CPU or under autocast are the layers' ow
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -74,7 +75,14 @@ class OneDNNMlp(Mlp):
         return not drops and _is_plain(self) and not any(map(_has_hooks, modules))
 
 
-class OneDNNBlock:
+# What its other base is.
+if TYPE_CHECKING:
+    _Beside = nn.Module
+else:
+    _Beside = object
+
+
+class OneDNNBlock(_Beside):
     """A Swin block that is one node of autograd, of such layers.
 
     A base of a class beside the block's own, which has `_run(x, part)` and the names of timm's.
@@ -82,7 +90,8 @@ class OneDNNBlock:
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
         if not self._takes(x, part):
-            return super()._run(x, part)  # which also says what does not fit
+            # The other base has it; it also says what does not fit.
+            return super()._run(x, part)  # type: ignore[misc]
         attention = self.attn
         parameters = []
         for layer in self._layers():
@@ -145,7 +154,7 @@ def use_onednn(model: nn.Module, block_class: type[nn.Module] | None = None) -> 
             module.__class__ = OneDNNMlp
     for module in list(model.modules()):
         if type(module) is block_class and _has_onednn(module):
-            module.__class__ = _one_node(block_class)
+            module.__class__ = _one_node(block_class)  # type: ignore[arg-type]  # it is hashable
 
 
 @functools.cache

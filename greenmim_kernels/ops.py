@@ -192,7 +192,7 @@ def _fused_backward_fake(
     num_heads, _, _, need_qkv, need_table, need_pad = rest[-6:]
     if not need_qkv:
         grads = [q.new_empty(0) for _ in range(3)]
-    elif k is None:
+    elif k is None or v is None:
         grads = [q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)]
     else:
         grads = [torch.empty_like(with_rows(x)) for x in (q, k, v)]
@@ -232,7 +232,7 @@ def _register_attention(variant: str) -> None:
             grads.append(_pad_gradient(of_pad, saved[4]) if needed[4] else None)
         return _if_needed(grads, needed, ctx.num_inputs)
 
-    rules = {
+    rules: dict[str, tuple[Callable, Callable, Callable]] = {
         "block_diagonal_attention": (_grouped_fake, grouped_backward, _grouped_backward_fake),
         "group_window_attention": (_fused_fake, fused_backward, _fused_backward_fake),
     }
@@ -327,7 +327,7 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake(f"{NAMESPACE}::onednn_linear_backward")
 def _linear_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     shapes = x.shape, weight.shape, weight.shape[:1]
     return _needed(grad, shapes, (need_x, need_weight, need_bias))
 

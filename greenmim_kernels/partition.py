@@ -28,7 +28,7 @@ TENSORS = ("token_index", "window_id", "query_row", "key_row")
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupPartition:
     """Which tokens attend together; made by :func:`group_partition` or
-    :func:`~greenmim_kernels.partition_from_windows`.
+    :func:`greenmim_kernels.partition_from_windows`.
 
     P is 1 (one partition for the whole batch) or the batch size, G the number of groups, S the
     slots of a group. A slot holds one token or nothing. Inside a group slots are sorted by window;
@@ -80,11 +80,20 @@ class GroupPartition:
         return self.token_index, self.window_id, self.query_row, self.key_row
 
     def map(self, change: Callable[[Tensor], Any]) -> GroupPartition:
-        """The same partition with each of its tensors changed."""
+        """The same partition with each of its tensors changed.
+
+        Args:
+            change: takes an int32 tensor [P, G, S] and gives what stands in its place.
+        """
         return replace(self, **{name: change(getattr(self, name)) for name in TENSORS})
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> GroupPartition:
-        """The same partition with its tensors on another device."""
+        """The same partition with its tensors on another device.
+
+        Args:
+            device: the device.
+            non_blocking: whether copies from page-locked memory may go on beside what follows.
+        """
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> GroupPartition:
@@ -172,8 +181,11 @@ def group_partition(
         0 if group_size is None else _positive(group_size, "group_size"),
         0 if capacity is None else _positive(capacity, "capacity"),
     )
-    tensors = map(torch.from_numpy, arrays)
-    return GroupPartition(*tensors, num_tokens, table_rows(window), window, math.prod(window))
+    token_index, window_id, query_row, key_row = map(torch.from_numpy, arrays)
+    rows, slots = table_rows(window), math.prod(window)
+    return GroupPartition(
+        token_index, window_id, query_row, key_row, num_tokens, rows, window, slots
+    )
 
 
 def partition_capacity(
@@ -268,8 +280,8 @@ def table_rows(window: tuple[int, ...]) -> int:
 
 def window_axes(window_size: int | tuple[int, ...]) -> tuple[int, ...]:
     """One number per axis; an integer stands for two axes."""
-    several = isinstance(window_size, (tuple, list))
-    window = _axes(window_size, "window_size", len(window_size) if several else 2)
+    axes = len(window_size) if isinstance(window_size, (tuple, list)) else 2
+    window = _axes(window_size, "window_size", axes)
     if min(window) < 1 or table_rows(window) > _INT32_MAX:
         raise ValueError(
             f"window_size={window_size} must be at least 1 on each axis, and its bias table of"

@@ -110,7 +110,7 @@ def group_window_attention(
 
     q [B, N, 3C] holds all three; or q, k, v are [B, N, heads, D] each.
     """
-    qkv = q if k is None else torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1)
+    qkv = q if k is None or v is None else torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1)
     grouped = group_gather(qkv, token_index)
     if pad_value is not None:
         grouped = torch.where((token_index >= 0)[..., None], grouped, pad_value)

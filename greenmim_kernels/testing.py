@@ -62,10 +62,10 @@ class Case:
         return UNIT_PIXELS // (PATCH_PIXELS * 2 ** (self.stage - 1))
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> tuple[int, ...]:
         return tuple(side // UNIT_PIXELS * self.scale for side in self.image_size)
 
-    def window_and_shift(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def window_and_shift(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         window = tuple(min(self.window_size, side) for side in self.grid)
         shift = tuple(
             self.window_size // 2 if self.shifted and side > self.window_size else 0
@@ -156,7 +156,7 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
 
     inputs = Inputs(
         qkv=draw(case.batch, part.num_tokens, 3 * case.channels),
-        table=draw(part.table_rows, case.num_heads),
+        table=draw(part.table_rows or 0, case.num_heads),
         grad_out=draw(case.batch, part.num_tokens, case.channels),
         part=part.to(device),
         num_heads=case.num_heads,
@@ -169,8 +169,8 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
 def run(inputs: Inputs, attention=group_window_attention) -> dict[str, Tensor]:
     """Forward and backward: {"out", "grad_qkv", "grad_table"}, in the backend in force; with
     padding "grad_pad" too."""
-    leaves = {"qkv": inputs.qkv, "table": inputs.table, "pad": inputs.pad_value}
-    leaves = {k: x.detach().requires_grad_() for k, x in leaves.items() if x is not None}
+    given = {"qkv": inputs.qkv, "table": inputs.table, "pad": inputs.pad_value}
+    leaves = {k: x.detach().requires_grad_() for k, x in given.items() if x is not None}
     pad = {"pad_value": leaves["pad"]} if "pad" in leaves else {}
     out = attention(leaves["qkv"], leaves.get("table"), inputs.part, inputs.num_heads, **pad)
     grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out)
@@ -196,6 +196,8 @@ def operator_arguments(
     if name == "group_scatter":
         return qkv.requires_grad_(), part.token_index, part.num_tokens
     sizes = (inputs.num_heads, part.window_slots, scale)
+    tensors: tuple[Tensor | None, ...]
+    indices: tuple[Tensor, ...]
     if name.startswith("block_diagonal"):
         tensors, indices = (qkv, table), part.tensors[1:]
     else:
@@ -205,7 +207,7 @@ def operator_arguments(
             # A layout each: as it is, head by head, and on its own.
             k = k.transpose(1, 2).contiguous().transpose(1, 2)
             tensors = (q, k, v.contiguous(), table, qkv[0, 0].clone())
-    tensors = [x if x is None else x.detach() for x in tensors]
+    tensors = tuple(x if x is None else x.detach() for x in tensors)
     if not name.endswith("_backward"):
         return *(x if x is None else x.requires_grad_() for x in tensors), *indices, *sizes
     saved = operator(name.removesuffix("_backward"), variant)(*tensors, *indices, *sizes)
@@ -294,5 +296,5 @@ def assert_backend_agrees(inputs: Inputs, backend: str, factor: float = 2.0) -> 
         plain = run(inputs.to(torch.float32) if dtype == torch.float64 else inputs)
         exact = run(inputs.to(torch.float64))
     assert actual["out"].dtype == actual["grad_qkv"].dtype == dtype
-    assert actual["grad_table"].dtype == inputs.table.dtype
+    assert inputs.table is None or actual["grad_table"].dtype == inputs.table.dtype
     assert_within_budget(actual, plain, exact, factor)

@@ -87,7 +87,7 @@ def partition_from_windows(
     checks = num_tokens is None or not (tracing or device.type != "cpu")
     if num_tokens is not None and not tracing:
         num_tokens = _count(num_tokens)
-    if checks:
+    if num_tokens is None or checks:
         num_tokens = _check_tokens(index, num_tokens)
     is_slot = torch.ones_like(index[0], dtype=torch.bool) if pad else (index >= 0).any(0)
     labels = _labels(segment, mask, index, is_slot, checks)
@@ -106,7 +106,7 @@ def partition_from_windows(
         coords = _integers(coords, "coords").to(device)
     query_row, key_row, window, rows = _bias_rows(window_size, coords, bias_index, index, checks)
     query_row, key_row = (torch.where(window_id >= 0, x, 0) for x in (query_row, key_row))
-    if checks and coords is not None:
+    if checks and coords is not None and window is not None:
         _check_coords(window_id, coords, window)
     if checks and rows:
         _check_rows(window_id, query_row, key_row, rows)
@@ -115,7 +115,10 @@ def partition_from_windows(
         fewest = int((index >= 0).flatten(1).sum(1).min()) if checks else num_tokens
         room = max(room, windows * slots + num_tokens - fewest)
     tensors = _grouped((index, window_id, query_row, key_row), num_tokens, room)
-    return GroupPartition(*(x.int().contiguous() for x in tensors), num_tokens, rows, window, slots)
+    token_index, window_id, query_row, key_row = (x.int().contiguous() for x in tensors)
+    return GroupPartition(
+        token_index, window_id, query_row, key_row, num_tokens, rows, window, slots
+    )
 
 
 def _grouped(tensors: tuple[Tensor, ...], num_tokens: int, room: int) -> list[Tensor]:

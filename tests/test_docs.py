@@ -20,6 +20,7 @@ from tests.train.crew import Crew
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 MARKS = ("", "install", "make", "gpu", "cluster")
 FIRST_RUN = (
     "greenmim pretrain --config greenmim_swin-demo-cpu --data.root photos --work-dir runs/first"
@@ -118,6 +119,7 @@ def test_options_of_other_commands_are_known():
 
 def test_targets_of_make_are_there():
     targets = {words[1] for words in all_commands("make", "gpu") if words[0] == "make"}
+    targets |= {"lint", "docs"}
     assert targets >= {"demo", "test", "bench", "gpu-check", "gpu-check-more"}
     for target in targets:
         done = subprocess.run(["make", "-n", target, "VENV="], cwd=ROOT, capture_output=True)
@@ -132,7 +134,7 @@ def test_every_extra_stands_in_the_table():
         assert f"| `{extra}` |" in page, extra
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
         file = page.parent / target if target else page
@@ -141,6 +143,14 @@ def test_links_lead_to_files_and_headings(page):
             headings = re.findall(r"^#+ (.*)", file.read_text(), re.M)
             slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
             assert anchor in slugs, (target, anchor)
+
+
+def test_files_that_contributors_are_led_to_are_there():
+    folders = [ROOT, *(ROOT / name for name in ("greenmim", "greenmim_kernels", "benchmarks"))]
+    folders += [folder for top in (*folders[1:], ROOT / "tests") for folder in top.glob("*/")]
+    names = re.findall(r"[\w/]+\.(?:py|cu|yaml|md)\b|\b[\w/]+/(?=[` ,])", CONTRIBUTING.read_text())
+    missing = [name for name in names if not any((folder / name).exists() for folder in folders)]
+    assert len(names) > 40 and {name for name in missing if "NAME" not in name} == set()
 
 
 def test_the_readme_is_read_to_the_end():

@@ -72,8 +72,8 @@ def draw_crop(
         ratio = uniform(*ratios).exp_().item()
         wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < wide <= width and 0 < high <= height:
-            most = height - high, width - wide
-            top, left = (integer.random_(0, n + 1, generator=generator).item() for n in most)
+            room = height - high, width - wide
+            top, left = (int(integer.random_(0, n + 1, generator=generator)) for n in room)
             break
     else:  # the largest crop in the middle
         least, most = config.crop_ratio
@@ -175,7 +175,7 @@ class Sample(NamedTuple):
     """A crop, and failed files."""
 
     item: Item  # where in the run it is needed
-    image: torch.Tensor | None  # uint8 [3, H, W]; None where there is a reason to stop
+    image: torch.Tensor  # uint8 [3, H, W]; None where there is a reason to stop
     flip: bool  # whether it is still to be flipped
     failures: tuple[tuple[str, str], ...]  # (path, reason) of files that could not be read
     stop: str | None = None  # why the run cannot go on
@@ -215,7 +215,7 @@ class AugmentedImages(Dataset):
         stop = None
         for candidate in itertools.islice(self._candidates(item), MAX_BAD_IN_A_ROW):
             try:
-                sample = patiently(lambda chosen=candidate: self._read(chosen, item))
+                sample = patiently(functools.partial(self._read, candidate, item))
                 failures += self.source.take_damaged()
                 return sample._replace(failures=tuple(failures))
             except Exception as error:  # decoders raise anything on a broken file
@@ -230,7 +230,8 @@ class AugmentedImages(Dataset):
             f"No image can be read: {len(failures)} in a row under {self.source.root} failed;"
             f" the first is {failures[0][0]} ({failures[0][1]})."
         )
-        return Sample(item, None, False, tuple(failures), stop)
+        # Whoever takes it looks at `stop` first.
+        return Sample(item, None, False, tuple(failures), stop)  # type: ignore[arg-type]
 
     def _candidates(self, item: Item) -> Iterator[int]:
         """The image, and those that may stand in."""

@@ -45,7 +45,7 @@ SWAPPED = (5, 6, 7, 8)  # height and width
 
 
 @contextlib.contextmanager
-def opened(file: str | Path | io.BytesIO, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def opened(file: str | os.PathLike | io.BytesIO, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """A picture that is open, not loaded yet.
 
     Raises:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from greenmim.data.dataset import AugmentedImages, Crop
 from greenmim.data.loader import Collate
-from greenmim.data.sampler import MASK, Item, generator
+from greenmim.data.sampler import MASK, Item, MicroBatches, generator
 from greenmim.masking import draw_visible
 
 
@@ -35,7 +34,7 @@ class HeldOutCollate(Collate):
         return np.stack([draw_visible(rng, grid, mask.ratio, kind=mask.kind) for rng in rngs])
 
 
-class HeldOutSampler(Sampler[list[Item]]):
+class HeldOutSampler(MicroBatches):
     """Yields one process's part of all images, in batches of one size.
 
     All processes have as many batches; what is missing at the end is filled with images that do not
@@ -49,8 +48,6 @@ class HeldOutSampler(Sampler[list[Item]]):
     Attributes:
         counted: Images of each batch that count, the first ones.
     """
-
-    accumulate = 1
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1):
         self.batch_size, self.rank = batch_size, rank

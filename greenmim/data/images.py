@@ -110,8 +110,8 @@ def find_images(root: str | Path, ignored: Counter[str] | None = None) -> Names:
             continue
         seen.add(real)
         try:
-            with os.scandir(folder) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name)
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(
                 f"The folder {folder} cannot be listed ({error.strerror}); give it permission"
@@ -154,22 +154,35 @@ def _may_wait(entry: os.DirEntry) -> bool:
 class Source:
     """Images by index, from 0, read in any order unless a kind of source says otherwise.
 
-    A kind of its own has a length, and
-
-    - root: what it was asked for by;
-    - path(index): the image's name for people;
-    - open(index): a file's path, or its bytes in a file; raises anything if it cannot be read;
-    - label(index): the image's class, if it has one; raises as `open`;
-    - files(): local files and other names that say, with the files' times, what the images are.
-
     Attributes:
+        root: What it was asked for by.
         shards: int64 [number of shards], images of each, where neighbours are to be read together;
             None where any order is as good.
         knows_labels: Whether labels are known before images are read (see `labels`).
     """
 
+    root: str
     shards: np.ndarray | None = None
     knows_labels = True
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """The image's name for people."""
+        raise NotImplementedError
+
+    def open(self, index: int) -> str | io.BytesIO:
+        """A file's path, or its bytes in a file; raises anything if it cannot be read."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> str | None:
+        """The image's class, if it has one; raises as `open`."""
+        raise NotImplementedError
+
+    def files(self) -> Iterable[str]:
+        """Local files and other names that say, with the files' times, what the images are."""
+        raise NotImplementedError
 
     def expect(self, readers: int) -> None:
         """Told before reading: so many readers of the order a process will serve side by side."""
@@ -194,7 +207,7 @@ class Source:
     def classes(self) -> list[str] | None:
         """All classes in their order, where it is known."""
         labels = self.labels()
-        return None if labels is None else sorted(set(labels) - {None})
+        return None if labels is None else sorted({label for label in labels if label is not None})
 
     def fingerprint(self) -> str:
         """Differs where images or their labels may: by place, reader, number, files' times."""
@@ -221,7 +234,8 @@ class Folder(Source):
     """Every image file under a folder (see `find_images`)."""
 
     def __init__(self, root: str) -> None:
-        self.root, self._ignored = root, Counter()
+        self.root = root
+        self._ignored: Counter[str] = Counter()
         self.names = find_images(root, self._ignored)
 
     def __len__(self) -> int:
@@ -297,7 +311,7 @@ class Unavailable(OSError):
 def hopeless(error: Exception) -> str | None:
     """Why no other file would fare better and what to do; None where one may."""
     if isinstance(error, OSError):
-        return _HOPELESS.get(error.errno)
+        return _HOPELESS.get(error.errno or 0)
     # PyTorch has no class for it.
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return _MEMORY

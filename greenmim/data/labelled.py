@@ -49,7 +49,8 @@ def find_labelled(config: ImagesConfig, option: str, least: int = 2) -> Source:
     except UserError as error:  # of a number that counts images of data.root in a run alone
         text = str(error).replace("pass --data.num-samples", "put their info file beside them")
         raise UserError(text) from error
-    labels, problem = set(), None
+    labels: set[str | None] = set()
+    problem = None
     for index in source.some(_LOOKED_AT):
         try:
             labels.add(source.label(index))
@@ -57,9 +58,9 @@ def find_labelled(config: ImagesConfig, option: str, least: int = 2) -> Source:
             problem = problem or error
     if labels == set() and problem:
         raise UserError(f"{name} {source.root}: {one_line(problem)}.") from problem
-    classes = labels - {None}
+    classes = {label for label in labels if label is not None}
     if len(classes) < 2 and isinstance(source, (Folder, Tars)):
-        classes = set(source.classes())
+        classes = set(source.classes() or ())
     how = (
         "each class needs a folder of its own (or a .cls beside each image of a shard, or a column"
         " of classes)"
@@ -195,7 +196,7 @@ def of_classes(source: Source, classes: Collection[str]) -> tuple[Source, list[s
         return source, []
     names = set(classes)
     taken = np.array([n for n, label in enumerate(labels) if label in names], dtype=np.int64)
-    there = set(labels) - {None}
+    there = {label for label in labels if label is not None}
     if not len(taken):
         raise UserError(
             f"No image in {source.root} is of a class that is learned"
@@ -206,8 +207,8 @@ def of_classes(source: Source, classes: Collection[str]) -> tuple[Source, list[s
     notes = [f"{source.root} has no image of {some_of(missing)}"] if missing else []
     if len(taken) == len(labels):
         return source, notes
-    others = Counter(label for label in labels if label not in names)
-    without = others.pop(None, 0)
+    without = labels.count(None)
+    others = Counter(label for label in labels if label is not None and label not in names)
     parts = [f"{without} images without a class"] if without else []
     if others:
         parts.append(f"{others.total()} of classes that are not learned ({some_of(others)})")

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from greenmim.config import UNIT_PIXELS
 from greenmim.data.dataset import AugmentedImages, Finish, Sample
-from greenmim.data.sampler import MASK, READERS, EpochSampler, Item, generator
+from greenmim.data.sampler import MASK, READERS, Item, MicroBatches, generator
 from greenmim.guards import StopSignal, UserError, first_line
 from greenmim.masking import draw_visible
 from greenmim.planning import Plan, Planner
@@ -52,8 +53,8 @@ class Batch:
     """
 
     # float32 [B, 3, H, W], or uint8 with flips still to be done, channels last in memory
-    images: torch.Tensor | None
-    plan: Plan | None
+    images: torch.Tensor
+    plan: Plan
     failures: tuple[tuple[str, str], ...]  # (path, reason) of files that could not be read
     flips: torch.Tensor | None = None  # bool [B], which images to flip; None where all is done
     stop: str | None = None  # why the run cannot go on
@@ -92,7 +93,8 @@ class Collate:
                 return self._batch(samples, failures)
         except UserError as error:
             stop = str(error)
-        return Batch(None, None, failures, stop=stop)
+        # Whoever takes it looks at `stop` first.
+        return Batch(None, None, failures, stop=stop)  # type: ignore[arg-type]
 
     def _batch(self, samples: list[Sample], failures: tuple[tuple[str, str], ...]) -> Batch:
         plan = self._plan([sample.item for sample in samples])
@@ -140,7 +142,8 @@ def empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             f"A loader process gets no {size / 1e6:.1f} MB of shared memory"
             f" ({first_line(error)}); {_ADVICE}."
         ) from error
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    # torch's stubs know no such call.
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def copied_shared(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,7 +153,7 @@ def copied_shared(tensor: torch.Tensor) -> torch.Tensor:
 
 def make_loader(
     dataset: AugmentedImages,
-    sampler: EpochSampler,
+    sampler: MicroBatches,
     collate: Collate,
     workers: int,
     pin_memory: bool,
@@ -180,8 +183,9 @@ def check_shared_memory(loader: DataLoader, processes: int) -> None:
     if not loader.num_workers:
         return
     # Each worker makes batches ahead, and the main process still holds the one before.
-    batches = processes * (loader.num_workers * loader.prefetch_factor + 1)
-    needed = batches * loader.collate_fn.batch_bytes(loader.batch_sampler.batch_size)
+    of: Any = loader  # made by `make_loader`
+    batches = processes * (of.num_workers * of.prefetch_factor + 1)
+    needed = batches * of.collate_fn.batch_bytes(of.batch_sampler.batch_size)
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError:  # no such place on this system
@@ -206,7 +210,7 @@ def _start_worker(worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def peak_own_memory(process: int) -> int:
+def peak_own_memory(process: int | None) -> int:
     """Peak of a process's resident memory that is no file's, in bytes; 0 where nobody knows.
 
     A process that was forked starts with that of its parent, which they share.
@@ -243,14 +247,15 @@ class Feed:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: Iterator[Batch] | None = None
         # Bytes of each at its start: what it shares with this process.
-        self._workers: dict[multiprocessing.Process, int] = {}
+        self._workers: dict[multiprocessing.process.BaseProcess, int] = {}
 
-    def start(self) -> None:
+    def start(self) -> Iterator[Batch]:
         if self._batches is None:
             others = set(multiprocessing.active_children())
             self._batches = iter(self.loader)
             workers = set(multiprocessing.active_children()) - others
             self._workers = {worker: peak_own_memory(worker.pid) for worker in workers}
+        return self._batches
 
     def memory(self) -> int:
         """Bytes that the loader's processes took at most, beyond those of this process."""
@@ -279,9 +284,9 @@ class Feed:
 
         UserError where no image can be read any more, or a loader process died.
         """
-        self.start()
+        batches = self.start()
         asked = time.perf_counter()
-        batch = self._wait()
+        batch = self._wait(batches)
         if batch is None:
             return None
         # Once, not in every epoch: to name them takes a wait for the other processes.
@@ -291,14 +296,14 @@ class Feed:
             raise UserError(batch.stop)
         batch = self._to_device(batch)
         self.waited += time.perf_counter() - asked
-        if batch.flips is not None:
+        if batch.flips is not None and self.finish is not None:
             batch = replace(batch, images=self.finish(batch.images, batch.flips), flips=None)
         return batch
 
-    def _wait(self) -> Batch | None:
+    def _wait(self, batches: Iterator[Batch]) -> Batch | None:
         while True:
             try:
-                return next(self._batches)
+                return next(batches)
             except RuntimeError as error:
                 if "DataLoader timed out" in str(error):
                     if self.give_up():

@@ -43,7 +43,13 @@ class Item(NamedTuple):
     position: int  # the image's index, plus the number of images for every repeat
 
 
-class EpochSampler(Sampler[list[Item]]):
+class MicroBatches(Sampler[list[Item]]):
+    """Those of one process; `accumulate` of them are an update."""
+
+    accumulate = 1
+
+
+class EpochSampler(MicroBatches):
     """Yields the micro-batches of one process, from a given update of the run to its end.
 
     An epoch is a new order of `num_images * repeats` positions, cut into global batches of

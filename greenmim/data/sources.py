@@ -24,7 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -66,13 +66,15 @@ def find_source(config: ImagesConfig, option: str = "data.root") -> Source:
     name = option.rpartition(".")[2]
     if name != "root":
         config = dataclasses.replace(config, root=getattr(config, name), num_samples=None)
+    root = config.root
+    assert root is not None  # or it was told before
     try:
-        return _find_source(config)
+        return _find_source(root, config.num_samples)
     except OSError as error:
-        problem = _error(config.root, f"it cannot be read: {one_line(error)}")
-        raise _of_option(problem, config.root, option) from error
+        problem = _error(root, f"it cannot be read: {one_line(error)}")
+        raise _of_option(problem, root, option) from error
     except UserError as error:
-        raise _of_option(error, config.root, option) from error
+        raise _of_option(error, root, option) from error
 
 
 def _of_option(error: UserError, root: str, option: str) -> UserError:
@@ -84,11 +86,10 @@ def _of_option(error: UserError, root: str, option: str) -> UserError:
     return UserError(f"{dashes(option)} {root}: {text}")
 
 
-def _find_source(config: ImagesConfig) -> Source:
-    root = config.root
+def _find_source(root: str, num_samples: int | None) -> Source:
     prefix, slash, rest = root.partition("/")
     prefix = prefix.lower() if slash and not os.path.isdir(root) else ""
-    if config.num_samples is not None and prefix != "wds":
+    if num_samples is not None and prefix != "wds":
         raise UserError("--data.num-samples goes with shards (--data.root wds/...) alone.")
     if prefix == "hfds":
         return HuggingFace(root, rest)
@@ -97,7 +98,7 @@ def _find_source(config: ImagesConfig) -> Source:
     if prefix == "tar":
         return Tars(root, rest)
     if prefix == "wds":
-        return find_shards(root, rest, config.num_samples)
+        return find_shards(root, rest, num_samples)
     if root.lower().endswith(".tar") and not os.path.isdir(root):
         return Tars(root, root)
     return Folder(root)
@@ -275,6 +276,7 @@ class Shards(Source):
     """
 
     knows_labels = False
+    shards: np.ndarray
 
     def __init__(
         self,
@@ -425,7 +427,8 @@ def find_shards(root: str, pattern: str, num_samples: int | None) -> Shards:
     missing = [url for url in urls if _is_file(url) and not os.path.isfile(url)]
     if missing or not urls:
         raise _error(root, f"there is no shard {(missing or [pattern + '/*.tar'])[0]}")
-    lengths, seen = [known.get(os.path.basename(url)) for url in urls], None
+    lengths: list[Any] = [known.get(os.path.basename(url)) for url in urls]
+    seen = None
     if num_samples is not None:
         share, rest = divmod(num_samples, len(urls))
         lengths = [share + (number < rest) for number in range(len(urls))]
@@ -455,13 +458,13 @@ def open_shard(url: str) -> Shard:
         samples = list(of_samples(members, ignored))
         if damage and samples and "." in _field(samples[-1][0]):
             samples.pop()  # it may have had a plain one
-        images, labels = ([sample[part] for sample in samples] for part in (0, 1))
+        images = [image for image, _ in samples]
         if not images:
             raise OSError(f"{url}: {damage or no_image('it', _shards_note('it', ignored))}")
     except BaseException:
         file.close()  # of a temporary file, the space
         raise
-    return Shard(file, images, labels, ignored, damage)
+    return Shard(file, images, [label for _, label in samples], ignored, damage)
 
 
 def of_samples(
@@ -481,8 +484,8 @@ def of_samples(
                 data.append(member)
             else:
                 ignored[kind_of(member.name)] += 1
-    for _, sample in itertools.groupby(data, lambda m: m.name[: -len(_field(m))]):
-        sample = list(sample)
+    for _, members_of_one in itertools.groupby(data, lambda m: m.name[: -len(_field(m))]):
+        sample = list(members_of_one)
         fields: dict[str, Member] = {}  # of two of one name the first, as there
         for member in sample:
             fields.setdefault(_field(member).lower(), member)

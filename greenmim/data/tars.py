@@ -7,7 +7,7 @@ import tarfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 from greenmim.data.images import Unavailable, hopeless, patiently
 from greenmim.guards import one_line
@@ -48,7 +48,7 @@ def members_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
     try:
         with archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # or it keeps them all
+                archive.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
                 if member.offset_data + member.size > end and not member.issparse():
                     raise tarfile.ReadError("unexpected end of data")
                 base = os.path.basename(member.name)
@@ -57,7 +57,8 @@ def members_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
                 name = prefix + member.name.removeprefix("./")
                 count += 1
                 if base.lower().endswith(".tar"):
-                    for inner in members_in(archive.extractfile(member), name + "/"):
+                    inside: Any = archive.extractfile(member)  # it is a file
+                    for inner in members_in(inside, name + "/"):
                         yield inner._replace(offset=member.offset_data + inner.offset)
                 else:
                     yield Member(name, member.offset_data, member.size)
@@ -105,7 +106,7 @@ class Opened(Generic[T]):
         return {"open_one": self.open_one, "most": self.most}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+        Opened.__init__(self, **state)
 
     def __getitem__(self, number: int) -> T:
         if self._process != os.getpid():

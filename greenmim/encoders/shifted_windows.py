@@ -128,7 +128,7 @@ class ShiftedWindowEncoder(VisibleEncoder):
             name.removeprefix("greenmim_").replace("window14", "window7")
             for name in models_like(config, fields)
         ]
-        arguments = {"model_name": named[0] if named else cls.timm_default}
+        arguments: dict[str, Any] = {"model_name": named[0] if named else cls.timm_default}
         arguments |= {"img_size": config.image_hw, "window_size": config.window_size}
         return arguments | ({} if named else sizes)
 

@@ -25,7 +25,7 @@ from .visible import VisibleBlock
 _TABLE = "attn.relative_position_bias_table"
 
 
-class SwinBlock(VisibleBlock, SwinTransformerBlock):
+class SwinBlock(VisibleBlock, SwinTransformerBlock):  # type: ignore[misc]  # its own `forward`
     """timm's Swin block on visible tokens."""
 
     def _attend(self, x: Tensor, part: GroupPartition) -> Tensor:
@@ -35,7 +35,7 @@ class SwinBlock(VisibleBlock, SwinTransformerBlock):
         return attention.proj(x)
 
 
-class SwinEncoder(ShiftedWindowEncoder, SwinTransformer):
+class SwinEncoder(ShiftedWindowEncoder, SwinTransformer):  # type: ignore[misc]  # its own `forward`
     """timm's Swin, but visible tokens in and out."""
 
     block = one_node_block = SwinBlock
@@ -86,7 +86,8 @@ class SwinEncoder(ShiftedWindowEncoder, SwinTransformer):
     ) -> tuple[dict[str, Tensor], list[str]]:
         """Tables of other windows are interpolated."""
         windows = [window for _, window, _ in config.stage_windows()]
-        found, resized = dict(tensors), {}  # tables by their rows before
+        found = dict(tensors)
+        resized: dict[int, int] = {}  # tables by their rows before
         for name, tensor in tensors.items():
             shape = own[name].shape if name in own else tensor.shape
             if name.endswith(_TABLE) and tensor.ndim == 2 and tensor.shape[1:] == shape[1:]:

@@ -24,7 +24,7 @@ from .visible import VisibleBlock
 _attention = SwinV2()  # reads queries, keys, values and the bias out of timm's module
 
 
-class SwinV2Block(VisibleBlock, SwinTransformerV2Block):
+class SwinV2Block(VisibleBlock, SwinTransformerV2Block):  # type: ignore[misc]  # its own `forward`
     """timm's SwinV2 block on visible tokens."""
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
@@ -38,7 +38,7 @@ class SwinV2Block(VisibleBlock, SwinTransformerV2Block):
         return module.proj(group_window_attention(qkv, table, part, module.num_heads, scale=1.0))
 
 
-class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):
+class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):  # type: ignore[misc]  # its own `forward`
     """timm's SwinV2, but visible tokens in and out."""
 
     block = SwinV2Block

@@ -35,7 +35,7 @@ _CELLS = re.compile(r"^(patch_embeds\.[123]\.proj|blocks\.\d+\.\d+\.attn\.sr)\.w
 _HEAD_DIM = 32
 
 
-class LocalBlock(VisibleBlock, Block):
+class LocalBlock(VisibleBlock, Block):  # type: ignore[misc]  # its own `forward`
     """timm's block with attention in windows, on visible tokens."""
 
     def _attend(self, x: Tensor, part: GroupPartition) -> Tensor:
@@ -44,7 +44,7 @@ class LocalBlock(VisibleBlock, Block):
         return attention.proj(out)
 
 
-class GlobalBlock(VisibleBlock, Block):
+class GlobalBlock(VisibleBlock, Block):  # type: ignore[misc]  # its own `forward`
     """timm's block with global attention, on visible tokens; windows mean nothing to it."""
 
     def _attend(self, x: Tensor, part: GroupPartition) -> Tensor:
@@ -67,7 +67,7 @@ def of_cells(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     return F.linear(x.unflatten(1, (-1, side**2)).flatten(2), weight, convolution.bias)
 
 
-class TwinsSVTEncoder(VisibleEncoder, Twins):
+class TwinsSVTEncoder(VisibleEncoder, Twins):  # type: ignore[misc]  # its own `forward`
     """timm's Twins-SVT, but visible tokens in and out; without a head."""
 
     timm_head, timm_norm_eps = "head", 1e-6
@@ -98,7 +98,8 @@ class TwinsSVTEncoder(VisibleEncoder, Twins):
                     block.proj[0].weight[:, :, 1, 1] += 1
 
     def visible_blocks(self) -> Iterator[VisibleBlock]:
-        return (block for stage in self.blocks for block in stage)
+        stages: Any = self.blocks
+        return (block for stage in stages for block in stage)
 
     def stages(self, images: Tensor, plan: Plan) -> list[Tensor]:
         """images [B, 3, H, W] -> for each stage, its visible tokens [B, N, C] in a plan's order."""
@@ -171,7 +172,7 @@ class TwinsSVTEncoder(VisibleEncoder, Twins):
     @classmethod
     def usual(cls, sizes: Mapping[str, Any]) -> dict[str, Any]:
         """As in all that were published."""
-        found = {"image_size": ModelConfig.image_size, "window_size": ModelConfig.window_size}
+        found: dict = {"image_size": ModelConfig.image_size, "window_size": ModelConfig.window_size}
         width, one = sizes["embed_dim"], (1,) * NUM_STAGES
         dims = ModelConfig(encoder="twins_svt", embed_dim=width, num_heads=one).stage_dims
         if not any(dim % _HEAD_DIM for dim in dims):

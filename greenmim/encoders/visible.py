@@ -87,7 +87,7 @@ class VisibleEncoder(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: those with one axis, and timm's."""
         one_axis = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
-        return one_axis | set(super().no_weight_decay())
+        return one_axis | set(super().no_weight_decay())  # type: ignore[misc]  # timm's
 
     # ---- the names of its weights; `tensors` have no prefix ----
 

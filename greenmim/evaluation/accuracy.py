@@ -93,7 +93,7 @@ def classes_of(labels: Iterable[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(sorted(set(labels)))}
 
 
-def numbers_of(labels: Iterable[str], classes: Mapping[str, int]) -> Tensor:
+def numbers_of(labels: Iterable[str | None], classes: Mapping[Any, int]) -> Tensor:
     """int64 [m], the numbers of some classes; -1 for one that has none."""
     return torch.tensor([classes.get(name, -1) for name in labels], dtype=torch.int64)
 
@@ -118,13 +118,13 @@ def by_class(accuracy: Accuracy, classes: Iterable[str]) -> list[dict[str, Any]]
     rows = []
     for number, name in enumerate(names):
         images, right = taken[number].total(), taken[number].pop(number, 0)
-        ((other, count),) = taken[number].most_common(1) or [(None, 0)]
+        ((other, count),) = taken[number].most_common(1) or [(-1, 0)]
         rows.append(
             {
                 "class": name,
                 "images": images,
                 "top1": right / images if images else None,
-                "taken_for": None if other is None else names[other],
+                "taken_for": None if other < 0 else names[other],
                 "taken": count,
             }
         )
@@ -173,7 +173,7 @@ def draw(accuracy: Accuracy, classes: Iterable[str], title: str, path: Path) -> 
         # Names of folders may hold what is no text, or what looks like mathematics.
         texts = [name.encode(errors="replace").decode() for name in names]
         texts = [name if len(name) <= 24 else f"{name[:21]}..." for name in texts]
-        options = {"labels": texts, "fontsize": 8, "parse_math": False}
+        options: dict[str, Any] = {"labels": texts, "fontsize": 8, "parse_math": False}
         axes.set_xticks(range(len(names)), rotation=90, **options)
         axes.set_yticks(range(len(names)), **options)
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)

@@ -58,14 +58,15 @@ def classify(
         What was found, for each model.
     """
     processes = sweep.processes
-    tallies, strangers, without = [Tally() for _ in models], Counter(), 0
+    tallies, without = [Tally() for _ in models], 0
+    strangers: Counter[str] = Counter()
     losses = torch.zeros(len(models), device=processes.device, dtype=torch.float64)
 
     def add(batch: Batch, counted: int) -> None:
         nonlocal without
         own = batch.labels[:counted]
         known = [number for number, label in enumerate(own) if label not in (None, UNREADABLE)]
-        labels = [own[number] for number in known]
+        labels = [str(own[number]) for number in known]
         without += own.count(None)
         strangers.update(label for label in labels if label not in classes)
         answers = numbers_of(labels, classes).to(processes.device)

@@ -25,17 +25,16 @@ def knn_pieces(
     temperature: float = 0.07,
 ) -> Iterator[Tensor]:
     """As `knn_scores`, a few images at a time: float32 [b, K], whose rows follow one another."""
-    leave_out = features is None
-    there = len(train) - leave_out
+    there = len(train) - (features is None)
     if k > there:
         raise ValueError(f"k is {k} and there are {there} neighbours")
     train = F.normalize(train.float(), dim=1)
-    features = train if leave_out else F.normalize(features.float(), dim=1)
+    features = train if features is None else F.normalize(features.float(), dim=1)
     rows = max(1, _AT_ONCE // len(train))
     for start in range(0, len(features), rows):
         part = features[start : start + rows].to(train.device)
         similarity = part @ train.T
-        if leave_out:
+        if features is train:
             number = torch.arange(len(part), device=train.device)
             similarity[number, start + number] = -math.inf
         nearest, index = similarity.topk(k, dim=1)

@@ -64,7 +64,7 @@ def extract(
         own = batch.labels[:counted]
         known = [label not in (None, UNREADABLE) for label in own]
         values.append(found[torch.tensor(known, dtype=torch.bool)])
-        labels.extend(label for label, has_one in zip(own, known, strict=True) if has_one)
+        labels.extend(str(label) for label, has_one in zip(own, known, strict=True) if has_one)
         without += own.count(None)
         progress(counted * processes.world.size)
 
@@ -93,8 +93,8 @@ def key_of(model: GreenMIM, images: LabelledImages, precision: torch.dtype) -> s
     others = ("decoder", "norm_pix", "drop_path", "image_size")
     fields = dataclasses.asdict(sizes).items()
     own = {name: value for name, value in fields if not name.startswith(others)}
-    how = (VERSION, *how, config.std, str(precision), sorted(own.items()))
-    found.update(f"{how} {images.source.fingerprint()}".encode())
+    how_all = (VERSION, *how, config.std, str(precision), sorted(own.items()))
+    found.update(f"{how_all} {images.source.fingerprint()}".encode())
     return found.hexdigest()[:16]
 
 

@@ -58,5 +58,6 @@ def held_out_loss(
 
 def image_losses(model: GreenMIM, images: Tensor, output: MIMOutput) -> Tensor:
     """The loss of each image [B]: the mean squared error over its hidden units."""
+    assert output.prediction is not None  # as without `loss_only`
     hidden = output.visible.logical_not()
     return (model.errors(images, output.prediction) * hidden).sum(1) / hidden.sum(1)

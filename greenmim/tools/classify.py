@@ -79,17 +79,18 @@ def classify_images(
         with processes.agreed():
             network, run, known = load_classifier(checkpoint, ema)
             names = _classes(source, classes, known, network.num_classes)
-        precision = precision_for(precision, processes)
+        chosen = precision_for(precision, processes)
         images = LabelledImages(
             source, read_as_trained(data, run), network.config.image_hw, data.crop
         )
-        network = placed(network, precision, processes)
+        network = placed(network, chosen, processes)
         numbers = {name: number for number, name in enumerate(names)}
         with (
             told_of_memory(processes.device, "lower --data.batch-size"),
-            sweep_over(network, images, data, precision, processes) as (sweep, autocast, progress),
+            sweep_over(network, images, data, chosen, processes) as (sweep, autocast, progress),
         ):
-            (found,) = classify(sweep, [network], autocast, numbers, progress=progress)
+            # Nobody stops it.
+            (found,) = classify(sweep, [network], autocast, numbers, progress=progress)  # type: ignore[misc]
 
             def result() -> dict[str, Any]:
                 tell_of(source, found.failures, found.without_label)
@@ -102,7 +103,7 @@ def classify_images(
                     raise all_unknown("the classifier", names, found.strangers, option)
                 if found.strangers:
                     tell(unknown_classes("The classifier", found.strangers, "--data.root"))
-                facts = {"task": "eval", "checkpoint": str(checkpoint), "precision": precision}
+                facts: dict = {"task": "eval", "checkpoint": str(checkpoint), "precision": chosen}
                 facts |= {"root": data.root, "crop": data.crop, "loss": found.loss}
                 facts |= run.get("trained", {})
                 unreadable = [name for name, _ in found.failures]
@@ -160,9 +161,10 @@ def _classes(
     source: Source, file: str | Path | None, known: list[str] | None, number: int
 ) -> list[str]:
     """The classes in the order of a classifier's scores, of which there are so many."""
-    names = known
     if file is not None or known is None:
-        names = find_classes(source, file and str(file), "classes")
+        names = find_classes(source, str(file) if file else None, "classes")
+    else:
+        names = known
     if known is not None and names != known and len(names) == len(known):
         what = "in another order" if set(names) == set(known) else "others"
         tell(f"--classes {file} takes the place of the checkpoint's own classes, which are {what}")

@@ -194,7 +194,7 @@ def _evaluate(
             )
 
             def result() -> dict[str, Any]:
-                facts = {"task": task, "checkpoint": str(checkpoint), "precision": precision}
+                facts: dict = {"task": task, "checkpoint": str(checkpoint), "precision": precision}
                 facts |= {"root": data.root, "val_root": data.val_root, "crop": data.crop}
                 return _result(facts, train, held_out, classify, output, processes.device)
 
@@ -212,7 +212,8 @@ def _features(
 ) -> Features:
     """Those that were kept, or computed and kept. A collective."""
     is_main = processes.world.is_main
-    path, found = None, None
+    path: Any = None
+    found: Any = None
     if is_main:
         path = folder / f"{key_of(network, images, PRECISIONS[precision])}.safetensors"
         found = load_features(path)

@@ -123,7 +123,7 @@ def timm_line(facts: dict[str, str], file: str | Path) -> str:
     arguments = json.loads(facts["timm"])
     name, classes = arguments.pop("model_name"), arguments.pop("num_classes", 0)
     # Not checkpoint_path, which takes tables of timm's own window and image size alone.
-    overlay = {"file": str(file), "input_size": (3, *json.loads(facts["image_size"]))}
+    overlay: dict = {"file": str(file), "input_size": (3, *json.loads(facts["image_size"]))}
     overlay |= {"interpolation": "bicubic", "crop_pct": CROP}
     overlay |= {key: tuple(json.loads(facts[key])) for key in ("mean", "std") if key in facts}
     if classes:

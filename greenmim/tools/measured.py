@@ -146,7 +146,7 @@ def sweep_over(
     data: ClassifiedData,
     precision: str,
     processes: Processes,
-) -> Iterator[tuple[Sweep, Callable[[], torch.autocast], Callable[[int], None]]]:
+) -> Iterator[tuple[Sweep, Callable[[], torch.autocast], Callable[[int], object]]]:
     """What goes through images, in which precision, and what shows how far it is."""
     device = processes.device
     in_loader = finishes_in_loader(images.config, device)

@@ -25,7 +25,7 @@ def dry_run(
     precision = str(precision_of(recipe, device)).removeprefix("torch.")
     task = TASKS[type(recipe)](recipe)
     images = task.find()
-    found = find_checkpoint(RunFolder(recipe.work_dir), resume, task.command)
+    found = find_checkpoint(RunFolder(recipe.folder), resume, task.command)
     state = found.state
     if found.checkpoint and state is None:
         state = read_run_checkpoint(found.checkpoint, task.command)

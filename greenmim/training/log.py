@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -92,7 +93,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line for the reader."""
         if self._bar is not None:
-            self._show(lambda: self._bar.write(text))
+            self._show(functools.partial(self._bar.write, text))
         elif self._file is not None:
             self._show(lambda: print(text, flush=True))
 
@@ -115,7 +116,7 @@ class RunLog:
     def step_done(self) -> None:
         """One update is done."""
         if self._bar is not None:
-            self._show(lambda: self._bar.update(1), sys.stderr)
+            self._show(functools.partial(self._bar.update, 1), sys.stderr)
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """The figures after `step` updates."""
@@ -362,5 +363,5 @@ def make_trackers(folder: Path, recipe: RunRecipe, resumed_at: int) -> list[Tens
     Raises:
         UserError: one of them cannot be used.
     """
-    wanted = {WandB: bool(recipe.log.wandb), TensorBoard: recipe.log.tensorboard}
+    wanted: dict = {WandB: bool(recipe.log.wandb), TensorBoard: recipe.log.tensorboard}
     return [kind(folder, recipe, resumed_at) for kind, asked in wanted.items() if asked]

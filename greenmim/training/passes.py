@@ -50,7 +50,8 @@ def distribute(model: nn.Module, recipe: RunRecipe, alone: bool) -> nn.Module:
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)
     if alone or recipe.cuda_graph:
-        return torch.compile(model, fullgraph=True) if recipe.compile else model
+        # The stubs say that it makes a function of a module.
+        return torch.compile(model, fullgraph=True) if recipe.compile else model  # type: ignore[return-value]
     if recipe.strategy == "fsdp":
         # The prediction is a view, of which it warns in case somebody changes it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -204,7 +205,7 @@ class GraphedPasses(Passes):
                 Plan(part.memory.clone(), part.layout) if isinstance(part, Plan) else part.clone()
                 for part in inputs
             ]
-            device = inputs[0].device
+            device = inputs[0].device  # type: ignore[union-attr]  # images come first
             devices = [device] if device.type == "cuda" else []
             # The warm-up draws, too (stochastic depth), but is no part of the run.
             with torch.random.fork_rng(devices):

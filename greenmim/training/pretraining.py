@@ -155,6 +155,7 @@ class Pretraining(Task):
     def measure_held_out(self, step: int) -> bool:
         """Log the loss on held-out images. A collective."""
         watch = self.watch
+        assert self.held_out is not None
         found = held_out_loss(self.held_out, self.model, watch.autocast, watch.stop)
         if found is None:
             return False
@@ -167,6 +168,7 @@ class Pretraining(Task):
     def measure_neighbours(self, step: int) -> bool:
         """Log how well labelled images are told by their neighbours. A collective."""
         watch = self.watch
+        assert self.probe is not None
         found = extract(self.probe, self.model, watch.autocast, watch.stop)
         if found is None:
             return False

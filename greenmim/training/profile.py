@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Profile:
     def close(self) -> None:
         """Write what was recorded; nothing where it was written."""
         if self._profiler is not None:
-            self._try(self._write)
+            self._try(functools.partial(self._write, self._profiler))
             self._profiler = None
 
     def _start(self) -> None:
@@ -61,14 +62,14 @@ class Profile:
             torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS)
         self._profiler.start()
 
-    def _write(self) -> None:
+    def _write(self, profiler: torch.profiler.profile) -> None:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)
-        self._profiler.stop()
+        profiler.stop()
         self.folder.mkdir(exist_ok=True)
         trace = self.folder / "trace.json.gz"
-        self._profiler.export_chrome_trace(str(trace))
+        profiler.export_chrome_trace(str(trace))
         told = f"the trace of {self.recorded} updates is {trace} (https://ui.perfetto.dev shows it)"
         if on_gpu:
             memory = self.folder / "memory.pickle"

@@ -53,7 +53,7 @@ class Piece:
 
     def where_to_resume(self) -> str:
         """From the run's own checkpoints, once it has some; before, from where it was told to."""
-        folder = RunFolder(self.recipe.work_dir)
+        folder = RunFolder(self.recipe.folder)
         if self.resume is None or not folder.by_step():
             return self.resume or "auto"
         # An older one of its own: what is later is set aside by the first piece.
@@ -86,7 +86,7 @@ def submit(
         )
     import submitit
 
-    folder = Path(recipe.work_dir) / "slurm"
+    folder = recipe.folder / "slurm"
     wanted = {
         "slurm_partition": job.partition,
         "slurm_account": job.account,
@@ -95,7 +95,7 @@ def submit(
     }
     executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
     executor.update_parameters(
-        name=Path(recipe.work_dir).name,
+        name=recipe.folder.name,
         nodes=job.nodes,
         tasks_per_node=job.gpus_per_node,
         cpus_per_task=job.cpus_per_gpu,

@@ -58,7 +58,7 @@ class Run:
     folder: RunFolder
     precision: torch.dtype
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     autocast: Callable[[], torch.autocast]  # makes the context of a forward pass
     passes: Passes
@@ -112,7 +112,7 @@ def prepare(
         check_trackers(recipe)
         with chosen_backend(recipe):
             pass  # it is here
-    folder, state = RunFolder(recipe.work_dir), None
+    folder, state = RunFolder(recipe.folder), None
 
     # The main process looks for all: what is found may change from one moment to the next.
     def look() -> tuple[dict[str, Any], Found]:
@@ -123,19 +123,19 @@ def prepare(
         state = found.state  # too large to be sent: the others read it themselves
         return images, found._replace(state=None)
 
-    images, (checkpoint, notes, _) = processes.from_main(look)
+    images, (checkpoint, told, _) = processes.from_main(look)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     progress = Progress()
     with processes.agreed():
         if checkpoint and state is None:
             state = read_run_checkpoint(checkpoint, task.command)
-        notes = [*notes, *task.build(images, state)]
+        notes = [*told, *task.build(images, state)]
         recipe, model = task.recipe, task.model
         with user_errors():
             sampler = EpochSampler.of(recipe, task.dataset.source, world.rank, world.size)
             model.set_grad_checkpointing(recipe.activation_checkpointing)
-        if state is not None:
+        if state is not None and checkpoint is not None:
             check_same_model(state, recipe, checkpoint)
             task.restore(state)
             progress = progress_of(state, recipe, sampler, checkpoint, folder.owns(checkpoint))
@@ -158,7 +158,7 @@ def prepare(
     wrapped_model = distribute(model, recipe, processes.alone)
     optimizer = make_optimizer(task.parameter_groups(), recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    if state is not None:
+    if state is not None and checkpoint is not None:
         restore_moments(model, optimizer, checkpoint, processes)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])

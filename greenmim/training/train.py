@@ -195,7 +195,7 @@ class Trainer:
         if not scaler.is_enabled():
             # Where this is 1 the fused AdamW leaves weights and moments as they are: an update is
             # skipped without the host knowing of it. A scaler sets it from what it found itself.
-            optimizer.found_inf = bad.float()
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # it looks for it
         scaler.step(optimizer)
         scaler.update()
         run.passes.zero_grad(optimizer)
@@ -339,7 +339,7 @@ class Trainer:
         return by_steps or self._epochs_done(step, every.every_epochs)
 
     def _epochs_done(self, step: int, every: int | None) -> bool:
-        return bool(every) and step % (every * self.run.steps_per_epoch) == 0
+        return bool(every and step % (every * self.run.steps_per_epoch) == 0)
 
     def _log_window(self, step: int, now: float, waited: float) -> None:
         """A line on the updates since the line before; `now` and `waited` were after the last."""

@@ -15,6 +15,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -136,11 +137,12 @@ def _compile(
     architecture: int,
     warps: int,
     stages: int,
-    types: dict[str, str] | None = None,
+    types: dict[str, Any] | None = None,
 ):
     types = {**_TYPES, **(types or {})}
     constants = {n: values[n] for n in function.arg_names if n in values}
-    signature, attributes = {}, {}
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
     rows = Rows(f"*{element}", "i32", "i32", "i32")
     types |= dict.fromkeys(("q", "k", "v", "grad_q", "grad_k", "grad_v"), rows)
     for i, name in enumerate(function.arg_names):
@@ -178,7 +180,7 @@ def inspect(compiled) -> dict:
             command = [str(tools / "cuobjdump"), *options, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
+        registers = re.findall(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:\d+", dump("-res-usage"))[0]
         # nvdisasm lies beside cuobjdump, which looks for it on PATH.
         os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
         code = dump("-sass")
@@ -189,7 +191,7 @@ def inspect(compiled) -> dict:
         "loads_16_bytes": r"\bLDG\.E\.128|\bLDGSTS\.E\.\S*128",
     }
     return {
-        "registers": int(usage[1]),
+        "registers": int(registers),
         "shared_bytes": compiled.metadata.shared,
         **{name: len(re.findall(pattern, code)) for name, pattern in count.items()},
         "loop": loop_length(code),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import triton
@@ -81,7 +82,7 @@ class _Problem:
 
     def __post_init__(self) -> None:
         packed = self.k is None
-        if packed:
+        if self.k is None or self.v is None:
             self.q = self.q.contiguous()
         else:
             self.q, self.k, self.v = map(with_rows, (self.q, self.k, self.v))
@@ -105,7 +106,7 @@ class _Problem:
         self.qkv = self.rows_of((self.q, self.k, self.v))
         # Offsets within an image, and within a partition, are in 32 bits.
         slots = self.partitions * self.num_groups * self.num_slots
-        tensors = (self.q,) if packed else (self.q, self.k, self.v)
+        tensors = [x for x in (self.q, self.k, self.v) if x is not None]
         reach = max(self.num_rows * x.stride(-2 if packed else 1) for x in tensors)
         if max(reach, slots) >= 2**31:
             raise ValueError("the triton backend takes images of fewer than 2^31 values of q, k, v")
@@ -116,7 +117,7 @@ class _Problem:
         self.tile = tile_of(self.num_slots, largest)
         self.empty = self.batch * self.num_groups * self.num_slots * self.num_rows == 0
 
-    def rows_of(self, tensors: tuple[Tensor | None, ...]) -> tuple[Rows, Rows, Rows]:
+    def rows_of(self, tensors: tuple) -> tuple[Rows, ...]:
         """q, k, v or their gradients, as kernels take them."""
         q, k, v = tensors
         if k is None:
@@ -206,7 +207,8 @@ def _backward(
     else:
         grad_rows = problem.rows_of(tuple(grads)) if computes else (None,) * 3
         scales = (problem.scale, problem.scale * LOG2_E)
-        partial, powers, pad_sums = None, None, None
+        absent: tuple[Any, Any, Any] = (None, None, None)
+        partial, powers, pad_sums = absent
         inputs = (part, grad_out, *problem.qkv, pad, table)
         if problem.tile:
             grid, sizes, constants = problem.launch("bwd", HAS_TABLE=has_table)
@@ -241,8 +243,8 @@ def _backward(
             grad_table = add_rows(partial, powers)
         if need_pad:
             grad_pad = pad_sums.sum(1, dtype=torch.float64).t().float().contiguous()
-    grads = [x if need_qkv and x is not None else problem.q.new_empty(0) for x in grads]
-    return *grads, grad_table, grad_pad
+    own = (x if need_qkv and x is not None else problem.q.new_empty(0) for x in grads)
+    return *own, grad_table, grad_pad
 
 
 def _programs(problem: _Problem, grid: tuple) -> tuple[int, int]:
@@ -272,9 +274,9 @@ def group_window_attention(*arguments) -> tuple[Tensor, Tensor]:
 def group_window_attention_backward(
     grad_out, q, k, v, table, pad_value, out, lse, *arguments
 ) -> tuple[Tensor, ...]:
-    *arguments, need_qkv, need_table, need_pad = arguments
-    problem = _Problem(q, k, v, table, pad_value, *arguments, backward=True)
-    return _backward(problem, grad_out, out, lse, need_qkv, need_table, need_pad)
+    sizes = (*arguments[:-3], True)
+    problem = _Problem(q, k, v, table, pad_value, *sizes)
+    return _backward(problem, grad_out, out, lse, *arguments[-3:])
 
 
 def block_diagonal_attention(qkv, table, *arguments) -> tuple[Tensor, Tensor]:
@@ -284,9 +286,9 @@ def block_diagonal_attention(qkv, table, *arguments) -> tuple[Tensor, Tensor]:
 def block_diagonal_attention_backward(
     grad_out, qkv, table, out, lse, *arguments
 ) -> tuple[Tensor, Tensor]:
-    *arguments, need_qkv, need_table = arguments
-    problem = _Problem(qkv, None, None, table, None, None, *arguments, backward=True)
-    grad_qkv, _, _, grad_table, _ = _backward(problem, grad_out, out, lse, need_qkv, need_table)
+    sizes = (*arguments[:-2], True)
+    problem = _Problem(qkv, None, None, table, None, None, *sizes)
+    grad_qkv, _, _, grad_table, _ = _backward(problem, grad_out, out, lse, *arguments[-2:])
     return grad_qkv, grad_table
 
 

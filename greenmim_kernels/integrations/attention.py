@@ -12,6 +12,7 @@ import math
 import warnings
 import weakref
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,14 @@ from .readers import (
     SwinV2,
 )
 
+# What a fused module's other base is.
+if TYPE_CHECKING:
+    _Original = nn.Module
+else:
+    _Original = object
 
-class Fused:
+
+class Fused(_Original):
     """What every fused module is; `unfused` is what its class was made by."""
 
     unfused: tuple[type[nn.Module], type[Fused], bool, bool]
@@ -85,7 +92,7 @@ class FusedAttention(Fused):
         original, _, plain_index, _ = self.unfused
         if has_plain_index(self) != plain_index:
             say_once(self, "another relative_position_index was loaded; fuse it again")
-            self.__class__ = original
+            self.__class__ = original  # type: ignore[assignment]  # the other of its two bases
 
 
 class FusedSwinAttention(FusedAttention):
@@ -274,7 +281,8 @@ def _version(x: Tensor | None) -> int | None:
 
 def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupPartition:
     """trusted: a mask that cuts no windows into segments fails later, on its device."""
-    window, index, windows = tuple(m.reader.window(m)), None, 1
+    window: tuple | None = tuple(m.reader.window(m))
+    index, windows = None, 1
     if mask is not None:
         windows, attends = mask.shape[0], mask == 0
         # A lesser value is a bias of its own.
@@ -288,7 +296,8 @@ def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupP
     _, _, plain_index, _ = m.unfused
     if not plain_index:
         window, index = None, index_matrix(m)[:slots, :slots]
-    token = torch.arange(windows * slots, device=(index if mask is None else mask).device)
+    of_device: Any = index if mask is None else mask
+    token = torch.arange(windows * slots, device=of_device.device)
     part = partition_from_windows(
         token.view(windows, slots),
         window,

@@ -54,7 +54,7 @@ class FusedTimmBlock(Fused):
         if may_take(self.attn, x):
             part = _part_of(self.attn, x, x.shape[1:3], self.window_size, self.shift_size, False)
         if part is None:
-            return super()._attn(x)
+            return super()._attn(x)  # type: ignore[misc]  # the other base has it
         return self.attn(x.flatten(1, 2), part).view(x.shape)
 
 
@@ -125,7 +125,7 @@ class FusedMonaiBlock(Fused):
     def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
         part = _part_of_block(self, x)
         if part is None:
-            return super().forward_part1(x, mask_matrix)
+            return super().forward_part1(x, mask_matrix)  # type: ignore[misc]  # as above
         return self.attn(self.norm1(x).flatten(1, -2), part).view(x.shape)
 
 

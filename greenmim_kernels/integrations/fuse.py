@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,23 +90,27 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
 def unfuse_window_attention(model: nn.Module) -> None:
     """Gives every module that :func:`fuse_window_attention` changed its own class back.
 
+    Args:
+        model: changed in place.
+
     Raises:
         RuntimeError: something else, such as FSDP, has changed the class of a fused module since;
             nothing is undone.
     """
     fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
     for name, module in fused.items():
-        if type(module) is not fused_class(*module.unfused):
+        if type(module) is not fused_class(*module.unfused):  # type: ignore[arg-type]  # hashable
             raise RuntimeError(
                 f"{name or 'the model'} has become a {type(module).__name__} since it was fused;"
                 " undo that first"
             )
     for module in fused.values():
-        module.__class__ = module.unfused[0]
+        module.__class__ = module.unfused[0]  # type: ignore[assignment]  # one of its two bases
 
 
 def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
-    report, inside = FusionReport(left=dict(left)), []
+    report = FusionReport(left=dict(left))
+    inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(outer) for outer in inside):
             continue
@@ -144,7 +149,7 @@ SIZES = frozenset(
 def _code_of(module: nn.Module) -> tuple:
     """What a module computes with besides its weights: those with the same run the same code."""
     plain = (bool, int, float, str, tuple, list, type(None))
-    found = []
+    found: list[object] = []
     for name, child in module.named_modules():
         settings = [
             (key, str(value))
@@ -192,7 +197,7 @@ def _compared(module: nn.Module, kind: Kind) -> tuple | str:
     fused = copy.deepcopy(original)
     unfuse_window_attention(original)
     unfused = (type(module), kind.ours, plain_index, True)
-    fused.__class__ = fused_class(*unfused)
+    fused.__class__ = fused_class(*unfused)  # type: ignore[arg-type]  # hashable
     for number, arguments in enumerate(kind.sample(original, draw)):
         try:
             one, other = (getattr(m, kind.method)(*arguments) for m in (original, fused))
@@ -220,7 +225,7 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, without).cpu().double().eval()
 
 
-def _windows(ours: type[Fused], layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _windows(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
     """Windows without a mask, with one, and with fewer slots; `layer` takes the input."""
     slots, channels = math.prod(ours.reader.window(m)), m.get_submodule(layer).weight.shape[1]
     part = torch.arange(slots) % 3
@@ -236,7 +241,7 @@ def _grid(window: tuple[int, ...], channels: int, draw: torch.Generator) -> Tens
     return torch.randn(1, *grid, channels, dtype=torch.float64, generator=draw)
 
 
-def _of_timm(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _of_timm(m: Any, draw: torch.Generator) -> Iterator[tuple]:
     m.dynamic_mask = True  # else it has one for one size of input
     yield (_grid(m.window_size, m.attn.qkv.weight.shape[1], draw),)
 
@@ -256,8 +261,7 @@ def _of_monai(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
     whole = _grid(m.window_size, m.attn.qkv.weight.shape[1], draw)
     for x in (whole, whole[:, : max(1, m.window_size[0] - 1)]):
         window, shift = blocks.window_and_shift(x.shape[1:-1], m.window_size, m.shift_size)
-        _, part = cut(x.shape[1:-1], window, shift, True)
-        part = torch.from_numpy(part)
+        part = torch.from_numpy(cut(x.shape[1:-1], window, shift, True)[1])
         yield x, -100.0 * (part[:, :, None] != part[:, None]).double()
 
 

@@ -59,9 +59,11 @@ def grid_partition(
     rows = (_as_operator if in_a_graph else _kept_as_long_as_needed)(*key)
     num_tokens, slots = math.prod(grid), math.prod(window)
     pads = any([side % of_window for side, of_window in zip(grid, window, strict=True)])
+    token_index, window_id, query_row, key_row = rows.unbind(0)
     return GridPartition(
-        *rows.unbind(0), num_tokens, table_rows(table_window), table_window, slots, pads
-    )
+        token_index, window_id, query_row, key_row,
+        num_tokens, table_rows(table_window), table_window, slots, pads,
+    )  # fmt: skip
 
 
 # As an operator a graph calls it, and a mode with tensors of its own sees it.
@@ -140,7 +142,8 @@ def cut(
     if not pads_first:
         token = np.pad(token, padding, constant_values=-1)
     part = np.zeros((), np.int64)
-    for place, side, by in zip(np.indices(token.shape), token.shape, shift, strict=True):
+    sides: tuple[int, ...] = token.shape
+    for place, side, by in zip(np.indices(sides), sides, shift, strict=True):
         part = 2 * part + (place >= side - by)
     return _windows(token, window), _windows(part, window)
 

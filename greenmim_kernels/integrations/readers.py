@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +162,7 @@ class HuggingFaceSwinV2(HuggingFaceSelfAttention):
 class Torchvision(Swin):
     """It takes the weights of its layers, not the layers."""
 
-    def qkv(self, m, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, m, x: Tensor) -> Any:
         return F.linear(x, m.qkv.weight, self.of_padding(m, x))
 
     def of_padding(self, m, x: Tensor) -> Tensor | None:
