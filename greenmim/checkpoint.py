@@ -55,7 +55,8 @@ _MAKERS = (
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 # What a run's checkpoint has, and what readers of any rely on.
 _RUN_FIELDS = {
-    "version": (int, str), "greenmim": str, "step": int, "epoch": (int, float), "updates": int, "steps_per_epoch": int,
+    "version": (int, str), "greenmim": str, "step": int, "epoch": (int, float),
+    "updates": int, "steps_per_epoch": int,
     "images_per_update": int, "skipped": int, "model": dict, "ema": dict, "scaler": dict,
     "moments": dict, "recipe": dict, "classes": list,
 }  # fmt: skip
@@ -217,7 +218,7 @@ def _check_zip(path: pathlib.Path) -> None:
 def _odd_tensor(content: dict[str, Any], size: int) -> str | None:
     """What is wrong with a tensor at the top or one level below, in a file of so many bytes.
 
-    One of a few bytes can say that it has billions of elements, which the next to copy it allocates.
+    One of a few bytes can say that it has billions of elements, which a copy of it allocates.
     """
     groups = (content, *(value for value in content.values() if isinstance(value, dict)))
     for name, value in ((n, v) for group in groups for n, v in group.items()):

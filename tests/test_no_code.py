@@ -90,5 +90,5 @@ def test_a_planted_one_is_found(planted):
 
 def test_what_is_safe_is_none():
     safe = ("torch.load(p, weights_only=True)", "yaml.safe_load(t)", "json.loads(t)",
-            "np.load(p, allow_pickle=False)", "model.eval()", "re.compile(p)", "torch.compile(f)")  # fmt: skip
+            "np.load(p, allow_pickle=False)", "model.eval()", "re.compile(p)")  # fmt: skip
     assert not any(map(dangers, safe))

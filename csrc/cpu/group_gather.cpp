@@ -17,8 +17,8 @@ constexpr int64_t kBytesPerThread = 1 << 15;
 // many of them as the image has tokens, so that a scatter leaves no row unwritten.
 void check_token_index(const int32_t* index, int64_t partitions, int64_t slots, int64_t num_tokens) {
   STD_TORCH_CHECK(
-      partitions == 0 || num_tokens <= slots, "token_index holds ", slots, " tokens at the most, the image ",
-      num_tokens);
+      partitions == 0 || num_tokens <= slots, "token_index holds ", slots,
+      " tokens at the most, the image ", num_tokens);
   std::vector<char> seen(partitions == 0 ? 0 : num_tokens);
   for (int64_t p = 0; p < partitions; p++) {
     std::fill(seen.begin(), seen.end(), 0);
@@ -45,6 +45,7 @@ void for_each_slot(
   const int64_t slots = token_index.size(1) * token_index.size(2);
   const int32_t* index = token_index.const_data_ptr<int32_t>();
   check_token_index(index, partitions, slots, num_tokens);
+  if (row_bytes == 0) return;  // there is no memory to point to
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, row_bytes));
   torch::stable::parallel_for(0, batch * slots, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {

@@ -187,7 +187,7 @@ def _run_of(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_numbers(run: dict[str, Any]) -> dict[str, Any]:
-    """The same; ValueError unless mean and deviation of its images are numbers, where it has some."""
+    """The same; ValueError where mean or deviation of its images are no numbers."""
     data = run.get("data", {})
     for name in data.keys() & {"mean", "std"}:
         values = data[name]

@@ -112,8 +112,8 @@ def attacks(name: str) -> Iterator[Attack]:
                     yield Attack(name, f"{at}: {what}", _with(right, at, changed))
                 for what, changed in _overlapping(value):
                     yield Attack(name, f"{at}: {what}", _with(right, at, changed))
-                for dtype in (torch.int64, torch.float16, torch.float64, torch.bool, torch.complex64,
-                              torch.uint8, torch.int32, torch.float8_e4m3fn):  # fmt: skip
+                for dtype in (torch.int64, torch.float16, torch.float64, torch.bool, torch.int32,
+                              torch.complex64, torch.uint8, torch.float8_e4m3fn):  # fmt: skip
                     if dtype != value.dtype:
                         yield Attack(name, f"{at}: {dtype}", _with(right, at, value.to(dtype)))
                 yield Attack(name, f"{at}: meta", _with(right, at, value.to("meta")), "raise")
@@ -244,7 +244,7 @@ def public_attacks() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name}: {field} int64", lambda call=call, broken=broken: call(broken)
             broken = dataclasses.replace(part, **{field: tensor[..., :-1]})
             yield f"{name}: {field} shorter", lambda call=call, broken=broken: call(broken)
-    grid = np.ones((6, 6), dtype=bool)
+    grid, zero = np.ones((6, 6), dtype=bool), torch.zeros(1, dtype=torch.int32)
     for what, call in {
         "capacity": lambda: gk.group_partition(grid, 3, capacity=2**31 - 1, group_size=2**31 - 1),
         "window": lambda: gk.group_partition(grid, 2**31),
@@ -252,7 +252,7 @@ def public_attacks() -> Iterator[tuple[str, Callable[[], Any]]]:
         "numbers for bools": lambda: gk.group_partition(grid.astype(np.uint8), 3),
         "no memory": lambda: gk.group_partition(np.broadcast_to(True, (2**20, 2**20)), 3),
         "windows": lambda: gk.partition_from_windows(torch.full((2, 4), 2**31)),
-        "windows of 2^31": lambda: gk.partition_from_windows(torch.zeros(1).int().expand(2**16, 2**16)),
+        "windows of 2^31": lambda: gk.partition_from_windows(zero.expand(2**16, 2**16)),
         "counts": lambda: gk.pack_windows(np.array([2**40]), 2**31 - 1),
     }.items():  # fmt: skip
         yield f"planner: {what}", call
