@@ -309,8 +309,17 @@ def tar_member(data: bytes, rng: random.Random) -> bytes:
         name = rng.choice((*names, "x.tar", "\n.png", "0.cls", ".png", "0.seg.png", "__x__.png"))
         header[:100] = name.encode("latin1")[:100].ljust(100, b"\0")
     elif kind == 1:
-        size = rng.choice((b"77777777777\0", b"-1\0", b"x", b"\x80" + b"\xff" * 11, b"\xff" * 12,
-                           b"\x80" + b"\0" * 7 + b"\x7f\xff\xff\xff", b"0" * 11 + b"\0"))  # fmt: skip
+        size = rng.choice(
+            (
+                b"77777777777\0",
+                b"-1\0",
+                b"x",
+                b"\x80" + b"\xff" * 11,
+                b"\xff" * 12,
+                b"\x80" + b"\0" * 7 + b"\x7f\xff\xff\xff",
+                b"0" * 11 + b"\0",
+            )
+        )
         header[124:136] = size.ljust(12, b"\0")
     elif kind == 2:
         header[156:157] = rng.choice((b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"K", b"L", b"S",
