@@ -150,7 +150,7 @@ inline AttentionShape check_attention(
   if (x.is_packed()) {
     const int64_t width = qkv.size(axes - 1);
     STD_TORCH_CHECK(
-        heads > 0 && width > 0 && width % (3 * heads) == 0,
+        heads > 0 && heads <= width / 3 && width % (3 * heads) == 0,
         "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
     shape.head_dim = width / 3 / heads;
   } else {

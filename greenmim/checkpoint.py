@@ -18,6 +18,7 @@ import itertools
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,6 +53,14 @@ _MAKERS = (
     (r"^layers\.3\.downsample", "timm's Swin (kind 'timm')"),
 )
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+# What a run's checkpoint has, and what readers of any rely on.
+_RUN_FIELDS: dict[str, Any] = {
+    "version": (int, str), "greenmim": str, "step": int, "epoch": (int, float),
+    "updates": int, "steps_per_epoch": int,
+    "images_per_update": int, "skipped": int, "model": dict, "ema": dict, "scaler": dict,
+    "moments": dict, "recipe": dict, "classes": list,
+}  # fmt: skip
+_ALWAYS = ("step", "epoch", "steps_per_epoch", "images_per_update", "skipped", "model", "recipe")
 # What file systems say that have no fsync for a folder: FUSE, some network file systems.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -172,10 +181,13 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, 
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        _check_zip(path)
         with torch.serialization.safe_globals(_PLAIN_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except (OSError, MemoryError):
+    except OSError:
         raise
+    except MemoryError as error:
+        raise ValueError(f"{path} asks for more memory than there is") from error
     except Exception as error:  # pickle, zip and torch raise anything on a damaged file
         refused = _REFUSED.search(str(error))
         if refused:
@@ -188,7 +200,52 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, 
         raise ValueError(f"{path} is damaged or no checkpoint{why}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    problem = _odd_tensor(content, path.stat().st_size) or _odd_field(content)
+    if problem:
+        raise ValueError(f"{path} is damaged: {problem}")
     return content
+
+
+def _check_zip(path: pathlib.Path) -> None:
+    """Raises ValueError for a zip that swells: a small file could fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            claimed, there = sum(e.file_size for e in file.infolist()), path.stat().st_size
+        if claimed > there:
+            raise ValueError(f"it unpacks to {claimed} bytes from {there}, and none is compressed")
+
+
+def _odd_tensor(content: dict[str, Any], size: int) -> str | None:
+    """What is wrong with a tensor at the top or one level below, in a file of so many bytes.
+
+    One of a few bytes can say that it has billions of elements, which a copy of it allocates.
+    """
+    groups = (content, *(value for value in content.values() if isinstance(value, dict)))
+    for name, value in ((n, v) for group in groups for n, v in group.items()):
+        if not isinstance(value, Tensor):
+            continue
+        if value.layout != torch.strided or value.device.type != "cpu":
+            return f"its {name} is a tensor without values of its own or a sparse one"
+        if value.nbytes > size:
+            return f"its {name} claims {value.nbytes} bytes, and the file has {size}"
+    return None
+
+
+def _odd_field(content: dict[str, Any]) -> str | None:
+    """What a run's checkpoint lacks, or has of another type than a run writes."""
+    if run_command(content) is None:
+        return None
+    for name, kind in _RUN_FIELDS.items():
+        if name not in content:
+            if name in _ALWAYS:
+                return f"it lacks its {name}"
+        elif not isinstance(content[name], kind) or isinstance(content[name], bool):
+            return f"its {name} is a {type(content[name]).__name__}"
+        elif name.endswith(("per_epoch", "per_update")) and content[name] < 1:
+            return f"its {name} is {content[name]}"
+    if not isinstance(content["recipe"].get("model"), dict):
+        return "its recipe has no model"
+    return None
 
 
 def run_command(content: Mapping[str, Any]) -> str | None:
@@ -219,7 +276,7 @@ def find_state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict
     """
     for inner in (*map(content.get, ("ema", "model", "state_dict")), content):
         if isinstance(inner, Mapping) and inner:
-            if all(isinstance(value, Tensor) for value in inner.values()):
+            if all(isinstance(n, str) and isinstance(t, Tensor) for n, t in inner.items()):
                 return dict(inner)
     raise ValueError(f"{path} holds no state dict under 'model', 'state_dict' or at its top")
 

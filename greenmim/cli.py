@@ -23,10 +23,11 @@ from greenmim.guards import (
     UserError,
     end_of_imports,
     exit_code,
+    one_line,
     silence,
 )
 from greenmim.launch import SlurmJob, World, speaks
-from greenmim.presets import preset_table, resolve_config
+from greenmim.presets import check_recipe_file, preset_table, resolve_config
 from greenmim.recipe import Recipe, RunRecipe
 
 EXIT_CODES = (
@@ -158,7 +159,14 @@ class _Preset(ActionConfigFile):
 
     @staticmethod
     def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
-        ActionConfigFile.apply_config(parser, cfg, dest, resolve_config(value, parser.of_command))
+        file = resolve_config(value, parser.of_command)
+        check_recipe_file(file)
+        try:
+            ActionConfigFile.apply_config(parser, cfg, dest, file)
+        except (argparse.ArgumentError, UserError):
+            raise
+        except Exception as error:  # YAML's own types raise anything
+            raise UserError(f"--config {file} is no recipe: {one_line(error)}.") from error
 
 
 def _run_command(command: str) -> tuple[ArgumentParser, Callable]:
@@ -220,6 +228,8 @@ def _train(kind: type[RunRecipe], parser: ArgumentParser, options: Namespace) ->
         recipe = kind(**vars(parser.instantiate(values)))
     except (UserError, ValueError) as error:  # the recipe's own checks and the model's
         raise _told_once(str(error)) from error
+    except TypeError as error:  # a line of YAML that names a group of options and gives none
+        raise _told_once(f"A group of the recipe's options has no values ({error}).") from error
     if options.get("mask_per_image") and isinstance(recipe, Recipe):
         recipe.mask.per_image = True
     max_steps, profile = options.max_steps, options.profile

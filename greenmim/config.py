@@ -12,6 +12,11 @@ from typing import Any
 UNIT_PIXELS = 32
 PATCH_PIXELS = 4
 NUM_STAGES = 4
+# A file's few bytes, such as the number of a block in a weight's name, must not ask for more.
+_MOST = {
+    "image_size": 2**14, "window_size": 2**10, "embed_dim": 2**14, "depths": 1000,
+    "decoder_dim": 2**16, "decoder_depth": 1000,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +123,10 @@ class ModelConfig:
         for name in {name for traits in ENCODERS.values() for name in traits.fields}:
             if name not in self.traits.fields and getattr(self, name) != default[name]:
                 raise ValueError(f"the encoder {self.encoder} has no {name}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if max(value if isinstance(value, tuple) else (value,)) > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
         if self.traits.shifts and isinstance(self.embed_dim, tuple):
             raise ValueError(f"the encoder {self.encoder} takes one embed_dim, which it doubles")
         if self.window_size < self.traits.least_window:
@@ -131,6 +140,9 @@ class ModelConfig:
                     "sr_ratios must be powers of two and at most"
                     f" {default['sr_ratios']}, got {self.sr_ratios}"
                 )
+        for name in ("norm_eps", "drop_path"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
         if not 0 <= self.drop_path < 1:

@@ -24,6 +24,7 @@ from greenmim.checkpoint import (
 from greenmim.classifier import Classifier
 from greenmim.config import ENCODERS, ModelConfig
 from greenmim.encoders import encoder_class, encoder_of
+from greenmim.guards import first_line
 from greenmim.mim import GreenMIM
 
 _ENCODER = "encoder."
@@ -165,7 +166,7 @@ def _sizes_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[s
     sizes = encoder_class(name).sizes(encoder) | {"encoder": name}
     for fact in ("image_size", "window_size", "norm_eps", "num_heads", *ENCODERS[name].fields):
         if fact in facts:
-            sizes[fact] = json.loads(facts[fact])
+            sizes[fact] = value_of(facts, fact)
     published = ModelConfig.norm_eps
     sizes.setdefault("norm_eps", encoder_class(name).timm_norm_eps if kind == "timm" else published)
     return sizes
@@ -178,6 +179,18 @@ def safetensors_facts(path: str | Path) -> dict[str, str]:
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
+
+
+def value_of(facts: Mapping[str, str], name: str) -> Any:
+    """What `safetensors_facts` says under a name, None where it says nothing.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(facts.get(name, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"what it says of its {name} is damaged ({first_line(error)})") from error
 
 
 def _check_encoder(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:

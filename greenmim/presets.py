@@ -8,11 +8,13 @@ import yaml
 
 from greenmim.config import ModelConfig
 from greenmim.finetune_recipe import FinetuneRecipe
-from greenmim.guards import UserError
+from greenmim.guards import UserError, one_line
 from greenmim.messages import columns, nearest
 from greenmim.recipe import DataConfig, OptimConfig, Recipe, RunRecipe
 
 CONFIGS = Path(__file__).parent / "configs"
+_MOST_VALUES = 10_000
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # jsonargparse's: they differ in details
 
 
 def preset_names(command: str | None = None) -> list[str]:
@@ -43,6 +45,34 @@ def resolve_config(name_or_path: str, command: str = "pretrain") -> str:
         f"--config {name_or_path} is neither a file nor a preset.{nearest(name, names)}"
         " `greenmim presets` lists them."
     )
+
+
+def check_recipe_file(path: str) -> None:
+    """Raises UserError unless a file is text that unfolds to no more than a recipe can hold.
+
+    A list of a list of lists, each named once and repeated, is a few lines and fills the memory.
+    """
+    try:
+        top = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_LOADER)
+        size = _unfolded(top, {})
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {one_line(error)}.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} is no recipe: {one_line(error)}.") from error
+    if size > _MOST_VALUES:
+        raise UserError(
+            f"--config {path} unfolds to more than {_MOST_VALUES} values, which is no recipe; write"
+            " out what it repeats by name."
+        )
+
+
+def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many values a part of a file is, where what is repeated by name counts each time."""
+    if isinstance(node, yaml.CollectionNode) and id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # of one that holds itself
+        inner = [part for item in node.value for part in (item if type(item) is tuple else (item,))]
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in inner)
+    return known.get(id(node), 1)
 
 
 def preset_table() -> str:

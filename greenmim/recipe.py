@@ -323,7 +323,18 @@ def _check_mask(recipe: Recipe) -> None:
     need(hidden > 0, "mask.ratio", ratio, f"so large that one of the {units} units is hidden")
 
 
+def _check_given(values: Any, prefix: str = "") -> None:
+    """An option without a value, as a line of YAML can be, is None whatever its type."""
+    for entry in dataclasses.fields(values):
+        value, name = getattr(values, entry.name), prefix + entry.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            _check_given(value, f"{name}.")
+        else:
+            need(value is not None or "None" in entry.type, name, value, "given a value")
+
+
 def _check(recipe: RunRecipe) -> None:
+    _check_given(recipe)
     data, optim, every = recipe.data, recipe.optim, recipe.checkpoint
     value: Any
     for name, value in (("data.root", data.root), ("work-dir", recipe.work_dir)):

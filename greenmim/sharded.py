@@ -66,7 +66,9 @@ def sharded_sizes(folder: pathlib.Path) -> dict[str, int]:
     """
     try:
         entries = _Reader(folder).read_metadata().storage_data.values()
-    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
         raise OSError(f"{folder / '.metadata'} cannot be read: {error}") from error
     names = {".metadata", *(entry.relative_path for entry in entries)}
     sizes = {}

@@ -94,11 +94,29 @@ def operator(name: str, variant: str = "") -> Callable:
     return getattr(getattr(torch.ops, NAMESPACE), name + variant).default
 
 
+def _on_one_device(name: str, fake: Callable) -> Callable:
+    """The shape rule, which a CPU's tensors get to as well where one beside them has no values: its
+    result would be memory that nothing was written to."""
+
+    def checked(*arguments):
+        devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{name} takes tensors of one device, got some on {', '.join(sorted(devices))}"
+            )
+        try:
+            return fake(*arguments)
+        except (IndexError, ValueError, TypeError, ZeroDivisionError) as error:
+            raise RuntimeError(f"{name} got tensors whose shapes do not fit ({error})") from error
+
+    return checked
+
+
 def _register(
     name: str, variant: str, fake: Callable, backward: Callable, setup_context: Callable
 ) -> None:
     qualified = f"{NAMESPACE}::{name}{variant}"
-    torch.library.register_fake(qualified, fake)
+    torch.library.register_fake(qualified, _on_one_device(name, fake))
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
 
 
@@ -319,12 +337,10 @@ _library.define(
 )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::onednn_linear")
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake(f"{NAMESPACE}::onednn_linear_backward")
 def _linear_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, ...]:
@@ -332,13 +348,11 @@ def _linear_backward_fake(
     return _needed(grad, shapes, (need_x, need_weight, need_bias))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::onednn_mlp")
 def _mlp_fake(x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2) -> tuple[Tensor, ...]:
     widths = weight2.shape[0], weight1.shape[0], weight1.shape[0]
     return tuple(x.new_empty(*x.shape[:-1], width) for width in widths)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::onednn_mlp_backward")
 def _mlp_backward_fake(
     grad: Tensor,
     x: Tensor,
@@ -350,6 +364,16 @@ def _mlp_backward_fake(
 ) -> tuple[Tensor, ...]:
     biases = weight1.shape[:1], weight2.shape[:1]
     return _needed(grad, (x.shape, weight1.shape, biases[0], weight2.shape, biases[1]), needed)
+
+
+_linear_rules: dict[str, Callable] = {
+    "onednn_linear": _linear_fake,
+    "onednn_linear_backward": _linear_backward_fake,
+    "onednn_mlp": _mlp_fake,
+    "onednn_mlp_backward": _mlp_backward_fake,
+}
+for _name, _fake in _linear_rules.items():
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _on_one_device(_name, _fake))
 
 
 def _needed(grad: Tensor, shapes: tuple, needed: tuple[bool, ...]) -> tuple[Tensor, ...]:

@@ -13,10 +13,19 @@ namespace {
 
 constexpr int64_t kBytesPerThread = 1 << 15;
 
+int64_t row_bytes_of(const Tensor& x) {
+  const int64_t channels = x.size(x.dim() - 1), element = int64_t(x.element_size());
+  STD_TORCH_CHECK(channels <= INT64_MAX / element, "x has rows of ", channels, " elements");
+  return channels * element;
+}
+
 // The kernel trusts the partition with raw memory, so look at it once: rows within the image, and as
 // many of them as the image has tokens, so that a scatter leaves no row unwritten.
 void check_token_index(const int32_t* index, int64_t partitions, int64_t slots, int64_t num_tokens) {
-  std::vector<char> seen(num_tokens);
+  STD_TORCH_CHECK(
+      partitions == 0 || num_tokens <= slots, "token_index holds ", slots,
+      " tokens at the most, the image ", num_tokens);
+  std::vector<char> seen(partitions == 0 ? 0 : num_tokens);
   for (int64_t p = 0; p < partitions; p++) {
     std::fill(seen.begin(), seen.end(), 0);
     int64_t found = 0;
@@ -42,6 +51,7 @@ void for_each_slot(
   const int64_t slots = token_index.size(1) * token_index.size(2);
   const int32_t* index = token_index.const_data_ptr<int32_t>();
   check_token_index(index, partitions, slots, num_tokens);
+  if (row_bytes == 0) return;  // there is no memory to point to
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, row_bytes));
   torch::stable::parallel_for(0, batch * slots, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -58,7 +68,7 @@ Tensor group_gather(const Tensor& x_any, const Tensor& token_index_any) {
   check_gather(x_any, token_index_any);
   const Tensor x = torch::stable::contiguous(x_any);
   const Tensor token_index = torch::stable::contiguous(token_index_any);
-  const int64_t row_bytes = x.size(2) * int64_t(x.element_size());
+  const int64_t row_bytes = row_bytes_of(x);
   Tensor out = torch::stable::new_empty(
       x, {x.size(0), token_index.size(1), token_index.size(2), x.size(2)});
   const char* from = static_cast<const char*>(x.const_data_ptr());
@@ -76,7 +86,7 @@ Tensor group_scatter(const Tensor& x_any, const Tensor& token_index_any, int64_t
   check_scatter(x_any, token_index_any, num_tokens);
   const Tensor x = torch::stable::contiguous(x_any);
   const Tensor token_index = torch::stable::contiguous(token_index_any);
-  const int64_t row_bytes = x.size(3) * int64_t(x.element_size());
+  const int64_t row_bytes = row_bytes_of(x);
   Tensor out = torch::stable::new_empty(x, {x.size(0), num_tokens, x.size(3)});
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());

@@ -46,6 +46,12 @@ struct Problem {
       QueryKeyValue any, const std::optional<Tensor>& table_any,
       const std::optional<Tensor>& pad_any, PartitionTensors part, int64_t heads, double factor)
       : x(std::move(any)), scale(factor), grouped(!part.token_index) {
+    // Before anything is copied: a view of one element may say that it has billions.
+    shape = check_attention(x, table_any, arithmetic_type(x.q), pad_any, part, heads);
+    constexpr int64_t kMost = INT32_MAX;  // kernels count rows, slots and channels in 32 bits
+    STD_TORCH_CHECK(
+        shape.rows < kMost && shape.groups * shape.slots < kMost && 3 * shape.channels < kMost,
+        "an image must have fewer than 2^31 tokens and slots, and a token fewer values");
     x.q = x.is_packed() ? torch::stable::contiguous(x.q) : with_rows(x.q);
     for (std::optional<Tensor>* one : {&x.k, &x.v})
       if (*one) *one = with_rows(**one);
@@ -54,7 +60,6 @@ struct Problem {
     if (part.token_index) part.token_index = torch::stable::contiguous(*part.token_index);
     for (Tensor* indices : {&part.window_id, &part.query_row, &part.key_row})
       *indices = torch::stable::contiguous(*indices);
-    shape = check_attention(x, table, arithmetic_type(x.q), pad_value, part, heads);
     windows = find_windows(
         {part.token_index ? part.token_index->const_data_ptr<int32_t>() : nullptr,
          part.window_id.const_data_ptr<int32_t>(), part.query_row.const_data_ptr<int32_t>(),

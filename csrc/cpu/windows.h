@@ -68,12 +68,15 @@ inline void find_places(
 inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_t table_rows) {
   const int32_t *token_index = part.token_index, *window_id = part.window_id;
   const int64_t partitions = part.partitions, groups = part.groups, slots = part.slots;
+  STD_TORCH_CHECK(
+      partitions == 0 || num_rows <= groups * slots, "the partition holds ", groups * slots,
+      " tokens at the most, the image ", num_rows);
   Windows windows;
   for (auto* list : {&windows.rows, &windows.query_place, &windows.key_place})
     list->reserve(partitions * groups * slots);
   windows.first_outside.push_back(0);
   std::vector<int64_t> order(slots);
-  std::vector<char> seen(num_rows);
+  std::vector<char> seen(partitions == 0 ? 0 : num_rows);
   for (int64_t p = 0; p < partitions; p++) {
     std::fill(seen.begin(), seen.end(), 0);
     int64_t tokens = 0;

@@ -53,6 +53,7 @@ _MOST_OPEN_TARS, _MOST_OPEN_SHARDS = 64, 256
 _INFO_FILES = ("_info.json", "info.json")
 _WITH_INFO_FILES = ("http:", "https:", "file:")  # URLs, beside which another file can be asked for
 _COUNTING_THREADS = 8
+_MOST_IMAGES = 2**40  # of a shard: sums of them are int64
 _META = re.compile("__[^/]*__($|/)")  # which WebDataset keeps for itself
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 
@@ -545,9 +546,13 @@ def _known_lengths(root: str, folder: str) -> dict[str, int]:
             continue
         try:
             split = json.loads(text)["splits"]["train"]
-            return dict(zip(split["filenames"], map(int, split["shard_lengths"]), strict=True))
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"{path} has no splits.train with filenames and shard_lengths ({error!r})"
+            known = dict(zip(split["filenames"], map(int, split["shard_lengths"]), strict=True))
+            if not all(isinstance(n, str) and 0 <= known[n] < _MOST_IMAGES for n in known):
+                raise ValueError("a name is no text, or a length no number of images")
+            return known
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+            why = f"{type(error).__name__}: {one_line(error)[:200]}"
+            what = f"{path} has no splits.train with filenames and shard_lengths ({why})"
             raise _error(root, f"{what}; put it right or take it away") from error
     return {}
 

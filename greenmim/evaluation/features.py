@@ -104,10 +104,14 @@ def load_features(path: Path) -> Features | None:
         with safe_open(path, "pt") as file:
             kept = json.loads(file.metadata()["features"])
             numbers = file.get_tensor("labels").tolist()
-            labels = [kept["classes"][number] for number in numbers]
-            return Features(file.get_tensor("values"), labels, kept["without_label"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
+            names, without = kept["classes"], kept["without_label"]
+            labels = [names[number] for number in numbers]
+            values = file.get_tensor("values")
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError):
         return None
+    fits = values.dtype == torch.float32 and values.dim() == 2 and len(values) == len(labels)
+    whole = fits and isinstance(without, int) and all(isinstance(name, str) for name in names)
+    return Features(values, labels, without) if whole else None
 
 
 def save_features(features: Features, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ from greenmim.checkpoint import (
 from greenmim.classifier import Classifier, head_of
 from greenmim.config import ModelConfig
 from greenmim.guards import UserError, first_line, one_line
-from greenmim.initial import config_of, initialise, initialise_classifier, safetensors_facts
+from greenmim.initial import (
+    config_of,
+    initialise,
+    initialise_classifier,
+    safetensors_facts,
+    value_of,
+)
 from greenmim.mim import GreenMIM, create_model
 
 
@@ -33,10 +41,23 @@ def read_weights(path: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
+    with _told_of(path):
         content = load_checkpoint(path)
         return content, find_state_dict(content, path)
-    except Exception as error:  # pickle, zip and torch raise anything on a damaged file
+
+
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Whatever reading a checkpoint leads to as a UserError of the file.
+
+    Pickle, zip and torch raise anything on a damaged one, and so does a network that is made from
+    sizes which the file alone tells.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
@@ -59,14 +80,15 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
     """
     path = Path(checkpoint)
     check_there(path)
-    return _with_decoder(path, *read_weights(path), name)
+    with _told_of(path):
+        return _with_decoder(path, *read_weights(path), name)
 
 
 def _with_decoder(
     path: Path, content: Any, weights: dict[str, Any], name: str | None = None
 ) -> tuple[GreenMIM, dict[str, Any]]:
     if run_command(content) == "pretrain":
-        run = {**content["recipe"], "trained": _trained(content)}
+        run = _run_of(content)
         network = GreenMIM(ModelConfig(**run["model"]))
     elif run_command(content):
         raise UserError(f"{path} has no decoder: it is a checkpoint of `greenmim finetune`.")
@@ -98,6 +120,11 @@ def load_encoder(checkpoint: str | Path) -> tuple[GreenMIM, dict[str, Any]]:
         UserError: unreadable file, or no encoder that is known here.
     """
     path = Path(checkpoint)
+    with _told_of(path):
+        return _load_encoder(path)
+
+
+def _load_encoder(path: Path) -> tuple[GreenMIM, dict[str, Any]]:
     content, weights, config, run, _ = _read_encoder(path)
     if run_command(content) == "pretrain":
         return _with_decoder(path, content, weights)
@@ -125,6 +152,11 @@ def load_classifier(
         UserError: unreadable file, no encoder that is known here, or no head.
     """
     path = Path(checkpoint)
+    with _told_of(path):
+        return _load_classifier(path, ema)
+
+
+def _load_classifier(path: Path, ema: bool) -> tuple[Classifier, dict[str, Any], list[str] | None]:
     content, weights, config, run, classes = _read_encoder(path)
     if run_command(content):
         averaged = ema and "ema" in content
@@ -144,9 +176,27 @@ def load_classifier(
     return network, run, classes
 
 
-def _trained(content: dict[str, Any]) -> dict[str, Any]:
-    """How far a run was when it wrote a checkpoint."""
-    return {"step": content["step"], "epoch": round(content["epoch"], 3)}
+def _run_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of the run that wrote a checkpoint, and how far it was."""
+    trained = {"step": content["step"], "epoch": round(content["epoch"], 3)}
+    recipe, mask = content["recipe"], content["recipe"].get("mask", {})
+    whole = "epochs" in recipe and {"mean", "std"} <= recipe["data"].keys()
+    if not whole or mask and not {"ratio", "kind", "per_image"} <= mask.keys():
+        raise ValueError("its recipe is not whole")
+    return {**_with_numbers(recipe), "trained": trained}
+
+
+def _with_numbers(run: dict[str, Any]) -> dict[str, Any]:
+    """The same; ValueError where mean or deviation of its images are no numbers."""
+    data = run.get("data", {})
+    for name in data.keys() & {"mean", "std"}:
+        values = data[name]
+        three = isinstance(values, (list, tuple)) and len(values) == 3
+        if not three or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+            raise ValueError(f"what it says of its {name} is no list of three numbers")
+        if name == "std" and min(values) <= 0:
+            raise ValueError("what it says of its std is not above 0")
+    return run
 
 
 def _read_encoder(
@@ -156,19 +206,23 @@ def _read_encoder(
     check_there(path)
     content, weights = read_weights(path)
     if run_command(content):
-        run = {**content["recipe"], "trained": _trained(content)}
+        run = _run_of(content)
         return content, weights, ModelConfig(**run["model"]), run, content.get("classes")
     facts = safetensors_facts(path)
     try:
         config = config_of(weights, facts)
     except ValueError as error:
         raise UserError(f"The checkpoint {path}: {first_line(error)}.") from error
-    data = {name: json.loads(facts[name]) for name in ("mean", "std") if name in facts}
-    classes = json.loads(facts.get("classes", "null"))
+    data = {name: value_of(facts, name) for name in ("mean", "std") if name in facts}
+    classes = value_of(facts, "classes")
+    if classes is not None and not (
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    ):
+        raise UserError(f"The checkpoint {path}: what it says of its classes is no list of names.")
     trained = {
-        name: facts[name] if name == "weights" else json.loads(facts[name])
+        name: facts[name] if name == "weights" else value_of(facts, name)
         for name in ("step", "epoch", "weights")
         if name in facts
     }
     run = ({"data": data} if data else {}) | ({"trained": trained} if trained else {})
-    return content, weights, config, run, classes
+    return content, weights, config, _with_numbers(run), classes

@@ -14,7 +14,7 @@ from greenmim.config import ModelConfig
 from greenmim.data.dataset import AugmentedImages, Finish
 from greenmim.data.loader import Batch, Collate
 from greenmim.evaluation.sweep import Sweep
-from greenmim.guards import UserError, first_line
+from greenmim.guards import UserError, first_line, one_line
 from greenmim.initial import continued
 from greenmim.processes import Processes
 from greenmim.recipe import RunRecipe
@@ -121,7 +121,10 @@ class Task(ABC):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take the weights of a checkpoint of such a run."""
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except (RuntimeError, TypeError) as error:  # of other weights than its recipe says
+            raise UserError(f"The run's checkpoint is damaged: {one_line(error)[:300]}") from error
 
     def placed(self, processes: Processes) -> None:  # noqa: B027
         """The model is on its device, and not spread over the processes yet."""
