@@ -39,13 +39,15 @@ def run(*command: str | pathlib.Path, **options) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def dist(made_once) -> pathlib.Path:
     if folder := os.environ.get("GREENMIM_DIST"):
         return pathlib.Path(folder)
-    folder = tmp_path_factory.mktemp("dist")
-    arguments = ("VENV=", f"PYTHON={sys.executable}", f"DIST={folder}")
-    run("make", "dist-files", *arguments, cwd=ROOT, env={**os.environ, "USE_CUDA": "0"})
-    return folder
+
+    def make(folder: pathlib.Path) -> None:
+        arguments = ("VENV=", f"PYTHON={sys.executable}", f"DIST={folder / 'dist'}")
+        run("make", "dist-files", *arguments, cwd=ROOT, env={**os.environ, "USE_CUDA": "0"})
+
+    return made_once("dist", make) / "dist"
 
 
 @pytest.fixture(scope="module")
