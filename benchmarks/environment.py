@@ -146,10 +146,15 @@ def rows_with_commits(content: dict) -> list[dict]:
 
 
 def put(rows: list[dict], row: dict, key: tuple[str, ...]) -> None:
-    """Add a row, in the place of the earlier one that is the same in `key` if there is one."""
+    """Add a row, in the place of the earlier one that is the same in `key` if there is one.
+
+    One that was not timed takes no figure's place, unless the result was wrong.
+    """
+    not_timed = not row.get("reason", "wrong").startswith("wrong")
     for number, other in enumerate(rows):
         if all(other[name] == row[name] for name in key):
-            rows[number] = row
+            if not not_timed or "reason" in other:
+                rows[number] = row
             return
     rows.append(row)
 

@@ -121,10 +121,12 @@ def measured_rows(
                 for one, _ in batch:
                     save({**first_row(*one), "reason": "no time was left"})
                 continue
-            _gpu_rows(batch, save)
+            _gpu_rows(batch, save, until)
 
 
-def _gpu_rows(batch: list[tuple[tuple[Problem, Variant], Child]], save: Callable) -> None:
+def _gpu_rows(
+    batch: list[tuple[tuple[Problem, Variant], Child]], save: Callable, until: float
+) -> None:
     """Have all of a batch get ready, then time one after the other."""
 
     def tell(child: Child, what: str) -> None:
@@ -142,6 +144,8 @@ def _gpu_rows(batch: list[tuple[tuple[Problem, Variant], Child]], save: Callable
         tell(child, "get ready")
     ready = [(one, child, hear(one, child)) for one, child in batch]
     for one, child, row in ready:
+        if "reason" not in row and len(batch) > 1 and time.monotonic() > until:
+            row["reason"] = "no time was left"
         if "reason" not in row:
             tell(child, "go")
             row = hear(one, child)

@@ -8,6 +8,8 @@
 #define GREENMIM_GLIBC "GLIBC_2.2.5"
 #elif defined(__aarch64__)
 #define GREENMIM_GLIBC "GLIBC_2.17"
+#else
+#error "MANYLINUX=1 knows the symbols of x86-64 and aarch64 alone"
 #endif
 __asm__(".symver dlsym,dlsym@" GREENMIM_GLIBC);  // moved from libdl in 2.34, which Python has loaded
 __asm__(".symver exp,exp@" GREENMIM_GLIBC);      // 2.29: without wrappers that set errno

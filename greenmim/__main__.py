@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import NoReturn
 
-from greenmim.guards import end_of_imports, exit_code, leave
+from greenmim.guards import EXIT_BAD_INPUT, end_of_imports, leave, missing_package
 
 
 def main() -> int:
@@ -16,22 +16,27 @@ def main() -> int:
     if is_plain and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, leave)  # until a run or a tool has begun
     try:
-        return exit_code(_run)
+        try:
+            from greenmim.cli import main as run
+        except ModuleNotFoundError as error:
+            return _without_extra(error)
+        return run()
     finally:
         end_of_imports()
 
 
-def _run() -> int:
-    try:
-        from greenmim.cli import main
-    except ModuleNotFoundError:
-        if sys.argv[1:] != ["doctor"]:
-            raise
-        from greenmim.tools.doctor import report  # of the kernels, which need nothing else
+def _without_extra(error: ModuleNotFoundError) -> int:
+    """What there is to do and to say where the kernels alone are installed."""
+    said = missing_package(error)
+    if said is None:
+        raise error
+    if [argument for argument in sys.argv[1:] if argument != "--debug"] == ["doctor"]:
+        from greenmim.tools.doctor import report
 
         print(report())
         return 0
-    return main()
+    print(f"greenmim: error: {said}", file=sys.stderr)
+    return EXIT_BAD_INPUT
 
 
 def script() -> NoReturn:

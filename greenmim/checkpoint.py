@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .config import ModelConfig
 from .encoders import VisibleEncoder, encoder_class, encoder_of
 from .guards import first_line
 
@@ -60,7 +61,7 @@ _RUN_FIELDS: dict[str, Any] = {
     "images_per_update": int, "skipped": int, "model": dict, "ema": dict, "scaler": dict,
     "moments": dict, "recipe": dict, "classes": list,
 }  # fmt: skip
-_ALWAYS = ("step", "epoch", "steps_per_epoch", "images_per_update", "skipped", "model", "recipe")
+_ALWAYS = ("step", "epoch", "steps_per_epoch", "model", "recipe")
 # What file systems say that have no fsync for a folder: FUSE, some network file systems.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -212,16 +213,24 @@ def _check_zip(path: pathlib.Path) -> None:
         with zipfile.ZipFile(path) as file:
             claimed, there = sum(e.file_size for e in file.infolist()), path.stat().st_size
         if claimed > there:
-            raise ValueError(f"it unpacks to {claimed} bytes from {there}, and none is compressed")
+            raise ValueError(
+                f"it is a compressed zip ({claimed} bytes in {there}); torch.save writes none, so"
+                " write it again"
+            )
 
 
 def _odd_tensor(content: dict[str, Any], size: int) -> str | None:
-    """What is wrong with a tensor at the top or one level below, in a file of so many bytes.
+    """What is wrong with a tensor in a file of so many bytes.
 
     One of a few bytes can say that it has billions of elements, which a copy of it allocates.
     """
-    groups = (content, *(value for value in content.values() if isinstance(value, dict)))
-    for name, value in ((n, v) for group in groups for n, v in group.items()):
+    left: list[tuple[object, object]] = list(content.items())
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, (list, tuple)):
+            left += ((name, inner) for inner in value)
         if not isinstance(value, Tensor):
             continue
         if value.layout != torch.strided or value.device.type != "cpu":
@@ -245,7 +254,22 @@ def _odd_field(content: dict[str, Any]) -> str | None:
             return f"its {name} is {content[name]}"
     if not isinstance(content["recipe"].get("model"), dict):
         return "its recipe has no model"
-    return None
+    return _odd_sizes(content)
+
+
+def _odd_sizes(content: dict[str, Any]) -> str | None:
+    """Whether a run's network would be larger than the weights there are for it: their sizes are
+    believed only so far as the file has them."""
+    try:
+        config = ModelConfig.of_saved(content["recipe"]["model"])
+    except (ValueError, TypeError, KeyError) as error:
+        return f"its sizes: {first_line(error)}"
+    blocks = list(zip(config.depths, config.stage_dims, strict=True))
+    if run_command(content) == "pretrain":
+        blocks.append((config.decoder_depth, config.decoder_dim))
+    least = sum(8 * depth * width**2 for depth, width in blocks)  # of the MLPs alone
+    there = sum(value.numel() for value in content["model"].values() if isinstance(value, Tensor))
+    return f"its sizes need {least} weights, it has {there}" if least > there else None
 
 
 def run_command(content: Mapping[str, Any]) -> str | None:

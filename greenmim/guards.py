@@ -75,11 +75,10 @@ _TRAIN = (
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """A sentence where the extra "train" has what was not found."""
-    name = (error.name or "").partition(".")[0]
-    if name not in _TRAIN:
+    """A sentence where what was not found is a package of the extra "train", not a part of one."""
+    if error.name not in _TRAIN:
         return None
-    return f"This needs {name}, which is not installed: pip install 'greenmim[train]'."
+    return f"This needs {error.name}, which is not installed: pip install 'greenmim[train]'."
 
 
 def exit_code(work: Callable[[], int], debug: bool = False) -> int:

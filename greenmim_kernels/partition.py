@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _partition
+from . import _planner
 
 _INT32_MAX = 2**31 - 1
 TENSORS = ("token_index", "window_id", "query_row", "key_row")
@@ -172,7 +172,7 @@ def group_partition(
                 f"segment has {num_segments} different labels for {windows} windows; their product"
                 " must be below 2**31"
             )
-    *arrays, num_tokens = _partition.group_partition(
+    *arrays, num_tokens = _planner.group_partition(
         visible,
         window,
         shift,
@@ -227,7 +227,7 @@ def partition_capacity(
             f"num_tokens={num_tokens} is more than the {_times(grid)} tokens of the grid"
         )
     if group_size is None:
-        group_size = _partition.fixed_group_size(math.prod(window), num_tokens)
+        group_size = _planner.fixed_group_size(math.prod(window), num_tokens)
     else:
         group_size = _positive(group_size, "group_size")
     windows = _num_windows(grid, window, shift) * _positive(num_segments, "num_segments")
@@ -270,7 +270,7 @@ def pack_windows(counts: Sequence[int] | np.ndarray, group_size: int) -> list[np
             f"counts[{array.argmax()}] is {high}, more than group_size={group_size};"
             " a window is never split, so pass a group_size of at least the largest count"
         )
-    return _partition.pack_windows(array.astype(np.int32), group_size)
+    return _planner.pack_windows(array.astype(np.int32), group_size)
 
 
 def table_rows(window: tuple[int, ...]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _partition
+from . import _planner
 from .partition import GroupPartition, table_rows, window_axes
 
 _INT32_MAX = 2**31 - 1
@@ -163,7 +163,7 @@ def _with_all_tokens(index: Tensor, is_free: Tensor, num_tokens: int) -> Tensor:
 def _windows_per_group(slots: int) -> int:
     """How many windows share a group, at the least cost of a window."""
     most = max(1, _LARGEST_TILE // slots)
-    return min(range(1, most + 1), key=lambda k: _partition.group_cost(k * slots) / k)
+    return min(range(1, most + 1), key=lambda k: _planner.group_cost(k * slots) / k)
 
 
 def _ranks(labels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # know each other.
 FLOORS = [
     ["greenmim_kernels._C_partition", "greenmim_kernels._C", "greenmim_kernels._C_cuda"],
-    ["greenmim_kernels._partition"],
+    ["greenmim_kernels._planner"],
     [
         "greenmim_kernels.partition",
         "greenmim_kernels.neighbours",

@@ -24,10 +24,20 @@ def test_an_error_of_several_lines_becomes_one():
     assert one_line(error) == "no room in /dev/shm"
 
 
-# A process in which packages of the extra "train" are not there.
-WITHOUT = """
+# Of a process in which packages of the extra "train" are not there.
+ABSENT = """
 import sys
-sys.modules.update(dict.fromkeys({names!r}))
+class Others:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *more):
+        absent = name.partition(".")[0] in {names!r}
+        return None if absent else self.finder.find_spec(name, *more)
+sys.meta_path[:] = map(Others, sys.meta_path)
+"""
+COMMAND = """
 from greenmim.__main__ import main
 sys.argv = {argv!r}
 raise SystemExit(main())
@@ -35,7 +45,7 @@ raise SystemExit(main())
 
 
 def without(names: list[str], *argv: str) -> subprocess.CompletedProcess[str]:
-    code = WITHOUT.format(names=names, argv=["greenmim", *argv])
+    code = ABSENT.format(names=names) + COMMAND.format(argv=["greenmim", *argv])
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
@@ -54,6 +64,20 @@ def test_a_command_that_misses_a_package_says_so_in_a_line(names, argv, missing)
     assert done.stderr == f"greenmim: error: {advice}\n"
 
 
+def test_another_module_that_is_missing_is_an_error_like_any():
+    for name in ("timm.layers.gone", "greenmim.gone", "wandb", None):
+        assert guards.missing_package(ModuleNotFoundError("no", name=name)) is None
+
+
+@pytest.mark.parametrize("argv", [["--debug", "pretrain"], ["pretrain", "--debug"]])
+def test_debug_shows_the_traceback_of_the_whole_command(argv):
+    done = without(
+        [], *argv, "--data.root=/nowhere", "--work-dir=runs", "--device=cpu", "--dry-run"
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert "UserError: " in done.stderr.splitlines()[-1]
+
+
 def test_the_doctor_needs_the_kernels_alone():
     done = without(list(guards._TRAIN), "doctor")
     assert done.returncode == 0, done.stderr
@@ -61,7 +85,7 @@ def test_the_doctor_needs_the_kernels_alone():
 
 
 def test_a_model_without_timm_says_what_to_install():
-    code = "import sys; sys.modules['timm'] = None; from greenmim import GreenMIM"
+    code = ABSENT.format(names=["timm"]) + "from greenmim import GreenMIM"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'greenmim[train]'" in done.stderr.splitlines()[-1]
 

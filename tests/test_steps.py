@@ -330,6 +330,10 @@ def test_rows_stay_until_they_are_measured_again(tmp_path):
     for variant in ("one", "three"):
         put(kept, {"model": "m", "variant": variant, "run": 2}, ("model", "variant"))
     assert [(row["variant"], row["run"]) for row in kept] == [("one", 2), ("two", 1), ("three", 2)]
+    put(kept, {"model": "m", "variant": "one", "reason": "no time was left"}, ("model", "variant"))
+    assert kept[0]["run"] == 2  # a figure stays
+    put(kept, {"model": "m", "variant": "one", "reason": "wrong, not timed"}, ("model", "variant"))
+    assert "run" not in kept[0]
     assert earlier(file, {**environment, "commit": "b"}) == {}
     assert earlier(file, {**environment, "commit": "b"}, of_any_commit=True)["rows"] == rows
     assert earlier(file, {**environment, "device": "y"}, of_any_commit=True) == {}

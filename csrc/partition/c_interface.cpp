@@ -1,4 +1,4 @@
-// The planner behind a C interface, which greenmim_kernels/_partition.py calls: no Python is needed to build
+// The planner behind a C interface, which greenmim_kernels/_planner.py calls: no Python is needed to build
 // it, and one build serves every version of Python. ctypes releases the interpreter lock meanwhile, so that
 // loader threads plan side by side.
 #include <cstdint>

@@ -242,7 +242,8 @@ void Grouping::fill(int32_t* token_index, int32_t* window_id, int32_t* query_row
   std::fill(window_id, window_id + images_ * slots, -1);
   std::fill(query_row, query_row + images_ * slots, 0);
   std::fill(key_row, key_row + images_ * slots, 0);
-  std::vector<int64_t> next_slot(num_windows_);  // of a window's next token
+  // Of a window's next token, and behind its last one.
+  std::vector<int64_t> next_slot(num_windows_), end_slot(num_windows_);
   std::vector<int64_t> group_fill;
   for (int64_t image = 0; image < images_; ++image) {
     group_fill.assign(num_groups_, 0);
@@ -251,11 +252,15 @@ void Grouping::fill(int32_t* token_index, int32_t* window_id, int32_t* query_row
       const int32_t group = group_of_[i];
       next_slot[windows_[i]] = image * slots + group * group_size_ + group_fill[group];
       group_fill[group] += counts_[i];
+      end_slot[windows_[i]] = next_slot[windows_[i]] + counts_[i];
     }
     int32_t token = 0;
     for_each_visible(image, [&](int32_t line, int32_t column) {
       const int32_t window = window_of(image, line, column);
       const int64_t slot = next_slot[window]++;
+      if (slot >= end_slot[window]) {
+        throw std::invalid_argument("visible was changed while its windows were packed");
+      }
       token_index[slot] = token++;
       window_id[slot] = window;
       const int32_t place = lines_.place[line] + columns_.place[column];

@@ -50,7 +50,7 @@ def report() -> str:
     lines += ["", "compiled modules of greenmim_kernels"]
     lines += _table(
         [
-            ("_C_partition", _importable("greenmim_kernels._partition")),
+            ("_C_partition", _importable("greenmim_kernels._planner")),
             ("_C", _loadable("_C")),
             ("_C_cuda", _loadable("_C_cuda")),
         ]

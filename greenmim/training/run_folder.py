@@ -365,6 +365,8 @@ def read_run_checkpoint(path: str | Path, command: str = "pretrain") -> dict[str
             f" ({state.get('greenmim')}), and this one goes on from format {RUN_VERSION} only;"
             " install that version."
         )
+    if missing := [name for name in ("images_per_update", "skipped") if name not in state]:
+        raise UserError(f"{path} is damaged: it lacks its {missing[0]}.")
     # As `--resume` follows links, so do the moments beside.
     moments = moments_folder(path.resolve())
     if not (moments / ".metadata").is_file():

@@ -111,7 +111,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_swells(tmp_path):
     torch.save({"model": {"a": torch.zeros(3)}}, tmp_path / "x.pth")
     bomb = zip_bomb((tmp_path / "x.pth").read_bytes(), random.Random(0))
     (tmp_path / "bomb.pth").write_bytes(bomb)
-    with pytest.raises(ValueError, match="it unpacks to"):
+    with pytest.raises(ValueError, match="it is a compressed zip"):
         load_checkpoint(tmp_path / "bomb.pth")
 
 
@@ -120,3 +120,21 @@ def test_a_block_with_a_huge_number_asks_for_no_network_of_as_many():
 
     with pytest.raises(ValueError, match="depths must be at most 1000"):
         ModelConfig(depths=(2, 2, 10**9, 2))
+
+
+def test_sizes_are_believed_as_far_as_there_are_weights_for_them(tmp_path):
+    sizes = {"embed_dim": 2048, "decoder_dim": 65536, "decoder_depth": 1000}
+    content = {
+        "format": "greenmim.pretrain", "step": 1, "epoch": 1.0, "steps_per_epoch": 1,
+        "model": {"a": torch.zeros(3)}, "recipe": {"model": sizes},
+    }  # fmt: skip
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="its sizes need [0-9]+ weights, it has 3"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_tensor_that_claims_more_than_its_file_is_found_at_any_depth(tmp_path):
+    inside = {"model": {"state": [{"a": torch.zeros(1).expand(10**6, 10**6)}]}}
+    torch.save(inside, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="its a claims 4000000000000 bytes"):
+        load_checkpoint(tmp_path / "x.pth")

@@ -278,7 +278,7 @@ def test_before_anything_is_built_it_starts():
         import sys
         class Unbuilt:
             def find_spec(self, name, *_):
-                if name == "greenmim_kernels._partition":
+                if name == "greenmim_kernels._planner":
                     raise ImportError(f"{name} is not built")
         sys.meta_path.insert(0, Unbuilt())
         from benchmarks import gpu_check

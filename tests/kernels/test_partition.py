@@ -6,6 +6,7 @@ GreenMIM code gives (Huang et al., NeurIPS 2022); in its unit masks 1 means hidd
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 
 from greenmim_kernels import (
     GroupPartition,
-    _partition,
+    _planner,
     group_partition,
     pack_windows,
     partition_capacity,
@@ -175,7 +176,7 @@ def test_group_size_of_least_cost(images):
         def cost(size, visible=visible, window=window):
             fixed = group_partition(visible, window, window // 2, group_size=size)
             used = int((fixed.window_id[:, :, 0] >= 0).sum())
-            return used * _partition.group_cost(size), fixed.num_groups * size, size
+            return used * _planner.group_cost(size), fixed.num_groups * size, size
 
         fullest = max(int(torch.bincount(ids[ids >= 0]).max()) for ids in part.window_id)
         sizes = range(math.ceil(fullest / 16) * 16, math.ceil(part.num_tokens / 16) * 16 + 1, 16)
@@ -416,3 +417,31 @@ def test_time_is_linear_in_images():
     few, many = step_grids(rng, images=32), step_grids(rng, images=256)
     # A quadratic planner would be 64 times slower.
     assert best_time(many, 10) < 3 * 8 * best_time(few, 10)
+
+
+def test_what_changes_while_it_is_packed_is_told(monkeypatch):
+    """Another thread may write to the array: nothing is written outside of the result."""
+    from greenmim_kernels import _planner
+
+    visible = np.zeros((14, 14), dtype=bool)
+    visible[:3] = True
+    real = _planner._fill
+
+    def fill(*arguments):
+        visible[:] = True
+        return real(*arguments)
+
+    monkeypatch.setattr(_planner, "_fill", fill)
+    with pytest.raises(ValueError, match="visible was changed while its windows were packed"):
+        group_partition(visible, window_size=7)
+
+
+def test_every_grouping_is_freed_and_memory_that_is_not_there_is_told(monkeypatch):
+    from greenmim_kernels import _planner
+
+    freed = []
+    real = _planner._free
+    monkeypatch.setattr(_planner, "_free", lambda grouping: (freed.append(1), real(grouping)))
+    group_partition(np.ones((7, 7), dtype=bool))
+    assert freed == [1]
+    assert isinstance(_planner._thrown(ctypes.create_string_buffer(8)), MemoryError)

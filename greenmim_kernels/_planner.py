@@ -12,8 +12,8 @@ import pathlib
 
 import numpy as np
 
-_FILE = next(pathlib.Path(__file__).parent.glob("_C_partition.*so"), None)
-if _FILE is None:
+_FILE = pathlib.Path(__file__).with_name("_C_partition.abi3.so")
+if not _FILE.exists():
     raise ImportError(
         "greenmim_kernels is not built here: this is its source folder, which Python takes before"
         " an installed package; leave the folder, or run `pip install -e .` in it."
