@@ -150,10 +150,10 @@ def put(rows: list[dict], row: dict, key: tuple[str, ...]) -> None:
 
     One that was not timed takes no figure's place, unless the result was wrong.
     """
-    not_timed = not row.get("reason", "wrong").startswith("wrong")
+    tells = "reason" not in row or row["reason"].startswith("wrong")
     for number, other in enumerate(rows):
         if all(other[name] == row[name] for name in key):
-            if not not_timed or "reason" in other:
+            if tells or "reason" in other:
                 rows[number] = row
             return
     rows.append(row)

@@ -97,7 +97,7 @@ def measured_rows(
             file: begun(save_reference, problem, variant.kind == "dense", device, file)
             for file, (problem, variant) in needed.items()
         }
-        failed = set()
+        failed = {}
         for file, child in references.items():
             try:
                 reason = child.hear()
@@ -105,10 +105,10 @@ def measured_rows(
                 reason = str(error)
             child.close()
             if reason:
-                failed.add(file)
-                for one in chosen:
-                    if file_of(*one) == file:
-                        save({**first_row(*one), "reason": f"no reference: {reason}"})
+                failed[file] = f"no reference: {reason}"
+        for one in chosen:
+            if reason := failed.get(file_of(*one)):
+                save({**first_row(*one), "reason": reason})
         if device == "cpu":
             left = [(variant, file_of(p, variant)) for p, variant in chosen]
             left = [(variant, file) for variant, file in left if file not in failed]

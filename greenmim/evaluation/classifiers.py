@@ -25,7 +25,8 @@ def knn_pieces(
     temperature: float = 0.07,
 ) -> Iterator[Tensor]:
     """As `knn_scores`, a few images at a time: float32 [b, K], whose rows follow one another."""
-    there = len(train) - (features is None)
+    leave_out = features is None
+    there = len(train) - leave_out
     if k > there:
         raise ValueError(f"k is {k} and there are {there} neighbours")
     train = F.normalize(train.float(), dim=1)
@@ -34,7 +35,7 @@ def knn_pieces(
     for start in range(0, len(features), rows):
         part = features[start : start + rows].to(train.device)
         similarity = part @ train.T
-        if features is train:
+        if leave_out:
             number = torch.arange(len(part), device=train.device)
             similarity[number, start + number] = -math.inf
         nearest, index = similarity.topk(k, dim=1)

@@ -36,6 +36,7 @@ from greenmim.tools.convert import convert_file
 from greenmim.tools.export import export, timm_line
 from greenmim.tools.loading import is_classifier, load_classifier, load_encoder, load_model
 from greenmim.tools.measured import ClassifiedData, read_as_trained
+from tests.archives import write_tar
 
 SIZES = {
     "image_size": 64, "window_size": 2, "embed_dim": 4, "depths": (1, 1, 1, 1),
@@ -281,17 +282,6 @@ def _can_write(suffix: str) -> bool:
     needs = {"webp": "webp", "jp2": "jpg_2000", "avif": "avif"}
     known = f".{suffix}" in IMAGE_SUFFIXES and _FORMATS[suffix] in Image.SAVE
     return known and (suffix not in needs or features.check(needs[suffix]))
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    import tarfile
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def _tar(folder: Path) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from crew import EVERY
 from PIL import Image
-from tar_files import encoded, name_of, write_tar
+from tar_files import encoded, name_of
 from train_pictures import coloured, picture
 from tuning import TINY as TUNING
+
+from tests.archives import write_tar
 
 TINY = """
 epochs: 2

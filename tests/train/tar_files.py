@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from pathlib import Path
 
 from PIL import Image
@@ -23,16 +22,6 @@ def encoded(number: int) -> bytes:
 
 def name_of(number: int) -> str:
     return f"{number:02d}.{('png', 'jpg')[number % 2]}"
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 ALL = {name_of(number): encoded(number) for number in range(12)}

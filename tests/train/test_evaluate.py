@@ -19,7 +19,7 @@ from crew import command, losses, records, run_crew
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from tar_files import encoded, name_of, source_of, write_tar
+from tar_files import encoded, name_of, source_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_pictures import COLOURS, coloured
 
@@ -42,6 +42,7 @@ from greenmim.mim import GreenMIM
 from greenmim.processes import Processes
 from greenmim.recipe import DataConfig
 from greenmim.tools.loading import load_encoder, load_model
+from tests.archives import write_tar
 
 # Others differ from these in width and depth alone; a SwinV2's weights do not tell its windows.
 SIZES = [

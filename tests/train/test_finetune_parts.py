@@ -15,7 +15,7 @@ import torch
 from crew import records
 from PIL import Image
 from recording import Recording
-from tar_files import encoded, write_tar
+from tar_files import encoded
 from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 from train_pictures import COLOURS, coloured
@@ -41,6 +41,7 @@ from greenmim.training import passes
 from greenmim.training.finetuning import Finetuning
 from greenmim.training.passes import GraphedPasses, Passes
 from greenmim.training.startup import learning_rate
+from tests.archives import write_tar
 
 # ---- timm's parts -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tar_files import ALL, read, source_of, write_tar
+from tar_files import ALL, read, source_of
 from test_augment import loader_of
 
 from greenmim.data import dataset as dataset_module
@@ -29,6 +29,7 @@ from greenmim.data.sources import Shards, open_shard
 from greenmim.data.tars import Opened
 from greenmim.guards import UserError
 from greenmim.recipe import DataConfig
+from tests.archives import write_tar
 
 # ---- what cannot be opened ----------------------------------------------------------------------
 

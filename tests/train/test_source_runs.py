@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from crew import losses, run_crew
-from tar_files import ALL, name_of, read, source_of, write_tar
+from tar_files import ALL, name_of, read, source_of
 
 from greenmim.cli import main
 from greenmim.data.dataset import AugmentedImages
@@ -19,6 +19,7 @@ from greenmim.data.sources import find_source, open_shard
 from greenmim.mim import GreenMIM
 from greenmim.pictures import Album
 from greenmim.recipe import DataConfig, MaskConfig, Recipe
+from tests.archives import write_tar
 
 # ---- runs ---------------------------------------------------------------------------------------
 

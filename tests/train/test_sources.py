@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tar_files import ALL, encoded, read, source_of, write_tar
+from tar_files import ALL, encoded, read, source_of
 
 from greenmim.config import ModelConfig
 from greenmim.data.dataset import AugmentedImages, Finish
@@ -23,6 +23,7 @@ from greenmim.data.tars import read_part
 from greenmim.guards import UserError
 from greenmim.planning import Planner
 from greenmim.recipe import DataConfig, MaskConfig
+from tests.archives import write_tar
 
 CONFIG = ModelConfig(
     image_size=(96, 64), window_size=2, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8)
