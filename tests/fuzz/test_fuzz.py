@@ -77,6 +77,26 @@ def test_a_planted_fault_is_found(plant, tmp_path, monkeypatch):
     assert [outcome.word for outcome in found] == [word], found
 
 
+def test_memory_is_seen_where_a_process_keeps_what_it_freed(tmp_path):
+    """As in a process that measured something before: the allocation would cost nothing new."""
+    code = """
+import sys, pathlib
+from greenmim_kernels.host_memory import keep_freed_memory
+keep_freed_memory()
+kept = [bytearray(2**20) for _ in range(700)]
+for one in kept: one[::4096] = bytes(256)
+del kept, one
+from tests.fuzz.__main__ import Fuzz, Kind
+make = lambda folder: (folder / "file.pth").write_bytes(b"")
+kind = Kind(make, lambda folder: bytearray(2**29).count(1), "file.pth")
+print([o.word for o in Fuzz(0, pathlib.Path(sys.argv[1]), {"planted": kind}).run([0])])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["['memory']"], done.stdout + done.stderr
+
+
 def test_cases_are_the_same_for_a_seed(tmp_path):
     from tests.fuzz.__main__ import Fuzz
     from tests.fuzz.kinds import KINDS
