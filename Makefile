@@ -87,7 +87,8 @@ gpu-check-steps: $(READY)
 
 # Of the sdist, not of this folder; libraries that come with torch stay there.
 dist-files:
-	rm -rf $(DIST) && mkdir -p $(DIST)/linux
+	rm -rf $(DIST)/linux $(DIST)/greenmim-*_$$(uname -m).whl $(DIST)/greenmim-*.tar.gz
+	mkdir -p $(DIST)/linux
 	MANYLINUX=1 $(RUN) -m build --no-isolation --outdir $(DIST)/linux .
 	mv $(DIST)/linux/*.tar.gz $(DIST)
 	PATH="$$(dirname $$(command -v $(RUN))):$$PATH" $(RUN) -m auditwheel repair --only-plat \

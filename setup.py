@@ -188,6 +188,8 @@ def main() -> None:
     if problem is None:
         built_for = f'-DGREENMIM_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
         nvcc = ["-O0", "-g", "-G"] if debug else ["-O3"]
+        # Else static variables of inline functions are shared with another build in the process.
+        nvcc.append("-Xcompiler=-fvisibility=hidden")
         modules.append(
             CUDAExtension(
                 "greenmim_kernels._C_cuda",

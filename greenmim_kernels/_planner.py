@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-import pathlib
 
 import numpy as np
 
-_FILE = pathlib.Path(__file__).with_name("_C_partition.abi3.so")
-if not _FILE.exists():
+from ._libraries import library_file
+
+_FILE = library_file("_C_partition")
+if _FILE is None:
     raise ImportError(
         "greenmim_kernels is not built here: this is its source folder, which Python takes before"
         " an installed package; leave the folder, or run `pip install -e .` in it."

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import pathlib
 import re
 from collections.abc import Iterator
 from operator import index
@@ -21,6 +20,7 @@ from operator import index
 import torch
 
 from . import automatic
+from ._libraries import library_file
 
 ENVIRONMENT_VARIABLE = "GREENMIM_BACKEND"
 OPERATORS = (
@@ -30,6 +30,8 @@ OPERATORS = (
     "group_window_attention",
     "sparse_depthwise_conv",
 )
+
+NO_CUDA = "this torch was built without CUDA"
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "greenmim_backend", default=None
@@ -70,20 +72,18 @@ BACKENDS = {
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
-def _library_file(name: str) -> pathlib.Path | None:
-    return next(pathlib.Path(__file__).parent.glob(f"{name}.*so"), None)
-
-
 @functools.cache
 def load_library(name: str) -> str | None:
     """Load the compiled module `_C` or `_C_cuda`; None, or the reason why it cannot be used."""
-    file = _library_file(name)
+    file = library_file(name)
+    if name == "_C_cuda" and torch.version.cuda is None:
+        return NO_CUDA
     if file is None:
         return f"greenmim_kernels.{name} was not built; the build log says why"
     try:
         torch.ops.load_library(str(file))
     except OSError as error:
-        return f"greenmim_kernels.{name} does not load: {error}"
+        return f"greenmim_kernels.{name} does not load: {error.__cause__ or error}"
     return None
 
 
@@ -98,7 +98,7 @@ def cpu_capability() -> str:
     """
     if reason := load_library("_C"):
         raise RuntimeError(reason)
-    library = ctypes.CDLL(str(_library_file("_C")))
+    library = ctypes.CDLL(str(library_file("_C")))
     for function in (library.greenmim_cpu_capability, library.greenmim_cpu_capability_problem):
         function.restype = ctypes.c_char_p
     name = library.greenmim_cpu_capability()
@@ -125,7 +125,7 @@ def _unusable(name: str, device: torch.device | None = None) -> str | None:
             return str(error)
     if name == "cuda":
         if torch.version.cuda is None:
-            return "this torch was built without CUDA"
+            return NO_CUDA
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
         return load_library("_C_cuda") or _not_built_for(
@@ -146,7 +146,7 @@ def _unusable(name: str, device: torch.device | None = None) -> str | None:
 @functools.cache
 def cuda_architectures() -> tuple[str, ...]:
     """What _C_cuda was compiled for, such as ("8.0", "9.0", "12.0+PTX")."""
-    library = ctypes.CDLL(str(_library_file("_C_cuda")))
+    library = ctypes.CDLL(str(library_file("_C_cuda")))
     library.greenmim_cuda_architectures.restype = ctypes.c_char_p
     names = library.greenmim_cuda_architectures().decode()
     return tuple(names.replace(" ", ";").strip(";").split(";"))
@@ -338,6 +338,6 @@ def _cuda_has_room(
 
 @functools.cache
 def _cuda_fits(device: int, dtype: torch.dtype, *sizes: int) -> bool:
-    library = ctypes.CDLL(str(_library_file("_C_cuda")))
+    library = ctypes.CDLL(str(library_file("_C_cuda")))
     element = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
     return bool(library.greenmim_cuda_fits(device, element, *map(ctypes.c_int64, sizes)))

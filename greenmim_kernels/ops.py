@@ -1,10 +1,10 @@
 """Registration of the operators: schema, shape rule and autograd rule of each, once.
 
-The schemas live in the namespace ``greenmim``. The compiled modules only add kernels: ``_C`` under
-the CPU key, ``_C_cuda`` under the CUDA key, and the dispatcher picks by device. Triton's kernels
-stand beside them under names of their own, ``<operator>_triton``, with the same rules; which of the
-two is called is decided in Python. Backward passes are operators of their own. Conventions of every
-schema:
+The schemas live in the namespace ``greenmim`` (`_ops`). The compiled modules only add kernels:
+``_C`` under the CPU key, ``_C_cuda`` under the CUDA key, and the dispatcher picks by device.
+Triton's kernels stand beside them under names of their own, ``<operator>_triton``, with the same
+rules; which of the two is called is decided in Python. Backward passes are operators of their own.
+Conventions of every schema:
 
 - qkv [B, G, S, 3C]; q [B, N, 3C] holding k and v too, which are then None, or each of them
   [B, N, heads, D], with any strides but the last;
@@ -27,9 +27,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .reference import accumulation_dtype, with_rows
 
-NAMESPACE = "greenmim"
 _WINDOWS = (
     "Tensor window_id, Tensor query_row, Tensor key_row, int num_heads, int window_slots,"
     " float scale"
@@ -81,7 +81,7 @@ def _triton_kernel(name: str) -> Callable:
     return call
 
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(ops.name, "DEF")
 for _name, _schema in SCHEMAS.items():
     for _variant in VARIANTS:
         _library.define(_name + _variant + _schema)
@@ -91,7 +91,7 @@ for _name, _schema in SCHEMAS.items():
 
 def operator(name: str, variant: str = "") -> Callable:
     """The registered operator, for example ``operator("group_gather", "_triton")``."""
-    return getattr(getattr(torch.ops, NAMESPACE), name + variant).default
+    return getattr(ops, name + variant).default
 
 
 def _on_one_device(name: str, fake: Callable) -> Callable:
@@ -115,7 +115,7 @@ def _on_one_device(name: str, fake: Callable) -> Callable:
 def _register(
     name: str, variant: str, fake: Callable, backward: Callable, setup_context: Callable
 ) -> None:
-    qualified = f"{NAMESPACE}::{name}{variant}"
+    qualified = add_op_namespace_prefix(name + variant)
     torch.library.register_fake(qualified, _on_one_device(name, fake))
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
 
@@ -373,7 +373,7 @@ _linear_rules: dict[str, Callable] = {
     "onednn_mlp_backward": _mlp_backward_fake,
 }
 for _name, _fake in _linear_rules.items():
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _on_one_device(_name, _fake))
+    torch.library.register_fake(add_op_namespace_prefix(_name), _on_one_device(_name, _fake))
 
 
 def _needed(grad: Tensor, shapes: tuple, needed: tuple[bool, ...]) -> tuple[Tensor, ...]:

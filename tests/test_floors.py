@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # know each other.
 FLOORS = [
     ["greenmim_kernels._C_partition", "greenmim_kernels._C", "greenmim_kernels._C_cuda"],
+    ["greenmim_kernels._libraries", "greenmim_kernels._ops"],
     ["greenmim_kernels._planner"],
     [
         "greenmim_kernels.partition",
@@ -44,7 +45,7 @@ FLOORS = [
     ["greenmim_kernels.modules", "greenmim_kernels.testing", "greenmim_kernels.onednn"],
     ["greenmim_kernels.integrations.grids", "greenmim_kernels.integrations.readers"],
     ["greenmim_kernels.integrations.attention"],
-    ["greenmim_kernels.integrations.blocks"],
+    ["greenmim_kernels.integrations.blocks", "greenmim_kernels.layers"],
     ["greenmim_kernels.integrations.fuse"],
     ["greenmim_kernels.integrations"],
     ["greenmim_kernels"],

@@ -1,7 +1,6 @@
 // group_gather and group_scatter for CPU tensors: copies of whole rows, of any element type.
 #include "../checks.h"
-
-#include <torch/csrc/stable/library.h>
+#include "../library.h"
 
 #include <algorithm>
 #include <cstring>
@@ -98,7 +97,7 @@ Tensor group_scatter(const Tensor& x_any, const Tensor& token_index_any, int64_t
 
 }  // namespace greenmim::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(greenmim, CPU, m) {
+GREENMIM_LIBRARY_IMPL(CPU, m) {
   m.impl("group_gather", TORCH_BOX(&greenmim::cpu::group_gather));
   m.impl("group_scatter", TORCH_BOX(&greenmim::cpu::group_scatter));
 }

@@ -6,11 +6,10 @@
 // of the tasks for the bias table are added in a fixed order, so the result does not depend on the
 // number of threads.
 #include "../checks.h"
+#include "../library.h"
 #include "capability.h"
 #include "storage.h"
 #include "windows.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <cstring>
 #include <memory>
@@ -362,7 +361,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_window_attention_backwa
 
 }  // namespace greenmim::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(greenmim, CPU, m) {
+GREENMIM_LIBRARY_IMPL(CPU, m) {
   m.impl("block_diagonal_attention", TORCH_BOX(&greenmim::cpu::block_diagonal_attention));
   m.impl("block_diagonal_attention_backward",
          TORCH_BOX(&greenmim::cpu::block_diagonal_attention_backward));

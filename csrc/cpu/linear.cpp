@@ -6,9 +6,8 @@
 // runs on one thread, ours takes the bias's gradient along. The two layers of an MLP are an operator,
 // too, whose GELU has its backward pass within that copy.
 #include "../checks.h"
+#include "../library.h"
 #include "capability.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
@@ -247,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> onednn_mlp_backward(
 
 }  // namespace greenmim::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(greenmim, CPU, m) {
+GREENMIM_LIBRARY_IMPL(CPU, m) {
   m.impl("onednn_linear", TORCH_BOX(&greenmim::cpu::onednn_linear));
   m.impl("onednn_linear_backward", TORCH_BOX(&greenmim::cpu::onednn_linear_backward));
   m.impl("onednn_mlp", TORCH_BOX(&greenmim::cpu::onednn_mlp));

@@ -3,10 +3,9 @@
 // How tokens are cut into tasks depends on their number alone, and the sums of the tasks are added in a
 // fixed order, so the result does not depend on the number of threads.
 #include "../checks.h"
+#include "../library.h"
 #include "capability.h"
 #include "storage.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <tuple>
@@ -153,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_depthwise_conv_backward(
 
 }  // namespace greenmim::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(greenmim, CPU, m) {
+GREENMIM_LIBRARY_IMPL(CPU, m) {
   m.impl("sparse_depthwise_conv", TORCH_BOX(&greenmim::cpu::sparse_depthwise_conv));
   m.impl("sparse_depthwise_conv_backward",
          TORCH_BOX(&greenmim::cpu::sparse_depthwise_conv_backward));

@@ -1,9 +1,8 @@
 // group_gather and group_scatter for CUDA tensors.
 #include "../checks.h"
+#include "../library.h"
 #include "group_gather.cuh"
 #include "stream.h"
-
-#include <torch/csrc/stable/library.h>
 
 namespace greenmim::cuda {
 
@@ -53,7 +52,7 @@ Tensor group_scatter(const Tensor& x_any, const Tensor& token_index, int64_t num
 
 }  // namespace greenmim::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(greenmim, CUDA, m) {
+GREENMIM_LIBRARY_IMPL(CUDA, m) {
   m.impl("group_gather", TORCH_BOX(&greenmim::cuda::group_gather));
   m.impl("group_scatter", TORCH_BOX(&greenmim::cuda::group_scatter));
 }

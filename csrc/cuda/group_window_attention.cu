@@ -1,13 +1,12 @@
 // block_diagonal_attention and group_window_attention for CUDA tensors. The two differ only in where
 // a token's row lies: in the row-major order of the visible tokens, or in its slot of its group.
 #include "../checks.h"
+#include "../library.h"
 #include "attention.h"
 #include "primitives.cuh"
 #include "stream.h"
 #include "table_gradient.cuh"
 #include "tensors.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <limits>
 #include <optional>
@@ -332,7 +331,7 @@ bool fits(int device, ScalarType type, int64_t head_dim, int64_t slots, int64_t 
 
 }  // namespace greenmim::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(greenmim, CUDA, m) {
+GREENMIM_LIBRARY_IMPL(CUDA, m) {
   m.impl("block_diagonal_attention", TORCH_BOX(&greenmim::cuda::block_diagonal_attention));
   m.impl("block_diagonal_attention_backward",
          TORCH_BOX(&greenmim::cuda::block_diagonal_attention_backward));
@@ -349,7 +348,10 @@ extern "C" __attribute__((visibility("default"))) int greenmim_cuda_fits(
   return greenmim::cuda::fits(device, types[element], head_dim, slots, table_rows);
 }
 
-// What the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST.
+// What the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty where another build keeps it.
+#ifndef GREENMIM_ARCHITECTURES
+#define GREENMIM_ARCHITECTURES ""
+#endif
 extern "C" __attribute__((visibility("default"))) const char* greenmim_cuda_architectures() {
   return GREENMIM_ARCHITECTURES;
 }

@@ -1,10 +1,9 @@
 // sparse_depthwise_conv for CUDA tensors.
 #include "../checks.h"
+#include "../library.h"
 #include "sparse_depthwise_conv.cuh"
 #include "stream.h"
 #include "tensors.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
@@ -120,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_depthwise_conv_backward(
 
 }  // namespace greenmim::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(greenmim, CUDA, m) {
+GREENMIM_LIBRARY_IMPL(CUDA, m) {
   m.impl("sparse_depthwise_conv", TORCH_BOX(&greenmim::cuda::sparse_depthwise_conv));
   m.impl("sparse_depthwise_conv_backward", TORCH_BOX(&greenmim::cuda::sparse_depthwise_conv_backward));
 }

@@ -39,8 +39,9 @@ else:
 
 
 class Fused(_Original):
-    """What every fused module is; `unfused` is what its class was made by."""
+    """What every fused module is; `unfused` is what its class was made of."""
 
+    reader: Swin
     unfused: tuple[type[nn.Module], type[Fused], bool, bool]
 
     def __reduce_ex__(self, protocol):
@@ -67,6 +68,15 @@ def _new(*unfused) -> nn.Module:
     return made.__new__(made)
 
 
+def made_of(m: nn.Module) -> tuple[type[nn.Module], type[Fused], bool, bool]:
+    """A fused module's `unfused`; others are transformers' SwinAttention, called from `layers`."""
+    return getattr(m, "unfused", None) or (type(m), FusedHuggingFaceSwinAttention, True, False)
+
+
+def reader_of(m: nn.Module) -> Swin:
+    return made_of(m)[1].reader
+
+
 # --- fused modules ------------------------------------------------------------------------------
 
 
@@ -75,8 +85,6 @@ class FusedAttention(Fused):
 
     A GridPartition may stand in the place of the mask; x is then [B, N, C].
     """
-
-    reader: Swin
 
     def forward(self, x: Tensor, mask: Tensor | GridPartition | None = None, *more, **options):
         if not asks_more(self, *more, *options.values()):
@@ -146,7 +154,7 @@ def attend(m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None) -> Tens
 
 def attend_in(m: nn.Module, x: Tensor, part: GroupPartition, pads: bool = False) -> Tensor:
     """x [B, N, C] -> [B, N, C]; pads: whether there is padding that attends."""
-    read = m.reader
+    read = reader_of(m)
     number, _ = read.heads(m)
     padding = read.of_padding(m, x) if pads else None
     qkv, table, scale = read.qkv(m, x), read.table(m), read.scale(m)
@@ -160,9 +168,9 @@ def may_take(m: nn.Module, x: Tensor) -> bool:
     """Whether the kernels do a fused module's call, if a partition of it fits; says why not."""
     if isinstance(x, torch.fx.Proxy):
         return False  # the library's code is what is traced
-    if m.training and m.reader.dropout(m) > 0:
+    if m.training and reader_of(m).dropout(m) > 0:
         return say_once(m, "attention dropout is above 0 in training")
-    if m.reader.shows_maps(m):
+    if reader_of(m).shows_maps(m):
         return say_once(m, "a hook looks at attention maps")
     usable = candidates("group_window_attention", x.device, x.dtype)
     if usable == ("reference",) and not is_forced():
@@ -172,7 +180,7 @@ def may_take(m: nn.Module, x: Tensor) -> bool:
 
 def takes(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
     """Whether a kernel has room for its heads and groups; says so if not."""
-    _, head_dim = m.reader.heads(m)
+    _, head_dim = reader_of(m).heads(m)
     backend = choose_backend(
         "group_window_attention", x.device, x.dtype, head_dim, part.group_size, part.table_rows
     )
@@ -199,7 +207,7 @@ _said: set[tuple[str, str]] = set()
 
 def say_once(m: nn.Module, reason: str, detail: str = "") -> bool:
     """Warns that calls go to the original's code; returns False."""
-    return _say(m.unfused[0].__name__, reason, detail)
+    return _say(made_of(m)[0].__name__, reason, detail)
 
 
 # Dynamo takes the answer as a constant, so that it is said while tracing.
@@ -229,8 +237,8 @@ _captured: list[GroupPartition] = []  # what CUDA graphs read
 
 
 def _partition(m: nn.Module, x: Tensor, mask: Tensor | None) -> GroupPartition | None:
-    slots, window = x.shape[1], m.reader.window(m)
-    _, _, plain_index, partial = m.unfused
+    slots, window = x.shape[1], reader_of(m).window(m)
+    _, _, plain_index, partial = made_of(m)
     if slots > math.prod(window) or (slots < math.prod(window) and not partial):
         say_once(m, "windows of other sizes than its bias is for")
         return None
@@ -256,7 +264,7 @@ def _partition(m: nn.Module, x: Tensor, mask: Tensor | None) -> GroupPartition |
 
 def _last_or_cut(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartition:
     last = _last.get(m)
-    versions = _version(mask), _version(None if m.unfused[2] else m.relative_position_index)
+    versions = _version(mask), _version(None if made_of(m)[2] else m.relative_position_index)
     if last is not None and (last.slots, last.versions) == (slots, versions):
         is_same = (
             last.mask is None if mask is None else last.mask is not None and last.mask() is mask
@@ -281,7 +289,7 @@ def _version(x: Tensor | None) -> int | None:
 
 def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupPartition:
     """trusted: a mask that cuts no windows into segments fails later, on its device."""
-    window: tuple | None = tuple(m.reader.window(m))
+    window: tuple | None = tuple(reader_of(m).window(m))
     index, windows = None, 1
     if mask is not None:
         windows, attends = mask.shape[0], mask == 0
@@ -293,7 +301,7 @@ def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupP
             torch._assert_async(excludes & is_cut, "the mask cuts no windows into segments")
         elif not excludes:
             raise ValueError("it has values other than 0 and -100")
-    _, _, plain_index, _ = m.unfused
+    _, _, plain_index, _ = made_of(m)
     if not plain_index:
         window, index = None, index_matrix(m)[:slots, :slots]
     of_device: Any = index if mask is None else mask
@@ -306,7 +314,7 @@ def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupP
         num_tokens=windows * slots if trusted else None,
     )
     # Not every row of a table need be in an index.
-    return part if plain_index else replace(part, table_rows=m.reader.table(m).shape[0])
+    return part if plain_index else replace(part, table_rows=reader_of(m).table(m).shape[0])
 
 
 def has_plain_index(m: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .._ops import add_op_namespace_prefix
 from ..partition import GroupPartition, table_rows
 from ..windows import partition_from_windows
 
@@ -67,7 +68,7 @@ def grid_partition(
 
 
 # As an operator a graph calls it, and a mode with tensors of its own sees it.
-@torch.library.custom_op("greenmim::grid_partition", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("grid_partition"), mutates_args=())
 def _as_operator(
     grid: Sequence[int],
     window: Sequence[int],

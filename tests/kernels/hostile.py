@@ -275,7 +275,7 @@ def main(library: str) -> None:
     """All, with the kernels of a build of `_C` that was loaded (see sanitized.py)."""
     torch.set_num_threads(1)
     file = pathlib.Path(library)
-    backends._library_file = lambda name: file if name == "_C" else None
+    backends.library_file = lambda name: file if name == "_C" else None
     backends.cpu_capability()
     counts = run_attacks(ALL)
     layouts_change_nothing(ALL)

@@ -1,0 +1,10 @@
+"""Where the compiled modules are. A build for the Hugging Face Hub has a file of its own here."""
+
+from __future__ import annotations
+
+import pathlib
+
+
+def library_file(name: str) -> pathlib.Path | None:
+    """The file of ``_C``, ``_C_cuda`` or ``_C_partition``; None if it was not built."""
+    return next(pathlib.Path(__file__).parent.glob(f"{name}.*so"), None)
