@@ -108,6 +108,7 @@ def arm_python(session: nox.Session) -> str:
     system, environment = ROOT / "build" / "arm" / "system", ROOT / "build" / "arm" / "venv"
     if not (system / "usr" / "bin" / "python3.11").exists():
         shutil.rmtree(system, ignore_errors=True)
+        system.parent.mkdir(parents=True, exist_ok=True)
         packages = "python3,python3-distutils,libgomp1,libstdc++6"
         needed = ("--variant=extract", "--arch=arm64", f"--include={packages}", "bookworm")
         session.run("mmdebstrap", *needed, str(system), external=True)
