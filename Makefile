@@ -60,6 +60,7 @@ $(VENV)/.torch:
 # An editable install, built against the torch that was just chosen.
 $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 	$(RUN) -m pip install --quiet "setuptools>=77" ninja numpy
+	@echo "compiling the kernels: a minute; where nvcc is found, CUDA for five GPUs, a quarter of an hour (USE_CUDA=0: not)"
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,demo]"
 	@touch $@
 

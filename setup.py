@@ -55,6 +55,11 @@ def toolkit_of_nvcc() -> str | None:
     return str(here.resolve())
 
 
+def toolkit() -> str | None:
+    """The CUDA toolkit to build with, if there is one."""
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or toolkit_of_nvcc()
+
+
 def toolkit_problem(home: str | None, torch_cuda: str | None) -> str | None:
     """One sentence that says why the CUDA module cannot be built, or None."""
     if torch_cuda is None:
@@ -140,7 +145,7 @@ def main() -> None:
     if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
         stop(f"torch 2.11 or newer is needed, found {torch.__version__}.")
     if use_cuda != "0":
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or toolkit_of_nvcc()
+        home = toolkit()
         problem = toolkit_problem(home, torch.version.cuda)
         if problem is None:
             # torch reads both when its build helpers are imported, so this comes first.
@@ -204,7 +209,13 @@ def main() -> None:
         )
     if wanted := os.environ.get("MODULES", "").split():
         modules = [module for module in modules if module.name.split(".")[-1] in wanted]
-    setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
+    setup(
+        ext_modules=modules,
+        cmdclass={"build_ext": BuildExtension},
+        # One wheel for every version of Python: nothing that is compiled knows of any.
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,7 @@ def load_library(name: str) -> str | None:
     if name == "_C_cuda" and torch.version.cuda is None:
         return NO_CUDA
     if file is None:
-        return f"greenmim_kernels.{name} was not built; the build log says why"
+        return f"greenmim_kernels.{name} was not built; the build log (pip install -v) says why"
     try:
         torch.ops.load_library(str(file))
     except OSError as error:

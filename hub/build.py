@@ -21,11 +21,12 @@ import subprocess
 import tempfile
 from typing import NoReturn
 
+from setup import CUDA_ARCHITECTURES, STABLE_ABI, toolkit, toolkit_problem
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAME, PYTHON_NAME, VERSION = "greenmim-kernels", "greenmim_kernels", 0
-TORCH = "2.11"  # the oldest whose stable ABI the sources use
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-CAPABILITIES = ["8.0", "8.6", "9.0", "10.0", "12.0+PTX"]
+TORCH = "2.11"  # of STABLE_ABI
+CAPABILITIES = CUDA_ARCHITECTURES.split(";")
 # kernel-builder writes an `_ops` of its own, LIBRARIES stands in the place of `_libraries`, and the
 # others are for whoever works on the kernels.
 LEFT_OUT = {
@@ -201,10 +202,16 @@ def unique_name(project: pathlib.Path, backend: str) -> str:
 
 def build(project: pathlib.Path, backend: str) -> pathlib.Path:
     """The folder of a build under project/build, as on the Hub."""
-    import torch
-
-    if backend == "cuda" and torch.version.cuda is None:
-        stop("this torch was built without CUDA: install one with it, or build for the CPU.")
+    try:
+        import torch
+    except ImportError:
+        stop("torch is needed to build: install it.")
+    if backend == "cuda":
+        home = toolkit()
+        if problem := toolkit_problem(home, torch.version.cuda):
+            stop(f"{problem}.")
+        # torch reads both when its build helpers are imported.
+        os.environ["CUDA_HOME"], os.environ["TORCH_CUDA_ARCH_LIST"] = home, CUDA_ARCHITECTURES
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         stop("there is no C++ compiler: install g++, or name one in CXX.")
     from setuptools import Distribution
@@ -229,7 +236,6 @@ def build(project: pathlib.Path, backend: str) -> pathlib.Path:
         kind = CppExtension
         if backend == "cuda":
             kind = CUDAExtension
-            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(CAPABILITIES)
             flags = {compiler: [*given, "-DUSE_CUDA"] for compiler, given in flags.items()}
         extension = kind(
             name,

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+import setup as setup_py
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -71,13 +73,6 @@ def test_a_missing_or_wrong_toolkit_is_one_sentence(tmp_path):
     assert "is CUDA 9.2" in done.stderr
 
 
-def functions_of_setup() -> dict:
-    source = (ROOT / "setup.py").read_text().removesuffix("main()\n")
-    names: dict = {"__file__": str(ROOT / "setup.py")}
-    exec(compile(source, "setup.py", "exec"), names)
-    return names
-
-
 @pytest.mark.parametrize(
     ("listed", "built", "dropped"),
     [
@@ -98,7 +93,7 @@ def test_architectures_older_than_the_kernels_are_left_out(
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\nprintf 'compute_75\\ncompute_80\\ncompute_90\\n'\n")
     nvcc.chmod(0o755)
-    choose = functions_of_setup()["chosen_architectures"]
+    choose = setup_py.chosen_architectures
     assert choose(str(tmp_path), listed, False) == built
     line = f"{dropped} of TORCH_CUDA_ARCH_LIST left out: the kernels need 8.0 or newer"
     assert capsys.readouterr().err.splitlines() == ([f"greenmim build: {line}"] if dropped else [])
@@ -129,10 +124,9 @@ def test_architectures_that_the_toolkit_does_not_know_are_left_out(tmp_path):
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_90\\n'\n")
     nvcc.chmod(0o755)
-    names = functions_of_setup()
-    assert names["architectures"](str(tmp_path)) == "8.0;8.6;9.0+PTX"
+    assert setup_py.architectures(str(tmp_path)) == "8.0;8.6;9.0+PTX"
     nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\ncompute_100\\ncompute_120\\n'\n")
-    assert names["architectures"](str(tmp_path)) == "8.0;9.0;10.0;12.0+PTX"
+    assert setup_py.architectures(str(tmp_path)) == "8.0;9.0;10.0;12.0+PTX"
 
 
 def test_the_sources_build_against_the_oldest_torch():

@@ -12,7 +12,7 @@ from greenmim.config import ModelConfig
 from greenmim.data.labelled import CROP
 from greenmim.encoders import encoder_class
 from greenmim.guards import UserError
-from greenmim.initial import safetensors_facts
+from greenmim.initial import safetensors_facts, value_of
 from greenmim.messages import listed
 from greenmim.tools.loading import is_classifier, load_classifier, load_model
 
@@ -119,13 +119,16 @@ def timm_line(facts: dict[str, str], file: str | Path) -> str:
     Args:
         facts: As `metadata` gives them.
         file: The file.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: what `metadata` did not give.
     """
-    arguments = json.loads(facts["timm"])
+    arguments = value_of(facts, "timm")
     name, classes = arguments.pop("model_name"), arguments.pop("num_classes", 0)
     # Not checkpoint_path, which takes tables of timm's own window and image size alone.
-    overlay: dict = {"file": str(file), "input_size": (3, *json.loads(facts["image_size"]))}
+    overlay: dict = {"file": str(file), "input_size": (3, *value_of(facts, "image_size"))}
     overlay |= {"interpolation": "bicubic", "crop_pct": CROP}
-    overlay |= {key: tuple(json.loads(facts[key])) for key in ("mean", "std") if key in facts}
+    overlay |= {key: tuple(value_of(facts, key)) for key in ("mean", "std") if key in facts}
     if classes:
         overlay["num_classes"] = classes
     words = "".join(f", {key}={value!r}" for key, value in arguments.items())

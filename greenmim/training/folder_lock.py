@@ -113,7 +113,7 @@ class FolderLock:
     def _shown(self) -> dict[str, Any]:
         try:
             return json.loads(self.holder.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
 
     def _must_show(self, shown: dict[str, Any]) -> None:

@@ -196,7 +196,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl; a last line cut off by a crash is left out."""
     records = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
             records.append(json.loads(line))
     return records
 

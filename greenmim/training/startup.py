@@ -301,12 +301,13 @@ def precision_of(recipe: RunRecipe, device: torch.device) -> torch.dtype:
 def _facts(run: Run) -> list[str]:
     recipe, sampler, size = run.recipe, run.sampler, run.processes.world.size
     precision = str(run.precision).removeprefix("torch.")
+    left_out = "none" if not sampler.left_out else f"{sampler.left_out}, others each epoch"
     spread = f", {size} processes ({recipe.strategy})" if size > 1 else ""
     return [
         f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters on"
         f" {run.processes.device.type} in {precision}{spread}; the run is in {recipe.work_dir}",
         f"{sampler.positions} images per epoch = {sampler.updates_per_epoch} updates of"
         f" {sampler.images_per_update} ({recipe.data.batch_size} x {recipe.optim.accumulate}"
-        f" accumulated x {size} processes), {sampler.left_out} left out, others each epoch",
+        f" accumulated x {size} processes); left out: {left_out}",
         run.rates[2],
     ]
