@@ -97,7 +97,7 @@ def test_any_number_of_processes_gives_the_same_run(
 ) -> None:
     text = run_crew(command(tmp_path / "run", size, *MORE, *more), size, tmp_path)
     assert_close(tmp_path / "run", alone)
-    assert f"updates of 8 (2 x {4 // size} accumulated x {size} processes), 4 left out" in text
+    assert f"updates of 8 (2 x {4 // size} accumulated x {size} processes); left out: 4," in text
     start = read_log(tmp_path / "run" / "log.jsonl")[0]
     assert start["processes"] == size and start["left_out_per_epoch"] == 4
 

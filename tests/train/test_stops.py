@@ -72,13 +72,13 @@ def test_the_first_signal_stays_and_nohup_is_respected() -> None:
 
 
 STARTER = """
-import os, pathlib, sys
-from greenmim.cli import main
+import os, pathlib
+from greenmim.__main__ import script
 
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 name = f"pid_{attempt}_{os.environ['RANK']}"
 pathlib.Path(__file__).with_name(name).write_text(str(os.getpid()))
-sys.exit(main())
+script()
 """
 
 
