@@ -127,13 +127,11 @@ def arm_python(session: nox.Session) -> str:
 
 @nox.session
 def arm(session: nox.Session) -> None:
-    """A wheel for Arm into dist/, cross-compiled, and the kernels' tests on an emulated processor.
-
-    On Debian 12: apt install g++-aarch64-linux-gnu qemu-user mmdebstrap
-    """
+    """A wheel for Arm into dist/, cross-compiled; the kernels' tests on an emulated processor."""
     for program in ("aarch64-linux-gnu-g++", "qemu-aarch64", "mmdebstrap"):
         if shutil.which(program) is None:
-            session.error(f"{program} is missing: {arm.__doc__.splitlines()[-2].strip()}")
+            packages = "g++-aarch64-linux-gnu qemu-user mmdebstrap"
+            session.error(f"{program} is missing: on Debian 12, apt install {packages}")
     python = arm_python(session)
     environment = {
         "PATH": f"{pathlib.Path(python).parent}:{session.bin}:{os.environ['PATH']}",

@@ -301,7 +301,7 @@ def precision_of(recipe: RunRecipe, device: torch.device) -> torch.dtype:
 def _facts(run: Run) -> list[str]:
     recipe, sampler, size = run.recipe, run.sampler, run.processes.world.size
     precision = str(run.precision).removeprefix("torch.")
-    left_out = "none" if not sampler.left_out else f"{sampler.left_out}, others each epoch"
+    left_out = f"{sampler.left_out}, others each epoch" if sampler.left_out else "none"
     spread = f", {size} processes ({recipe.strategy})" if size > 1 else ""
     return [
         f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters on"

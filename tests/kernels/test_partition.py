@@ -421,8 +421,6 @@ def test_time_is_linear_in_images():
 
 def test_what_changes_while_it_is_packed_is_told(monkeypatch):
     """Another thread may write to the array: nothing is written outside of the result."""
-    from greenmim_kernels import _planner
-
     visible = np.zeros((14, 14), dtype=bool)
     visible[:3] = True
     real = _planner._fill
@@ -437,8 +435,6 @@ def test_what_changes_while_it_is_packed_is_told(monkeypatch):
 
 
 def test_every_grouping_is_freed_and_memory_that_is_not_there_is_told(monkeypatch):
-    from greenmim_kernels import _planner
-
     freed = []
     real = _planner._free
     monkeypatch.setattr(_planner, "_free", lambda grouping: (freed.append(1), real(grouping)))

@@ -116,8 +116,8 @@ def test_torchrun_names_the_cause(tiny: Path, photos: Path, tmp_path: Path) -> N
     """Of an error that only one process has: recorded for its table, once."""
     (tmp_path / "start.py").write_text(
         """
-import os, sys
-from greenmim.cli import main
+import os
+from greenmim.__main__ import script
 from greenmim.training.train import Trainer
 
 def update(self, step):
@@ -125,7 +125,7 @@ def update(self, step):
 
 if os.environ["RANK"] == "1":
     Trainer.update = update
-sys.exit(main())
+script()
 """
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
