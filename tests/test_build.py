@@ -15,9 +15,16 @@ import setup as setup_py
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+# Of whoever runs the tests, as in `USE_CUDA=0 make test`.
+SWITCHES = {
+    "USE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS", "DEBUG", "MANYLINUX",
+    "MODULES",
+}  # fmt: skip
+
+
 def setup(**environment: str) -> subprocess.CompletedProcess:
     """`setup.py --name` evaluates every switch and builds nothing."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+    kept = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     return subprocess.run(
         [sys.executable, "setup.py", "--name"],
         cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True,
