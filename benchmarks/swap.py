@@ -84,7 +84,7 @@ def _monai(whole: bool, sdpa: bool = False) -> nn.Module:
 _of = functools.partial
 
 
-def _timm_swin(name: str, image: int) -> Problem:
+def _timm_problem(name: str, image: int) -> Problem:
     settings = {
         key: _of(_timm, name, sdpa, img_size=image)
         for key, sdpa in (("eager", False), ("sdpa", True))
@@ -93,8 +93,8 @@ def _timm_swin(name: str, image: int) -> Problem:
 
 
 PROBLEMS = {
-    "timm-swin-t-224": _timm_swin("swin_tiny_patch4_window7_224", 224),
-    "timm-swin-t-256-padded": _timm_swin("swin_tiny_patch4_window7_224", 256),
+    "timm-swin-t-224": _timm_problem("swin_tiny_patch4_window7_224", 224),
+    "timm-swin-t-256-padded": _timm_problem("swin_tiny_patch4_window7_224", 256),
     "timm-swinv2-t-256": Problem(
         "timm", {"eager": _of(_timm, "swinv2_tiny_window8_256")}, (3, 256, 256)
     ),
@@ -103,6 +103,10 @@ PROBLEMS = {
     ),
     "torchvision-swin-v2-t-256": Problem(
         "torchvision", {"eager": _of(_torchvision, "swin_v2_t")}, (3, 256, 256)
+    ),
+    "timm-maxvit-t-224": _timm_problem("maxvit_tiny_tf_224", 224),
+    "torchvision-maxvit-t-224": Problem(
+        "torchvision", {"eager": _of(_torchvision, "maxvit_t")}, (3, 224, 224)
     ),
     "transformers-swin-t-224": Problem(
         "transformers",
@@ -123,7 +127,7 @@ PROBLEMS = {
     },
 }
 # What a GPU is for; on a CPU they take long.
-GPU_PROBLEMS = {"timm-swin-b-224": _timm_swin("swin_base_patch4_window7_224", 224)}
+GPU_PROBLEMS = {"timm-swin-b-224": _timm_problem("swin_base_patch4_window7_224", 224)}
 
 
 def main_output(out) -> Tensor:

@@ -29,6 +29,8 @@ from .readers import (
     HuggingFaceSwinV2,
     Swin,
     SwinV2,
+    TimmMaxVit,
+    TorchvisionMaxVit,
 )
 
 # What a fused module's other base is.
@@ -98,7 +100,7 @@ class FusedAttention(Fused):
         if f"{prefix}relative_position_index" not in state_dict:
             return
         original, _, plain_index, _ = self.unfused
-        if has_plain_index(self) != plain_index:
+        if has_plain_index(self, type(self)) != plain_index:
             say_once(self, "another relative_position_index was loaded; fuse it again")
             self.__class__ = original  # type: ignore[assignment]  # the other of its two bases
 
@@ -109,6 +111,22 @@ class FusedSwinAttention(FusedAttention):
 
 class FusedSwinV2Attention(FusedAttention):
     reader = SwinV2()
+
+
+class FusedTimmMaxVitAttention(FusedAttention):
+    """``forward(x, shared_rel_pos)``, x [B windows, ..., C]."""
+
+    reader = TimmMaxVit()
+
+
+class FusedTorchvisionMaxVitAttention(Fused):
+    """``forward(x)``, x [B, windows, n, C]."""
+
+    reader = TorchvisionMaxVit()
+
+    def forward(self, x: Tensor, part: GridPartition | None = None) -> Tensor:
+        out = attend(self, x, part)
+        return super().forward(x) if out is None else out
 
 
 class FusedHuggingFaceSwinAttention(Fused):
@@ -143,13 +161,14 @@ def attend(m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None) -> Tens
         return attend_in(m, x, mask, mask.pads)
     if not may_take(m, x):
         return None
-    part = _partition(m, x, mask)
-    if part is None or not takes(m, x, part):
+    flat = reader_of(m).windows(x)
+    part = _partition(m, flat, mask)
+    if part is None or not takes(m, flat, part):
         return None
-    windows, slots, channels = x.shape
+    windows, slots, channels = flat.shape
     together = 1 if mask is None else mask.shape[0]
-    out = attend_in(m, x.reshape(windows // together, together * slots, channels), part)
-    return out.reshape(windows, slots, -1)
+    out = attend_in(m, flat.reshape(windows // together, together * slots, channels), part)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def attend_in(m: nn.Module, x: Tensor, part: GroupPartition, pads: bool = False) -> Tensor:
@@ -317,14 +336,15 @@ def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupP
     return part if plain_index else replace(part, table_rows=reader_of(m).table(m).shape[0])
 
 
-def has_plain_index(m: nn.Module) -> bool:
+def has_plain_index(m: nn.Module, ours: type[Fused]) -> bool:
     """Whether its relative_position_index, if it has one, is Swin's for its window."""
     if not isinstance(getattr(m, "relative_position_index", None), Tensor):
         return True
-    slots = math.prod(m.window_size)
+    window = tuple(ours.reader.window(m))
+    slots = math.prod(window)
     if m.relative_position_index.numel() != slots**2 or m.relative_position_index.is_meta:
         return False
-    part = partition_from_windows(torch.arange(slots)[None], tuple(m.window_size))
+    part = partition_from_windows(torch.arange(slots)[None], window)
     index = part.query_row[0, 0, :, None] + part.key_row[0, 0]
     return torch.equal(index, index_matrix(m).cpu().int())
 

@@ -174,3 +174,48 @@ class FusedTorchvisionAttention(Fused):
 
 class FusedTorchvisionV2Attention(FusedTorchvisionAttention):
     reader = TorchvisionV2()
+
+
+# --- MaxViT: windows that divide the grid, and grids of tokens that are apart --------------------
+
+
+class FusedTimmMaxVitBlock(Fused):
+    """timm's PartitionAttentionCl."""
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        part = _part_of_maxvit(self.attn, x, x.shape[1:3], self.partition_block)
+        if part is None:
+            return super()._partition_attn(x)  # type: ignore[misc]  # the other base has it
+        return self.attn(x.flatten(1, 2), part).view(x.shape)
+
+
+class FusedTorchvisionMaxVitLayer(Fused):
+    """PartitionAttentionLayer, [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, attention, dropout = self.attn_layer
+        grid, part = x.shape[2:], None
+        if tuple(grid) == tuple(self.grid_size):  # else its own code says what is wrong
+            part = _part_of_maxvit(attention, x, grid, self.partition_type == "window")
+        if part is None:
+            return super().forward(x)
+        y = x.flatten(2).mT.contiguous()
+        y = y + self.stochastic_dropout(dropout(attention(norm(y), part)))
+        y = y + self.stochastic_dropout(self.mlp_layer(y))
+        return y.mT.reshape(x.shape)
+
+
+def _part_of_maxvit(
+    attention: nn.Module, x: Tensor, grid: Sequence[int], in_windows: bool
+) -> GridPartition | None:
+    """Of windows, or of a grid: tokens that are H / M rows and W / M columns apart."""
+    if not may_take(attention, x):
+        return None
+    (height, width), (high, wide) = grid, attention.reader.window(attention)
+    if height % high or width % wide:
+        return None  # the library's code says what is wrong
+    axes, window = [height, width], [high, wide]
+    if not in_windows:  # the same as windows, if both axes are cut in two
+        axes, window = [high, height // high, wide, width // wide], [high, 1, wide, 1]
+    part = grid_partition(axes, window, [0] * len(axes), (high, wide), x.device)
+    return part if takes(attention, x, part) else None

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -159,9 +160,9 @@ def _code_of(module: nn.Module) -> tuple:
         tensors = [*child._parameters.items(), *child._buffers.items()]
         given = [(key, x is None) for key, x in tensors]
         found.append((name, type(child), "forward" in vars(child), str(settings), str(given)))
-    if isinstance(getattr(module, "relative_position_index", None), Tensor):
-        index = module.relative_position_index
-        found.append("meta" if index.is_meta else index.cpu().numpy().tobytes())
+    for name, index in module.named_buffers():
+        if name.endswith("relative_position_index"):
+            found.append("meta" if index.is_meta else index.cpu().numpy().tobytes())
     return tuple(found)
 
 
@@ -186,7 +187,7 @@ def _try(module: nn.Module, kind: Kind) -> tuple | str:
 
 
 def _compared(module: nn.Module, kind: Kind) -> tuple | str:
-    plain_index = has_plain_index(module)
+    plain_index = has_plain_index(module, kind.ours)
     if not plain_index:
         index = index_matrix(module).cpu()
         partition_from_windows(torch.arange(index.shape[0])[None], bias_index=index)
@@ -235,6 +236,13 @@ def _windows(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iter
         yield torch.randn(4, count, channels, dtype=torch.float64, generator=draw), one
 
 
+def _one_window(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    """[B, 1, n, C]; and with fewer slots."""
+    slots, channels = math.prod(ours.reader.window(m)), m.get_submodule(layer).weight.shape[1]
+    for count in (slots, slots - 1):
+        yield (torch.randn(4, 1, count, channels, dtype=torch.float64, generator=draw),)
+
+
 def _grid(window: tuple[int, ...], channels: int, draw: torch.Generator) -> Tensor:
     """[1, ..., C], some larger than the window, which does not divide it."""
     grid = [side + 1 + axis for axis, side in enumerate(window)]
@@ -270,6 +278,17 @@ def _of_monai_layer(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
     yield (_grid(m.window_size, channels, draw).movedim(-1, 1),)
 
 
+def _of_timm_maxvit(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+    high, wide = m.partition_size
+    shape = 1, 2 * high, 3 * wide, m.attn.qkv.weight.shape[1]
+    yield (torch.randn(shape, dtype=torch.float64, generator=draw),)
+
+
+def _of_torchvision_maxvit(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+    shape = 1, m.attn_layer[1].to_qkv.weight.shape[1], *m.grid_size
+    yield (torch.randn(shape, dtype=torch.float64, generator=draw),)
+
+
 # --- what is known ------------------------------------------------------------------------------
 
 
@@ -280,7 +299,7 @@ class Kind:
     Attributes:
         extent: how much the kernels do of it.
         ours: the class that runs it.
-        names: attributes that a module of this kind has.
+        names: attributes that a module of this kind has, or parts of it.
         sample: arguments for a module of it, with values of the generator.
         child: the attention that must be fused before, or a list of blocks.
         method: what is called with the arguments.
@@ -296,14 +315,13 @@ class Kind:
     whole: int = 2
 
     def fits(self, module: nn.Module) -> bool:
-        if not all(hasattr(module, name) for name in self.names.split()):
-            return False
-        if not self.child:
-            return True
         try:
+            attrgetter(*self.names.split())(module)
             child = module.get_submodule(self.child)
         except AttributeError:
             return False
+        if not self.child:
+            return True
         within = child if isinstance(child, nn.ModuleList) else [child]
         return len(within) > 0 and all(isinstance(one, Fused) for one in within)
 
@@ -353,6 +371,20 @@ ATTENTION = [
         "qkv proj relative_position_bias_table shift_size attention_dropout",
         _of_torchvision,
     ),
+    Kind(
+        "attention alone",
+        attention.FusedTimmMaxVitAttention,
+        "rel_pos.window_size dim_head head_first qkv.in_features proj attn_drop proj_drop",
+        partial(_one_window, attention.FusedTimmMaxVitAttention, "qkv"),
+        whole=1,
+    ),
+    Kind(
+        "attention alone",
+        attention.FusedTorchvisionMaxVitAttention,
+        "to_qkv merge relative_position_bias_table n_heads head_dim size scale_factor",
+        partial(_one_window, attention.FusedTorchvisionMaxVitAttention, "to_qkv"),
+        whole=1,
+    ),
 ]
 BLOCKS = [
     Kind(
@@ -391,6 +423,21 @@ BLOCKS = [
         _of_monai,
         child="attn",
         method="forward_part1",
+    ),
+    Kind(
+        "with windows or grids",
+        blocks.FusedTimmMaxVitBlock,
+        "partition_block partition_size",
+        _of_timm_maxvit,
+        child="attn",
+        method="_partition_attn",
+    ),
+    Kind(
+        "with windows or grids",
+        blocks.FusedTorchvisionMaxVitLayer,
+        "attn_layer mlp_layer stochastic_dropout partition_type grid_size",
+        _of_torchvision_maxvit,
+        child="attn_layer.1",
     ),
 ]
 LAYERS = [

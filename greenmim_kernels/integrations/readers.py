@@ -38,6 +38,10 @@ class Swin:
     def output(self, m, x: Tensor) -> Tensor:
         return m.proj_drop(m.proj(x))
 
+    def windows(self, x: Tensor) -> Tensor:
+        """A call's input as [B windows, n, C]."""
+        return x
+
     def heads(self, m) -> tuple[int, int]:
         """How many, and their dim."""
         return m.num_heads, m.proj.in_features // m.num_heads
@@ -198,6 +202,60 @@ class TorchvisionV2(Torchvision):
 
     def scale(self, m) -> float:
         return 1.0
+
+
+class TimmMaxVit(Swin):
+    """AttentionCl, whose bias is one of three modules."""
+
+    def qkv(self, m, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        if not m.head_first:
+            return m.qkv(x)
+        return m.qkv(x).unflatten(-1, (m.num_heads, -1)).chunk(3, dim=-1)
+
+    def table(self, m) -> Tensor:
+        bias = m.rel_pos
+        if hasattr(bias, "mlp"):  # RelPosMlp
+            table = bias.bias_act(bias.mlp(bias.rel_coords_log).view(-1, m.num_heads))
+            return table if bias.bias_gain is None else bias.bias_gain * table
+        table = bias.relative_position_bias_table
+        if table.dim() == 3:  # RelPosBiasTf, [heads, rows per axis ...]: of the key less the query
+            return table.flip(1, 2).flatten(1).T
+        return table
+
+    def windows(self, x: Tensor) -> Tensor:
+        return x.flatten(1, -2)
+
+    def heads(self, m) -> tuple[int, int]:
+        return m.num_heads, m.dim_head
+
+    def window(self, m) -> Sequence[int]:
+        return m.rel_pos.window_size
+
+
+class TorchvisionMaxVit(Swin):
+    def qkv(self, m, x: Tensor) -> Tensor:
+        return m.to_qkv(x)
+
+    def scale(self, m) -> float:
+        return m.scale_factor
+
+    def output(self, m, x: Tensor) -> Tensor:
+        return m.merge(x)
+
+    def windows(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+    def heads(self, m) -> tuple[int, int]:
+        return m.n_heads, m.head_dim
+
+    def window(self, m) -> Sequence[int]:
+        return m.size, m.size
+
+    def dropout(self, m) -> float:
+        return 0.0
+
+    def shows_maps(self, m) -> bool:
+        return False
 
 
 def at_zero(layer: nn.Module, x: Tensor) -> Tensor | None:

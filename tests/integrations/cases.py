@@ -30,6 +30,37 @@ def timm_swin_v2(**more) -> nn.Module:
     return _of_timm(timm.models.swin_transformer_v2.SwinTransformerV2, more)
 
 
+def timm_maxvit(**more) -> nn.Module:
+    """Grids of 24 x 16 and 12 x 8 tokens in windows of 4 x 2; grid attention in as large ones."""
+    maxxvit = pytest.importorskip("timm").models.maxxvit
+    sizes = dict(dim_head=8, window_size=(4, 2), norm_eps=1e-5, attn_drop=more.pop("drop", 0.0))
+    model = maxxvit.MaxxVit(
+        maxxvit.MaxxVitCfg(
+            embed_dim=(16, 32),
+            depths=(1, 1),
+            block_type=("M", "M"),
+            stem_width=8,
+            conv_cfg=maxxvit.MaxxVitConvCfg(block_type="convnext", init_values=None),
+            transformer_cfg=maxxvit.MaxxVitTransformerCfg(**(sizes | more)),
+        ),
+        img_size=(96, 64),
+        num_classes=5,
+    )
+    for module in model.modules():
+        if type(module).__name__ == "RelPosMlp":
+            module.mlp.drop1.p = 0.0
+    return model
+
+
+def torchvision_maxvit(**more) -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    sizes = dict(input_size=(48, 48), stem_channels=8, partition_size=3, block_channels=[16, 32])
+    sizes |= dict(block_layers=[1, 1], head_dim=8, stochastic_depth_prob=0.0, num_classes=5)
+    # Batch norm magnifies rounding, where batches are as small as here.
+    sizes |= dict(norm_layer=partial(nn.GroupNorm, 1))
+    return models.MaxVit(**(sizes | more))
+
+
 def torchvision_swin(version: int = 1, **more) -> nn.Module:
     models = pytest.importorskip("torchvision").models.swin_transformer
     sizes = dict(patch_size=[4, 4], embed_dim=16, depths=[2, 2], num_heads=[2, 4])
@@ -138,6 +169,19 @@ LIBRARIES = {
     ),
     "hugging_face_v2": Library(partial(hugging_face, 2), ((2, 3, 36, 36),), "Swinv2Layer", True),
     "hugging_face_donut": Library(donut, ((2, 3, 36, 36),), "DonutSwinLayer"),
+    # Windows, and grids of tokens that are apart; each kind of bias, both orders of q, k and v.
+    "timm_maxvit": Library(timm_maxvit, ((2, 3, 96, 64),), "PartitionAttentionCl"),
+    "timm_maxvit_mlp": Library(
+        partial(timm_maxvit, rel_pos_type="mlp", init_values=0.5),
+        ((2, 3, 96, 64),),
+        "PartitionAttentionCl",
+    ),
+    "timm_maxvit_tf": Library(
+        partial(timm_maxvit, rel_pos_type="bias_tf", head_first=False),
+        ((2, 3, 96, 64),),
+        "PartitionAttentionCl",
+    ),
+    "torchvision_maxvit": Library(torchvision_maxvit, ((2, 3, 48, 48),), "PartitionAttentionLayer"),
     # Grids of 24 to 2 a side, in windows of 3.
     "monai_3d": Library(partial(MonaiEncoder, 3), ((1, 1, 48, 32, 32),), "BasicLayer"),
     "monai_2d": Library(partial(MonaiEncoder, 2), ((2, 1, 64, 32),), "BasicLayer"),

@@ -32,6 +32,7 @@ from .cases import (
     monai,
     randomized,
     segment_mask,
+    timm_maxvit,
     timm_swin,
     timm_swin_v2,
     torchvision_swin,
@@ -228,6 +229,7 @@ def test_drop_path_and_checkpointing(name: str) -> None:
 
 
 COMPILED = ["timm", "timm_v2", "torchvision", "monai_2d", "hugging_face", "hugging_face_v2"]
+COMPILED += ["timm_maxvit_tf", "torchvision_maxvit"]
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -287,8 +289,44 @@ def test_timm_sizes_that_change(make) -> None:
     assert type(fused.layers[0].blocks[0]).__name__.startswith("Fused")
 
 
+@pytest.mark.parametrize("bias", ["bias", "mlp", "bias_tf"])
+def test_maxvit_sizes_that_change(bias: str) -> None:
+    model = randomized(timm_maxvit(rel_pos_type=bias))
+    fused = fused_copy(model)
+    for size in ((96, 64), (64, 32)):
+        x = torch.randn(1, 3, *size)
+        close(step(fused, x), step(model, x))
+    with pytest.raises(AssertionError, match="must be divisible"):  # as the library says
+        fused(torch.randn(1, 3, 96, 40))
+    for one in (model, fused):
+        for module in one.modules():
+            if hasattr(module, "set_partition_size"):
+                module.set_partition_size((2, 3))
+    x = torch.randn(1, 3, 64, 96)
+    close(step(fused, x), step(model, x))
+    assert type(fused.stages[0].blocks[0].attn_grid).__name__ == "FusedPartitionAttentionCl"
+
+
+def test_maxvit_attention_alone(calls: list[str]) -> None:
+    """What a block of timm's other forms, or anybody, calls with windows that were cut before."""
+    for name, shape in (("timm_maxvit", (3, 4, 2, 16)), ("torchvision_maxvit", (2, 3, 9, 16))):
+        model = randomized(LIBRARIES[name].make())
+        kinds = ("AttentionCl", "RelativePositionalMultiHeadAttention")
+        attention = next(m for m in model.modules() if type(m).__name__ in kinds)
+        fused, x = fused_copy(attention), torch.randn(shape)
+        calls.clear()
+        close(fused(x), attention(x))
+        assert len(calls) == 1
+        with pytest.raises(RuntimeError):  # fewer slots: as the library
+            fused(x[:, :, 1:])
+        if name == "timm_maxvit":
+            with pytest.warns(UserWarning, match="a mask that is not"):
+                shared = torch.randn(1, 2, 8, 8)
+                assert torch.equal(fused(x, shared), attention(x, shared))
+
+
 def test_copied_pickled_saved_and_loaded() -> None:
-    for name in ("timm", "hugging_face", "monai_2d"):
+    for name in ("timm", "hugging_face", "monai_2d", "timm_maxvit", "torchvision_maxvit"):
         library = LIBRARIES[name]
         model, x = randomized(library.make()), torch.randn(library.inputs[0])
         fused = fused_copy(model)
@@ -326,6 +364,7 @@ def test_distributed_data_parallel(tmp_path) -> None:
         lambda: hugging_face(attention_probs_dropout_prob=0.3),
         lambda: hugging_face(2, attention_probs_dropout_prob=0.3),
         lambda: monai(2, attn_drop_rate=0.3),
+        lambda: timm_maxvit(drop=0.3),
     ],
 )
 def test_attention_dropout(make, calls: list[str]) -> None:
@@ -333,6 +372,8 @@ def test_attention_dropout(make, calls: list[str]) -> None:
     x = torch.randn(2, *((1, 64, 32) if "UNETR" in type(model).__name__ else (3, 36, 36)))
     if hasattr(model, "layers") and hasattr(model, "set_input_size"):
         x = torch.randn(2, 3, 56, 56)
+    if type(model).__name__ == "MaxxVit":
+        x = torch.randn(2, 3, 96, 64)
     fused = fused_copy(model)
     calls.clear()
     with warnings.catch_warnings(record=True) as said:
