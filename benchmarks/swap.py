@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import statistics
 import sys
 import time
@@ -81,6 +82,14 @@ def _monai(whole: bool, sdpa: bool = False) -> nn.Module:
     return model if whole else model.swinViT
 
 
+def _spandrel(name: str, window: int) -> nn.Module:
+    """As published for magnification by four."""
+    architectures = importlib.import_module(f"spandrel.architectures.{name}")
+    sizes = dict(img_size=64, window_size=window, embed_dim=180, mlp_ratio=2, drop_path_rate=0.0)
+    sizes |= dict(depths=[6] * 6, num_heads=[6] * 6, upscale=4, upsampler="pixelshuffle")
+    return getattr(architectures, name)(**sizes)
+
+
 _of = functools.partial
 
 
@@ -124,6 +133,12 @@ PROBLEMS = {
             share=4,
         )
         for name, whole in (("monai-swinvit-64", False), ("monai-swinunetr-64", True))
+    },
+    **{
+        f"spandrel-{name.lower()}-64": Problem(
+            "spandrel", {"eager": _of(_spandrel, name, window)}, (3, 64, 64), share=4
+        )
+        for name, window in (("SwinIR", 8), ("DRCT", 16), ("HAT", 16))
     },
 }
 # What a GPU is for; on a CPU they take long.

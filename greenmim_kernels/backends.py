@@ -65,7 +65,7 @@ BACKENDS = {
         device="cuda",
         operators=OPERATORS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        head_dims=range(4, 65, 4),
+        head_dims=range(2, 65, 2),
     ),
 }
 # What "auto" tries on a device, best first.

@@ -91,9 +91,9 @@ class _Problem:
             setattr(self, name, None if value is None else value.contiguous())
         self.channels = self.q.shape[-1] // 3 if packed else self.q.shape[-1] * self.num_heads
         self.head_dim = self.channels // self.num_heads
-        if self.head_dim % 4 or self.head_dim > HEAD_DIMS[-1]:
+        if self.head_dim % 2 or self.head_dim > HEAD_DIMS[-1]:
             raise ValueError(
-                f"the triton backend takes head dims that are multiples of 4 up to {HEAD_DIMS[-1]},"
+                f"the triton backend takes head dims that are multiples of 2 up to {HEAD_DIMS[-1]},"
                 f" got {self.head_dim}"
             )
         self.tile_dim = next(dim for dim in HEAD_DIMS if dim >= self.head_dim)

@@ -11,6 +11,7 @@ import functools
 import math
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,17 @@ class FusedSwinAttention(FusedAttention):
 
 class FusedSwinV2Attention(FusedAttention):
     reader = SwinV2()
+
+
+class FusedHATAttention(Fused):
+    """``forward(x, rpi, mask)``, with the relative position index as an argument."""
+
+    reader = Swin()
+
+    def forward(self, x: Tensor, rpi: Tensor, mask: Tensor | None = None) -> Tensor:
+        is_known = may_take(self, x) and _is_swins(self, rpi)
+        out = attend(self, x, mask) if is_known else None
+        return super().forward(x, rpi, mask) if out is None else out
 
 
 class FusedTimmMaxVitAttention(FusedAttention):
@@ -338,15 +350,40 @@ def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupP
 
 def has_plain_index(m: nn.Module, ours: type[Fused]) -> bool:
     """Whether its relative_position_index, if it has one, is Swin's for its window."""
-    if not isinstance(getattr(m, "relative_position_index", None), Tensor):
+    index = getattr(m, "relative_position_index", None)
+    if not isinstance(index, Tensor):
         return True
-    window = tuple(ours.reader.window(m))
+    plain = plain_index(ours.reader.window(m))
+    return not index.is_meta and torch.equal(index.cpu().view(-1).int(), plain.view(-1))
+
+
+def plain_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Swin's relative_position_index, int32 [n, n]."""
     slots = math.prod(window)
-    if m.relative_position_index.numel() != slots**2 or m.relative_position_index.is_meta:
+    part = grid_partition((slots,), (slots,), (0,), window, torch.device(device))
+    return part.query_row[0, 0, :, None] + part.key_row[0, 0]
+
+
+# Of each module the last index that came with a call, its version, and whether it is Swin's.
+_indices: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+def _is_swins(m: nn.Module, index: Tensor) -> bool:
+    """Whether an index that comes with a call is Swin's; says so if not."""
+    if index.numel() != math.prod(m.window_size) ** 2:
+        return False  # the module's own code says what is wrong
+    plain = plain_index(m.window_size, index.device).view(-1)
+    if torch.compiler.is_compiling():
+        is_same = (index.reshape(-1) == plain).all()
+        torch._assert_async(is_same, "the relative position index is not Swin's")
+        return True
+    if isinstance(index, FakeTensor):
         return False
-    part = partition_from_windows(torch.arange(slots)[None], window)
-    index = part.query_row[0, 0, :, None] + part.key_row[0, 0]
-    return torch.equal(index, index_matrix(m).cpu().int())
+    known, version, is_plain = _indices.get(m, (lambda: None, None, False))
+    if known() is not index or version is None or version != _version(index):
+        is_plain = torch.equal(index.reshape(-1).int(), plain)
+        _indices[m] = weakref.ref(index), _version(index), is_plain
+    return is_plain or say_once(m, "a relative position index that is not Swin's")
 
 
 def index_matrix(m: nn.Module) -> Tensor:

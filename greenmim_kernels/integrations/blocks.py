@@ -58,6 +58,44 @@ class FusedTimmBlock(Fused):
         return self.attn(x.flatten(1, 2), part).view(x.shape)
 
 
+# --- Microsoft's Swin and SwinV2, and copies of them: rolled; the window divides the grid ---------
+
+
+class FusedSwinBlock(Fused):
+    """SwinTransformerBlock, ``forward(x)``, or ``forward(x, x_size)`` as in SwinIR."""
+
+    def forward(self, x: Tensor, *size, **options) -> Tensor:
+        part = _part_of_swin_block(self, x, *size, *options.values())
+        if part is None:
+            return super().forward(x, *size, **options)
+        x = x + self.drop_path(self.attn(self.norm1(x), part))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class FusedSwinV2Block(Fused):
+    """That of SwinV2, with its norms behind the branches."""
+
+    def forward(self, x: Tensor, *size, **options) -> Tensor:
+        part = _part_of_swin_block(self, x, *size, *options.values())
+        if part is None:
+            return super().forward(x, *size, **options)
+        x = x + self.drop_path(self.norm1(self.attn(x, part)))
+        return x + self.drop_path(self.norm2(self.mlp(x)))
+
+
+def _part_of_swin_block(
+    block: nn.Module, x: Tensor, grid: tuple[int, int] | None = None, *more: object
+) -> GridPartition | None:
+    if more or not may_take(block.attn, x):
+        return None
+    high, wide = block.input_resolution if grid is None else grid
+    window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
+    is_cut = high % window[0] == wide % window[0] == 0 and high * wide == x.shape[1]
+    if not is_cut or window != tuple(block.attn.reader.window(block.attn)):
+        return None  # the block's own code says what is wrong
+    return _part_of(block.attn, x, (high, wide), window, shift, False)
+
+
 # --- transformers: padded, then rolled ----------------------------------------------------------
 
 

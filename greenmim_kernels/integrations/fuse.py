@@ -51,11 +51,11 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
     """Makes the attention in windows of a model run on the fused kernels, in place.
 
     Parameters, buffers, their names and values stay; :func:`unfuse_window_attention` undoes it.
-    Modules are known by their structure: the Swins of timm, torchvision, transformers and MONAI
-    with rolling, padding and cutting into windows; else each class with the names and the
-    ``forward(x, mask)`` of Swin's ``WindowAttention``. A copy of each with other weights is asked
-    for its numbers before and after, in float64 on the CPU; where they differ the module is left
-    alone.
+    Modules are known by their structure: the Swins of timm, torchvision, transformers, MONAI and
+    Microsoft, SwinIR and MaxViT with rolling, padding and cutting into windows; else each class
+    with the names and the ``forward(x, mask)`` of Swin's ``WindowAttention``, and HAT's. A copy of
+    each with other weights is asked for its numbers before and after, in float64 on the CPU; where
+    they differ the module is left alone.
 
     Calls go to the module's own code, with one warning, where the kernels lack something: attention
     dropout above 0 in training, attention maps asked for, a dtype or head dim. Pairs that a mask
@@ -84,7 +84,7 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
                     module.__class__ = fused_class(*tried[key])
                     break
             else:
-                left[name] = f"{type(module).__name__}: {tried[key]}"
+                left[name] = f"{type(module).__name__}: {tried[found[0].ours, code]}"
     return _report(model, left)
 
 
@@ -236,6 +236,12 @@ def _windows(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iter
         yield torch.randn(4, count, channels, dtype=torch.float64, generator=draw), one
 
 
+def _of_hat(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    index = attention.plain_index(m.window_size).long()
+    for x, mask in _windows(attention.FusedHATAttention, "qkv", m, draw):
+        yield x, index, mask
+
+
 def _one_window(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
     """[B, 1, n, C]; and with fewer slots."""
     slots, channels = math.prod(ours.reader.window(m)), m.get_submodule(layer).weight.shape[1]
@@ -252,6 +258,14 @@ def _grid(window: tuple[int, ...], channels: int, draw: torch.Generator) -> Tens
 def _of_timm(m: Any, draw: torch.Generator) -> Iterator[tuple]:
     m.dynamic_mask = True  # else it has one for one size of input
     yield (_grid(m.window_size, m.attn.qkv.weight.shape[1], draw),)
+
+
+def _of_swin_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+    takes_size = hasattr(m, "calculate_mask")  # as SwinIR's
+    high, wide = (2 * m.window_size, 3 * m.window_size) if takes_size else m.input_resolution
+    shape = 1, high * wide, m.attn.qkv.weight.shape[1]
+    x = torch.randn(shape, dtype=torch.float64, generator=draw)
+    yield (x, (high, wide)) if takes_size else (x,)
 
 
 def _of_torchvision(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
@@ -342,6 +356,12 @@ ATTENTION = [
     ),
     Kind(
         "attention alone",
+        attention.FusedHATAttention,
+        "relative_position_bias_table scale num_heads window_size qkv proj attn_drop proj_drop",
+        _of_hat,
+    ),
+    Kind(
+        "attention alone",
         attention.FusedHuggingFaceSwinAttention,
         "q_proj k_proj v_proj o_proj relative_position_bias scaling config",
         partial(_windows, attention.FusedHuggingFaceSwinAttention, "q_proj"),
@@ -394,6 +414,20 @@ BLOCKS = [
         _of_timm,
         child="attn",
         method="_attn",
+    ),
+    Kind(
+        "with windows",
+        blocks.FusedSwinBlock,
+        "attn_mask norm1 norm2 mlp drop_path input_resolution window_size shift_size",
+        _of_swin_block,
+        child="attn",
+    ),
+    Kind(
+        "with windows",
+        blocks.FusedSwinV2Block,
+        "attn_mask norm1 norm2 mlp drop_path input_resolution window_size shift_size",
+        _of_swin_block,
+        child="attn",
     ),
     Kind(
         "with padding and windows",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,32 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .._ops import add_op_namespace_prefix
 from ..partition import GroupPartition, table_rows
 from ..windows import partition_from_windows
+
+# What is kept of partitions: in image restoration one may have megabytes, and images any size.
+LARGEST_NUMBER, LARGEST_BYTES = 256, 128 << 20
+
+
+def _kept_within_limits(make: Callable) -> Any:
+    """A cache of what was asked for last; a lone one may be larger than the limit."""
+    kept: OrderedDict[tuple, Any] = OrderedDict()
+    lock = threading.Lock()
+
+    def get(*key):
+        with lock:
+            if key in kept:
+                kept.move_to_end(key)
+                return kept[key]
+        made = make(*key)
+        with lock:
+            kept[key] = made
+            while len(kept) > LARGEST_NUMBER or (
+                len(kept) > 1 and sum(x.nbytes for x in kept.values()) > LARGEST_BYTES
+            ):
+                kept.popitem(last=False)
+        return made
+
+    get.kept = kept  # type: ignore[attr-defined]
+    return get
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,7 +132,7 @@ def _lasting(*key) -> Tensor:
     return _kept(*key)
 
 
-@functools.lru_cache(maxsize=256)
+@_kept_within_limits
 def _kept(*key) -> Tensor:
     *geometry, device = key
     # Autograd refuses to save tensors made in inference mode.
@@ -111,7 +140,7 @@ def _kept(*key) -> Tensor:
         return torch.from_numpy(_arrays(*geometry)).to(device)
 
 
-@functools.lru_cache(maxsize=256)
+@_kept_within_limits
 def _arrays(
     grid: tuple[int, ...],
     window: tuple[int, ...],

@@ -30,6 +30,14 @@ def timm_swin_v2(**more) -> nn.Module:
     return _of_timm(timm.models.swin_transformer_v2.SwinTransformerV2, more)
 
 
+def swin2sr(**more) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(image_size=16, embed_dim=16, depths=[2], num_heads=[2], window_size=4)
+    return transformers.Swin2SRModel(
+        transformers.Swin2SRConfig(**(sizes | dict(mlp_ratio=2.0, drop_path_rate=0.0) | more))
+    )
+
+
 def timm_maxvit(**more) -> nn.Module:
     """Grids of 24 x 16 and 12 x 8 tokens in windows of 4 x 2; grid attention in as large ones."""
     maxxvit = pytest.importorskip("timm").models.maxxvit
@@ -103,6 +111,14 @@ def monai(axes: int = 3, **more) -> nn.Module:
     return nets.SwinUNETR(**(sizes | more))
 
 
+def spandrel(name: str, **more) -> nn.Module:
+    """Image restoration: one resolution, and images of any size."""
+    module = pytest.importorskip(f"spandrel.architectures.{name}")
+    sizes = dict(img_size=16, embed_dim=16, depths=[2], num_heads=[2], window_size=4)
+    sizes |= dict(mlp_ratio=2, drop_path_rate=0.0, upscale=2, upsampler="pixelshuffle")
+    return getattr(module, name)(**(sizes | more))
+
+
 class MonaiEncoder(nn.Module):
     """SwinUNETR's encoder, whose feature maps it returns as one vector.
 
@@ -168,6 +184,7 @@ LIBRARIES = {
         partial(hugging_face, implementation="sdpa"), ((2, 3, 36, 36),), "SwinLayer"
     ),
     "hugging_face_v2": Library(partial(hugging_face, 2), ((2, 3, 36, 36),), "Swinv2Layer", True),
+    "hugging_face_swin2sr": Library(swin2sr, ((1, 3, 16, 12), (2, 3, 8, 16)), "Swin2SRLayer", True),
     "hugging_face_donut": Library(donut, ((2, 3, 36, 36),), "DonutSwinLayer"),
     # Windows, and grids of tokens that are apart; each kind of bias, both orders of q, k and v.
     "timm_maxvit": Library(timm_maxvit, ((2, 3, 96, 64),), "PartitionAttentionCl"),
@@ -182,6 +199,23 @@ LIBRARIES = {
         "PartitionAttentionCl",
     ),
     "torchvision_maxvit": Library(torchvision_maxvit, ((2, 3, 48, 48),), "PartitionAttentionLayer"),
+    # The size that they are made for, another one, and a single window.
+    "swin_ir": Library(
+        partial(spandrel, "SwinIR"),
+        ((2, 3, 16, 16), (1, 3, 12, 20), (1, 3, 4, 4)),
+        "SwinTransformerBlock",
+    ),
+    "swin2_sr": Library(
+        partial(spandrel, "Swin2SR"),
+        ((2, 3, 16, 16), (1, 3, 12, 20)),
+        "SwinTransformerBlock",
+        True,
+    ),
+    "hat": Library(
+        partial(spandrel, "HAT", squeeze_factor=4),
+        ((2, 3, 16, 16), (1, 3, 12, 20)),
+        "WindowAttention",
+    ),
     # Grids of 24 to 2 a side, in windows of 3.
     "monai_3d": Library(partial(MonaiEncoder, 3), ((1, 1, 48, 32, 32),), "BasicLayer"),
     "monai_2d": Library(partial(MonaiEncoder, 2), ((2, 1, 64, 32),), "BasicLayer"),
@@ -315,6 +349,60 @@ class WindowAttentionV2(nn.Module):
         return attended(self, scores, v, mask)
 
 
+class SwinTransformerBlock(nn.Module):
+    """Microsoft's, for grids of one size."""
+
+    def __init__(self, dim, input_resolution, num_heads, window_size, shift_size, drop_path=0.0):
+        super().__init__()
+        self.input_resolution, self.window_size = input_resolution, window_size
+        self.shift_size = shift_size
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = self.make(dim, (window_size, window_size), num_heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.drop_path = nn.Dropout(drop_path)
+        part = torch.zeros(input_resolution)
+        for axis in range(2 if shift_size else 0):
+            along = part.movedim(axis, 0)
+            along[-window_size:] += 3**axis
+            along[-shift_size:] += 3**axis
+        part = self.cut(part[None, ..., None])[..., 0]
+        mask = -100.0 * (part[:, :, None] != part[:, None]) if shift_size else None
+        self.register_buffer("attn_mask", mask)
+
+    make = WindowAttention
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B windows, n, C]"""
+        x = x.unflatten(1, (-1, self.window_size)).unflatten(3, (-1, self.window_size))
+        return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+
+    def attend(self, x: Tensor) -> Tensor:
+        high, wide = self.input_resolution
+        assert x.shape[1] == high * wide, "input feature has wrong size"
+        y = torch.roll(x.unflatten(1, (high, wide)), (-self.shift_size,) * 2, (1, 2))
+        y = self.attn(self.cut(y), mask=self.attn_mask)
+        windows = high // self.window_size, wide // self.window_size
+        y = y.unflatten(0, (-1, *windows)).unflatten(3, (self.window_size,) * 2)
+        y = y.transpose(2, 3).flatten(1, 2).flatten(2, 3)
+        return torch.roll(y, (self.shift_size,) * 2, (1, 2)).flatten(1, 2)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SwinTransformerBlockV2(SwinTransformerBlock):
+    make = WindowAttentionV2
+
+    def forward(self, x):
+        x = x + self.drop_path(self.norm1(self.attend(x)))
+        return x + self.drop_path(self.norm2(self.mlp(x)))
+
+
+BLOCKS = {
+    "microsoft": partial(SwinTransformerBlock, 16, (12, 8), 2, 4),
+    "microsoft_v2": partial(SwinTransformerBlockV2, 16, (8, 12), 2, 4),
+}
 CLASSES = {
     "microsoft": lambda **more: WindowAttention(16, (4, 4), 2, **more),
     "microsoft_v2": lambda **more: WindowAttentionV2(16, (4, 4), 2, **more),

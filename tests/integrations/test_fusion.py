@@ -229,7 +229,7 @@ def test_drop_path_and_checkpointing(name: str) -> None:
 
 
 COMPILED = ["timm", "timm_v2", "torchvision", "monai_2d", "hugging_face", "hugging_face_v2"]
-COMPILED += ["timm_maxvit_tf", "torchvision_maxvit"]
+COMPILED += ["torchvision_maxvit", "swin_ir"]
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -326,7 +326,15 @@ def test_maxvit_attention_alone(calls: list[str]) -> None:
 
 
 def test_copied_pickled_saved_and_loaded() -> None:
-    for name in ("timm", "hugging_face", "monai_2d", "timm_maxvit", "torchvision_maxvit"):
+    for name in (
+        "timm",
+        "hugging_face",
+        "monai_2d",
+        "timm_maxvit",
+        "torchvision_maxvit",
+        "swin_ir",
+        "hat",
+    ):
         library = LIBRARIES[name]
         model, x = randomized(library.make()), torch.randn(library.inputs[0])
         fused = fused_copy(model)
@@ -475,8 +483,9 @@ def test_what_no_backend_takes(monkeypatch: pytest.MonkeyPatch, calls: list[str]
 
 @pytest.mark.parametrize("mode", ["inference", "fake", "device"])
 def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
-    for cached in (grids._kept, grids._lasting, grids._arrays):
-        cached.cache_clear()
+    for known in (grids._kept, grids._arrays):
+        known.kept.clear()
+    grids._lasting.cache_clear()
     model = fused_copy(randomized(timm_swin()))
     alone, mask = fused_copy(CLASSES["microsoft"]()), segment_mask(2, 16)
     if mode == "inference":
@@ -496,6 +505,28 @@ def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
     unfuse_window_attention(unfused)
     close(step(model, x := torch.randn(2, 3, 56, 56)), step(unfused, x))
     alone(torch.randn(4, 16, 16), mask).sum().backward()
+
+
+def test_partitions_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, device = grids._kept.kept, torch.device("cpu")
+
+    def ask(side: int) -> torch.Tensor:
+        return grids.grid_partition((side, 4), (4, 4), (0, 0), (4, 4), device).token_index
+
+    known.clear()
+    one = ask(400)
+    monkeypatch.setattr(grids, "LARGEST_BYTES", 2 * one.untyped_storage().nbytes())
+    assert ask(400).data_ptr() == one.data_ptr() and len(known) == 1
+    for side in range(320, 360, 4):
+        ask(side)
+        assert ask(400).data_ptr() == one.data_ptr()  # it was asked for last
+        assert len(known) == 2
+    ask(4000)
+    assert len(known) == 1  # larger than the limit, alone
+    monkeypatch.setattr(grids, "LARGEST_NUMBER", 3)
+    for side in range(4, 40, 4):
+        ask(side)
+    assert len(known) == 3
 
 
 def test_a_window_that_may_not_follow_the_grid() -> None:

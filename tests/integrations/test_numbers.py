@@ -12,7 +12,7 @@ from greenmim_kernels import use_backend
 from greenmim_kernels.integrations import fuse_window_attention
 from greenmim_kernels.integrations.readers import of_length
 
-from .cases import CLASSES, LIBRARIES, first, randomized, segment_mask
+from .cases import BLOCKS, CLASSES, LIBRARIES, first, randomized, segment_mask, spandrel
 
 
 def results(model: nn.Module, x: Tensor, *more) -> dict[str, Tensor]:
@@ -92,6 +92,41 @@ def test_a_class_from_its_structure(name: str, masked: bool) -> None:
         mask = segment_mask(3, slots).double() if masked else None
         for _ in range(2):  # with a mask that is known the second time
             assert max(errors(results(fused, x, mask), results(original, x, mask)).values()) < 1e-12
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("shift", [0, 2])
+def test_a_block_from_its_structure(name: str, shift: int) -> None:
+    original = randomized(BLOCKS[name](shift)).double()
+    fused = copy.deepcopy(original)
+    assert "with windows" in fuse_window_attention(fused).fused[""]
+    x = torch.randn(3, 96, 16, dtype=torch.float64)
+    assert max(errors(results(fused, x), results(original, x)).values()) < 1e-12
+    with pytest.raises(AssertionError, match="wrong size"):
+        fused(x[:, :48])
+
+
+def test_an_index_that_comes_with_a_call() -> None:
+    model = spandrel("HAT", squeeze_factor=4).double()
+    original = next(m for m in model.modules() if type(m).__name__ == "WindowAttention")
+    fused = copy.deepcopy(original)
+    assert "attention alone" in fuse_window_attention(fused).fused[""]
+    x, index = torch.randn(4, 16, 16, dtype=torch.float64), model.relative_position_index_SA
+    mask = segment_mask(2, 16).double()
+    for other in (index, index.clone(), index):
+        found, true = (results(m, x, other, mask) for m in (fused, original))
+        assert max(errors(found, true).values()) < 1e-12
+    with pytest.warns(UserWarning, match="a relative position index that is not Swin's"):
+        other = index.T.contiguous()
+        assert torch.equal(fused(x, other), original(x, other))
+    index.copy_(index.T.clone())  # in place, after it was looked at
+    assert torch.equal(fused(x, index, mask), original(x, index, mask))
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="the relative position index is not Swin's"):
+        compiled(x, index)
+    index.copy_(index.T.clone())
+    true = original(x, index, mask)
+    torch.testing.assert_close(compiled(x, index, mask), true, atol=1e-12, rtol=1e-12)
 
 
 def test_a_mask_is_read_again_after_it_was_written_to() -> None:

@@ -45,7 +45,9 @@ def test_auto_follows_the_table(gpu):
 
 def test_auto_passes_over_what_a_backend_cannot_do(gpu):
     assert chosen(head_dim=32, group_size=128, table_rows=1089) == "triton"
-    assert chosen(head_dim=22, group_size=64, table_rows=169) == "reference"
+    assert chosen(head_dim=30, group_size=64, table_rows=225) == "triton"
+    assert chosen(head_dim=30, group_size=256, table_rows=961) == "triton"
+    assert chosen(head_dim=23, group_size=64, table_rows=169) == "reference"
     assert chosen(head_dim=32, group_size=64, table_rows=169, dtype=torch.float64) == "reference"
 
 

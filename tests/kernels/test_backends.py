@@ -200,5 +200,5 @@ def test_what_fits_a_gpu_is_asked_while_tracing(monkeypatch):
         "the cuda backend has no room on this GPU for groups of 49 slots with a bias table of 2000"
         " rows"
     )
-    said = backends._does_not_fit("triton", device, x.dtype, 6, 49, 169)
-    assert "multiples of 4 up to 64, not 6" in said
+    said = backends._does_not_fit("triton", device, x.dtype, 7, 49, 169)
+    assert "multiples of 2 up to 64, not 7" in said

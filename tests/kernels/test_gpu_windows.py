@@ -86,6 +86,19 @@ def test_padding_volumes_and_heads_of_any_width(problem, head_dim, attention, dt
     assert_agrees(problem, dtype, head_dim, backend, attention, batch=3)
 
 
+@kernel_test
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("problem", "head_dim"),
+    [(swin((16, 16), (8, 8), (4, 4)), 30), (volume((2, 7, 10), (2, 7, 7)), 10)],
+    ids=["short", "long"],
+)
+def test_heads_of_image_restoration(problem, head_dim, dtype):
+    """180 / 6 in SwinIR, HAT and others, 60 / 6 in small ones: rows that begin at 4 bytes."""
+    assert_agrees(problem, dtype, head_dim, "triton", gk.group_window_attention, batch=2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("window", [(7, 7, 7), (16, 7, 7)])

@@ -125,16 +125,18 @@ def test_programs_that_a_processor_holds(registers, shared, warps, expected):
     assert resident(found, warps, 90) == expected
 
 
-@pytest.mark.parametrize("flag", ["GATHERED", "PER_IMAGE", "HAS_TABLE", "NEED_QKV", "NEED_TABLE"])
+@pytest.mark.parametrize(
+    "flag", ["GATHERED", "PER_IMAGE", "HAS_TABLE", "NEED_QKV", "NEED_TABLE", "DIM"]
+)
 def test_the_variants_that_are_not_in_the_figures_compile(flag):
     """The interpreter does not check types; the compiler does."""
     names = [name for name in launch_table(90) if name.endswith("-32-16bit")]
     kernels = {name.split("-")[0] + str("long" in name): name for name in names}
     for name in kernels.values():
-        flags = {flag: flag in ("GATHERED", "PER_IMAGE")}
+        flags = {flag: 30 if flag == "DIM" else flag in ("GATHERED", "PER_IMAGE")}
         if flag == "HAS_TABLE":
             flags["NEED_TABLE"] = False
-        if not name.startswith("bwd_table") or flag in ("GATHERED", "PER_IMAGE"):
+        if not name.startswith("bwd_table") or flag in ("GATHERED", "PER_IMAGE", "DIM"):
             assert ahead_of_time.compile_launch(name, 90, **flags).asm["cubin"]
 
 
