@@ -82,12 +82,12 @@ def _monai(whole: bool, sdpa: bool = False) -> nn.Module:
     return model if whole else model.swinViT
 
 
-def _spandrel(name: str, window: int) -> nn.Module:
+def _spandrel(name: str, window: int, **more) -> nn.Module:
     """As published for magnification by four."""
     architectures = importlib.import_module(f"spandrel.architectures.{name}")
     sizes = dict(img_size=64, window_size=window, embed_dim=180, mlp_ratio=2, drop_path_rate=0.0)
     sizes |= dict(depths=[6] * 6, num_heads=[6] * 6, upscale=4, upsampler="pixelshuffle")
-    return getattr(architectures, name)(**sizes)
+    return getattr(architectures, name)(**(sizes | more))
 
 
 _of = functools.partial
@@ -140,6 +140,23 @@ PROBLEMS = {
         )
         for name, window in (("SwinIR", 8), ("DRCT", 16), ("HAT", 16))
     },
+    # Of another size than it was made for, as most images are.
+    "spandrel-swinir-s-96": Problem(
+        "spandrel",
+        {
+            "eager": _of(
+                _spandrel,
+                "SwinIR",
+                8,
+                embed_dim=60,
+                depths=[6] * 4,
+                num_heads=[6] * 4,
+                upsampler="pixelshuffledirect",
+            )
+        },
+        (3, 96, 96),
+        share=4,
+    ),  # fmt: skip
 }
 # What a GPU is for; on a CPU they take long.
 GPU_PROBLEMS = {"timm-swin-b-224": _timm_problem("swin_base_patch4_window7_224", 224)}

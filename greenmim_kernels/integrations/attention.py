@@ -372,15 +372,15 @@ def _is_swins(m: nn.Module, index: Tensor) -> bool:
     """Whether an index that comes with a call is Swin's; says so if not."""
     if index.numel() != math.prod(m.window_size) ** 2:
         return False  # the module's own code says what is wrong
-    plain = plain_index(m.window_size, index.device).view(-1)
     if torch.compiler.is_compiling():
-        is_same = (index.reshape(-1) == plain).all()
-        torch._assert_async(is_same, "the relative position index is not Swin's")
+        is_plain = (index.reshape(-1) == plain_index(m.window_size, index.device).view(-1)).all()
+        torch._assert_async(is_plain, "the relative position index is not Swin's")
         return True
     if isinstance(index, FakeTensor):
         return False
     known, version, is_plain = _indices.get(m, (lambda: None, None, False))
     if known() is not index or version is None or version != _version(index):
+        plain = plain_index(m.window_size, index.device).view(-1)
         is_plain = torch.equal(index.reshape(-1).int(), plain)
         _indices[m] = weakref.ref(index), _version(index), is_plain
     return is_plain or say_once(m, "a relative position index that is not Swin's")

@@ -35,6 +35,11 @@ def _part_of(
     return part if takes(attention, x, part) else None
 
 
+def _is_taken(attention: nn.Module, x: Tensor) -> bool:
+    """An attention module takes its own class back when another index is loaded into it."""
+    return isinstance(attention, Fused) and may_take(attention, x)
+
+
 def window_and_shift(
     grid: Sequence[int], window: Sequence[int], shift: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -51,7 +56,7 @@ class FusedTimmBlock(Fused):
 
     def _attn(self, x: Tensor) -> Tensor:
         part = None
-        if may_take(self.attn, x):
+        if _is_taken(self.attn, x):
             part = _part_of(self.attn, x, x.shape[1:3], self.window_size, self.shift_size, False)
         if part is None:
             return super()._attn(x)  # type: ignore[misc]  # the other base has it
@@ -86,7 +91,7 @@ class FusedSwinV2Block(Fused):
 def _part_of_swin_block(
     block: nn.Module, x: Tensor, grid: tuple[int, int] | None = None, *more: object
 ) -> GridPartition | None:
-    if more or not may_take(block.attn, x):
+    if more or not _is_taken(block.attn, x):
         return None
     high, wide = block.input_resolution if grid is None else grid
     window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
@@ -146,7 +151,7 @@ class FusedHuggingFaceSwinV2Layer(Fused):
 def _part_of_layer(
     layer: nn.Module, attention: nn.Module, x: Tensor, grid: tuple[int, int], *asked: object
 ) -> GridPartition | None:
-    if asks_more(attention, *asked) or not may_take(attention, x):
+    if asks_more(attention, *asked) or not _is_taken(attention, x):
         return None
     window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
     if window != tuple(attention.reader.window(attention)):
@@ -182,7 +187,7 @@ class FusedMonaiLayer(Fused):
 
 
 def _part_of_block(block: nn.Module, x: Tensor) -> GridPartition | None:
-    if not may_take(block.attn, x):
+    if not _is_taken(block.attn, x):
         return None
     grid = x.shape[1:-1]
     window, shift = window_and_shift(grid, block.window_size, block.shift_size)
@@ -228,7 +233,7 @@ class FusedTimmMaxVitBlock(Fused):
 
 
 class FusedTorchvisionMaxVitLayer(Fused):
-    """PartitionAttentionLayer, [B, C, H, W]."""
+    """PartitionAttentionLayer, [B, C, H, W], with channels last in memory, as the next takes it."""
 
     def forward(self, x: Tensor) -> Tensor:
         norm, attention, dropout = self.attn_layer
@@ -247,7 +252,7 @@ def _part_of_maxvit(
     attention: nn.Module, x: Tensor, grid: Sequence[int], in_windows: bool
 ) -> GridPartition | None:
     """Of windows, or of a grid: tokens that are H / M rows and W / M columns apart."""
-    if not may_take(attention, x):
+    if not _is_taken(attention, x):
         return None
     (height, width), (high, wide) = grid, attention.reader.window(attention)
     if height % high or width % wide:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from greenmim_kernels import use_backend
 from greenmim_kernels.integrations import fuse_window_attention
 from greenmim_kernels.integrations.readers import of_length
 
-from .cases import BLOCKS, CLASSES, LIBRARIES, first, randomized, segment_mask, spandrel
+from .cases import BLOCKS, CLASSES, LIBRARIES, first, monai, randomized, segment_mask, spandrel
 
 
 def results(model: nn.Module, x: Tensor, *more) -> dict[str, Tensor]:
@@ -219,6 +220,21 @@ def test_an_index_that_is_loaded() -> None:
     assert torch.equal(fused(x), other(x))
     assert fuse_window_attention(fused).fused
     torch.testing.assert_close(fused(x), other(x))
+
+
+@pytest.mark.parametrize("make", [partial(BLOCKS["microsoft"], 2), partial(monai, 2)])
+def test_an_index_that_is_loaded_into_a_block(make) -> None:
+    original = make()
+    fused = copy.deepcopy(original)
+    assert fuse_window_attention(fused).fused
+    other = {
+        name: x.T.clone() if name.endswith("position_index") else x
+        for name, x in original.state_dict().items()
+    }
+    original.load_state_dict(other)
+    fused.load_state_dict(other)
+    x = torch.randn(2, 96, 16) if "Block" in type(original).__name__ else torch.randn(2, 1, 64, 32)
+    assert torch.equal(fused.eval()(x), original.eval()(x))
 
 
 def test_second_derivatives() -> None:
