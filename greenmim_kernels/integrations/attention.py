@@ -373,8 +373,8 @@ def _is_swins(m: nn.Module, index: Tensor) -> bool:
     if index.numel() != math.prod(m.window_size) ** 2:
         return False  # the module's own code says what is wrong
     if torch.compiler.is_compiling():
-        is_plain = (index.reshape(-1) == plain_index(m.window_size, index.device).view(-1)).all()
-        torch._assert_async(is_plain, "the relative position index is not Swin's")
+        is_same = (index.reshape(-1) == plain_index(m.window_size, index.device).view(-1)).all()
+        torch._assert_async(is_same, "the relative position index is not Swin's")
         return True
     if isinstance(index, FakeTensor):
         return False
