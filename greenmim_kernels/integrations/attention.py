@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import candidates, choose_backend, is_forced
 from ..functional import group_window_attention
@@ -46,6 +48,23 @@ class Fused(_Original):
 
     reader: Swin
     unfused: tuple[type[nn.Module], type[Fused], bool, bool]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *more) -> None:
+        mask, own = state_dict.get(f"{prefix}attn_mask"), getattr(self, "attn_mask", None)
+        has_other = (
+            isinstance(mask, Tensor)
+            and isinstance(own, Tensor)
+            and mask.shape == own.shape
+            and not own.is_meta
+            and not torch.equal(mask.to(own), own)
+        )
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        original, ours, plain_index, _ = self.unfused
+        if f"{prefix}relative_position_index" in state_dict:
+            has_other |= has_plain_index(self, ours) != plain_index
+        if has_other:
+            say_once(self, "another relative_position_index or mask was loaded; fuse it again")
+            self.__class__ = original  # type: ignore[assignment]  # the other of its two bases
 
     def __reduce_ex__(self, protocol):
         # The class is made while running, so that a pickle cannot name it.
@@ -96,15 +115,6 @@ class FusedAttention(Fused):
                 return out
         return super().forward(x, mask, *more, **options)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *more) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *more)
-        if f"{prefix}relative_position_index" not in state_dict:
-            return
-        original, _, plain_index, _ = self.unfused
-        if has_plain_index(self, type(self)) != plain_index:
-            say_once(self, "another relative_position_index was loaded; fuse it again")
-            self.__class__ = original  # type: ignore[assignment]  # the other of its two bases
-
 
 class FusedSwinAttention(FusedAttention):
     reader = Swin()
@@ -120,15 +130,19 @@ class FusedHATAttention(Fused):
     reader = Swin()
 
     def forward(self, x: Tensor, rpi: Tensor, mask: Tensor | None = None) -> Tensor:
-        is_known = may_take(self, x) and _is_swins(self, rpi)
-        out = attend(self, x, mask) if is_known else None
+        out = attend(self, x, mask, rpi)
         return super().forward(x, rpi, mask) if out is None else out
 
 
-class FusedTimmMaxVitAttention(FusedAttention):
-    """``forward(x, shared_rel_pos)``, x [B windows, ..., C]."""
+class FusedTimmMaxVitAttention(Fused):
+    """``forward(x, shared_rel_pos)``, x [B windows, ..., C]; one with a bias looks at x alone."""
 
     reader = TimmMaxVit()
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | GridPartition | None = None) -> Tensor:
+        part = shared_rel_pos if isinstance(shared_rel_pos, GridPartition) else None
+        out = attend(self, x, part)
+        return super().forward(x, shared_rel_pos) if out is None else out
 
 
 class FusedTorchvisionMaxVitAttention(Fused):
@@ -167,11 +181,16 @@ class FusedHuggingFaceSwinV2Attention(FusedHuggingFaceSelfAttention):
     reader = HuggingFaceSwinV2()
 
 
-def attend(m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None) -> Tensor | None:
-    """A fused module's attention; None, and says why, if the kernels do not do it."""
+def attend(
+    m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None, index: Tensor | None = None
+) -> Tensor | None:
+    """A fused module's attention; None, and says why, if the kernels do not do it.
+
+    index: one that comes with a call, which must be Swin's.
+    """
     if isinstance(mask, GridPartition):
         return attend_in(m, x, mask, mask.pads)
-    if not may_take(m, x):
+    if not may_take(m, x) or (index is not None and not _is_swins(m, index)):
         return None
     flat = reader_of(m).windows(x)
     part = _partition(m, flat, mask)
@@ -255,15 +274,21 @@ def _say(name: str, reason: str, detail: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Last:
-    mask: weakref.ref | None
-    versions: tuple[int | None, int | None]  # of the mask and of the index
+class _Cut:
+    """A partition, and what it was made of besides its mask."""
+
     slots: int
+    window: tuple[int, ...]
+    versions: tuple[int | None, int | None]  # of the mask and of the index
+    index: weakref.ref | None
     part: GroupPartition
 
 
-# The partition of each module's last mask.
-_last: weakref.WeakKeyDictionary[nn.Module, _Last] = weakref.WeakKeyDictionary()
+# By its mask, or by its index where it has no mask; blocks of a network may share one.
+_cuts = WeakTensorKeyDictionary()
+_checked: weakref.WeakKeyDictionary[nn.Module, int] = (
+    weakref.WeakKeyDictionary()
+)  # for how many slots
 _captured: list[GroupPartition] = []  # what CUDA graphs read
 
 
@@ -294,20 +319,21 @@ def _partition(m: nn.Module, x: Tensor, mask: Tensor | None) -> GroupPartition |
 
 
 def _last_or_cut(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartition:
-    last = _last.get(m)
-    versions = _version(mask), _version(None if made_of(m)[2] else m.relative_position_index)
-    if last is not None and (last.slots, last.versions) == (slots, versions):
-        is_same = (
-            last.mask is None if mask is None else last.mask is not None and last.mask() is mask
-        )
+    index = None if made_of(m)[2] else m.relative_position_index
+    of, window = index if mask is None else mask, tuple(reader_of(m).window(m))
+    versions = _version(mask), _version(index)
+    last = _cuts.get(of)
+    if last is not None and (last.slots, last.window, last.versions) == (slots, window, versions):
+        is_same = index is None if last.index is None else last.index() is index
         if is_same and None not in versions:
             return last.part
     # On a GPU a check in Python waits for the device: a module's masks after the first are trusted.
     on_cpu = mask is None or mask.device.type == "cpu"
-    trusted = not on_cpu and last is not None and last.slots == slots
+    trusted = not on_cpu and _checked.get(m) == slots
     with torch.inference_mode(False):  # autograd refuses to save tensors made in it
         part = _cut(m, mask, slots, trusted)
-    _last[m] = _Last(None if mask is None else weakref.ref(mask), versions, slots, part)
+    known = None if index is None else weakref.ref(index)
+    _cuts[of], _checked[m] = _Cut(slots, window, versions, known, part), slots
     if is_capturing(part.token_index.device):
         _captured.append(part)
     return part
@@ -353,11 +379,11 @@ def has_plain_index(m: nn.Module, ours: type[Fused]) -> bool:
     index = getattr(m, "relative_position_index", None)
     if not isinstance(index, Tensor):
         return True
-    plain = plain_index(ours.reader.window(m))
+    plain = swins_index(ours.reader.window(m))
     return not index.is_meta and torch.equal(index.cpu().view(-1).int(), plain.view(-1))
 
 
-def plain_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def swins_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Swin's relative_position_index, int32 [n, n]."""
     slots = math.prod(window)
     part = grid_partition((slots,), (slots,), (0,), window, torch.device(device))
@@ -373,15 +399,16 @@ def _is_swins(m: nn.Module, index: Tensor) -> bool:
     if index.numel() != math.prod(m.window_size) ** 2:
         return False  # the module's own code says what is wrong
     if torch.compiler.is_compiling():
-        is_same = (index.reshape(-1) == plain_index(m.window_size, index.device).view(-1)).all()
+        is_same = (index.reshape(-1) == swins_index(m.window_size, index.device).view(-1)).all()
         torch._assert_async(is_same, "the relative position index is not Swin's")
         return True
     if isinstance(index, FakeTensor):
         return False
     known, version, is_plain = _indices.get(m, (lambda: None, None, False))
     if known() is not index or version is None or version != _version(index):
-        plain = plain_index(m.window_size, index.device).view(-1)
-        is_plain = torch.equal(index.reshape(-1).int(), plain)
+        with _disable_current_modes():  # x may be fake where the index is not
+            plain = swins_index(m.window_size, index.device).view(-1)
+            is_plain = torch.equal(index.reshape(-1).int(), plain)
         _indices[m] = weakref.ref(index), _version(index), is_plain
     return is_plain or say_once(m, "a relative position index that is not Swin's")
 

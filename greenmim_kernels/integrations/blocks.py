@@ -18,7 +18,7 @@ from .attention import (
     takes,
 )
 from .grids import GridPartition, grid_partition
-from .readers import Torchvision, TorchvisionV2
+from .readers import Torchvision, TorchvisionV2, has_hooks
 
 
 def _part_of(
@@ -36,8 +36,9 @@ def _part_of(
 
 
 def _is_taken(attention: nn.Module, x: Tensor) -> bool:
-    """An attention module takes its own class back when another index is loaded into it."""
-    return isinstance(attention, Fused) and may_take(attention, x)
+    """Whether it is fused still, with Swin's index: another one may have been loaded into it."""
+    has_plain_index = isinstance(attention, Fused) and attention.unfused[2]
+    return has_plain_index and may_take(attention, x)
 
 
 def window_and_shift(
@@ -97,7 +98,7 @@ def _part_of_swin_block(
     window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
     is_cut = high % window[0] == wide % window[0] == 0 and high * wide == x.shape[1]
     if not is_cut or window != tuple(block.attn.reader.window(block.attn)):
-        return None  # the block's own code says what is wrong
+        return None
     return _part_of(block.attn, x, (high, wide), window, shift, False)
 
 
@@ -226,7 +227,9 @@ class FusedTimmMaxVitBlock(Fused):
     """timm's PartitionAttentionCl."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
-        part = _part_of_maxvit(self.attn, x, x.shape[1:3], self.partition_block)
+        part = None
+        if tuple(self.partition_size) == tuple(self.attn.rel_pos.window_size):
+            part = _part_of_maxvit(self.attn, x, x.shape[1:3], self.partition_block)
         if part is None:
             return super()._partition_attn(x)  # type: ignore[misc]  # the other base has it
         return self.attn(x.flatten(1, 2), part).view(x.shape)
@@ -236,12 +239,13 @@ class FusedTorchvisionMaxVitLayer(Fused):
     """PartitionAttentionLayer, [B, C, H, W], with channels last in memory, as the next takes it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, attention, dropout = self.attn_layer
-        grid, part = x.shape[2:], None
-        if tuple(grid) == tuple(self.grid_size):  # else its own code says what is wrong
-            part = _part_of_maxvit(attention, x, grid, self.partition_type == "window")
-        if part is None:
+        part, around = None, self.attn_layer  # which a hook sees as one
+        if len(around) == 3 and not has_hooks(around):
+            in_windows = self.partition_type == "window"
+            part = _part_of_maxvit(around[1], x, x.shape[2:], in_windows)
+        if part is None or tuple(x.shape[2:]) != tuple(self.grid_size):
             return super().forward(x)
+        norm, attention, dropout = around
         y = x.flatten(2).mT.contiguous()
         y = y + self.stochastic_dropout(dropout(attention(norm(y), part)))
         y = y + self.stochastic_dropout(self.mlp_layer(y))

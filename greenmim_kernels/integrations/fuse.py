@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -159,11 +160,18 @@ def _code_of(module: nn.Module) -> tuple:
         ]
         tensors = [*child._parameters.items(), *child._buffers.items()]
         given = [(key, x is None) for key, x in tensors]
-        found.append((name, type(child), "forward" in vars(child), str(settings), str(given)))
-    for name, index in module.named_buffers():
-        if name.endswith("relative_position_index"):
-            found.append("meta" if index.is_meta else index.cpu().numpy().tobytes())
+        # Such as a method that somebody has replaced.
+        called = [(key, id(value)) for key, value in vars(child).items() if callable(value)]
+        found.append((name, type(child), str(called), str(settings), str(given)))
+    found += [(name, _digest(buffer)) for name, buffer in module.named_buffers()]
     return tuple(found)
+
+
+def _digest(x: Tensor) -> bytes:
+    """Of a buffer's values; empty without any."""
+    if x.is_meta:
+        return b""
+    return hashlib.blake2b(x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _try(module: nn.Module, kind: Kind) -> tuple | str:
@@ -237,7 +245,7 @@ def _windows(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iter
 
 
 def _of_hat(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
-    index = attention.plain_index(m.window_size).long()
+    index = attention.swins_index(m.window_size).long()
     for x, mask in _windows(attention.FusedHATAttention, "qkv", m, draw):
         yield x, index, mask
 
@@ -250,9 +258,9 @@ def _one_window(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> I
 
 
 def _grid(window: tuple[int, ...], channels: int, draw: torch.Generator) -> Tensor:
-    """[1, ..., C], some larger than the window, which does not divide it."""
+    """[2, ..., C], some larger than the window, which does not divide it."""
     grid = [side + 1 + axis for axis, side in enumerate(window)]
-    return torch.randn(1, *grid, channels, dtype=torch.float64, generator=draw)
+    return torch.randn(2, *grid, channels, dtype=torch.float64, generator=draw)
 
 
 def _of_timm(m: Any, draw: torch.Generator) -> Iterator[tuple]:
@@ -261,11 +269,14 @@ def _of_timm(m: Any, draw: torch.Generator) -> Iterator[tuple]:
 
 
 def _of_swin_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
-    takes_size = hasattr(m, "calculate_mask")  # as SwinIR's
-    high, wide = (2 * m.window_size, 3 * m.window_size) if takes_size else m.input_resolution
-    shape = 1, high * wide, m.attn.qkv.weight.shape[1]
-    x = torch.randn(shape, dtype=torch.float64, generator=draw)
-    yield (x, (high, wide)) if takes_size else (x,)
+    channels = m.attn.qkv.weight.shape[1]
+    sizes = [m.input_resolution]
+    takes_size = hasattr(m, "calculate_mask")  # as SwinIR's, which keeps the mask of one size
+    if takes_size:
+        sizes.append((2 * m.window_size, 3 * m.window_size))
+    for high, wide in sizes:
+        x = torch.randn(2, high * wide, channels, dtype=torch.float64, generator=draw)
+        yield (x, (high, wide)) if takes_size else (x,)
 
 
 def _of_torchvision(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
@@ -294,12 +305,12 @@ def _of_monai_layer(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
 
 def _of_timm_maxvit(m: Any, draw: torch.Generator) -> Iterator[tuple]:
     high, wide = m.partition_size
-    shape = 1, 2 * high, 3 * wide, m.attn.qkv.weight.shape[1]
+    shape = 2, 2 * high, 3 * wide, m.attn.qkv.weight.shape[1]
     yield (torch.randn(shape, dtype=torch.float64, generator=draw),)
 
 
 def _of_torchvision_maxvit(m: Any, draw: torch.Generator) -> Iterator[tuple]:
-    shape = 1, m.attn_layer[1].to_qkv.weight.shape[1], *m.grid_size
+    shape = 2, m.attn_layer[1].to_qkv.weight.shape[1], *m.grid_size
     yield (torch.randn(shape, dtype=torch.float64, generator=draw),)
 
 
@@ -316,6 +327,7 @@ class Kind:
         names: attributes that a module of this kind has, or parts of it.
         sample: arguments for a module of it, with values of the generator.
         child: the attention that must be fused before, or a list of blocks.
+        parts: the only children that it may have; empty: any.
         method: what is called with the arguments.
         whole: how many samples must agree; those behind have windows with fewer slots.
     """
@@ -325,6 +337,7 @@ class Kind:
     names: str
     sample: Callable[[nn.Module, torch.Generator], Iterator[tuple]]
     child: str = ""
+    parts: str = ""
     method: str = "forward"
     whole: int = 2
 
@@ -333,6 +346,8 @@ class Kind:
             attrgetter(*self.names.split())(module)
             child = module.get_submodule(self.child)
         except AttributeError:
+            return False
+        if self.parts and not set(dict(module.named_children())) <= set(self.parts.split()):
             return False
         if not self.child:
             return True
@@ -421,6 +436,7 @@ BLOCKS = [
         "attn_mask norm1 norm2 mlp drop_path input_resolution window_size shift_size",
         _of_swin_block,
         child="attn",
+        parts="norm1 attn drop_path norm2 mlp",
     ),
     Kind(
         "with windows",
@@ -428,6 +444,7 @@ BLOCKS = [
         "attn_mask norm1 norm2 mlp drop_path input_resolution window_size shift_size",
         _of_swin_block,
         child="attn",
+        parts="norm1 attn drop_path norm2 mlp",
     ),
     Kind(
         "with padding and windows",
@@ -472,6 +489,8 @@ BLOCKS = [
         "attn_layer mlp_layer stochastic_dropout partition_type grid_size",
         _of_torchvision_maxvit,
         child="attn_layer.1",
+        parts="partition_op departition_op partition_swap departition_swap attn_layer mlp_layer"
+        " stochastic_dropout",
     ),
 ]
 LAYERS = [

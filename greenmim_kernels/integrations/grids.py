@@ -21,11 +21,12 @@ from ..partition import GroupPartition, table_rows
 from ..windows import partition_from_windows
 
 # What is kept of partitions: in image restoration one may have megabytes, and images any size.
-LARGEST_NUMBER, LARGEST_BYTES = 256, 128 << 20
+# The fewest are those of a network's stages, shifted and not: it asks for one after the other.
+FEWEST, MOST, LARGEST_BYTES = 8, 256, 128 << 20
 
 
 def _kept_within_limits(make: Callable) -> Any:
-    """A cache of what was asked for last; a lone one may be larger than the limit."""
+    """A cache of what was asked for last."""
     kept: OrderedDict[tuple, Any] = OrderedDict()
     lock = threading.Lock()
 
@@ -37,8 +38,8 @@ def _kept_within_limits(make: Callable) -> Any:
         made = make(*key)
         with lock:
             kept[key] = made
-            while len(kept) > LARGEST_NUMBER or (
-                len(kept) > 1 and sum(x.nbytes for x in kept.values()) > LARGEST_BYTES
+            while len(kept) > MOST or (
+                len(kept) > FEWEST and sum(x.nbytes for x in kept.values()) > LARGEST_BYTES
             ):
                 kept.popitem(last=False)
         return made

@@ -215,12 +215,14 @@ class TimmMaxVit(Swin):
     def table(self, m) -> Tensor:
         bias = m.rel_pos
         if hasattr(bias, "mlp"):  # RelPosMlp
-            table = bias.bias_act(bias.mlp(bias.rel_coords_log).view(-1, m.num_heads))
-            return table if bias.bias_gain is None else bias.bias_gain * table
+            return bias.mlp(bias.rel_coords_log).view(-1, m.num_heads)
         table = bias.relative_position_bias_table
         if table.dim() == 3:  # RelPosBiasTf, [heads, rows per axis ...]: of the key less the query
             return table.flip(1, 2).flatten(1).T
         return table
+
+    def scale(self, m) -> float:
+        return m.dim_head**-0.5 if m.fused_attn else m.scale
 
     def windows(self, x: Tensor) -> Tensor:
         return x.flatten(1, -2)

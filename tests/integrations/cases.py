@@ -211,6 +211,11 @@ LIBRARIES = {
         "SwinTransformerBlock",
         True,
     ),
+    "drct": Library(
+        partial(spandrel, "DRCT", gc=8),
+        ((2, 3, 16, 16), (1, 3, 12, 20)),
+        "SwinTransformerBlock",
+    ),
     "hat": Library(
         partial(spandrel, "HAT", squeeze_factor=4),
         ((2, 3, 16, 16), (1, 3, 12, 20)),

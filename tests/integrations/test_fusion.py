@@ -23,6 +23,7 @@ from greenmim_kernels.integrations import (
 )
 
 from .cases import (
+    BLOCKS,
     CLASSES,
     LIBRARIES,
     WindowAttention,
@@ -35,6 +36,7 @@ from .cases import (
     timm_maxvit,
     timm_swin,
     timm_swin_v2,
+    torchvision_maxvit,
     torchvision_swin,
 )
 
@@ -189,14 +191,18 @@ def test_undone_whole_or_not_at_all() -> None:
     assert type(model[0]) is type(model[1]) is WindowAttention
 
 
-def test_traced_by_fx() -> None:
+@pytest.mark.parametrize(
+    ("name", "place"), [("torchvision", "features.1"), ("torchvision_maxvit", "blocks.0")]
+)
+def test_traced_by_fx(name: str, place: str) -> None:
     """What is traced is the library's code."""
     extraction = pytest.importorskip("torchvision").models.feature_extraction
-    model, x = randomized(torchvision_swin()).eval(), torch.randn(1, 3, 56, 40)
+    library = LIBRARIES[name]
+    model, x = randomized(library.make()).eval(), torch.randn(library.inputs[0])
     fused = fused_copy(model)
-    expected = extraction.create_feature_extractor(model, ["features.1"])(x)
-    found = extraction.create_feature_extractor(fused, ["features.1"])(x)
-    assert torch.equal(found["features.1"], expected["features.1"])
+    expected = extraction.create_feature_extractor(model, [place])(x)
+    found = extraction.create_feature_extractor(fused, [place])(x)
+    assert torch.equal(found[place], expected[place])
 
 
 def test_hooks_run_and_are_not_called_before() -> None:
@@ -209,16 +215,66 @@ def test_hooks_run_and_are_not_called_before() -> None:
     assert seen == [(1, 196, 16), (1, 196, 16), (1, 49, 32), (1, 49, 32)]
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision", "hugging_face", "monai_3d"])
+def test_torchvision_maxvit_layers(calls: list[str]) -> None:
+    """Their layout in memory; and what goes to the library's code."""
+    model = torchvision_maxvit()
+    layer = model.blocks[0].layers[0].layers.grid_attention
+    fused, x = fused_copy(layer), torch.randn(2, 16, 12, 12)
+    calls.clear()
+    close(fused(x), layer(x))
+    assert fused(x).is_contiguous(memory_format=torch.channels_last) and len(calls) == 2
+    with pytest.raises(RuntimeError):  # made for grids of one size
+        fused(torch.randn(2, 16, 18, 18))
+    seen: list[str] = []
+    hook = fused.attn_layer.register_forward_hook(lambda *_: seen.append("here"))
+    calls.clear()
+    close(fused(x), layer(x))
+    assert seen and len(calls) == 1  # of the attention alone
+    hook.remove()
+    fused.attn_layer.append(nn.Identity())
+    close(fused(x), layer(x))
+
+
+def test_a_swin_block_that_does_not_fit() -> None:
+    """As the library says: a grid that the window does not divide, a window without a bias."""
+    model = fused_copy(LIBRARIES["swin_ir"].make())
+    block = next(m for m in model.modules() if type(m).__name__ == "FusedSwinTransformerBlock")
+    x = torch.randn(1, 120, 16)
+    with pytest.raises(RuntimeError):
+        block(x, (10, 12))
+    block.window_size = 2
+    with pytest.raises(RuntimeError):
+        block(x, (12, 10))
+
+
+def test_dropout_behind_attention() -> None:
+    model = randomized(torchvision_maxvit(attention_dropout=1.0)).train()
+    x = torch.randn(2, 3, 48, 48)
+    close(step(fused_copy(model), x), step(model, x))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_drop_path_of_blocks(name: str) -> None:
+    block, x = randomized(BLOCKS[name](2, 0.5)), torch.randn(2, 96, 16)
+    fused = fused_copy(block)
+    close(step(fused, x), step(block, x))
+    close_gradients(fused, block)
+
+
+DROPPING = {
+    "torchvision": {"stochastic_depth_prob": 0.5},
+    "torchvision_maxvit": {"stochastic_depth_prob": 0.5},
+    "timm": {"drop_path_rate": 0.5},
+    "hugging_face": {"drop_path_rate": 0.5},
+    "monai_3d": {"use_checkpoint": True},
+    "swin_ir": {"drop_path_rate": 0.5, "use_checkpoint": True},
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
 def test_drop_path_and_checkpointing(name: str) -> None:
-    rate = {
-        "torchvision": {"stochastic_depth_prob": 0.5},
-        "timm": {"drop_path_rate": 0.5},
-        "hugging_face": {"drop_path_rate": 0.5},
-        "monai_3d": {"use_checkpoint": True},
-    }[name]
     library = LIBRARIES[name]
-    model, x = randomized(library.make(**rate)).train(), torch.randn(library.inputs[0])
+    model, x = randomized(library.make(**DROPPING[name])).train(), torch.randn(library.inputs[0])
     if name == "timm":
         model.set_grad_checkpointing(True)
     if name == "hugging_face":
@@ -304,6 +360,10 @@ def test_maxvit_sizes_that_change(bias: str) -> None:
                 module.set_partition_size((2, 3))
     x = torch.randn(1, 3, 64, 96)
     close(step(fused, x), step(model, x))
+    block = fused.stages[0].blocks[0].attn_grid
+    block.partition_size = (4, 3)  # the bias is for others
+    with pytest.raises(RuntimeError):
+        block(torch.randn(1, 16, 12, 16))
     assert type(fused.stages[0].blocks[0].attn_grid).__name__ == "FusedPartitionAttentionCl"
 
 
@@ -320,9 +380,16 @@ def test_maxvit_attention_alone(calls: list[str]) -> None:
         with pytest.raises(RuntimeError):  # fewer slots: as the library
             fused(x[:, :, 1:])
         if name == "timm_maxvit":
-            with pytest.warns(UserWarning, match="a mask that is not"):
-                shared = torch.randn(1, 2, 8, 8)
-                assert torch.equal(fused(x, shared), attention(x, shared))
+            # It has a bias of its own.
+            shared = torch.zeros(1, 8, 8)
+            close(fused(x, shared), attention(x, shared))
+            close(fused(x, shared_rel_pos=shared), attention(x, shared_rel_pos=shared))
+            for one in (fused, attention):
+                one.scale = 1.0
+            close(fused(x), attention(x))
+            for one in (fused, attention):
+                one.fused_attn = False
+            close(fused(x), attention(x))
 
 
 def test_copied_pickled_saved_and_loaded() -> None:
@@ -465,8 +532,13 @@ def test_what_is_left_to_the_library_while_tracing(calls: list[str]) -> None:
     assert not calls
 
 
-def test_what_no_backend_takes(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    model, x = randomized(timm_swin()), torch.randn(1, 3, 56, 56)
+@pytest.mark.parametrize("name", ["timm", "timm_maxvit", "torchvision_maxvit", "swin_ir", "hat"])
+def test_what_no_backend_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]
+) -> None:
+    monkeypatch.setattr(attention, "_said", set())
+    library = LIBRARIES[name]
+    model, x = randomized(library.make()), torch.randn(library.inputs[0])
     fused = fused_copy(model)
     with use_backend("reference"):  # a forced backend is used, whichever it is
         close(fused(x), model(x))
@@ -479,6 +551,46 @@ def test_what_no_backend_takes(monkeypatch: pytest.MonkeyPatch, calls: list[str]
     with pytest.warns(UserWarning, match="no backend takes its head dim and window"):
         assert torch.equal(fused(x), model(x))
     assert not calls
+
+
+def test_an_index_of_a_call_in_fake_mode(calls: list[str]) -> None:
+    model = fused_copy(randomized(LIBRARIES["hat"].make()))
+    alone = next(m for m in model.modules() if hasattr(m, "reader"))
+    index = model.relative_position_index_SA
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(torch.randn(2, 3, 16, 16)).shape == (2, 3, 32, 32)
+        for one, count in ((index, 1), (mode.from_tensor(index), 0)):
+            calls.clear()
+            assert alone(torch.randn(4, 16, 16), one).shape == (4, 16, 16)
+            assert len(calls) == count
+
+
+def test_a_second_module_that_differs(calls: list[str]) -> None:
+    """In a buffer of its bias, or in a method: what was found of the first is not taken from it."""
+    model = LIBRARIES["timm_maxvit_tf"].make()
+    modules = [m for m in model.modules() if type(m).__name__ == "AttentionCl"][:2]
+    modules[1].rel_pos.height_lookup.copy_(modules[1].rel_pos.height_lookup.flip(2))
+    report = fuse_window_attention(nn.ModuleList(modules))
+    assert list(report.fused) == ["0"] and list(report.left) == ["1"]
+    modules = [copy.deepcopy(modules[0]) for _ in range(2)]
+    for module in modules:
+        unfuse_window_attention(module)
+    real = modules[1].rel_pos.get_bias
+    modules[1].rel_pos.get_bias = lambda: 2 * real()
+    report = fuse_window_attention(nn.ModuleList(modules))
+    assert list(report.fused) == ["0"] and list(report.left) == ["1"]
+
+
+def test_a_mask_that_blocks_share_is_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut, real = [], attention._cut
+    monkeypatch.setattr(attention, "_cut", lambda *args: cut.append("here") or real(*args))
+    model = randomized(LIBRARIES["hat"].make(depths=[4], num_heads=[2]))
+    fused, x = fused_copy(model), torch.randn(1, 3, 16, 16)
+    cut.clear()
+    for count in (1, 2):  # HAT makes a mask for each call
+        close(fused(x), model(x))
+        assert len(cut) == count
+    assert len(attention._cuts) == 0
 
 
 @pytest.mark.parametrize("mode", ["inference", "fake", "device"])
@@ -515,15 +627,16 @@ def test_partitions_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     known.clear()
     one = ask(400)
-    monkeypatch.setattr(grids, "LARGEST_BYTES", 2 * one.untyped_storage().nbytes())
+    monkeypatch.setattr(grids, "FEWEST", 2)
+    monkeypatch.setattr(grids, "LARGEST_BYTES", 3 * one.untyped_storage().nbytes())
     assert ask(400).data_ptr() == one.data_ptr() and len(known) == 1
-    for side in range(320, 360, 4):
+    for number, side in enumerate(range(360, 400, 4)):
         ask(side)
         assert ask(400).data_ptr() == one.data_ptr()  # it was asked for last
-        assert len(known) == 2
+        assert len(known) == min(number + 2, 3)
     ask(4000)
-    assert len(known) == 1  # larger than the limit, alone
-    monkeypatch.setattr(grids, "LARGEST_NUMBER", 3)
+    assert len(known) == 2  # the fewest, although larger than the limit
+    monkeypatch.setattr(grids, "MOST", 3)
     for side in range(4, 40, 4):
         ask(side)
     assert len(known) == 3

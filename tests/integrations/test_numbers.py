@@ -13,7 +13,18 @@ from greenmim_kernels import use_backend
 from greenmim_kernels.integrations import fuse_window_attention
 from greenmim_kernels.integrations.readers import of_length
 
-from .cases import BLOCKS, CLASSES, LIBRARIES, first, monai, randomized, segment_mask, spandrel
+from .cases import (
+    BLOCKS,
+    CLASSES,
+    LIBRARIES,
+    first,
+    monai,
+    randomized,
+    segment_mask,
+    spandrel,
+    torchvision_maxvit,
+    torchvision_swin,
+)
 
 
 def results(model: nn.Module, x: Tensor, *more) -> dict[str, Tensor]:
@@ -96,7 +107,7 @@ def test_a_class_from_its_structure(name: str, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("shift", [0, 1])
 def test_a_block_from_its_structure(name: str, shift: int) -> None:
     original = randomized(BLOCKS[name](shift)).double()
     fused = copy.deepcopy(original)
@@ -105,6 +116,43 @@ def test_a_block_from_its_structure(name: str, shift: int) -> None:
     assert max(errors(results(fused, x), results(original, x)).values()) < 1e-12
     with pytest.raises(AssertionError, match="wrong size"):
         fused(x[:, :48])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_mask_of_its_own(name: str) -> None:
+    """Of the second of two blocks; and one that is loaded."""
+    plain, odd = (randomized(BLOCKS[name](1)).double() for _ in range(2))
+    odd.attn_mask.zero_()
+    fused = copy.deepcopy(nn.ModuleList([plain, odd]))
+    assert list(fuse_window_attention(fused).fused) == ["0", "1.attn"]
+    x = torch.randn(3, 96, 16, dtype=torch.float64)
+    torch.testing.assert_close(fused[1](x), odd(x), atol=1e-12, rtol=1e-12)
+    assert (odd(x) - plain(x)).abs().max() > 0.01
+    with pytest.warns(UserWarning, match="mask was loaded; fuse it again"):
+        fused[0].load_state_dict(odd.state_dict())
+    torch.testing.assert_close(fused[0](x), odd(x), atol=1e-12, rtol=1e-12)
+
+
+def test_a_mask_that_swin_ir_keeps() -> None:
+    block = next(m for m in spandrel("SwinIR").modules() if getattr(m, "shift_size", 0))
+    block.attn_mask.zero_()
+    report = fuse_window_attention(block)
+    assert list(report.fused) == ["attn"] and "something else" in report.left[""]
+
+
+def test_parts_that_are_not_known_leave_the_attention_alone() -> None:
+    class Regularized(BLOCKS["microsoft"].func):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.more = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.more(super().forward(x))
+
+    model = Regularized(16, (12, 8), 2, 4, 2)
+    assert list(fuse_window_attention(model).fused) == ["attn"]
+    x = torch.randn(1, 96, 16)
+    assert not torch.equal(model(x), model(x))
 
 
 def test_an_index_that_comes_with_a_call() -> None:
@@ -120,6 +168,7 @@ def test_an_index_that_comes_with_a_call() -> None:
     with pytest.warns(UserWarning, match="a relative position index that is not Swin's"):
         other = index.T.contiguous()
         assert torch.equal(fused(x, other), original(x, other))
+    fused(x, index)
     index.copy_(index.T.clone())  # in place, after it was looked at
     assert torch.equal(fused(x, index, mask), original(x, index, mask))
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
@@ -153,6 +202,15 @@ def test_an_index_of_another_kind() -> None:
         assert max(errors(results(fused, x, mask), results(original, x, mask)).values()) < 1e-12
         compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, mask), original(x, mask), atol=1e-12, rtol=1e-12)
+    mask = segment_mask(2, 16).double()
+    x, plain = torch.randn(4, 16, 16, dtype=torch.float64), original.relative_position_index.clone()
+    both = []
+    for index in (plain, plain.flip(0)):  # modules that share a mask
+        original.relative_position_index.copy_(index)
+        both.append((copy.deepcopy(original), copy.deepcopy(original)))
+        assert fuse_window_attention(both[-1][0]).fused
+    for one, other in 2 * both:
+        torch.testing.assert_close(one(x, mask), other(x, mask), atol=1e-12, rtol=1e-12)
     original.relative_position_index[0, 1] = 0
     report = fuse_window_attention(original)
     assert "no number of the query plus a number of the key" in report.left[""]
@@ -214,7 +272,7 @@ def test_an_index_that_is_loaded() -> None:
     fused.load_state_dict(original.state_dict())
     assert type(fused).__name__ == "FusedWindowAttention"
     other.relative_position_index.copy_(other.relative_position_index.T.clone())
-    with pytest.warns(UserWarning, match="another relative_position_index was loaded"):
+    with pytest.warns(UserWarning, match="another relative_position_index or mask was loaded"):
         fused.load_state_dict(other.state_dict())
     x = torch.randn(2, 16, 16)
     assert torch.equal(fused(x), other(x))
@@ -222,19 +280,29 @@ def test_an_index_that_is_loaded() -> None:
     torch.testing.assert_close(fused(x), other(x))
 
 
-@pytest.mark.parametrize("make", [partial(BLOCKS["microsoft"], 2), partial(monai, 2)])
-def test_an_index_that_is_loaded_into_a_block(make) -> None:
-    original = make()
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (partial(BLOCKS["microsoft"], 2), (2, 96, 16)),
+        (partial(monai, 2), (2, 1, 64, 32)),
+        (torchvision_swin, (2, 3, 32, 32)),
+        (torchvision_maxvit, (2, 3, 48, 48)),
+    ],
+)
+def test_an_index_that_is_loaded_into_a_block(make, shape) -> None:
+    original = randomized(make())
     fused = copy.deepcopy(original)
     assert fuse_window_attention(fused).fused
     other = {
-        name: x.T.clone() if name.endswith("position_index") else x
+        name: x.flip(0) if name.endswith("position_index") else x
         for name, x in original.state_dict().items()
     }
     original.load_state_dict(other)
     fused.load_state_dict(other)
-    x = torch.randn(2, 96, 16) if "Block" in type(original).__name__ else torch.randn(2, 1, 64, 32)
+    x = torch.randn(shape)
     assert torch.equal(fused.eval()(x), original.eval()(x))
+    fuse_window_attention(fused)  # as the warning says: what can be with the other index
+    torch.testing.assert_close(fused(x), original(x), atol=1e-5, rtol=1e-5)
 
 
 def test_second_derivatives() -> None:
