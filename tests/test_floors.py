@@ -46,6 +46,7 @@ FLOORS = [
     ["greenmim_kernels.integrations.grids", "greenmim_kernels.integrations.readers"],
     ["greenmim_kernels.integrations.attention"],
     ["greenmim_kernels.integrations.blocks", "greenmim_kernels.layers"],
+    ["greenmim_kernels.integrations.kinds"],
     ["greenmim_kernels.integrations.fuse"],
     ["greenmim_kernels.integrations"],
     ["greenmim_kernels"],
