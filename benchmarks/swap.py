@@ -156,7 +156,7 @@ PROBLEMS = {
         },
         (3, 96, 96),
         share=4,
-    ),  # fmt: skip
+    ),
 }
 # What a GPU is for; on a CPU they take long.
 GPU_PROBLEMS = {"timm-swin-b-224": _timm_problem("swin_base_patch4_window7_224", 224)}

@@ -286,9 +286,8 @@ class _Cut:
 
 # By its mask, or by its index where it has no mask; blocks of a network may share one.
 _cuts = WeakTensorKeyDictionary()
-_checked: weakref.WeakKeyDictionary[nn.Module, int] = (
-    weakref.WeakKeyDictionary()
-)  # for how many slots
+# Modules of which a mask was checked, with its number of slots.
+_checked: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _captured: list[GroupPartition] = []  # what CUDA graphs read
 
 
@@ -379,8 +378,7 @@ def has_plain_index(m: nn.Module, ours: type[Fused]) -> bool:
     index = getattr(m, "relative_position_index", None)
     if not isinstance(index, Tensor):
         return True
-    plain = swins_index(ours.reader.window(m))
-    return not index.is_meta and torch.equal(index.cpu().view(-1).int(), plain.view(-1))
+    return not index.is_meta and _has_values_of_swins(index, ours.reader.window(m))
 
 
 def swins_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -388,6 +386,10 @@ def swins_index(window: Sequence[int], device: torch.device | str = "cpu") -> Te
     slots = math.prod(window)
     part = grid_partition((slots,), (slots,), (0,), window, torch.device(device))
     return part.query_row[0, 0, :, None] + part.key_row[0, 0]
+
+
+def _has_values_of_swins(index: Tensor, window: Sequence[int]) -> bool:
+    return torch.equal(index.reshape(-1).int(), swins_index(window, index.device).view(-1))
 
 
 # Of each module the last index that came with a call, its version, and whether it is Swin's.
@@ -407,8 +409,7 @@ def _is_swins(m: nn.Module, index: Tensor) -> bool:
     known, version, is_plain = _indices.get(m, (lambda: None, None, False))
     if known() is not index or version is None or version != _version(index):
         with _disable_current_modes():  # x may be fake where the index is not
-            plain = swins_index(m.window_size, index.device).view(-1)
-            is_plain = torch.equal(index.reshape(-1).int(), plain)
+            is_plain = _has_values_of_swins(index, m.window_size)
         _indices[m] = weakref.ref(index), _version(index), is_plain
     return is_plain or say_once(m, "a relative position index that is not Swin's")
 

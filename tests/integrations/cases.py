@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from greenmim_kernels.integrations import fuse_window_attention
 
 
 def _of_timm(make: Callable[..., nn.Module], more: dict) -> nn.Module:
@@ -41,7 +44,7 @@ def swin2sr(**more) -> nn.Module:
 def timm_maxvit(**more) -> nn.Module:
     """Grids of 24 x 16 and 12 x 8 tokens in windows of 4 x 2; grid attention in as large ones."""
     maxxvit = pytest.importorskip("timm").models.maxxvit
-    sizes = dict(dim_head=8, window_size=(4, 2), norm_eps=1e-5, attn_drop=more.pop("drop", 0.0))
+    sizes = dict(dim_head=8, window_size=(4, 2), norm_eps=1e-5)
     model = maxxvit.MaxxVit(
         maxxvit.MaxxVitCfg(
             embed_dim=(16, 32),
@@ -357,6 +360,8 @@ class WindowAttentionV2(nn.Module):
 class SwinTransformerBlock(nn.Module):
     """Microsoft's, for grids of one size."""
 
+    make = WindowAttention
+
     def __init__(self, dim, input_resolution, num_heads, window_size, shift_size, drop_path=0.0):
         super().__init__()
         self.input_resolution, self.window_size = input_resolution, window_size
@@ -373,8 +378,6 @@ class SwinTransformerBlock(nn.Module):
         part = self.cut(part[None, ..., None])[..., 0]
         mask = -100.0 * (part[:, :, None] != part[:, None]) if shift_size else None
         self.register_buffer("attn_mask", mask)
-
-    make = WindowAttention
 
     def cut(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B windows, n, C]"""
@@ -420,3 +423,32 @@ def segment_mask(windows: int, slots: int) -> Tensor:
     """0 where two slots attend to each other, -100 where not; the first window is whole."""
     part = (torch.arange(slots)[None] * (torch.arange(windows)[:, None] > 0)) % 3
     return -100.0 * (part[:, :, None] != part[:, None])
+
+
+# --- what tests do with them ---------------------------------------------------------------------
+
+
+def fused_copy(model: nn.Module) -> nn.Module:
+    fused = copy.deepcopy(model)
+    assert fuse_window_attention(fused).fused
+    return fused
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+def close_gradients(one: nn.Module, other: nn.Module) -> None:
+    ours, theirs = (
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        for model in (one, other)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
+
+
+def step(model: nn.Module, x: Tensor, seed: int = 1) -> Tensor:
+    torch.manual_seed(seed)
+    model.zero_grad()
+    out = first(model(x))
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view(out.shape))
+    return out

@@ -14,3 +14,17 @@ def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_said", set())
     torch.compiler.reset()
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each call of the kernels."""
+    made: list[str] = []
+    real = attention.group_window_attention
+
+    def count(*arguments):
+        made.append("call")
+        return real(*arguments)
+
+    monkeypatch.setattr(attention, "group_window_attention", count)
+    return made

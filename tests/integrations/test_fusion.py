@@ -5,20 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import threading
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from greenmim_kernels import use_backend
 from greenmim_kernels.integrations import (
-    attention,
     fuse_window_attention,
-    grids,
     unfuse_window_attention,
 )
 
@@ -27,12 +23,13 @@ from .cases import (
     CLASSES,
     LIBRARIES,
     WindowAttention,
-    donut,
+    close,
+    close_gradients,
     first,
-    hugging_face,
-    monai,
+    fused_copy,
     randomized,
     segment_mask,
+    step,
     timm_maxvit,
     timm_swin,
     timm_swin_v2,
@@ -41,46 +38,6 @@ from .cases import (
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows with each call of the kernels."""
-    made: list[str] = []
-    real = attention.group_window_attention
-
-    def count(*arguments):
-        made.append("call")
-        return real(*arguments)
-
-    monkeypatch.setattr(attention, "group_window_attention", count)
-    return made
-
-
-def fused_copy(model: nn.Module) -> nn.Module:
-    fused = copy.deepcopy(model)
-    assert fuse_window_attention(fused).fused
-    return fused
-
-
-def close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
-
-
-def close_gradients(one: nn.Module, other: nn.Module) -> None:
-    ours, theirs = (
-        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        for model in (one, other)
-    )
-    torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
-
-
-def step(model: nn.Module, x: Tensor, seed: int = 1) -> Tensor:
-    torch.manual_seed(seed)
-    model.zero_grad()
-    out = first(model(x))
-    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view(out.shape))
-    return out
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -160,6 +117,22 @@ def test_what_is_reported() -> None:
     assert "Broken: its code could not be tried: TypeError" in text
     assert 'on the device "meta"' in text and "SomeWindowAttention: not known (other)" in text
     assert "nothing was changed" in str(fuse_window_attention(nn.Linear(2, 2)))
+
+
+def test_a_second_module_that_differs(calls: list[str]) -> None:
+    """In a buffer of its bias, or in a method: what was found of the first is not taken from it."""
+    model = LIBRARIES["timm_maxvit_tf"].make()
+    modules = [m for m in model.modules() if type(m).__name__ == "AttentionCl"][:2]
+    modules[1].rel_pos.height_lookup.copy_(modules[1].rel_pos.height_lookup.flip(2))
+    report = fuse_window_attention(nn.ModuleList(modules))
+    assert list(report.fused) == ["0"] and list(report.left) == ["1"]
+    modules = [copy.deepcopy(modules[0]) for _ in range(2)]
+    for module in modules:
+        unfuse_window_attention(module)
+    real = modules[1].rel_pos.get_bias
+    modules[1].rel_pos.get_bias = lambda: 2 * real()
+    report = fuse_window_attention(nn.ModuleList(modules))
+    assert list(report.fused) == ["0"] and list(report.left) == ["1"]
 
 
 def test_a_block_that_somebody_changed_keeps_its_attention_fused() -> None:
@@ -426,231 +399,3 @@ def test_distributed_data_parallel(tmp_path) -> None:
         close_gradients(parallel, model)
     finally:
         dist.destroy_process_group()
-
-
-# --- what the kernels do not do -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: timm_swin(attn_drop_rate=0.3),
-        lambda: torchvision_swin(attention_dropout=0.3),
-        lambda: hugging_face(attention_probs_dropout_prob=0.3),
-        lambda: hugging_face(2, attention_probs_dropout_prob=0.3),
-        lambda: monai(2, attn_drop_rate=0.3),
-        lambda: timm_maxvit(drop=0.3),
-    ],
-)
-def test_attention_dropout(make, calls: list[str]) -> None:
-    model = randomized(make()).train()
-    x = torch.randn(2, *((1, 64, 32) if "UNETR" in type(model).__name__ else (3, 36, 36)))
-    if hasattr(model, "layers") and hasattr(model, "set_input_size"):
-        x = torch.randn(2, 3, 56, 56)
-    if type(model).__name__ == "MaxxVit":
-        x = torch.randn(2, 3, 96, 64)
-    fused = fused_copy(model)
-    calls.clear()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert torch.equal(step(fused, x), step(model, x))
-    texts = {str(one.message) for one in said if "fused kernels" in str(one.message)}
-    assert len(texts) == len([one for one in said if "fused kernels" in str(one.message)]) == 1
-    assert "attention dropout is above 0 in training" in texts.pop() and not calls
-    close(first(fused.eval()(x)), first(model.eval()(x)))
-    assert calls
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_attention_maps(version: int, calls: list[str]) -> None:
-    model = randomized(hugging_face(version)).eval()
-    fused, x = fused_copy(model), torch.randn(2, 3, 36, 36)
-    calls.clear()
-    with pytest.warns(UserWarning, match="attention maps, or more than"):
-        found = fused(x, output_attentions=True).attentions
-    expected = model(x, output_attentions=True).attentions
-    assert len(found) == len(expected) > 0 and not calls
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
-    seen = []
-    layer = fused.encoder.layers[0].blocks[0].attention
-    layer = layer if version == 1 else layer.self.dropout
-    hook = layer.register_forward_hook(lambda m, inputs, out: seen.append(out[1]))
-    fused(x)
-    assert seen[0] is not None
-    hook.remove()
-    calls.clear()
-    fused.config.output_attentions = True
-    assert all(torch.equal(*pair) for pair in zip(fused(x).attentions, expected, strict=True))
-    assert not calls
-
-
-def test_masks_of_another_kind(calls: list[str]) -> None:
-    model = CLASSES["microsoft"]()
-    fused, x = fused_copy(model), torch.randn(4, 16, 16)
-    causal = torch.full((16, 16), -100.0).triu(1).expand(2, 16, 16)
-    soft = segment_mask(2, 16) / 100  # a bias of -1
-    calls.clear()
-    for mask, reason in (
-        (causal, "of another kind .*does not cut windows into segments"),
-        (torch.zeros(4, 16, 1), r"that is not \[windows, n, n\]"),
-        (torch.zeros(2, 16, 16).requires_grad_(), "a mask that learns"),
-    ):
-        with pytest.warns(UserWarning, match=reason):
-            assert torch.equal(fused(x, mask), model(x, mask))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that masks are of another kind was said
-        for mask in (soft, soft.flip(1)):
-            assert torch.equal(fused(x, mask), model(x, mask))
-    assert not calls
-
-
-def test_maps_that_hooks_look_at(calls: list[str]) -> None:
-    utils = pytest.importorskip("timm").utils
-    if not hasattr(utils, "AttentionExtract"):
-        pytest.skip("this timm has no AttentionExtract")
-    model, x = randomized(timm_swin()).eval(), torch.randn(1, 3, 56, 56)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    fused = fused_copy(model)
-    calls.clear()
-    names = ["*softmax"]
-    expected = utils.AttentionExtract(model, names=names, method="hook")(x)
-    with pytest.warns(UserWarning, match="a hook looks at attention maps"):
-        found = utils.AttentionExtract(fused, names=names, method="hook")(x)
-    assert len(found) == len(expected) > 0 and not calls
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_what_is_left_to_the_library_while_tracing(calls: list[str]) -> None:
-    model = fused_copy(CLASSES["microsoft"](attn_drop=0.5)).train()
-    calls.clear()
-    with pytest.warns(UserWarning, match="attention dropout is above 0"):
-        torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(2, 16, 16))
-    assert not calls
-
-
-@pytest.mark.parametrize("name", ["timm", "timm_maxvit", "torchvision_maxvit", "swin_ir", "hat"])
-def test_what_no_backend_takes(
-    name: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]
-) -> None:
-    monkeypatch.setattr(attention, "_said", set())
-    library = LIBRARIES[name]
-    model, x = randomized(library.make()), torch.randn(library.inputs[0])
-    fused = fused_copy(model)
-    with use_backend("reference"):  # a forced backend is used, whichever it is
-        close(fused(x), model(x))
-    assert calls
-    calls.clear()
-    monkeypatch.setattr(attention, "choose_backend", lambda *_: "reference")
-    fused.to("meta")(x.to("meta"))  # as the library's
-    fused = fused_copy(model)
-    calls.clear()
-    with pytest.warns(UserWarning, match="no backend takes its head dim and window"):
-        assert torch.equal(fused(x), model(x))
-    assert not calls
-
-
-def test_an_index_of_a_call_in_fake_mode(calls: list[str]) -> None:
-    model = fused_copy(randomized(LIBRARIES["hat"].make()))
-    alone = next(m for m in model.modules() if hasattr(m, "reader"))
-    index = model.relative_position_index_SA
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert model(torch.randn(2, 3, 16, 16)).shape == (2, 3, 32, 32)
-        for one, count in ((index, 1), (mode.from_tensor(index), 0)):
-            calls.clear()
-            assert alone(torch.randn(4, 16, 16), one).shape == (4, 16, 16)
-            assert len(calls) == count
-
-
-def test_a_second_module_that_differs(calls: list[str]) -> None:
-    """In a buffer of its bias, or in a method: what was found of the first is not taken from it."""
-    model = LIBRARIES["timm_maxvit_tf"].make()
-    modules = [m for m in model.modules() if type(m).__name__ == "AttentionCl"][:2]
-    modules[1].rel_pos.height_lookup.copy_(modules[1].rel_pos.height_lookup.flip(2))
-    report = fuse_window_attention(nn.ModuleList(modules))
-    assert list(report.fused) == ["0"] and list(report.left) == ["1"]
-    modules = [copy.deepcopy(modules[0]) for _ in range(2)]
-    for module in modules:
-        unfuse_window_attention(module)
-    real = modules[1].rel_pos.get_bias
-    modules[1].rel_pos.get_bias = lambda: 2 * real()
-    report = fuse_window_attention(nn.ModuleList(modules))
-    assert list(report.fused) == ["0"] and list(report.left) == ["1"]
-
-
-def test_a_mask_that_blocks_share_is_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut, real = [], attention._cut
-    monkeypatch.setattr(attention, "_cut", lambda *args: cut.append("here") or real(*args))
-    model = randomized(LIBRARIES["hat"].make(depths=[4], num_heads=[2]))
-    fused, x = fused_copy(model), torch.randn(1, 3, 16, 16)
-    cut.clear()
-    for count in (1, 2):  # HAT makes a mask for each call
-        close(fused(x), model(x))
-        assert len(cut) == count
-    assert len(attention._cuts) == 0
-
-
-@pytest.mark.parametrize("mode", ["inference", "fake", "device"])
-def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
-    for known in (grids._kept, grids._arrays):
-        known.kept.clear()
-    grids._lasting.cache_clear()
-    model = fused_copy(randomized(timm_swin()))
-    alone, mask = fused_copy(CLASSES["microsoft"]()), segment_mask(2, 16)
-    if mode == "inference":
-        with torch.inference_mode():
-            model(torch.randn(2, 3, 56, 56))
-            alone(torch.randn(4, 16, 16), mask)
-    elif mode == "fake":
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            assert model(torch.randn(2, 3, 56, 56)).shape == (2, 5)
-            x = torch.randn(4, 16, 16)
-            assert alone(x, torch.zeros(2, 16, 16)).shape == x.shape
-    else:
-        x = torch.randn(2, 3, 56, 56)
-        with torch.device("meta"):
-            model(x)
-    unfused = copy.deepcopy(model)
-    unfuse_window_attention(unfused)
-    close(step(model, x := torch.randn(2, 3, 56, 56)), step(unfused, x))
-    alone(torch.randn(4, 16, 16), mask).sum().backward()
-
-
-def test_partitions_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    known, device = grids._kept.kept, torch.device("cpu")
-
-    def ask(side: int) -> torch.Tensor:
-        return grids.grid_partition((side, 4), (4, 4), (0, 0), (4, 4), device).token_index
-
-    known.clear()
-    one = ask(400)
-    monkeypatch.setattr(grids, "FEWEST", 2)
-    monkeypatch.setattr(grids, "LARGEST_BYTES", 3 * one.untyped_storage().nbytes())
-    assert ask(400).data_ptr() == one.data_ptr() and len(known) == 1
-    for number, side in enumerate(range(360, 400, 4)):
-        ask(side)
-        assert ask(400).data_ptr() == one.data_ptr()  # it was asked for last
-        assert len(known) == min(number + 2, 3)
-    ask(4000)
-    assert len(known) == 2  # the fewest, although larger than the limit
-    monkeypatch.setattr(grids, "MOST", 3)
-    for side in range(4, 40, 4):
-        ask(side)
-    assert len(known) == 3
-
-
-def test_a_window_that_may_not_follow_the_grid() -> None:
-    """always_partition, by position and by name."""
-    for make, grid in ((hugging_face, (3, 9)), (donut, (3, 9))):
-        model = make().eval()
-        fused = fused_copy(model)
-        x = torch.randn(1, 27, 16)
-        for one in (model, fused):
-            layer = one.encoder.layers[0].blocks[1]
-            more = (True,) if make is hugging_face else (False, True)
-            layer(x, grid, *more)
-            layer(x, grid, always_partition=True)
-            assert (layer.window_size, layer.shift_size) == (4, 2)
