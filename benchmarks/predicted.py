@@ -198,7 +198,8 @@ def triton_kernel(problem: Problem, which: str, version: str = TRITON) -> Kernel
     folder = ROOT / "greenmim_kernels" / "_triton"
     tile = 64 if problem.slots > 32 else 32 if problem.slots > 16 else 16
     name = f"{'fwd' if which == 'forward' else 'bwd'}-{tile}-32-16bit"
-    found = json.loads((folder / "static_figures.json").read_text())[version][name]["90"]
+    figures = json.loads((folder / "static_figures.json").read_text())
+    found = figures[version]["launches"][name]["90"]
     launch = json.loads((folder / "launch_table.json").read_text())[name]
     forward = which == "forward"
     return Kernel(

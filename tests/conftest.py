@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def remembered(request: pytest.FixtureRequest):
-    """What was computed from the same files before, in an earlier run of the tests; else anew.
+def locked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Gives a folder that all processes of pytest-xdist share, to one of them at a time."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        root = root.parent
+
+    @contextlib.contextmanager
+    def lock(name: str) -> Iterator[Path]:
+        with open(root / f"{name}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield root
+
+    return lock
+
+
+@pytest.fixture(scope="session")
+def remembered(request: pytest.FixtureRequest, locked):
+    """What was computed from the same files before, here or in an earlier run of the tests; else
+    anew, by one process.
 
     For what a compiler makes of sources, which takes minutes to read.
     """
@@ -57,27 +75,24 @@ def remembered(request: pytest.FixtureRequest):
             contents.update(Path(file).read_bytes())
         key = f"greenmim/{name}/{contents.hexdigest()}"
         cache = getattr(request.config, "cache", None)
-        found = cache.get(key, None) if cache else None
-        if found is None:
-            found = compute()
-            if cache:
-                cache.set(key, found)
+        with locked(name):
+            found = cache.get(key, None) if cache else None
+            if found is None:
+                found = compute()
+                if cache:
+                    cache.set(key, found)
         return found
 
     return get
 
 
 @pytest.fixture(scope="session")
-def made_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def made_once(locked):
     """A folder that one process of pytest-xdist fills for all; the others wait, then read it."""
-    root = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):
-        root = root.parent
 
     def get(name: str, fill: Callable[[Path], None]) -> Path:
-        folder, done = root / name, root / f"{name}.done"
-        with open(root / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(name) as root:
+            folder, done = root / name, root / f"{name}.done"
             if not done.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of one that failed
                 folder.mkdir()

@@ -3,11 +3,15 @@
     python -m greenmim_kernels._triton.ahead_of_time      # rewrite static_figures.json beside it
 
 Triton compiles for any architecture on any machine; registers, spills and memory accesses are read
-from the cubin with the tools in Triton's own wheel. Compilers differ: figures stand by version.
+from the cubin with the tools in Triton's own wheel. Compilers differ: figures stand by version,
+each with a digest of the kernels that they are of. (For sm_100 ptxas gives the same input now and
+then a register more or less.)
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -15,6 +19,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+import tokenize
 from typing import Any
 
 import triton
@@ -25,7 +30,7 @@ from . import long_groups as long
 from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
 from .launch import launch_table, write_json
-from .machine_code import loop_length, overwritten_operands, proxy_fence
+from .machine_code import instructions, loop_length, overwritten_operands, proxy_fence
 from .primitives import Partition, Rows
 from .sparse_depthwise_conv import conv_kernel, conv_sums_kernel
 from .table_gradient import BLOCK_PROGRAMS, BLOCK_ROWS, add_rows_kernel
@@ -34,6 +39,8 @@ FIGURES = pathlib.Path(__file__).parent / "static_figures.json"
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory a program may have: sm_80, sm_90, sm_100.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+# The files that the kernels of the launch table are made of.
+KERNEL_FILES = ("group_window_attention", "long_groups", "primitives", "table_gradient")
 KERNELS = {
     "fwd": group_attention_fwd_kernel,
     "bwd": group_attention_bwd_kernel,
@@ -183,7 +190,8 @@ def inspect(compiled) -> dict:
         registers = re.findall(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:\d+", dump("-res-usage"))[0]
         # nvdisasm lies beside cuobjdump, which looks for it on PATH.
         os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
-        code = dump("-sass")
+        sass = dump("-sass")
+    code = instructions(sass)
     count = {
         "spill_loads": r"\bLDL",
         "spill_stores": r"\bSTL",
@@ -193,32 +201,60 @@ def inspect(compiled) -> dict:
     return {
         "registers": int(registers),
         "shared_bytes": compiled.metadata.shared,
-        **{name: len(re.findall(pattern, code)) for name, pattern in count.items()},
+        **{name: len(re.findall(pattern, sass)) for name, pattern in count.items()},
         "loop": loop_length(code),
         "overwritten_operands": len(overwritten_operands(code)),
         "proxy_fence": proxy_fence(compiled.asm["ptx"]),
     }
 
 
-def _figures_of(name: str) -> tuple[str, dict[str, dict]]:
-    return name, {str(arch): inspect(compile_launch(name, arch)) for arch in ARCHITECTURES}
+def figures_of(name: str, architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, dict]:
+    """{architecture: figures} of one class of the launch table."""
+    return {str(arch): inspect(compile_launch(name, arch)) for arch in architectures}
 
 
 def compile_all() -> dict[str, dict[str, dict]]:
     """{class: {architecture: figures}} of the whole launch table, on all cores."""
+    names = sorted(launch_table(90))
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(len(os.sched_getaffinity(0)), 8)) as pool:
-        return dict(sorted(pool.imap_unordered(_figures_of, launch_table(90))))
+        return dict(zip(names, pool.map(figures_of, names, chunksize=1), strict=True))
 
 
-def committed_figures() -> dict[str, dict[str, dict[str, dict]]]:
-    """{version of Triton: {class: {architecture: figures}}}, of the versions that are gated."""
+def sources_digest() -> str:
+    """Of what the figures are of: the kernels, without comments and docstrings, and their launches.
+
+    The same in every version of Python.
+    """
+    launches = [
+        (architecture, name, launch.block, launch.warps, launch.stages)
+        for architecture in ARCHITECTURES
+        for name, launch in sorted(launch_table(architecture).items())
+    ]
+    code = [_code((FIGURES.parent / f"{name}.py").read_text()) for name in KERNEL_FILES]
+    return hashlib.sha256(repr((launches, code)).encode()).hexdigest()
+
+
+def _code(source: str) -> list[str]:
+    """The tokens of a program but comments, docstrings and how its lines are broken."""
+    starts = (tokenize.NEWLINE, tokenize.INDENT)  # what a statement comes after
+    kept, last = [], tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_text = token.type in (tokenize.STRING, tokenize.NEWLINE) and last in starts
+        if not is_text and token.type not in (tokenize.COMMENT, tokenize.NL):
+            kept.append(token.string)
+            last = token.type
+    return kept
+
+
+def committed_figures() -> dict[str, dict]:
+    """{version of Triton: {"sources": digest, "launches": {class: {architecture: figures}}}}."""
     return json.loads(FIGURES.read_text())
 
 
 def main() -> None:
-    figures = {**committed_figures(), triton.__version__: compile_all()}
-    write_json(FIGURES, dict(sorted(figures.items())))
+    found = {"sources": sources_digest(), "launches": compile_all()}
+    write_json(FIGURES, dict(sorted({**committed_figures(), triton.__version__: found}.items())))
 
 
 if __name__ == "__main__":

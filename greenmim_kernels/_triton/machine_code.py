@@ -27,14 +27,19 @@ _NO_RESULT = (
 )
 
 
-def overwritten_operands(sass: str) -> list[str]:
+def instructions(sass: str) -> list[tuple[int, str, str]]:
+    """(address, name, operands) of each; what predicates it is left out."""
+    return [(int(at, 16), name, operands) for at, name, operands in _INSTRUCTION.findall(sass)]
+
+
+def overwritten_operands(code: list[tuple[int, str, str]]) -> list[str]:
     """Instructions that write a register while a product may still read it (triton PR 11781).
 
     A product that takes its left operand from four registers reads them until the next wait.
     """
     being_read: set[int] = set()
     found = []
-    for address, operation, operands in _INSTRUCTION.findall(sass):
+    for address, operation, operands in code:
         if operation.startswith("HGMMA"):
             left = re.match(r"R\d+, *R(\d+)", operands)
             if left:
@@ -44,7 +49,7 @@ def overwritten_operands(sass: str) -> list[str]:
         elif not operation.startswith(_NO_RESULT):
             to = re.match(r"(?:U?P\w+, *)?R(\d+)\b", operands)
             if to and being_read & set(range(int(to[1]), int(to[1]) + _width(operation))):
-                found.append(f"{address}: {operation} {operands.strip()}")
+                found.append(f"{address:04x}: {operation} {operands.strip()}")
     return found
 
 
@@ -66,16 +71,12 @@ def proxy_fence(ptx: str) -> bool | None:
     return "fence.proxy.async" in before if copied and product else None
 
 
-def loop_length(sass: str) -> int:
+def loop_length(code: list[tuple[int, str, str]]) -> int:
     """Instructions of the innermost loop around all tensor core products, as it stands in the code;
     0 where there is none.
 
     In an attention kernel for short groups it goes over images, once through each.
     """
-    code = [
-        (int(address, 16), operation, operands)
-        for address, operation, operands in _INSTRUCTION.findall(sass)
-    ]
     products = [address for address, operation, _ in code if _PRODUCT.match(operation)]
     loops = [
         (address - int(found[1], 16)) // 16 + 1

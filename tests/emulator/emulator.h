@@ -423,7 +423,8 @@ inline void prepare(Fiber& fiber) {
 #endif
   fiber.stack_pointer = sp;
 #if EMULATOR_TSAN
-  fiber.tsan = __tsan_create_fiber(0);
+  // Kept from block to block, which `begin` and `end` order: to make one takes as long as it works.
+  if (fiber.tsan == nullptr) fiber.tsan = __tsan_create_fiber(0);
 #endif
 }
 
@@ -462,9 +463,6 @@ inline void run_block(Block& b, std::mt19937& random) {
     if (!moved && b.alive > 0) stop("deadlock: not every thread reaches a barrier or collective");
   }
   acquire(&b.end);
-#if EMULATOR_TSAN
-  for (Fiber& fiber : b.fibers) __tsan_destroy_fiber(fiber.tsan);
-#endif
 }
 
 // Runs `body` as every thread of every block. Blocks run in the order of threads, too: a result
@@ -485,6 +483,9 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic_bytes, const std::functi
     b.index = dim3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
     run_block(b, random);
   }
+#if EMULATOR_TSAN
+  for (Fiber& fiber : b.fibers) __tsan_destroy_fiber(fiber.tsan);
+#endif
   block = nullptr;
 }
 

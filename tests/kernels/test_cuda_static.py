@@ -32,7 +32,9 @@ needs_module = pytest.mark.skipif(
 def figures(remembered):
     read_by = (binary, cuda_binary.__file__, machine_code.__file__)
     tool = cuda_binary.cuobjdump()
-    return remembered("cuda", read_by, lambda: cuda_binary.figures(binary, tool), tool)
+    return remembered(
+        "cuda", read_by, lambda: cuda_binary.figures(binary, tool, cuda_binary.READ), tool
+    )
 
 
 @needs_module
@@ -64,12 +66,10 @@ def test_no_spills_tensor_cores_and_wide_accesses(figures):
     for name, rows in figures.items():
         for architecture, found in rows.items():
             where = f"{name} on sm_{architecture}: {found}"
-            assert found["stack_bytes"] == found["spills"] == 0, where
+            assert found["stack_bytes"] == found.get("spills", 0) == 0, where
             if name.startswith("attention"):
                 # A launch with too many registers for its threads would fail.
                 assert found["registers"] * MOST_THREADS <= REGISTERS, where
-                assert found["reads_16_bytes"] > 0 and found["writes_16_bytes"] > 0, where
-                assert (found["tensor_core"] > 0) == ("float32" not in name), where
                 if kind := re.match(r"attention_forward-b?float16-(16|32)-(\w+)", name):
                     blocks = blocks_of_forward(int(architecture), kind[2] == "long")
                     assert blocks * found["registers"] * MOST_THREADS <= REGISTERS, where
@@ -78,8 +78,12 @@ def test_no_spills_tensor_cores_and_wide_accesses(figures):
             if name.startswith("sparse_depthwise_conv"):
                 blocks = 4 if name.endswith("backward") else 5
                 assert blocks * found["registers"] * MOST_THREADS <= REGISTERS, where
-            if name.startswith("row_copy-16bytes"):
+            if architecture not in cuda_binary.READ:
+                continue
+            if name.startswith(("attention", "row_copy-16bytes")):
                 assert found["reads_16_bytes"] > 0 and found["writes_16_bytes"] > 0, where
+            if name.startswith("attention"):
+                assert (found["tensor_core"] > 0) == ("float32" not in name), where
 
 
 @needs_module
@@ -87,6 +91,8 @@ def test_what_starts_early_waits_before_it_touches_memory(figures):
     """The sums of the table's gradient, launched while the kernel that leaves them ends."""
     for name, rows in figures.items():
         for architecture, found in rows.items():
+            if architecture not in cuda_binary.READ:
+                continue
             has_it = int(architecture) >= 90
             starts_early = name.startswith("table_gradient")
             where = f"{name} on sm_{architecture}"
@@ -105,7 +111,8 @@ def test_the_committed_figures_are_these(figures):
     rewrite = "run python tests/kernels/cuda_binary.py and look at the diff"
     for name, rows in figures.items():
         for architecture, found in rows.items():
-            assert found == COMMITTED["kernels"][name].get(architecture, found), rewrite
+            committed = COMMITTED["kernels"][name].get(architecture, found)
+            assert found == {key: committed[key] for key in found}, rewrite
 
 
 def test_shared_memory_is_as_committed_and_fits():
