@@ -47,7 +47,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def locked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """Gives a folder that all processes of pytest-xdist share, to one of them at a time."""
+    """Gives a folder that all processes of pytest-xdist share, to one of them at a time.
+
+    Who has it must not ask for it again by the same name.
+    """
     root = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
         root = root.parent
@@ -75,7 +78,7 @@ def remembered(request: pytest.FixtureRequest, locked):
             contents.update(Path(file).read_bytes())
         key = f"greenmim/{name}/{contents.hexdigest()}"
         cache = getattr(request.config, "cache", None)
-        with locked(name):
+        with locked(f"remembered-{name}"):
             found = cache.get(key, None) if cache else None
             if found is None:
                 found = compute()

@@ -4,22 +4,22 @@
 
 Triton compiles for any architecture on any machine; registers, spills and memory accesses are read
 from the cubin with the tools in Triton's own wheel. Compilers differ: figures stand by version,
-each with a digest of the kernels that they are of. (For sm_100 ptxas gives the same input now and
-then a register more or less.)
+each with a digest of what they follow from, so that tests need not compile everything. (For sm_100
+ptxas gives the same input now and then a register more or less: no test compiles for it.)
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
-import tokenize
 from typing import Any
 
 import triton
@@ -39,8 +39,15 @@ FIGURES = pathlib.Path(__file__).parent / "static_figures.json"
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory a program may have: sm_80, sm_90, sm_100.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-# The files that the kernels of the launch table are made of.
-KERNEL_FILES = ("group_window_attention", "long_groups", "primitives", "table_gradient")
+# What the figures follow from: the kernels of the launch table, how they are compiled and read.
+SOURCES = (
+    "ahead_of_time",
+    "group_window_attention",
+    "long_groups",
+    "machine_code",
+    "primitives",
+    "table_gradient",
+)
 KERNELS = {
     "fwd": group_attention_fwd_kernel,
     "bwd": group_attention_bwd_kernel,
@@ -222,29 +229,26 @@ def compile_all() -> dict[str, dict[str, dict]]:
 
 
 def sources_digest() -> str:
-    """Of what the figures are of: the kernels, without comments and docstrings, and their launches.
-
-    The same in every version of Python.
-    """
+    """Of what the figures follow from, without comments and docstrings; the same in every Python."""
     launches = [
         (architecture, name, launch.block, launch.warps, launch.stages)
         for architecture in ARCHITECTURES
         for name, launch in sorted(launch_table(architecture).items())
     ]
-    code = [_code((FIGURES.parent / f"{name}.py").read_text()) for name in KERNEL_FILES]
+    code = [_code((FIGURES.parent / f"{name}.py").read_text()) for name in SOURCES]
     return hashlib.sha256(repr((launches, code)).encode()).hexdigest()
 
 
-def _code(source: str) -> list[str]:
-    """The tokens of a program but comments, docstrings and how its lines are broken."""
-    starts = (tokenize.NEWLINE, tokenize.INDENT)  # what a statement comes after
-    kept, last = [], tokenize.NEWLINE
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        is_text = token.type in (tokenize.STRING, tokenize.NEWLINE) and last in starts
-        if not is_text and token.type not in (tokenize.COMMENT, tokenize.NL):
-            kept.append(token.string)
-            last = token.type
-    return kept
+def _code(source: str) -> str:
+    """A program without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        has_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if has_docstring and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    # Python 3.13 leaves out what is empty, and from 3.12 on functions have parameters of types.
+    options: dict[str, Any] = {"show_empty": True} if sys.version_info >= (3, 13) else {}
+    return ast.dump(tree, **options).replace(", type_params=[]", "")
 
 
 def committed_figures() -> dict[str, dict]:

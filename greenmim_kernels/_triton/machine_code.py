@@ -8,6 +8,7 @@ something newer or older than it was given.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *([^;]*);")
 _PRODUCT = re.compile(r"HMMA|HGMMA|UTCHMMA")
@@ -27,12 +28,20 @@ _NO_RESULT = (
 )
 
 
-def instructions(sass: str) -> list[tuple[int, str, str]]:
-    """(address, name, operands) of each; what predicates it is left out."""
-    return [(int(at, 16), name, operands) for at, name, operands in _INSTRUCTION.findall(sass)]
+class Instruction(NamedTuple):
+    """One of a kernel's code, without its predicate."""
+
+    address: int
+    operation: str
+    operands: str
 
 
-def overwritten_operands(code: list[tuple[int, str, str]]) -> list[str]:
+def instructions(sass: str) -> list[Instruction]:
+    """A kernel's code, from its disassembly."""
+    return [Instruction(int(at, 16), *rest) for at, *rest in _INSTRUCTION.findall(sass)]
+
+
+def overwritten_operands(code: list[Instruction]) -> list[str]:
     """Instructions that write a register while a product may still read it (triton PR 11781).
 
     A product that takes its left operand from four registers reads them until the next wait.
@@ -71,7 +80,7 @@ def proxy_fence(ptx: str) -> bool | None:
     return "fence.proxy.async" in before if copied and product else None
 
 
-def loop_length(code: list[tuple[int, str, str]]) -> int:
+def loop_length(code: list[Instruction]) -> int:
     """Instructions of the innermost loop around all tensor core products, as it stands in the code;
     0 where there is none.
 

@@ -8,8 +8,8 @@
 // - cp.async leaves NaN at its destination until the wait that completes it (primitives.h);
 // - the rows of a matrix that ldmatrix reads must lie in different banks;
 // - lanes of a warp that meet in different collectives, or not at all, stop the program;
-// - under -fsanitize=thread every fiber is a thread to the race detector, and only __syncthreads,
-//   __syncwarp and atomics order them; under -fsanitize=address every fiber has a stack of its own.
+// - under -fsanitize=thread every fiber is a thread to the race detector, and only __syncthreads and
+//   __syncwarp order them; under -fsanitize=address every fiber has a stack of its own.
 //
 // Exit status of a program that breaks a rule: abort, with a line that begins "emulator:".
 #pragma once
@@ -111,7 +111,8 @@ struct Warp {
   int lanes = 0, alive = 0, arrived = 0;
   void* argument[kWarp] = {};
   const char* place = nullptr;
-  char order = 0;  // its address names the warp's barrier to the race detector
+  char order[2] = {};  // as the block's
+  unsigned phase = 0;
 };
 
 using Memory = std::unique_ptr<char, void (*)(void*)>;
@@ -137,8 +138,10 @@ struct Block {
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
-  // Their addresses name, to the race detector, the start of the block, its barrier, its end.
-  char begin = 0, order = 0, end = 0;
+  // Their addresses name, to the race detector, the start of the block, its barriers, its end. A
+  // barrier and the next have two names: who goes on late from one must not see who is at the next.
+  char begin = 0, order[2] = {}, end = 0;
+  unsigned phase = 0;  // barriers that all have met
 };
 
 inline Block* block = nullptr;
@@ -266,6 +269,7 @@ inline void acquire(void* order) {
 
 EMULATOR_UNWATCHED inline void open_barrier() {
   block->at_barrier = 0;
+  ++block->phase;
   for (Fiber& fiber : block->fibers)
     if (fiber.state == State::AtBarrier) fiber.state = State::Ready;
 }
@@ -296,7 +300,8 @@ EMULATOR_UNWATCHED __attribute__((noinline)) inline void first_line() {
 EMULATOR_UNWATCHED inline void sync_threads(const char* place) {
   Block* b = block;
   Fiber* self = b->current;
-  release(&b->order);
+  char* const order = &b->order[b->phase % 2];
+  release(order);
   self->place = place;
   if (++b->at_barrier < b->alive) {
     self->state = State::AtBarrier;
@@ -304,7 +309,7 @@ EMULATOR_UNWATCHED inline void sync_threads(const char* place) {
   } else {
     open_barrier();
   }
-  acquire(&b->order);
+  acquire(order);
 }
 
 // All lanes of the warp hand in `argument`; the last one runs `action` on them all.
@@ -333,11 +338,12 @@ EMULATOR_UNWATCHED inline void collective(const char* place, void* argument, Act
 }
 
 // Exchanges of registers order nothing in memory; only __syncwarp does.
-inline void sync_warp(const char* place) {
+EMULATOR_UNWATCHED inline void sync_warp(const char* place) {
   Warp& warp = block->warps[block->current->thread / kWarp];
-  release(&warp.order);
-  collective(place, nullptr, [](void**) {});
-  acquire(&warp.order);
+  char* const order = &warp.order[warp.phase % 2];
+  release(order);
+  collective(place, nullptr, [&warp](void**) EMULATOR_UNWATCHED { ++warp.phase; });
+  acquire(order);
 }
 
 template <class T>
@@ -423,7 +429,8 @@ inline void prepare(Fiber& fiber) {
 #endif
   fiber.stack_pointer = sp;
 #if EMULATOR_TSAN
-  // Kept from block to block, which `begin` and `end` order: to make one takes as long as it works.
+  // Made once for all blocks of a launch, which `begin` and `end` order: making one costs more than
+  // what it does in a small block.
   if (fiber.tsan == nullptr) fiber.tsan = __tsan_create_fiber(0);
 #endif
 }

@@ -37,6 +37,24 @@ void exchange_in_warp(bool barrier) {
       1, 32, 32 * 4, nullptr, barrier);
 }
 
+// The same between two other barriers, and where it is missing, in the last of three blocks alone.
+template <bool kInWarp>
+void exchange_between(bool barrier) {
+  launch(
+      +[](bool barrier) {
+        DYNAMIC_SHARED(shared);
+        float* numbers = reinterpret_cast<float*>(shared);
+        const auto meet = [] { kInWarp ? __syncwarp() : __syncthreads(); };
+        meet();
+        numbers[threadIdx.x] = float(threadIdx.x);
+        if (barrier || blockIdx.x < 2) meet();
+        const float number = numbers[threadIdx.x ^ (kInWarp ? 1 : 32)];
+        meet();
+        if (blockIdx.x == 2) results[threadIdx.x] = number;
+      },
+      3, kThreads, kThreads * 4, nullptr, barrier);
+}
+
 // Copies of 16 bytes, two groups of them; the second is read.
 template <int kPending>
 void copies() {
@@ -72,6 +90,10 @@ int main(int, char** arguments) {
   if (name == "missing-barrier") exchange(false);
   if (name == "warp-barrier") exchange_in_warp(true);
   if (name == "missing-warp-barrier") exchange_in_warp(false);
+  if (name == "barrier-between") exchange_between<false>(true);
+  if (name == "missing-barrier-between") exchange_between<false>(false);
+  if (name == "warp-barrier-between") exchange_between<true>(true);
+  if (name == "missing-warp-barrier-between") exchange_between<true>(false);
   if (name == "copies") copies<0>();
   if (name == "copies-not-waited-for") copies<1>();
   if (name == "copies-never-waited-for")

@@ -30,9 +30,9 @@ COUNTED = {
     "waits_for_last": re.compile(r"ACQBULK\b"),
 }
 TOUCHES_MEMORY = re.compile(r"(LDG|LDGSTS|STG|ACQBULK)\b")
-# Whose code is read where all would take minutes: what the source tells apart is below and from 9.0
-# on, and of the others registers and stack say what differs most.
-READ = ("80", "90")
+# Whose code is read, as all would take minutes: one of each that the sources tell apart. Of the
+# others there are registers and stack.
+READ = ("80", "90", "100")
 
 
 def module() -> pathlib.Path | None:
@@ -84,16 +84,10 @@ def short_name(symbol: str) -> str | None:
     return "-".join(filter(None, parts))
 
 
-def figures(
-    binary: pathlib.Path, tool: str, read: tuple[str, ...] | None = None
-) -> dict[str, dict[str, dict[str, int]]]:
-    """{kernel: {architecture: {"registers", "stack_bytes", and of its code the counts of COUNTED,
-    "instructions", "loop", "first_access"}}}.
-
-    Args:
-        read: the architectures whose code is read; all by default.
-    """
-    result: dict[str, dict[str, dict[str, int]]] = {}
+def figures(binary: pathlib.Path, tool: str) -> dict[str, dict[str, dict]]:
+    """{kernel: {architecture: {"registers", "stack_bytes"}}}; and `code_figures`, where the
+    architecture is one of READ or none of them was built."""
+    result: dict[str, dict[str, dict]] = {}
     usage = subprocess.run(
         [tool, "-res-usage", str(binary)], capture_output=True, text=True, check=True
     )
@@ -109,7 +103,7 @@ def figures(
                 "stack_bytes": int(found[2]) + int(found[3]),
             }
     built = {architecture for rows in result.values() for architecture in rows}
-    for architecture in sorted(built.intersection(read or built)):
+    for architecture in sorted(built & set(READ) or built):
         command = [tool, "-sass", "-arch", f"sm_{architecture}", str(binary)]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for function in code.split("Function : ")[1:]:
@@ -119,11 +113,11 @@ def figures(
     return result
 
 
-def code_figures(code: str) -> dict[str, int]:
+def code_figures(code: str) -> dict:
     """What is counted in a kernel's code, and its first instruction that touches the device's
     memory or waits for the last kernel."""
     found = instructions(code)
-    names = Counter(name for _, name, _ in found)
+    names = Counter(one.operation for one in found)
     return {
         **{
             key: sum(number for name, number in names.items() if pattern.match(name))
@@ -132,7 +126,7 @@ def code_figures(code: str) -> dict[str, int]:
         "instructions": len(found),
         "loop": loop_length(found),
         "first_access": next(
-            (name.partition(".")[0] for _, name, _ in found if TOUCHES_MEMORY.match(name)), ""
+            (touch[1] for one in found if (touch := TOUCHES_MEMORY.match(one.operation))), ""
         ),
     }
 

@@ -1,4 +1,4 @@
-"""Every shipped launch compiled ahead of time for three architectures, without a GPU.
+"""What every shipped launch is compiled to, for three architectures, without a GPU.
 
 The figures stand in a committed file, by version of Triton, so that a change in registers shows in
 a diff: `python -m greenmim_kernels._triton.ahead_of_time` rewrites those of the version at hand.
@@ -7,6 +7,7 @@ a diff: `python -m greenmim_kernels._triton.ahead_of_time` rewrites those of the
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 import shutil
 
@@ -46,7 +47,7 @@ LAUNCHES = [
     for name, by_architecture in figures["launches"].items()
 ]
 # One launch of each kernel: the largest tile of a Swin.
-KERNELS = [n for n in launch_table(90) if re.search("-(64|long)-32-16bit$", n)]
+COMPILED = [n for n in launch_table(90) if re.search("-(64|long)-32-16bit$", n)]
 
 
 def test_the_table_has_every_class_and_is_not_long():
@@ -108,31 +109,65 @@ def test_products_that_feed_each_other_have_one_warpgroup():
             assert launch.warps == 4, name
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_the_committed_figures_are_these(name):
     """Of one launch of each kernel; the digest speaks for the others."""
     if triton.__version__ not in COMMITTED:
         pytest.skip(f"no figures of triton {triton.__version__}")
     committed = COMMITTED[triton.__version__]["launches"][name]
-    assert ahead_of_time.figures_of(name, (90,)) == {"90": committed["90"]}
+    found = ahead_of_time.figures_of(name, (80, 90))
+    assert found == {architecture: committed[architecture] for architecture in found}
 
 
-def test_the_digest_is_of_code_and_launches(tmp_path, monkeypatch):
-    before = ahead_of_time.sources_digest()
-    for name in ahead_of_time.KERNEL_FILES:
+def test_one_launch_of_each_kernel_is_compiled():
+    compiled = [ahead_of_time.kernel_of(name) for name in COMPILED]
+    assert len(compiled) == len(ahead_of_time.KERNELS)
+    assert all(kernel in compiled for kernel in ahead_of_time.KERNELS.values())
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch) -> pathlib.Path:
+    """A copy of what the digest is of."""
+    for name in ahead_of_time.SOURCES:
         shutil.copy(ahead_of_time.FIGURES.parent / f"{name}.py", tmp_path)
     monkeypatch.setattr(ahead_of_time, "FIGURES", tmp_path / "figures.json")
-    changed = tmp_path / "primitives.py"
-    source = changed.read_text()
-    changed.write_text(source.replace("Names say", "# Names tell").replace("# ", "# Or: "))
-    assert changed.read_text() != source and ahead_of_time.sources_digest() == before
-    changed.write_text(source.replace("1.4426950408889634", "1.0"))
-    assert changed.read_text() != source and ahead_of_time.sources_digest() != before
-    changed.write_text(source)
-    table = {**launch_table(80), "fwd-64-32-16bit": dataclasses.replace(
-        launch_table(80)["fwd-64-32-16bit"], stages=5)}  # fmt: skip
-    monkeypatch.setattr(ahead_of_time, "launch_table", lambda _: table)
-    assert ahead_of_time.sources_digest() != before
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ahead_of_time.SOURCES)
+def test_the_digest_is_of_code(name, sources):
+    before = ahead_of_time.sources_digest()
+    file = sources / f"{name}.py"
+    source = file.read_text()
+    in_words = source.replace('"""', '"""In other words: ', 1).replace("\n\n\n", "\n\n\n# Why.\n")
+    file.write_text(in_words.replace("def ", "def  "))
+    assert file.read_text() != source and ahead_of_time.sources_digest() == before
+    file.write_text(source.replace("return ", "return not ", 1))
+    if name == "long_groups":  # whose kernels return nothing
+        file.write_text(source.replace("1.4426950408889634", "1.0"))
+    assert file.read_text() != source and ahead_of_time.sources_digest() != before
+
+
+@pytest.mark.parametrize("field", ["block", "warps", "stages", "resident"])
+def test_the_digest_is_of_launches(field, monkeypatch):
+    before = ahead_of_time.sources_digest()
+
+    def changed(architecture: int):
+        name, table = "fwd-64-32-16bit", launch_table(architecture)
+        return {**table, name: dataclasses.replace(table[name], **{field: 5})}
+
+    monkeypatch.setattr(ahead_of_time, "launch_table", changed)
+    # How many programs fit follows from the figures.
+    assert (ahead_of_time.sources_digest() != before) == (field != "resident")
+
+
+def test_no_kernel_takes_anything_from_files_that_the_digest_is_not_of():
+    kernels = {kernel.__module__.rpartition(".")[2] for kernel in ahead_of_time.KERNELS.values()}
+    assert kernels < set(ahead_of_time.SOURCES)
+    for name in (*kernels, "primitives", "table_gradient"):
+        source = (ahead_of_time.FIGURES.parent / f"{name}.py").read_text()
+        taken = set(re.findall(r"^from \.(\w*) import", source, re.M))
+        assert taken <= {"primitives", "table_gradient"}, name
 
 
 @pytest.mark.parametrize(
