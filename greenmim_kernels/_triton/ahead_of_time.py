@@ -229,7 +229,7 @@ def compile_all() -> dict[str, dict[str, dict]]:
 
 
 def sources_digest() -> str:
-    """Of what the figures follow from, without comments and docstrings; the same in every Python."""
+    """Of what the figures follow from but comments and docstrings; the same in every Python."""
     launches = [
         (architecture, name, launch.block, launch.warps, launch.stages)
         for architecture in ARCHITECTURES
@@ -243,9 +243,9 @@ def _code(source: str) -> str:
     """A program without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        has_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if has_docstring and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
     # Python 3.13 leaves out what is empty, and from 3.12 on functions have parameters of types.
     options: dict[str, Any] = {"show_empty": True} if sys.version_info >= (3, 13) else {}
     return ast.dump(tree, **options).replace(", type_params=[]", "")

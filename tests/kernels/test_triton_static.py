@@ -142,9 +142,7 @@ def test_the_digest_is_of_code(name, sources):
     in_words = source.replace('"""', '"""In other words: ', 1).replace("\n\n\n", "\n\n\n# Why.\n")
     file.write_text(in_words.replace("def ", "def  "))
     assert file.read_text() != source and ahead_of_time.sources_digest() == before
-    file.write_text(source.replace("return ", "return not ", 1))
-    if name == "long_groups":  # whose kernels return nothing
-        file.write_text(source.replace("1.4426950408889634", "1.0"))
+    file.write_text(re.sub(r"^( +\w+ = )", r"\1 -", source, count=1, flags=re.M))
     assert file.read_text() != source and ahead_of_time.sources_digest() != before
 
 
