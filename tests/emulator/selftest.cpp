@@ -11,30 +11,23 @@ namespace {
 constexpr int kThreads = 64;
 float results[kThreads];
 
-// Every thread writes its number and reads its neighbour's in another warp.
+template <bool kInWarp>
+void meet() {
+  kInWarp ? __syncwarp() : __syncthreads();
+}
+
+// Every thread writes its number and reads that of a lane of its warp, or of a thread of another warp.
+template <bool kInWarp>
 void exchange(bool barrier) {
   launch(
       +[](bool barrier) {
         DYNAMIC_SHARED(shared);
         float* numbers = reinterpret_cast<float*>(shared);
         numbers[threadIdx.x] = float(threadIdx.x);
-        if (barrier) __syncthreads();
-        results[threadIdx.x] = numbers[(threadIdx.x + 32) % kThreads];
+        if (barrier) meet<kInWarp>();
+        results[threadIdx.x] = numbers[threadIdx.x ^ (kInWarp ? 1 : 32)];
       },
       1, kThreads, kThreads * 4, nullptr, barrier);
-}
-
-// The same between lanes of a warp.
-void exchange_in_warp(bool barrier) {
-  launch(
-      +[](bool barrier) {
-        DYNAMIC_SHARED(shared);
-        float* numbers = reinterpret_cast<float*>(shared);
-        numbers[threadIdx.x] = float(threadIdx.x);
-        if (barrier) __syncwarp();
-        results[threadIdx.x] = numbers[threadIdx.x ^ 1];
-      },
-      1, 32, 32 * 4, nullptr, barrier);
 }
 
 // The same between two other barriers, and where it is missing, in the last of three blocks alone.
@@ -44,12 +37,11 @@ void exchange_between(bool barrier) {
       +[](bool barrier) {
         DYNAMIC_SHARED(shared);
         float* numbers = reinterpret_cast<float*>(shared);
-        const auto meet = [] { kInWarp ? __syncwarp() : __syncthreads(); };
-        meet();
+        meet<kInWarp>();
         numbers[threadIdx.x] = float(threadIdx.x);
-        if (barrier || blockIdx.x < 2) meet();
+        if (barrier || blockIdx.x < 2) meet<kInWarp>();
         const float number = numbers[threadIdx.x ^ (kInWarp ? 1 : 32)];
-        meet();
+        meet<kInWarp>();
         if (blockIdx.x == 2) results[threadIdx.x] = number;
       },
       3, kThreads, kThreads * 4, nullptr, barrier);
@@ -86,10 +78,10 @@ void print() {
 int main(int, char** arguments) {
   const std::string name = arguments[1];
   emulator::thread_order = unsigned(std::stoi(arguments[2]));
-  if (name == "barrier") exchange(true);
-  if (name == "missing-barrier") exchange(false);
-  if (name == "warp-barrier") exchange_in_warp(true);
-  if (name == "missing-warp-barrier") exchange_in_warp(false);
+  if (name == "barrier") exchange<false>(true);
+  if (name == "missing-barrier") exchange<false>(false);
+  if (name == "warp-barrier") exchange<true>(true);
+  if (name == "missing-warp-barrier") exchange<true>(false);
   if (name == "barrier-between") exchange_between<false>(true);
   if (name == "missing-barrier-between") exchange_between<false>(false);
   if (name == "warp-barrier-between") exchange_between<true>(true);

@@ -9,9 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from greenmim_kernels import use_backend
-from greenmim_kernels.integrations import (
-    attention,
-)
+from greenmim_kernels.integrations import attention
 
 from .cases import (
     CLASSES,

@@ -13,10 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from greenmim_kernels import use_backend
-from greenmim_kernels.integrations import (
-    fuse_window_attention,
-    unfuse_window_attention,
-)
+from greenmim_kernels.integrations import fuse_window_attention, unfuse_window_attention
 
 from .cases import (
     BLOCKS,

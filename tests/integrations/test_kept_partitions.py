@@ -8,11 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from greenmim_kernels.integrations import (
-    attention,
-    grids,
-    unfuse_window_attention,
-)
+from greenmim_kernels.integrations import attention, grids, unfuse_window_attention
 
 from .cases import (
     CLASSES,
