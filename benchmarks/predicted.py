@@ -16,6 +16,10 @@ of the launch. The figures of a kernel are those that the tests hold (`cuda_figu
 an H200 (`counters.json` of its results), where one instruction a cycle had been assumed; the rest
 are the constants below. What is measured stands beside it in the report, predicted at the rate of a
 copy of that run.
+
+Of Triton's kernels for long groups (windows of 14) a block of slots has as many tiles as its
+windows take, so blocks differ, and all of a launch are added up: it takes the longer of its bytes
+and its instructions, at what as many warps issue as a scheduler holds (`READY`).
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import torch
 
 from greenmim.config import model_config
 from greenmim_kernels._triton.launch import expected_filled, images_per_program, resident
+from greenmim_kernels._triton.long_groups import ALIGNMENT, LARGEST_TILE
 from greenmim_kernels.testing import Case, make_partition
 
 from . import costs
@@ -44,6 +49,7 @@ HEADS = (4, 8, 16, 32)  # of Swin-B's stages
 HEAD_DIM, TABLE_ROWS = 32, 13 * 13
 BATCHES = (128, 256)
 PASSES = ("forward", "backward")
+LONG_GROUPS = ((1, False), (1, True), (2, True))  # stages and partitions with windows of 14
 BACKENDS = ("cuda", "triton")
 TRITON = "3.6.0"  # the version of torch 2.11
 
@@ -56,6 +62,14 @@ ISSUED = {
     ("triton", "forward"): 0.51,
     ("triton", "backward"): 0.33,
 }
+# How often a warp is ready to issue an instruction, in a cycle. A scheduler issues if one of its
+# warps is, so that four and two warps, as the counted kernels of Triton have, issue 0.50 and 0.29.
+READY = 0.16
+# What Triton's kernels for long groups move of a row of a head: columns of 2 bytes, numbers of 4.
+LONG = {
+    "forward": {"fwd": (4, 1)},
+    "backward": {"bwd_query": (6, 3), "bwd_key": (6, 2), "bwd_table": (4, 2)},
+}
 # Of the instructions in the loop of a CUDA kernel, which stand once for every number of strips that
 # a band may have, what a warp executes for an image: also counted there.
 EXECUTED = {"forward": 0.40, "backward": 0.37}
@@ -65,6 +79,7 @@ COPY = costs.COPY_BYTES_PER_SECOND
 START = 1.0  # from the end of the kernel before, in a CUDA graph
 READ = 0.7  # until what is asked for of memory is there
 END = 0.4  # the last results on their way
+SUM = 2.0 + START + 1.5  # Triton's integer additions; the kernel that sums rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +123,14 @@ class Problem:
     stage: int
     batch: int
     capacity: bool
+    window: int = 7
 
     @functools.cached_property
     def _part(self):
-        return make_partition(Case(stage=self.stage, batch=self.batch, capacity=self.capacity))
+        case = Case(
+            stage=self.stage, batch=self.batch, capacity=self.capacity, window_size=self.window
+        )
+        return make_partition(case)
 
     @property
     def heads(self) -> int:
@@ -133,6 +152,17 @@ class Problem:
     def filled(self) -> int:
         """Groups that hold tokens."""
         return int((self._part.window_id[0, :, 0] >= 0).sum())
+
+    def tiles(self, block: int) -> list[int]:
+        """Of every block of slots, over all groups: blocks that its windows take."""
+        found = []
+        for group in self._part.window_id[0]:
+            used = group[group >= 0]
+            for slots in used.split(block) if len(used) else ():
+                band = ((used >= slots.min()) & (used <= slots.max())).nonzero()
+                first = int(band[0]) // ALIGNMENT.value * ALIGNMENT.value
+                found.append(math.ceil((int(band[-1]) + 1 - first) / block))
+        return found
 
     def bytes(self, which: str) -> int:
         """Moved by a pass: q, k, v and out; or these, two gradients and no output. And lse."""
@@ -195,24 +225,20 @@ def triton_plan(problem: Problem, kernel: Kernel) -> tuple[int, int]:
 
 def triton_kernel(problem: Problem, which: str, version: str = TRITON) -> Kernel:
     """From the committed figures of a version of Triton and the launch table."""
-    folder = ROOT / "greenmim_kernels" / "_triton"
     tile = 64 if problem.slots > 32 else 32 if problem.slots > 16 else 16
-    name = f"{'fwd' if which == 'forward' else 'bwd'}-{tile}-32-16bit"
-    figures = json.loads((folder / "static_figures.json").read_text())
-    found = figures[version]["launches"][name]["90"]
-    launch = json.loads((folder / "launch_table.json").read_text())[name]
     forward = which == "forward"
+    found, launch = launch_of(f"{'fwd' if forward else 'bwd'}-{tile}-{HEAD_DIM}-16bit", version)
     return Kernel(
         threads=32 * launch["warps"],
         registers=found["registers"],
         shared=found["shared_bytes"],
-        loop=found["loop"],
+        loop=found["loops"][0],
         # A tile's bias is looked up element by element before the first copies.
         before=700,
         end=0 if forward else 700,
         way=1500 if forward else 2800,
         waits=3,  # for the slots, for the bias and for the first tile
-        after=0 if forward else 2.0 + START + 1.5,  # integer additions; the kernel that sums rows
+        after=0 if forward else SUM,
         counted=launch["resident"],
     )
 
@@ -248,6 +274,53 @@ def microseconds(backend: str, problem: Problem, which: str, copy: float = COPY)
     waves = whole * wave(kernel.resident) + (wave(last) if last else 0)
     end = END + 1e6 * issuing(last or kernel.resident) * kernel.end
     return START + waves + end + kernel.after
+
+
+def launch_of(name: str, version: str = TRITON) -> tuple[dict, dict]:
+    """Static figures of a launch of Triton's, and what the launch table says of it."""
+    folder = ROOT / "greenmim_kernels" / "_triton"
+    figures = json.loads((folder / "static_figures.json").read_text())
+    launches = json.loads((folder / "launch_table.json").read_text())
+    return figures[version]["launches"][name][str(ARCHITECTURE)], launches[name]
+
+
+def long_microseconds(problem: Problem, which: str, copy: float = COPY) -> float:
+    """What a pass of Triton's kernels for long groups should take."""
+    reach = (problem.slots - 1) // ALIGNMENT.value * ALIGNMENT.value + LARGEST_TILE.value
+    expanded = 4 * problem.heads * problem.groups * reach**2
+    total = START + READ + 1e6 * expanded / copy + END
+    for name, moves in LONG[which].items():
+        total += _long_kernel(problem, name, moves, copy)
+    return total + (0 if which == "forward" else SUM)
+
+
+def _long_kernel(problem: Problem, name: str, moves: tuple[int, int], copy: float) -> float:
+    found, launch = launch_of(f"{name}-long-{HEAD_DIM}-16bit")
+    tiles, blocks = problem.tiles(launch["block"]), math.ceil(problem.slots / launch["block"])
+    # A tile's instructions, what else an image has, and what a program has around its images.
+    tile, around = found["loops"][0], found["loops"][-1]
+    setup = found["instructions"] - around
+    programs, per_group, working = len(tiles), blocks, blocks
+    if name == "bwd_table":
+        programs, per_group, working = sum(tiles), blocks**2, 4 * blocks
+    image = sum(tiles) * tile + programs * (around - tile)
+    expected = expected_filled(problem.groups, problem.tokens, problem.slots)
+    images = images_per_program(
+        problem.batch, problem.heads * expected * working, launch["resident"] * PROCESSORS
+    )
+    runs = math.ceil(problem.batch / images)
+    places = PROCESSORS * resident(found, launch["warps"], ARCHITECTURE)
+    together = min(places, problem.heads * programs * runs) * launch["warps"]
+    issued = 1 - (1 - READY) ** (together / PROCESSORS / SCHEDULERS)
+    instructions = problem.batch * image + runs * programs * setup  # of a head, and a warp
+    issue = problem.heads * launch["warps"] * instructions / (PROCESSORS * SCHEDULERS)
+    issue /= CYCLES * issued
+    columns, numbers = moves
+    rows = problem.batch * problem.tokens * problem.heads
+    moved = rows * (columns * HEAD_DIM * 2 + numbers * 4) / copy
+    # Programs without anything to do end when they have read their slots.
+    idle = problem.heads * runs * (problem.groups * per_group - programs) / places * 2 * READ
+    return START + 3 * READ + 1e6 * max(issue, moved) + idle + END
 
 
 def rows() -> Iterator[dict]:
@@ -306,6 +379,18 @@ def page() -> str:
         lines.append(
             f"| {row['batch']} | {row['stage']} | {kind} | {row['pass']} | {row['copy']:.1f} |"
             f" {' | '.join(cells)} |"
+        )
+    lines += [
+        "\nWindows of 14, Triton; the groups of stage 3 are short ones.\n",
+        "| batch | stage | partition | pass | copy | triton |",
+        "|---:|---:|---|---|---:|---:|",
+    ]
+    for batch, (stage, capacity), which in itertools.product(BATCHES, LONG_GROUPS, PASSES):
+        problem = Problem(stage, batch, capacity, window=14)
+        copy, time = problem.copy(which), long_microseconds(problem, which)
+        lines.append(
+            f"| {batch} | {stage} | {'capacity' if capacity else 'exact'} | {which} | {copy:.1f} |"
+            f" {time:.1f} ({copy / time:.0%}) |"
         )
     lines += [
         "\nA whole training step in a CUDA graph, all else at its least ([step_costs.md]"

@@ -40,9 +40,8 @@ PROBLEMS = {
 }
 SCALE = 0.2
 LEAST_GAIN = 0.02  # of the shipped launch's time, for another to take its place
-WARPS = {"16": (1, 2), "32": (1, 2, 4), "64": (2, 4, 8), "long": (2, 4, 8)}
+WARPS = {16: (1, 2), 32: (1, 2, 4), 64: (2, 4, 8)}  # of a program, by its slots
 STAGES = (1, 2, 3)
-LONG_BLOCKS = (32, 64)
 
 
 def architecture() -> int:
@@ -58,12 +57,12 @@ def table() -> dict[str, launch.Launch]:
 def candidates(name: str) -> list[launch.Launch]:
     """What is tried for a class, the shipped launch first."""
     tile = name.split("-")[1]
-    blocks = LONG_BLOCKS if tile == "long" else (int(tile),)
     tried = [table()[name]]
-    for warps, stages, block in itertools.product(WARPS[tile], STAGES, blocks):
-        found = dataclasses.replace(tried[0], warps=warps, stages=stages, block=block)
-        if found not in tried:
-            tried.append(found)
+    for block in WARPS if tile == "long" else (int(tile),):
+        for warps, stages in itertools.product(WARPS[block], STAGES):
+            found = dataclasses.replace(tried[0], warps=warps, stages=stages, block=block)
+            if found not in tried:
+                tried.append(found)
     return tried
 
 

@@ -44,6 +44,33 @@ def test_no_block_has_more_than_its_share_of_the_images():
             assert row[backend] > row["copy"]
 
 
+@pytest.mark.parametrize(("stage", "capacity"), predicted.LONG_GROUPS)
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_tiles_of_long_groups_cover_every_pair(stage, capacity, block):
+    problem = Problem(stage, 2, capacity, window=14)
+    assert problem.slots > 64
+    found, expected = problem.tiles(block), []
+    for window in problem._part.window_id[0]:
+        alike = (window[:, None] == window) & (window >= 0)
+        for rows in alike.split(block):
+            if rows.any():
+                (columns,) = rows.any(0).nonzero(as_tuple=True)
+                start = int(columns[0]) - int(columns[0]) % 16
+                expected.append((int(columns[-1]) - start) // block + 1)
+    assert found == expected
+
+
+def test_windows_of_14_are_as_fast_as_the_design_says():
+    for batch in predicted.BATCHES:
+        for stage, capacity in predicted.LONG_GROUPS:
+            problem = Problem(stage, batch, capacity, window=14)
+            share = {
+                which: problem.copy(which) / predicted.long_microseconds(problem, which)
+                for which in predicted.PASSES
+            }
+            assert 0.495 <= share["forward"] <= 0.75 and 0.28 <= share["backward"] <= 0.355, share
+
+
 def test_what_was_measured_is_what_is_predicted_at_that_rate_of_a_copy():
     file = predicted.ROOT / "benchmarks" / "results" / "nvidia-h200" / "operators.json"
     rows = predicted.beside(json.loads(file.read_text()))

@@ -30,7 +30,7 @@ from . import long_groups as long
 from .group_gather import copy_rows_kernel
 from .group_window_attention import group_attention_bwd_kernel, group_attention_fwd_kernel
 from .launch import launch_table, write_json
-from .machine_code import instructions, loop_length, overwritten_operands, proxy_fence
+from .machine_code import instructions, overwritten_operands, product_loops, proxy_fence
 from .primitives import Partition, Rows
 from .sparse_depthwise_conv import conv_kernel, conv_sums_kernel
 from .table_gradient import BLOCK_PROGRAMS, BLOCK_ROWS, add_rows_kernel
@@ -62,7 +62,10 @@ _TYPES = {
     "part": Partition(*["*i32"] * 4),
     "p_index": "*i32",
     "p_table": "*fp32",
+    "p_expanded": "*fp32",
     "p_lse": "*fp32",
+    "p_slot_lse": "*fp32",
+    "p_slot_delta": "*fp32",
     "p_partial": "*i64",
     "p_power": "*fp32",
     "p_weight": "*fp32",
@@ -104,8 +107,11 @@ def compile_launch(name: str, architecture: int, **flags):
         **flags,
     }
     # The operators pass None for what a variant has no use for.
-    if not values["HAS_TABLE"]:
+    is_expanded = tile == "long" and values["HAS_TABLE"] and not values["PER_IMAGE"]
+    if is_expanded or not values["HAS_TABLE"]:
         values["p_table"] = None
+    if not is_expanded:
+        values["p_expanded"] = None
     if not values["NEED_TABLE"]:
         values |= {"p_partial": None, "p_power": None}
     element = "fp32" if precision == "fp32" else "bf16"
@@ -116,6 +122,12 @@ def compile_copy(architecture: int, **flags):
     """The compiled kernel of gather and scatter."""
     values = {"BLOCK_SLOTS": 16, "BLOCK_CHANNELS": 128, "SCATTER": False, "PER_IMAGE": False}
     return _compile(copy_rows_kernel, {**values, **flags}, "bf16", architecture, 4, 2)
+
+
+def compile_expand_bias(architecture: int, **flags):
+    """The compiled kernel that looks up the bias of all pairs of a group."""
+    values = {"NUM_HEADS": NUM_HEADS, "GATHERED": False, "QUERIES": 16, "KEYS": 128}
+    return _compile(long.expand_bias_kernel, {**values, **flags}, "bf16", architecture, 4, 3)
 
 
 def compile_conv(architecture: int, element: str = "bf16", **flags):
@@ -209,7 +221,8 @@ def inspect(compiled) -> dict:
         "registers": int(registers),
         "shared_bytes": compiled.metadata.shared,
         **{name: len(re.findall(pattern, sass)) for name, pattern in count.items()},
-        "loop": loop_length(code),
+        "instructions": len(code),
+        "loops": product_loops(code),
         "overwritten_operands": len(overwritten_operands(code)),
         "proxy_fence": proxy_fence(compiled.asm["ptx"]),
     }

@@ -1,9 +1,13 @@
 """Block-diagonal window attention in Triton for groups of more than 64 slots (windows of 14).
 
-Queries and keys are taken BLOCK slots at a time with a running softmax. Slots are sorted by window,
-so most pairs of blocks share no window and are passed over. The backward pass has a kernel for the
-queries, one for keys and values, and one for the bias table, each with sums of its own: no atomics
-on grad_qkv.
+A program takes a block of slots and goes over its band: the slots of the same windows, which follow
+each other, as slots are sorted by window. Forward, keys are taken with a running softmax. Backward
+there is a kernel for the queries, one for keys and values, and one for the bias table, each with
+sums of its own: no atomics on grad_qkv.
+
+With one mask for the batch, `expand_bias_kernel` first writes the bias of all pairs of a group's
+slots, -inf between windows. An image then reads tiles of it, 16 bytes at a time, instead of looking
+its pairs up in the table, which takes more instructions than their attention.
 """
 
 from typing import NamedTuple
@@ -30,20 +34,86 @@ from .primitives import (
 )
 from .table_gradient import add_to_table, clear_row
 
+# Tiles start at multiples of ALIGNMENT slots and have LARGEST_TILE of them at most. `reach_of` says
+# what of a group they may reach.
+ALIGNMENT = tl.constexpr(16)
+LARGEST_TILE = tl.constexpr(64)
 
-class Queries(NamedTuple):
-    """What the backward pass reads of a block of queries."""
 
-    q: tl.tensor  # [BLOCK, HEAD_DIM]
-    grad_out: tl.tensor
-    lse: tl.tensor  # of the softmax's denominator, log2
-    delta: tl.tensor  # sum_d out grad_out
+class Band(NamedTuple):
+    """The slots of a block's windows."""
+
+    first: tl.tensor  # or up to 15 slots before it
+    end: tl.tensor
 
 
 @triton.jit
-def may_share(queries, keys):
-    """Whether two blocks may share a window; slots are sorted by it, so mostly they do then."""
-    return (keys.low <= queries.high) & (queries.low <= keys.high)
+def find_band(part, place, slots, num_slots):
+    """The band of a block of slots."""
+    first, end = num_slots, 0
+    for start in range(0, num_slots, 256):
+        o_slot = start + tl.arange(0, 256)
+        at = place.part_group * num_slots + o_slot
+        b_window = tl.load(part.window_id + at, mask=o_slot < num_slots, other=-1)
+        m_band = (b_window >= slots.low) & (b_window <= slots.high)
+        first = tl.minimum(first, tl.min(tl.where(m_band, o_slot, num_slots), 0))
+        end = tl.maximum(end, tl.max(tl.where(m_band, o_slot + 1, 0), 0))
+    return Band(first // ALIGNMENT * ALIGNMENT, end)
+
+
+@triton.jit
+def reach_of(num_slots):
+    """Slots of a group that tiles may reach: rows and columns of its expanded bias."""
+    return (num_slots - 1) // ALIGNMENT * ALIGNMENT + LARGEST_TILE
+
+
+@triton.jit
+def expanded_tile(
+    p_expanded, place, first, k_first, num_groups, num_slots,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Where a tile of this head and group stands in the expanded bias. [QUERIES, KEYS]"""
+    reach = reach_of(num_slots)
+    o_row = (place.head * num_groups + place.group) * reach + first + tl.arange(0, QUERIES)
+    return p_expanded + o_row[:, None] * reach + k_first + tl.arange(0, KEYS)[None, :]
+
+
+@triton.jit(do_not_specialize=["num_groups", "num_slots"])
+def expand_bias_kernel(
+    part,  # Partition of one mask
+    p_table,
+    p_expanded,  # fp32 [heads, groups, reach, reach]
+    num_groups,
+    num_slots,
+    NUM_HEADS: tl.constexpr,
+    GATHERED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    place = locate(1, num_groups, 1, NUM_HEADS, False)
+    first, k_first = tl.program_id(1) * QUERIES, tl.program_id(2) * KEYS
+    slots = load_block(part, place, first, num_slots, GATHERED, QUERIES)
+    keys = load_block(part, place, k_first, num_slots, GATHERED, KEYS)
+    b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, True)
+    reach = reach_of(num_slots)
+    m_row, m_column = first + tl.arange(0, QUERIES) < reach, k_first + tl.arange(0, KEYS) < reach
+    p_tile = expanded_tile(p_expanded, place, first, k_first, num_groups, num_slots, QUERIES, KEYS)
+    tl.store(p_tile, b_bias, mask=m_row[:, None] & m_column[None, :])
+
+
+@triton.jit
+def pair_bias(
+    p_table, p_expanded, place, slots, keys, first, k_first, num_groups, num_slots,
+    NUM_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `bias_tile`, from the expanded bias where there is one. [BQ, BK]"""
+    if p_expanded is not None:
+        b_bias = tl.load(
+            expanded_tile(p_expanded, place, first, k_first, num_groups, num_slots, BLOCK, BLOCK)
+        )
+    else:
+        b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, p_table is not None)
+    return b_bias
 
 
 @triton.jit
@@ -60,26 +130,31 @@ def load_keys(
 
 @triton.jit
 def load_queries(
-    p_grad_out, q, p_out, p_lse, image, place, slots, num_rows,
+    p_grad_out, q, image, place, slots, num_rows,
     NUM_HEADS: tl.constexpr, DIM: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
+    """Queries and the gradient of their output. [BLOCK, HEAD_DIM]"""
     q_rows = head_rows(q, image, place, num_rows, 0, NUM_HEADS, DIM, PACKED)
-    b_q = load_rows(q_rows, slots, DIM, HEAD_DIM)
     do_rows = out_rows(p_grad_out, image, place, num_rows, NUM_HEADS, DIM)
-    b_do = load_rows(do_rows, slots, DIM, HEAD_DIM)
-    b_o = load_rows(out_rows(p_out, image, place, num_rows, NUM_HEADS, DIM), slots, DIM, HEAD_DIM)
-    p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows
-    b_lse = tl.load(p_l + slots.row, mask=slots.m_token, other=0.0) * 1.4426950408889634
-    return Queries(b_q, b_do, b_lse, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1))
+    return load_rows(q_rows, slots, DIM, HEAD_DIM), load_rows(do_rows, slots, DIM, HEAD_DIM)
 
 
 @triton.jit
-def recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION: tl.constexpr):
+def recompute(b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, scale_log2, PRECISION: tl.constexpr):
     """P and dS of one pair of blocks. [BQ, BK]"""
-    b_score = product(queries.q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
-    b_p = tl.exp2(b_score - queries.lse[:, None])
-    b_dp = product(queries.grad_out, tl.trans(b_v), PRECISION)
-    return b_p, b_p * (b_dp - queries.delta[:, None])
+    b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
+    b_p = tl.exp2(b_score - b_lse[:, None])
+    b_dp = product(b_do, tl.trans(b_v), PRECISION)
+    return b_p, b_p * (b_dp - b_delta[:, None])
+
+
+@triton.jit
+def slot_offsets(
+    image, place, first, num_groups, num_slots, NUM_HEADS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where the numbers of slots stand that the queries' kernel leaves for the others. [BLOCK]"""
+    group = (image * NUM_HEADS + place.head) * num_groups + place.group
+    return group * num_slots + first + tl.arange(0, BLOCK)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -89,7 +164,8 @@ def long_attention_fwd_kernel(
     k,
     v,
     p_pad,  # [3C], or None
-    p_table,
+    p_table,  # or None
+    p_expanded,  # or None
     p_out,
     p_lse,
     batch,
@@ -102,7 +178,6 @@ def long_attention_fwd_kernel(
     DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
     GATHERED: tl.constexpr,
     PACKED: tl.constexpr,
     PER_IMAGE: tl.constexpr,
@@ -113,29 +188,32 @@ def long_attention_fwd_kernel(
     first = tl.program_id(1) * BLOCK
     slots = load_block(part, place, first, num_slots, GATHERED, BLOCK)
     if slots.any_row:
+        band = find_band(part, place, slots, num_slots)
         for image in range(place.first, place.end):
             q_rows = head_rows(q, image, place, num_rows, 0, NUM_HEADS, DIM, PACKED)
             b_q = load_rows(q_rows, slots, DIM, HEAD_DIM)
             b_max = tl.full([BLOCK], float("-inf"), tl.float32)
             b_sum = tl.zeros([BLOCK], tl.float32)
             b_acc = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-            for k_first in range(0, num_slots, BLOCK):
+            for k_first in range(band.first, band.end, BLOCK):
                 keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
-                if may_share(slots, keys):
-                    b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, HAS_TABLE)
-                    b_k, b_v = load_keys(
-                        k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
-                    )
-                    b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
-                    b_new = tl.maximum(b_max, tl.max(b_score, 1))
-                    # Rows that have met no key yet: a finite pivot, so that nothing is inf - inf.
-                    b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-                    b_p = tl.exp2(b_score - b_pivot[:, None])  # [BLOCK, BLOCK]
-                    b_fade = tl.exp2(b_max - b_pivot)
-                    b_sum = b_sum * b_fade + tl.sum(b_p, 1)
-                    b_acc = b_acc * b_fade[:, None]
-                    b_acc += product(b_p.to(b_v.dtype), b_v, PRECISION)
-                    b_max = b_new
+                b_bias = pair_bias(
+                    p_table, p_expanded, place, slots, keys, first, k_first, num_groups, num_slots,
+                    NUM_HEADS, BLOCK,
+                )  # fmt: skip
+                b_k, b_v = load_keys(
+                    k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
+                )
+                b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
+                b_new = tl.maximum(b_max, tl.max(b_score, 1))
+                # Rows that have met no key yet: a finite pivot, so that nothing is inf - inf.
+                b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_p = tl.exp2(b_score - b_pivot[:, None])  # [BLOCK, BLOCK]
+                b_fade = tl.exp2(b_max - b_pivot)
+                b_sum = b_sum * b_fade + tl.sum(b_p, 1)
+                b_acc = b_acc * b_fade[:, None]
+                b_acc += product(b_p.to(b_v.dtype), b_v, PRECISION)
+                b_max = b_new
             write_forward(
                 p_out, p_lse, image, place, slots, num_rows, b_acc, b_max, b_sum,
                 NUM_HEADS, DIM, HEAD_DIM, GATHERED,
@@ -151,8 +229,11 @@ def long_attention_bwd_query_kernel(
     v,
     p_pad,
     p_table,
+    p_expanded,
     p_out,
     p_lse,
+    p_slot_lse,  # fp32 [batch, heads, groups, slots], in base 2; 0 where nothing asks
+    p_slot_delta,  # likewise: sum_d out grad_out
     grad_q,  # Rows
     batch,
     num_rows,
@@ -165,7 +246,6 @@ def long_attention_bwd_query_kernel(
     DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
     GATHERED: tl.constexpr,
     PACKED: tl.constexpr,
     PER_IMAGE: tl.constexpr,
@@ -175,24 +255,37 @@ def long_attention_bwd_query_kernel(
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     first = tl.program_id(1) * BLOCK
     slots = load_block(part, place, first, num_slots, GATHERED, BLOCK)
-    if slots.any_row:
+    if slots.any_row | (slots.high >= 0):
+        band = find_band(part, place, slots, num_slots)
         for image in range(place.first, place.end):
-            queries = load_queries(
-                p_grad_out, q, p_out, p_lse, image, place, slots, num_rows,
-                NUM_HEADS, DIM, HEAD_DIM, PACKED,
-            )  # fmt: skip
+            b_q, b_do = load_queries(
+                p_grad_out, q, image, place, slots, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
+            )
+            o_rows = out_rows(p_out, image, place, num_rows, NUM_HEADS, DIM)
+            b_o = load_rows(o_rows, slots, DIM, HEAD_DIM).to(tl.float32)
+            b_delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
+            p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows + slots.row
+            b_lse = tl.load(p_l, mask=slots.m_token, other=0.0) * 1.4426950408889634
             b_dq = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-            for k_first in range(0, num_slots, BLOCK):
+            for k_first in range(band.first, band.end, BLOCK):
                 keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
-                if may_share(slots, keys):
-                    b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, HAS_TABLE)
-                    b_k, b_v = load_keys(
-                        k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
-                    )
-                    b_p, b_ds = recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION)
-                    b_dq += product(b_ds.to(b_k.dtype), b_k, PRECISION)
+                b_bias = pair_bias(
+                    p_table, p_expanded, place, slots, keys, first, k_first, num_groups, num_slots,
+                    NUM_HEADS, BLOCK,
+                )  # fmt: skip
+                b_k, b_v = load_keys(
+                    k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
+                )
+                b_p, b_ds = recompute(
+                    b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, scale_log2, PRECISION
+                )
+                b_dq += product(b_ds.to(b_k.dtype), b_k, PRECISION)
             dq_rows = head_rows(grad_q, image, place, num_rows, 0, NUM_HEADS, DIM, PACKED)
             store_rows(dq_rows, b_dq * scale, slots, DIM, HEAD_DIM, GATHERED)
+            o_slot = slot_offsets(image, place, first, num_groups, num_slots, NUM_HEADS, BLOCK)
+            m_slot = first + tl.arange(0, BLOCK) < num_slots
+            tl.store(p_slot_lse + o_slot, b_lse, mask=m_slot)
+            tl.store(p_slot_delta + o_slot, b_delta, mask=m_slot)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -204,8 +297,9 @@ def long_attention_bwd_key_kernel(
     v,
     p_pad,
     p_table,
-    p_out,
-    p_lse,
+    p_expanded,
+    p_slot_lse,
+    p_slot_delta,
     grad_k,  # Rows
     grad_v,
     p_partial_pad,  # fp32 [programs, 2, DIM], or None
@@ -220,7 +314,6 @@ def long_attention_bwd_key_kernel(
     DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
     GATHERED: tl.constexpr,
     PACKED: tl.constexpr,
     PER_IMAGE: tl.constexpr,
@@ -235,24 +328,33 @@ def long_attention_bwd_key_kernel(
         b_pad_k = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
         b_pad_v = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
     if keys.any_row | (keys.high >= 0):
+        band = find_band(part, place, keys, num_slots)
         for image in range(place.first, place.end):
             b_k, b_v = load_keys(
                 k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
             )
             b_dk = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             b_dv = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-            for q_first in range(0, num_slots, BLOCK):
+            for q_first in range(band.first, band.end, BLOCK):
                 slots = load_block(part, place, q_first, num_slots, GATHERED, BLOCK)
-                if may_share(slots, keys):
-                    b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, HAS_TABLE)
-                    queries = load_queries(
-                        p_grad_out, q, p_out, p_lse, image, place, slots, num_rows,
-                        NUM_HEADS, DIM, HEAD_DIM, PACKED,
-                    )  # fmt: skip
-                    b_p, b_ds = recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION)
-                    b_do = queries.grad_out
-                    b_dv += product(tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
-                    b_dk += product(tl.trans(b_ds.to(b_do.dtype)), queries.q, PRECISION)
+                b_bias = pair_bias(
+                    p_table, p_expanded, place, slots, keys, q_first, first, num_groups, num_slots,
+                    NUM_HEADS, BLOCK,
+                )  # fmt: skip
+                b_q, b_do = load_queries(
+                    p_grad_out, q, image, place, slots, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
+                )
+                o_slot = slot_offsets(
+                    image, place, q_first, num_groups, num_slots, NUM_HEADS, BLOCK
+                )
+                m_slot = q_first + tl.arange(0, BLOCK) < band.end
+                b_lse = tl.load(p_slot_lse + o_slot, mask=m_slot, other=0.0)
+                b_delta = tl.load(p_slot_delta + o_slot, mask=m_slot, other=0.0)
+                b_p, b_ds = recompute(
+                    b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, scale_log2, PRECISION
+                )
+                b_dv += product(tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
+                b_dk += product(tl.trans(b_ds.to(b_q.dtype)), b_q, PRECISION)
             dk_rows = head_rows(grad_k, image, place, num_rows, 1, NUM_HEADS, DIM, PACKED)
             store_rows(dk_rows, b_dk * scale, keys, DIM, HEAD_DIM, GATHERED)
             dv_rows = head_rows(grad_v, image, place, num_rows, 2, NUM_HEADS, DIM, PACKED)
@@ -275,10 +377,11 @@ def long_attention_bwd_table_kernel(
     v,
     p_pad,
     p_table,
-    p_out,
-    p_lse,
-    p_partial,
-    p_power,
+    p_expanded,
+    p_slot_lse,
+    p_slot_delta,
+    p_partial,  # int64 [programs, rows of the table]
+    p_power,  # fp32 [programs]
     batch,
     num_rows,
     num_groups,
@@ -298,27 +401,36 @@ def long_attention_bwd_table_kernel(
     k, v = (q, q) if PACKED else (k, v)
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     blocks = tl.cdiv(num_slots, BLOCK)
-    q_first, k_first = tl.program_id(1) // blocks * BLOCK, tl.program_id(1) % blocks * BLOCK
-    slots = load_block(part, place, q_first, num_slots, GATHERED, BLOCK)
-    keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
+    first = tl.program_id(1) // blocks * BLOCK
+    slots = load_block(part, place, first, num_slots, GATHERED, BLOCK)
+    band = find_band(part, place, slots, num_slots)
+    k_first = band.first + tl.program_id(1) % blocks * BLOCK
     per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1)
     program = place.head * per_head + place.run * tl.num_programs(1) + tl.program_id(1)
-    if may_share(slots, keys):
+    if k_first < band.end:
         clear_row(p_partial, program, TABLE_ROWS)
-        b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, True)
+        keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
+        b_bias = pair_bias(
+            p_table, p_expanded, place, slots, keys, first, k_first, num_groups, num_slots,
+            NUM_HEADS, BLOCK,
+        )  # fmt: skip
         b_grad_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
         for image in range(place.first, place.end):
-            queries = load_queries(
-                p_grad_out, q, p_out, p_lse, image, place, slots, num_rows,
-                NUM_HEADS, DIM, HEAD_DIM, PACKED,
-            )  # fmt: skip
+            b_q, b_do = load_queries(
+                p_grad_out, q, image, place, slots, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
+            )
             b_k, b_v = load_keys(
                 k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
             )
-            _, b_ds = recompute(queries, b_k, b_v, b_bias, scale_log2, PRECISION)
+            o_slot = slot_offsets(image, place, first, num_groups, num_slots, NUM_HEADS, BLOCK)
+            b_lse = tl.load(p_slot_lse + o_slot, mask=slots.m_token, other=0.0)
+            b_delta = tl.load(p_slot_delta + o_slot, mask=slots.m_token, other=0.0)
+            b_p, b_ds = recompute(
+                b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, scale_log2, PRECISION
+            )
             b_grad_bias += b_ds
         again = nothing(place)
-        slots = load_block(part, place, q_first + again, num_slots, GATHERED, BLOCK)
+        slots = load_block(part, place, first + again, num_slots, GATHERED, BLOCK)
         keys = load_block(part, place, k_first + again, num_slots, GATHERED, BLOCK)
         b_entry, m_pair = pair_entries(slots, keys)
         add_to_table(p_partial, p_power, program, b_grad_bias, b_entry, m_pair, TABLE_ROWS)

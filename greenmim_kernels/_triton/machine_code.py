@@ -86,14 +86,42 @@ def loop_length(code: list[Instruction]) -> int:
 
     In an attention kernel for short groups it goes over images, once through each.
     """
-    products = [address for address, operation, _ in code if _PRODUCT.match(operation)]
-    loops = [
-        (address - int(found[1], 16)) // 16 + 1
-        for address, operation, operands in code
-        if operation == "BRA"
-        and products
-        and (found := re.search(r"0x([0-9a-f]+)", operands))
-        and int(found[1], 16) < products[0]
-        and address > products[-1]
+    products = _products(code)
+    around = [
+        _length(start, end)
+        for start, end in _loops(code).items()
+        if products and start <= products[0] and products[-1] < end
     ]
-    return min(loops, default=0)
+    return min(around, default=0)
+
+
+def product_loops(code: list[Instruction]) -> list[int]:
+    """Instructions of every loop around a tensor core product, the innermost first.
+
+    In an attention kernel for long groups one goes over tiles, and one over images.
+    """
+    products = _products(code)
+    return sorted(
+        _length(start, end)
+        for start, end in _loops(code).items()
+        if any(start <= product < end for product in products)
+    )
+
+
+def _products(code: list[Instruction]) -> list[int]:
+    """Addresses of tensor core products."""
+    return [address for address, operation, _ in code if _PRODUCT.match(operation)]
+
+
+def _loops(code: list[Instruction]) -> dict[int, int]:
+    """Addresses of every loop's first instruction and of the last branch back to it."""
+    found = {}
+    for address, operation, operands in code:
+        to = re.search(r"0x([0-9a-f]+)", operands) if operation == "BRA" else None
+        if to and int(to[1], 16) < address:
+            found[int(to[1], 16)] = address
+    return found
+
+
+def _length(start: int, end: int) -> int:
+    return (end - start) // 16 + 1

@@ -36,6 +36,9 @@ from .sparse_depthwise_conv import conv_kernel, conv_sums_kernel
 from .table_gradient import add_rows
 
 LOG2_E = math.log2(math.e)
+# Elements of an expanded bias: 64 MiB. Those of many windows of three axes are larger, and would
+# weigh beside what the operator is given.
+LARGEST_EXPANDED = 1 << 24
 
 
 def _copy(x: Tensor, token_index: Tensor, num_tokens: int, out: Tensor, scatter: bool) -> Tensor:
@@ -134,8 +137,8 @@ class _Problem:
         launch = launch_table(architecture_of(device))[name]
         blocks = working = triton.cdiv(self.num_slots, launch.block)
         if pairs:
-            # Slots are sorted by window: few blocks but neighbours share one.
-            blocks, working = blocks**2, 3 * blocks - 2
+            # A band has few blocks: with windows of 14, three quarters hidden, three to four.
+            blocks, working = blocks**2, 4 * blocks
         images = 1
         if self.partitions == 1:
             # Groups that a capacity leaves over are empty, and their programs end at once. How many
@@ -166,18 +169,42 @@ class _Problem:
         sizes = (self.batch, self.num_rows, self.num_groups, self.num_slots, images)
         return grid, sizes, {**constants, **more}
 
+    def bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """The table and the expanded bias for kernels of long groups: one of them, or neither."""
+        align, largest = long.ALIGNMENT.value, long.LARGEST_TILE.value
+        reach = (self.num_slots - 1) // align * align + largest
+        shape = (self.num_heads, self.num_groups, reach, reach)
+        if self.table is None or self.partitions > 1 or math.prod(shape) > LARGEST_EXPANDED:
+            return self.table, None
+        expanded = self.table.new_empty(shape)
+        queries, keys = 16, 128
+        grid = (shape[0] * shape[1], triton.cdiv(reach, queries), triton.cdiv(reach, keys))
+        long.expand_bias_kernel[grid](
+            self.part, self.table, expanded, self.num_groups, self.num_slots,
+            NUM_HEADS=self.num_heads, GATHERED=self.token_index is None, QUERIES=queries,
+            KEYS=keys, num_warps=4,
+        )  # fmt: skip
+        return None, expanded
+
+
+def _empty_like(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty_like(x)
+
 
 def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     out = problem.q.new_empty(problem.out_shape)
     lse = out.new_empty(problem.batch, problem.num_heads, problem.num_rows, dtype=torch.float32)
     if problem.empty:
         return out, lse
-    grid, sizes, constants = problem.launch("fwd", HAS_TABLE=problem.table is not None)
-    kernel = group_attention_fwd_kernel if problem.tile else long.long_attention_fwd_kernel
-    kernel[grid](
-        problem.part, *problem.qkv, problem.pad_value, problem.table, out, lse, *sizes,
-        problem.scale * LOG2_E, **constants,
-    )  # fmt: skip
+    grid, sizes, constants = problem.launch("fwd")
+    inputs = (problem.part, *problem.qkv, problem.pad_value)
+    results = (out, lse, *sizes, problem.scale * LOG2_E)
+    if problem.tile:
+        group_attention_fwd_kernel[grid](
+            *inputs, problem.table, *results, HAS_TABLE=problem.table is not None, **constants
+        )
+    else:
+        long.long_attention_fwd_kernel[grid](*inputs, *problem.bias(), *results, **constants)
     return out, lse
 
 
@@ -198,7 +225,7 @@ def _backward(
     # The gradients of padding are summed from those of k and v.
     computes = need_qkv or need_pad
     tensors = (problem.q, problem.k, problem.v)
-    grads = [torch.empty_like(x) if computes and x is not None else None for x in tensors]
+    grads = [_empty_like(x) if computes else None for x in tensors]
     grad_table, grad_pad = nothing, nothing
     if problem.empty or not (computes or need_table):
         grad_table = lse.new_zeros((problem.table_rows, problem.num_heads) if need_table else (0,))
@@ -209,7 +236,7 @@ def _backward(
         scales = (problem.scale, problem.scale * LOG2_E)
         absent: tuple[Any, Any, Any] = (None, None, None)
         partial, powers, pad_sums = absent
-        inputs = (part, grad_out, *problem.qkv, pad, table)
+        inputs = (part, grad_out, *problem.qkv, pad)
         if problem.tile:
             grid, sizes, constants = problem.launch("bwd", HAS_TABLE=has_table)
             if need_table:
@@ -217,28 +244,34 @@ def _backward(
             if need_pad:
                 pad_sums = _pad_sums(problem, grid)
             group_attention_bwd_kernel[grid](
-                *inputs, lse, *grad_rows, partial, powers, pad_sums, *sizes, *scales,
+                *inputs, table, lse, *grad_rows, partial, powers, pad_sums, *sizes, *scales,
                 TABLE_ROWS=problem.table_rows, NEED_QKV=computes, NEED_TABLE=need_table,
                 **constants,
             )  # fmt: skip
-        elif computes:
-            grid, sizes, constants = problem.launch("bwd_query", HAS_TABLE=has_table)
+        else:
+            inputs = (*inputs, *problem.bias())
+            shape = (problem.batch, problem.num_heads, problem.num_groups, problem.num_slots)
+            numbers = lse.new_empty(shape), lse.new_empty(shape)
+            # The others need what the queries' kernel leaves, whatever is asked for.
+            grad_q = grad_rows[0] or problem.rows_of(tuple(map(_empty_like, tensors)))[0]
+            grid, sizes, constants = problem.launch("bwd_query")
             long.long_attention_bwd_query_kernel[grid](
-                *inputs, out, lse, grad_rows[0], *sizes, *scales, **constants
+                *inputs, out, lse, *numbers, grad_q, *sizes, *scales, **constants
             )
-            grid, sizes, constants = problem.launch("bwd_key", HAS_TABLE=has_table)
-            if need_pad:
-                pad_sums = _pad_sums(problem, grid)
-            long.long_attention_bwd_key_kernel[grid](
-                *inputs, out, lse, *grad_rows[1:], pad_sums, *sizes, *scales, **constants
-            )
-        if need_table and not problem.tile:
-            grid, sizes, constants = problem.launch("bwd_table", pairs=True)
-            partial, powers = _table_sums(problem, grid)
-            long.long_attention_bwd_table_kernel[grid](
-                *inputs, out, lse, partial, powers, *sizes, scales[1],
-                TABLE_ROWS=problem.table_rows, **constants,
-            )  # fmt: skip
+            if computes:
+                grid, sizes, constants = problem.launch("bwd_key")
+                if need_pad:
+                    pad_sums = _pad_sums(problem, grid)
+                long.long_attention_bwd_key_kernel[grid](
+                    *inputs, *numbers, *grad_rows[1:], pad_sums, *sizes, *scales, **constants
+                )
+            if need_table:
+                grid, sizes, constants = problem.launch("bwd_table", pairs=True)
+                partial, powers = _table_sums(problem, grid)
+                long.long_attention_bwd_table_kernel[grid](
+                    *inputs, *numbers, partial, powers, *sizes, scales[1],
+                    TABLE_ROWS=problem.table_rows, **constants,
+                )  # fmt: skip
         if need_table:
             grad_table = add_rows(partial, powers)
         if need_pad:

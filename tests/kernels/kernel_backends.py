@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -19,7 +20,16 @@ if INTERPRETED:
     # pytest puts this file's folder on the path, which does not make it a package.
     from interpreter import repair
 
+    from greenmim_kernels._triton.launch import launch_table
+
     repair()
+    # It takes its time for an operation, whatever the size: test_gpu_long_groups has all sizes.
+    LAUNCHES = launch_table(90)
+    LAUNCHES |= {
+        name: dataclasses.replace(launch, block=64)
+        for name, launch in LAUNCHES.items()
+        if "-long-" in name
+    }
 
 
 def kernel_test(test):
@@ -35,7 +45,7 @@ in_the_interpreter = pytest.mark.skipif(
 # Parts of the tests, which processes of pytest-xdist run side by side (see tests/conftest). Few, as
 # each loads all that the tests need.
 SHARES = ("1/2", "2/2")
-FILES = ("test_gpu_kernels.py", "test_gpu_windows.py")
+FILES = ("test_gpu_kernels.py", "test_gpu_windows.py", "test_gpu_long_groups.py")
 shares = pytest.mark.parametrize(
     "share", [pytest.param(share, marks=pytest.mark.slow) for share in SHARES]
 )

@@ -36,7 +36,13 @@ from greenmim_kernels._triton.launch import (
     launch_table,
     resident,
 )
-from greenmim_kernels._triton.machine_code import instructions, overwritten_operands, proxy_fence
+from greenmim_kernels._triton.machine_code import (
+    instructions,
+    loop_length,
+    overwritten_operands,
+    product_loops,
+    proxy_fence,
+)
 from greenmim_kernels.ops import SCHEMAS
 from greenmim_kernels.testing import Case, make_inputs, operator_arguments, visible_tokens
 
@@ -221,6 +227,12 @@ def test_the_convolution_compiles(per_image, element, architecture):
         assert found["registers"] <= 168  # three programs of four warps
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+def test_the_expansion_of_a_bias_compiles(gathered):
+    found = ahead_of_time.inspect(ahead_of_time.compile_expand_bias(90, GATHERED=gathered))
+    assert found["spill_loads"] == 0 and found["registers"] <= 128
+
+
 @pytest.mark.parametrize(("first", "last"), [(True, True), (True, False), (False, True)])
 def test_the_sum_over_programs_compiles(first, last):
     found = ahead_of_time.inspect(ahead_of_time.compile_add_rows(90, first, last))
@@ -265,7 +277,8 @@ def test_another_batch_or_mask_compiles_nothing(window, per_image, launches, mon
         batch = max(batch, 1 + per_image)
         call(dataclasses.replace(case, batch=batch, mask_ratio=ratio, group_size=size))
         keys.append({(name, key) for name, _, _, key in launches})
-    assert len(keys[0]) == (10 if window == 7 else 14)
+    # Of long groups three kernels backward, and, for one mask, the expanded bias.
+    assert len(keys[0]) == (10 if window == 7 else 14 if per_image else 16)
     assert all(other == keys[0] for other in keys)
 
 
@@ -356,3 +369,22 @@ def test_an_operand_that_is_overwritten_is_found(instruction, overwrites):
 )
 def test_a_missing_proxy_fence_is_found(lines, expected):
     assert proxy_fence("\n".join(lines)) is expected
+
+
+def test_loops_around_products_are_found():
+    """Two tiles' loops in one over images, and one without a product."""
+    lines = {
+        0x000: "MOV R1, R2 ;",
+        0x010: "HMMA.16816.F32.BF16 R8, R4, R6, R8 ;",
+        0x020: "@P0 BRA 0x10 ;",
+        0x030: "FADD R1, R1, R2 ;",
+        0x040: "@P1 BRA 0x30 ;",
+        0x050: "HGMMA.64x32x16.F32.BF16 R88, R24, gdesc[UR8], R88 ;",
+        0x060: "@P0 BRA 0x50 ;",
+        0x070: "@!P2 BRA 0x0 ;",
+        0x080: "BRA 0x80 ;",
+    }
+    code = instructions("".join(f"/*{at:04x}*/ {line}\n" for at, line in lines.items()))
+    assert product_loops(code) == [2, 2, 8]
+    assert loop_length(code) == 8
+    assert product_loops(code[3:5]) == [] and loop_length(code[3:5]) == 0
