@@ -18,8 +18,10 @@ are the constants below. What is measured stands beside it in the report, predic
 copy of that run.
 
 Of Triton's kernels for long groups (windows of 14) a block of slots has as many tiles as its
-windows take, so blocks differ, and all of a launch are added up: it takes the longer of its bytes
-and its instructions, at what as many warps issue as a scheduler holds (`READY`).
+windows take, so blocks differ, and all of a launch are added up: it takes the longest of its
+bytes, of those that its tiles read again from the second cache, and of its instructions, at what
+as many warps issue as a scheduler holds (`READY`). By their instructions the kernels before should
+have taken 180 us forward and 720 us backward on an H200, where they took 271 and 800.
 """
 
 from __future__ import annotations
@@ -65,11 +67,18 @@ ISSUED = {
 # How often a warp is ready to issue an instruction, in a cycle. A scheduler issues if one of its
 # warps is, so that four and two warps, as the counted kernels of Triton have, issue 0.50 and 0.29.
 READY = 0.16
-# What Triton's kernels for long groups move of a row of a head: columns of 2 bytes, numbers of 4.
-LONG = {
-    "forward": {"fwd": (4, 1)},
-    "backward": {"bwd_query": (6, 3), "bwd_key": (6, 2), "bwd_table": (4, 2)},
+# Triton's kernels for long groups.
+LONG = {"forward": ("fwd",), "backward": ("bwd_query", "bwd_key", "bwd_table")}
+# What they move of a row of a head: columns of 2 bytes, numbers of 4; of the columns, those that
+# every tile reads for its own rows, and whether it reads its bias for every image.
+MOVES = {
+    "fwd": (4, 1, 2, True),
+    "bwd_query": (6, 3, 2, True),
+    "bwd_key": (6, 2, 2, True),
+    "bwd_table": (4, 2, 4, False),
 }
+FIRST_CACHE = 262_144  # bytes of a processor, shared memory among them
+SECOND_CACHE = 5.5e12  # bytes of a second, as others have measured; not counted by us
 # Of the instructions in the loop of a CUDA kernel, which stand once for every number of strips that
 # a band may have, what a warp executes for an image: also counted there.
 EXECUTED = {"forward": 0.40, "backward": 0.37}
@@ -289,38 +298,46 @@ def long_microseconds(problem: Problem, which: str, copy: float = COPY) -> float
     reach = (problem.slots - 1) // ALIGNMENT.value * ALIGNMENT.value + LARGEST_TILE.value
     expanded = 4 * problem.heads * problem.groups * reach**2
     total = START + READ + 1e6 * expanded / copy + END
-    for name, moves in LONG[which].items():
-        total += _long_kernel(problem, name, moves, copy)
+    total += sum(_long_kernel(problem, name, copy) for name in LONG[which])
     return total + (0 if which == "forward" else SUM)
 
 
-def _long_kernel(problem: Problem, name: str, moves: tuple[int, int], copy: float) -> float:
+def _long_kernel(problem: Problem, name: str, copy: float) -> float:
     found, launch = launch_of(f"{name}-long-{HEAD_DIM}-16bit")
-    tiles, blocks = problem.tiles(launch["block"]), math.ceil(problem.slots / launch["block"])
+    block, warps = launch["block"], launch["warps"]
+    tiles, blocks = problem.tiles(block), math.ceil(problem.slots / block)
     # A tile's instructions, what else an image has, and what a program has around its images.
     tile, around = found["loops"][0], found["loops"][-1]
     setup = found["instructions"] - around
-    programs, per_group, working = len(tiles), blocks, blocks
+    programs, of_a_group, working = len(tiles), blocks, blocks
     if name == "bwd_table":
-        programs, per_group, working = sum(tiles), blocks**2, 4 * blocks
+        programs, of_a_group, working = sum(tiles), blocks**2, min(blocks**2, 3 * blocks)
     image = sum(tiles) * tile + programs * (around - tile)
     expected = expected_filled(problem.groups, problem.tokens, problem.slots)
     images = images_per_program(
         problem.batch, problem.heads * expected * working, launch["resident"] * PROCESSORS
     )
     runs = math.ceil(problem.batch / images)
-    places = PROCESSORS * resident(found, launch["warps"], ARCHITECTURE)
-    together = min(places, problem.heads * programs * runs) * launch["warps"]
+    held = resident(found, warps, ARCHITECTURE)
+    together = min(held * PROCESSORS, problem.heads * programs * runs) * warps
     issued = 1 - (1 - READY) ** (together / PROCESSORS / SCHEDULERS)
     instructions = problem.batch * image + runs * programs * setup  # of a head, and a warp
-    issue = problem.heads * launch["warps"] * instructions / (PROCESSORS * SCHEDULERS)
-    issue /= CYCLES * issued
-    columns, numbers = moves
+    issue = problem.heads * warps * instructions / (PROCESSORS * SCHEDULERS * CYCLES * issued)
+    columns, numbers, again, reads_bias = MOVES[name]
     rows = problem.batch * problem.tokens * problem.heads
-    moved = rows * (columns * HEAD_DIM * 2 + numbers * 4) / copy
+    moved = rows * (columns * HEAD_DIM * 2 + numbers * 4)
+    # Programs keep their bias in the first cache, if it holds all of theirs.
+    bias = 4 * block**2
+    room = FIRST_CACHE / held - found["shared_bytes"] - 1024
+    is_kept = not reads_bias or bias * sum(tiles) / len(tiles) <= room
+    read = again * block * HEAD_DIM * 2 + (0 if is_kept else bias)
+    cached = problem.batch * problem.heads * sum(tiles) * read
+    cached += rows * (columns - again) * HEAD_DIM * 2
     # Programs without anything to do end when they have read their slots.
-    idle = problem.heads * runs * (problem.groups * per_group - programs) / places * 2 * READ
-    return START + 3 * READ + 1e6 * max(issue, moved) + idle + END
+    idle = problem.heads * runs * (problem.groups * of_a_group - programs)
+    idle *= 2 * READ / (held * PROCESSORS)
+    longest = max(issue, moved / copy, cached / SECOND_CACHE)
+    return START + 3 * READ + 1e6 * longest + idle + END
 
 
 def rows() -> Iterator[dict]:

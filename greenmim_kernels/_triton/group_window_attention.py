@@ -18,6 +18,7 @@ from .primitives import (
     load_rows,
     locate,
     nothing,
+    number_of,
     out_rows,
     pair_entries,
     product,
@@ -117,7 +118,7 @@ def group_attention_bwd_kernel(
     grad_k, grad_v = (grad_q, grad_q) if PACKED else (grad_k, grad_v)
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     slots = load_block(part, place, 0, num_slots, GATHERED, BLOCK)
-    program = place.head * (tl.num_programs(0) // NUM_HEADS) + place.run
+    program = number_of(place, NUM_HEADS)
     if p_partial_pad is not None:
         b_pad_k = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
         b_pad_v = tl.zeros([BLOCK, HEAD_DIM], tl.float32)

@@ -25,6 +25,7 @@ from .primitives import (
     load_rows,
     locate,
     nothing,
+    number_of,
     out_rows,
     pair_entries,
     product,
@@ -43,7 +44,7 @@ LARGEST_TILE = tl.constexpr(64)
 class Band(NamedTuple):
     """The slots of a block's windows."""
 
-    first: tl.tensor  # or up to 15 slots before it
+    first: tl.tensor  # rounded down to a multiple of ALIGNMENT
     end: tl.tensor
 
 
@@ -108,9 +109,11 @@ def pair_bias(
 ):  # fmt: skip
     """As `bias_tile`, from the expanded bias where there is one. [BQ, BK]"""
     if p_expanded is not None:
-        b_bias = tl.load(
-            expanded_tile(p_expanded, place, first, k_first, num_groups, num_slots, BLOCK, BLOCK)
+        p_tile = expanded_tile(
+            p_expanded, place, first, k_first, num_groups, num_slots, BLOCK, BLOCK
         )
+        # The next image reads it again, and rows that many programs share pass by meanwhile.
+        b_bias = tl.load(p_tile, eviction_policy="evict_last")
     else:
         b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, p_table is not None)
     return b_bias
@@ -140,12 +143,16 @@ def load_queries(
 
 
 @triton.jit
-def recompute(b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, scale_log2, PRECISION: tl.constexpr):
-    """P and dS of one pair of blocks. [BQ, BK]"""
+def attention(b_q, b_k, b_lse, b_bias, scale_log2, PRECISION: tl.constexpr):
+    """P of one pair of blocks. [BQ, BK]"""
     b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
-    b_p = tl.exp2(b_score - b_lse[:, None])
-    b_dp = product(b_do, tl.trans(b_v), PRECISION)
-    return b_p, b_p * (b_dp - b_delta[:, None])
+    return tl.exp2(b_score - b_lse[:, None])
+
+
+@triton.jit
+def grad_score(b_p, b_v, b_do, b_delta, PRECISION: tl.constexpr):
+    """dS of one pair of blocks. [BQ, BK]"""
+    return b_p * (product(b_do, tl.trans(b_v), PRECISION) - b_delta[:, None])
 
 
 @triton.jit
@@ -184,8 +191,9 @@ def long_attention_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     k, v = (q, q) if PACKED else (k, v)
-    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
-    first = tl.program_id(1) * BLOCK
+    blocks = tl.cdiv(num_slots, BLOCK)
+    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE, blocks)
+    first = tl.program_id(0) // NUM_HEADS % blocks * BLOCK
     slots = load_block(part, place, first, num_slots, GATHERED, BLOCK)
     if slots.any_row:
         band = find_band(part, place, slots, num_slots)
@@ -197,13 +205,13 @@ def long_attention_fwd_kernel(
             b_acc = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             for k_first in range(band.first, band.end, BLOCK):
                 keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
+                b_k, b_v = load_keys(
+                    k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
+                )
                 b_bias = pair_bias(
                     p_table, p_expanded, place, slots, keys, first, k_first, num_groups, num_slots,
                     NUM_HEADS, BLOCK,
                 )  # fmt: skip
-                b_k, b_v = load_keys(
-                    k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
-                )
                 b_score = product(b_q, tl.trans(b_k), PRECISION) * scale_log2 + b_bias
                 b_new = tl.maximum(b_max, tl.max(b_score, 1))
                 # Rows that have met no key yet: a finite pivot, so that nothing is inf - inf.
@@ -234,7 +242,7 @@ def long_attention_bwd_query_kernel(
     p_lse,
     p_slot_lse,  # fp32 [batch, heads, groups, slots], in base 2; 0 where nothing asks
     p_slot_delta,  # likewise: sum_d out grad_out
-    grad_q,  # Rows
+    grad_q,  # Rows, or None
     batch,
     num_rows,
     num_groups,
@@ -249,11 +257,13 @@ def long_attention_bwd_query_kernel(
     GATHERED: tl.constexpr,
     PACKED: tl.constexpr,
     PER_IMAGE: tl.constexpr,
+    NEED_QKV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     k, v = (q, q) if PACKED else (k, v)
-    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
-    first = tl.program_id(1) * BLOCK
+    blocks = tl.cdiv(num_slots, BLOCK)
+    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE, blocks)
+    first = tl.program_id(0) // NUM_HEADS % blocks * BLOCK
     slots = load_block(part, place, first, num_slots, GATHERED, BLOCK)
     if slots.any_row | (slots.high >= 0):
         band = find_band(part, place, slots, num_slots)
@@ -266,22 +276,22 @@ def long_attention_bwd_query_kernel(
             b_delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
             p_l = p_lse + (image * NUM_HEADS + place.head) * num_rows + slots.row
             b_lse = tl.load(p_l, mask=slots.m_token, other=0.0) * 1.4426950408889634
-            b_dq = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-            for k_first in range(band.first, band.end, BLOCK):
-                keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
-                b_bias = pair_bias(
-                    p_table, p_expanded, place, slots, keys, first, k_first, num_groups, num_slots,
-                    NUM_HEADS, BLOCK,
-                )  # fmt: skip
-                b_k, b_v = load_keys(
-                    k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
-                )
-                b_p, b_ds = recompute(
-                    b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, scale_log2, PRECISION
-                )
-                b_dq += product(b_ds.to(b_k.dtype), b_k, PRECISION)
-            dq_rows = head_rows(grad_q, image, place, num_rows, 0, NUM_HEADS, DIM, PACKED)
-            store_rows(dq_rows, b_dq * scale, slots, DIM, HEAD_DIM, GATHERED)
+            if NEED_QKV:
+                b_dq = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+                for k_first in range(band.first, band.end, BLOCK):
+                    keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
+                    b_bias = pair_bias(
+                        p_table, p_expanded, place, slots, keys, first, k_first, num_groups,
+                        num_slots, NUM_HEADS, BLOCK,
+                    )  # fmt: skip
+                    b_k, b_v = load_keys(
+                        k, v, p_pad, image, place, keys, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
+                    )
+                    b_p = attention(b_q, b_k, b_lse, b_bias, scale_log2, PRECISION)
+                    b_ds = grad_score(b_p, b_v, b_do, b_delta, PRECISION)
+                    b_dq += product(b_ds.to(b_k.dtype), b_k, PRECISION)
+                dq_rows = head_rows(grad_q, image, place, num_rows, 0, NUM_HEADS, DIM, PACKED)
+                store_rows(dq_rows, b_dq * scale, slots, DIM, HEAD_DIM, GATHERED)
             o_slot = slot_offsets(image, place, first, num_groups, num_slots, NUM_HEADS, BLOCK)
             m_slot = first + tl.arange(0, BLOCK) < num_slots
             tl.store(p_slot_lse + o_slot, b_lse, mask=m_slot)
@@ -321,8 +331,9 @@ def long_attention_bwd_key_kernel(
 ):
     k, v = (q, q) if PACKED else (k, v)
     grad_v = grad_k if PACKED else grad_v
-    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
-    first = tl.program_id(1) * BLOCK
+    blocks = tl.cdiv(num_slots, BLOCK)
+    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE, blocks)
+    first = tl.program_id(0) // NUM_HEADS % blocks * BLOCK
     keys = load_block(part, place, first, num_slots, GATHERED, BLOCK)
     if p_partial_pad is not None:
         b_pad_k = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
@@ -337,23 +348,22 @@ def long_attention_bwd_key_kernel(
             b_dv = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
             for q_first in range(band.first, band.end, BLOCK):
                 slots = load_block(part, place, q_first, num_slots, GATHERED, BLOCK)
+                b_q, b_do = load_queries(
+                    p_grad_out, q, image, place, slots, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
+                )
                 b_bias = pair_bias(
                     p_table, p_expanded, place, slots, keys, q_first, first, num_groups, num_slots,
                     NUM_HEADS, BLOCK,
                 )  # fmt: skip
-                b_q, b_do = load_queries(
-                    p_grad_out, q, image, place, slots, num_rows, NUM_HEADS, DIM, HEAD_DIM, PACKED
-                )
                 o_slot = slot_offsets(
                     image, place, q_first, num_groups, num_slots, NUM_HEADS, BLOCK
                 )
                 m_slot = q_first + tl.arange(0, BLOCK) < band.end
                 b_lse = tl.load(p_slot_lse + o_slot, mask=m_slot, other=0.0)
                 b_delta = tl.load(p_slot_delta + o_slot, mask=m_slot, other=0.0)
-                b_p, b_ds = recompute(
-                    b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, scale_log2, PRECISION
-                )
+                b_p = attention(b_q, b_k, b_lse, b_bias, scale_log2, PRECISION)
                 b_dv += product(tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
+                b_ds = grad_score(b_p, b_v, b_do, b_delta, PRECISION)
                 b_dk += product(tl.trans(b_ds.to(b_q.dtype)), b_q, PRECISION)
             dk_rows = head_rows(grad_k, image, place, num_rows, 1, NUM_HEADS, DIM, PACKED)
             store_rows(dk_rows, b_dk * scale, keys, DIM, HEAD_DIM, GATHERED)
@@ -363,8 +373,7 @@ def long_attention_bwd_key_kernel(
                 b_pad_k += tl.where(is_padding(keys)[:, None], b_dk * scale, 0.0)
                 b_pad_v += tl.where(is_padding(keys)[:, None], b_dv, 0.0)
     if p_partial_pad is not None:
-        per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1)
-        program = place.head * per_head + place.run * tl.num_programs(1) + tl.program_id(1)
+        program = number_of(place, NUM_HEADS)
         store_padding(p_partial_pad, program, b_pad_k, b_pad_v, DIM, HEAD_DIM)
 
 
@@ -399,14 +408,14 @@ def long_attention_bwd_table_kernel(
     PRECISION: tl.constexpr,
 ):
     k, v = (q, q) if PACKED else (k, v)
-    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE)
     blocks = tl.cdiv(num_slots, BLOCK)
-    first = tl.program_id(1) // blocks * BLOCK
+    place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE, blocks * blocks)
+    i_pair = tl.program_id(0) // NUM_HEADS % (blocks * blocks)
+    first = i_pair // blocks * BLOCK
     slots = load_block(part, place, first, num_slots, GATHERED, BLOCK)
     band = find_band(part, place, slots, num_slots)
-    k_first = band.first + tl.program_id(1) % blocks * BLOCK
-    per_head = tl.num_programs(0) // NUM_HEADS * tl.num_programs(1)
-    program = place.head * per_head + place.run * tl.num_programs(1) + tl.program_id(1)
+    k_first = band.first + i_pair % blocks * BLOCK
+    program = number_of(place, NUM_HEADS)
     if k_first < band.end:
         clear_row(p_partial, program, TABLE_ROWS)
         keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
@@ -425,9 +434,8 @@ def long_attention_bwd_table_kernel(
             o_slot = slot_offsets(image, place, first, num_groups, num_slots, NUM_HEADS, BLOCK)
             b_lse = tl.load(p_slot_lse + o_slot, mask=slots.m_token, other=0.0)
             b_delta = tl.load(p_slot_delta + o_slot, mask=slots.m_token, other=0.0)
-            b_p, b_ds = recompute(
-                b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, scale_log2, PRECISION
-            )
+            b_p = attention(b_q, b_k, b_lse, b_bias, scale_log2, PRECISION)
+            b_ds = grad_score(b_p, b_v, b_do, b_delta, PRECISION)
             b_grad_bias += b_ds
         again = nothing(place)
         slots = load_block(part, place, first + again, num_slots, GATHERED, BLOCK)

@@ -98,7 +98,8 @@ def loop_length(code: list[Instruction]) -> int:
 def product_loops(code: list[Instruction]) -> list[int]:
     """Instructions of every loop around a tensor core product, the innermost first.
 
-    In an attention kernel for long groups one goes over tiles, and one over images.
+    In an attention kernel for long groups one goes over tiles, and one over images. On sm_100 other
+    branches lead back as well.
     """
     products = _products(code)
     return sorted(

@@ -36,8 +36,8 @@ from .sparse_depthwise_conv import conv_kernel, conv_sums_kernel
 from .table_gradient import add_rows
 
 LOG2_E = math.log2(math.e)
-# Elements of an expanded bias: 64 MiB. Those of many windows of three axes are larger, and would
-# weigh beside what the operator is given.
+# Elements of an expanded bias: 64 MiB. Those of many windows of three axes are larger than what the
+# operator is given. The batch has no say: a short last one would need other kernels.
 LARGEST_EXPANDED = 1 << 24
 
 
@@ -135,10 +135,10 @@ class _Problem:
         device = self.q.device
         name = class_name(kernel, self.tile, self.tile_dim, self.q.dtype)
         launch = launch_table(architecture_of(device))[name]
-        blocks = working = triton.cdiv(self.num_slots, launch.block)
+        programs = working = 1 if self.tile else triton.cdiv(self.num_slots, launch.block)
         if pairs:
-            # A band has few blocks: with windows of 14, three quarters hidden, three to four.
-            blocks, working = blocks**2, 4 * blocks
+            # A band has few blocks.
+            programs, working = programs**2, min(programs**2, 3 * programs)
         images = 1
         if self.partitions == 1:
             # Groups that a capacity leaves over are empty, and their programs end at once. How many
@@ -151,9 +151,7 @@ class _Problem:
                 self.num_heads * filled * working,
                 launch.resident * num_processors(device),
             )
-        chunks = triton.cdiv(self.batch, images)
-        # Runs of images are part of the first axis: the others end at 65535.
-        grid = (self.num_heads * self.num_groups * chunks, blocks)
+        grid = (self.num_heads * programs * self.num_groups * triton.cdiv(self.batch, images),)
         constants = {
             "NUM_HEADS": self.num_heads,
             "DIM": self.head_dim,
@@ -185,10 +183,6 @@ class _Problem:
             KEYS=keys, num_warps=4,
         )  # fmt: skip
         return None, expanded
-
-
-def _empty_like(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.empty_like(x)
 
 
 def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
@@ -225,7 +219,7 @@ def _backward(
     # The gradients of padding are summed from those of k and v.
     computes = need_qkv or need_pad
     tensors = (problem.q, problem.k, problem.v)
-    grads = [_empty_like(x) if computes else None for x in tensors]
+    grads = [torch.empty_like(x) if computes and x is not None else None for x in tensors]
     grad_table, grad_pad = nothing, nothing
     if problem.empty or not (computes or need_table):
         grad_table = lse.new_zeros((problem.table_rows, problem.num_heads) if need_table else (0,))
@@ -251,25 +245,24 @@ def _backward(
         else:
             inputs = (*inputs, *problem.bias())
             shape = (problem.batch, problem.num_heads, problem.num_groups, problem.num_slots)
-            numbers = lse.new_empty(shape), lse.new_empty(shape)
+            slot_numbers = lse.new_empty(shape), lse.new_empty(shape)
             # The others need what the queries' kernel leaves, whatever is asked for.
-            grad_q = grad_rows[0] or problem.rows_of(tuple(map(_empty_like, tensors)))[0]
-            grid, sizes, constants = problem.launch("bwd_query")
+            grid, sizes, constants = problem.launch("bwd_query", NEED_QKV=computes)
             long.long_attention_bwd_query_kernel[grid](
-                *inputs, out, lse, *numbers, grad_q, *sizes, *scales, **constants
+                *inputs, out, lse, *slot_numbers, grad_rows[0], *sizes, *scales, **constants
             )
             if computes:
                 grid, sizes, constants = problem.launch("bwd_key")
                 if need_pad:
                     pad_sums = _pad_sums(problem, grid)
                 long.long_attention_bwd_key_kernel[grid](
-                    *inputs, *numbers, *grad_rows[1:], pad_sums, *sizes, *scales, **constants
+                    *inputs, *slot_numbers, *grad_rows[1:], pad_sums, *sizes, *scales, **constants
                 )
             if need_table:
                 grid, sizes, constants = problem.launch("bwd_table", pairs=True)
                 partial, powers = _table_sums(problem, grid)
                 long.long_attention_bwd_table_kernel[grid](
-                    *inputs, *numbers, partial, powers, *sizes, scales[1],
+                    *inputs, *slot_numbers, partial, powers, *sizes, scales[1],
                     TABLE_ROWS=problem.table_rows, **constants,
                 )  # fmt: skip
         if need_table:

@@ -47,7 +47,6 @@ class Place(NamedTuple):
     """Where a program works: a head, a group, images from `first` up to `end`."""
 
     head: tl.tensor
-    run: tl.tensor  # number of the program among those of its head
     group: tl.tensor  # of an image
     part_group: tl.tensor  # among all P * G of the partition
     first: tl.tensor
@@ -70,19 +69,25 @@ class Slots(NamedTuple):
 
 
 @triton.jit
-def locate(batch, num_groups, images, NUM_HEADS: tl.constexpr, PER_IMAGE: tl.constexpr):
-    """The place of this program on the first axis of the grid: head, then group, then images."""
-    i_run = tl.program_id(0) // NUM_HEADS
+def locate(batch, num_groups, images, NUM_HEADS: tl.constexpr, PER_IMAGE: tl.constexpr, blocks=1):
+    """The place of this program on the first axis of the grid: head, then block of a group, group
+    and images, so that programs that read the same rows run side by side."""
+    i_run = tl.program_id(0) // NUM_HEADS // blocks
     i_group = i_run % num_groups
     first = (i_run // num_groups).to(tl.int64) * images
     return Place(
         tl.program_id(0) % NUM_HEADS,
-        i_run,
         i_group,
         i_group + (first * num_groups if PER_IMAGE else 0),
         first,
         tl.minimum(first + images, batch),
     )
+
+
+@triton.jit
+def number_of(place, NUM_HEADS: tl.constexpr):
+    """This program's number, those of a head after each other."""
+    return place.head * (tl.num_programs(0) // NUM_HEADS) + tl.program_id(0) // NUM_HEADS
 
 
 @triton.jit

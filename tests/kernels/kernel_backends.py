@@ -23,7 +23,7 @@ if INTERPRETED:
     from greenmim_kernels._triton.launch import launch_table
 
     repair()
-    # It takes its time for an operation, whatever the size: test_gpu_long_groups has all sizes.
+    # It takes its time for an operation, whatever the size: test_gpu_long_groups has other sizes.
     LAUNCHES = launch_table(90)
     LAUNCHES |= {
         name: dataclasses.replace(launch, block=64)
