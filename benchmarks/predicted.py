@@ -37,8 +37,12 @@ from collections.abc import Iterator
 import torch
 
 from greenmim.config import model_config
-from greenmim_kernels._triton.launch import expected_filled, images_per_program, resident
-from greenmim_kernels._triton.long_groups import ALIGNMENT, LARGEST_TILE
+from greenmim_kernels._triton.launch import (
+    expected_filled,
+    images_per_program,
+    pairs_of,
+    resident,
+)
 from greenmim_kernels.testing import Case, make_partition
 
 from . import costs
@@ -164,6 +168,9 @@ class Problem:
 
     def tiles(self, block: int) -> list[int]:
         """Of every block of slots, over all groups: blocks that its windows take."""
+        # Here, as reports are written where there is no Triton too.
+        from greenmim_kernels._triton.long_groups import ALIGNMENT
+
         found = []
         for group in self._part.window_id[0]:
             used = group[group >= 0]
@@ -223,13 +230,31 @@ def cuda_kernel(problem: Problem, which: str) -> Kernel:
     )
 
 
-def triton_plan(problem: Problem, kernel: Kernel) -> tuple[int, int]:
-    """The same of Triton's launches, whose host guesses how many groups hold tokens."""
+def triton_images(problem: Problem, counted: int, working: int = 1) -> int:
+    """Images of a program of Triton's, whose host guesses how many groups hold tokens.
+
+    Args:
+        counted: programs of a processor that the launch counts on.
+        working: programs of a group that have work.
+    """
     expected = expected_filled(problem.groups, problem.tokens, problem.slots)
-    images = images_per_program(
-        problem.batch, problem.heads * expected, kernel.counted * PROCESSORS
-    )
+    programs = problem.heads * expected * working
+    return images_per_program(problem.batch, programs, counted * PROCESSORS)
+
+
+def triton_plan(problem: Problem, kernel: Kernel) -> tuple[int, int]:
+    """The same of Triton's launches."""
+    images = triton_images(problem, kernel.counted)
     return problem.heads * problem.filled * math.ceil(problem.batch / images), images
+
+
+@functools.cache
+def launch_of(name: str, version: str = TRITON) -> tuple[dict, dict]:
+    """Static figures of a launch of Triton's, and what the launch table says of it."""
+    folder = ROOT / "greenmim_kernels" / "_triton"
+    figures = json.loads((folder / "static_figures.json").read_text())
+    launches = json.loads((folder / "launch_table.json").read_text())
+    return figures[version]["launches"][name][str(ARCHITECTURE)], launches[name]
 
 
 def triton_kernel(problem: Problem, which: str, version: str = TRITON) -> Kernel:
@@ -285,18 +310,11 @@ def microseconds(backend: str, problem: Problem, which: str, copy: float = COPY)
     return START + waves + end + kernel.after
 
 
-def launch_of(name: str, version: str = TRITON) -> tuple[dict, dict]:
-    """Static figures of a launch of Triton's, and what the launch table says of it."""
-    folder = ROOT / "greenmim_kernels" / "_triton"
-    figures = json.loads((folder / "static_figures.json").read_text())
-    launches = json.loads((folder / "launch_table.json").read_text())
-    return figures[version]["launches"][name][str(ARCHITECTURE)], launches[name]
-
-
 def long_microseconds(problem: Problem, which: str, copy: float = COPY) -> float:
     """What a pass of Triton's kernels for long groups should take."""
-    reach = (problem.slots - 1) // ALIGNMENT.value * ALIGNMENT.value + LARGEST_TILE.value
-    expanded = 4 * problem.heads * problem.groups * reach**2
+    from greenmim_kernels._triton.operators import reach_of
+
+    expanded = 4 * problem.heads * problem.groups * reach_of(problem.slots) ** 2
     total = START + READ + 1e6 * expanded / copy + END
     total += sum(_long_kernel(problem, name, copy) for name in LONG[which])
     return total + (0 if which == "forward" else SUM)
@@ -311,13 +329,9 @@ def _long_kernel(problem: Problem, name: str, copy: float) -> float:
     setup = found["instructions"] - around
     programs, of_a_group, working = len(tiles), blocks, blocks
     if name == "bwd_table":
-        programs, of_a_group, working = sum(tiles), blocks**2, min(blocks**2, 3 * blocks)
+        programs, (of_a_group, working) = sum(tiles), pairs_of(blocks)
     image = sum(tiles) * tile + programs * (around - tile)
-    expected = expected_filled(problem.groups, problem.tokens, problem.slots)
-    images = images_per_program(
-        problem.batch, problem.heads * expected * working, launch["resident"] * PROCESSORS
-    )
-    runs = math.ceil(problem.batch / images)
+    runs = math.ceil(problem.batch / triton_images(problem, launch["resident"], working))
     held = resident(found, warps, ARCHITECTURE)
     together = min(held * PROCESSORS, problem.heads * programs * runs) * warps
     issued = 1 - (1 - READY) ** (together / PROCESSORS / SCHEDULERS)

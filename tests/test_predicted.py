@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -80,6 +82,12 @@ def test_what_was_measured_is_what_is_predicted_at_that_rate_of_a_copy():
     for row in rows:
         least, most = bounds[row["backend"]]
         assert least <= row["ms"] / row["predicted_ms"] <= most, row
+
+
+def test_reports_are_written_without_triton():
+    code = "import sys; sys.modules['triton'] = None; from benchmarks import predicted, report"
+    code += "; next(predicted.rows())"
+    subprocess.run([sys.executable, "-c", code], cwd=predicted.ROOT, check=True)
 
 
 def test_measured_stands_beside_predicted():

@@ -131,6 +131,12 @@ def expected_filled(groups: int, tokens: int, slots: int) -> int:
     return min(groups, least + (least >= 12))
 
 
+def pairs_of(blocks: int) -> tuple[int, int]:
+    """Programs for every pair of a group's blocks, and how many of them have work: a band has few
+    blocks."""
+    return blocks**2, min(blocks**2, 3 * blocks)
+
+
 @functools.cache
 def images_per_program(batch: int, programs: int, places: int) -> int:
     """Images of a program, where so many programs are needed for each run of images.

@@ -28,6 +28,7 @@ from .launch import (
     images_per_program,
     launch_table,
     num_processors,
+    pairs_of,
     precision_of,
     tile_of,
 )
@@ -63,6 +64,12 @@ def group_gather(x: Tensor, token_index: Tensor) -> Tensor:
 def group_scatter(x: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
     out = x.new_empty(len(x), num_tokens, x.shape[3])
     return _copy(x.contiguous(), token_index.contiguous(), num_tokens, out, scatter=True)
+
+
+def reach_of(num_slots: int) -> int:
+    """What `long_groups.reach_of` is in a kernel."""
+    align = long.ALIGNMENT.value
+    return (num_slots - 1) // align * align + long.LARGEST_TILE.value
 
 
 @dataclasses.dataclass
@@ -137,8 +144,7 @@ class _Problem:
         launch = launch_table(architecture_of(device))[name]
         programs = working = 1 if self.tile else triton.cdiv(self.num_slots, launch.block)
         if pairs:
-            # A band has few blocks.
-            programs, working = programs**2, min(programs**2, 3 * programs)
+            programs, working = pairs_of(programs)
         images = 1
         if self.partitions == 1:
             # Groups that a capacity leaves over are empty, and their programs end at once. How many
@@ -169,8 +175,7 @@ class _Problem:
 
     def bias(self) -> tuple[Tensor | None, Tensor | None]:
         """The table and the expanded bias for kernels of long groups: one of them, or neither."""
-        align, largest = long.ALIGNMENT.value, long.LARGEST_TILE.value
-        reach = (self.num_slots - 1) // align * align + largest
+        reach = reach_of(self.num_slots)
         shape = (self.num_heads, self.num_groups, reach, reach)
         if self.table is None or self.partitions > 1 or math.prod(shape) > LARGEST_EXPANDED:
             return self.table, None
