@@ -38,23 +38,31 @@ struct Attention {
   int table_rows;           // 0 without a table
   bool per_image;           // P = batch instead of 1
   float scale;
+  float inverse_scale;      // by which kernels of short groups multiply the bias
 
   // The plan of the launch.
   bool is_long;             // groups of more slots than a block holds: it goes over them in pieces
+  bool over_heads;          // a block goes over groups and, of each, over heads; else over images of a head
   int strips;               // of a block: its warps
   int filled;               // groups of an image that are expected to hold tokens
   bool is_counted;          // blocks have to look how many really do
-  int share;                // blocks of a head that these groups share, with a mask for all images
+  int share;                // blocks of a head that these groups share, with a mask for all images, or
+                            // that those of all images share, where blocks go over heads
   int images;               // that a block then goes over, where as many as expected hold tokens
+  int block_heads;          // that a block goes over: one, but for over_heads
+  int head_runs;            // runs of so many heads
 
   constexpr int group_strips() const { return (slots + kStrip - 1) / kStrip; }
   constexpr int pieces() const { return (group_strips() + strips - 1) / strips; }
   constexpr int64_t group_pieces() const { return int64_t(groups) * pieces(); }
-  // Blocks of a head: each has a row of partial sums.
+  // Blocks of a head: each has a row of partial sums for it.
   constexpr int64_t programs() const {
+    if (over_heads) return share;
     return per_image ? group_pieces() * batch : std::max(group_pieces(), int64_t(share));
   }
-  constexpr int64_t blocks() const { return programs() * heads; }
+  constexpr int64_t blocks() const { return programs() * head_runs; }
+  // Of a head's column of the table in shared memory: a zero where there is no table.
+  constexpr int column_rows() const { return std::max(table_rows, 1); }
 
   // The slots of a window are neighbours, so they reach this many strips beyond the strip that one of
   // them is in.

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
       const int* row = memory.slots.row + first * kStrip;
       const Pieces<T, D> copied(row, threadIdx.x, blockDim.x);
       const auto rows_of = [&](const Rows& x, int pads = 0) {
-        return HeadRows<T>(x, place.head, cursor.image,
+        return HeadRows<T>(x, place.head, cursor.image, false,
                            pads == 0 ? nullptr : padding_of<T>(a, pads, place.head));
       };
       if (cursor.step == Step::OwnQueries || cursor.step == Step::Queries) {
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
   start_load(0, next);
   advance(next);
   copy_async_wait<1>();
-  memory.slots.scale_table(a, kLog2E);  // while the first strips are on their way
+  memory.slots.scale_column(a, kLog2E, memory.slots.table);  // while the first strips are on their way
   const int* row = slots.row + strip * kStrip;
   const Results<T, D> results(row);
   for (int image = place.first_image; image < place.last_image; ++image) {

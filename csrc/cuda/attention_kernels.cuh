@@ -6,12 +6,17 @@
 namespace greenmim::cuda {
 
 template <class T, int D, bool kGeneral>
-AttentionKernel* attention_kernel(bool is_long, Pass pass) {
+AttentionKernel* attention_kernel(const Attention& a, Pass pass) {
+  if constexpr (kHasOverHeads<T> && !kGeneral)
+    if (a.over_heads && pass == Pass::Forward)
+      return attention_forward_kernel<T, D, false, false, true>;
+  if constexpr (kHasShortBackward<T, D> && !kGeneral)
+    if (a.over_heads) return attention_backward_kernel<T, D, false, true>;
   if (pass == Pass::Forward)
-    return is_long ? attention_forward_kernel<T, D, true, kGeneral>
-                   : attention_forward_kernel<T, D, false, kGeneral>;
+    return a.is_long ? attention_forward_kernel<T, D, true, kGeneral>
+                     : attention_forward_kernel<T, D, false, kGeneral>;
   if constexpr (kHasShortBackward<T, D>)
-    if (!is_long) return attention_backward_kernel<T, D, kGeneral>;
+    if (!a.is_long) return attention_backward_kernel<T, D, kGeneral>;
   return attention_backward_long_kernel<T, D, kGeneral>;
 }
 

@@ -45,24 +45,83 @@ constexpr size_t kReservedBytes = 1024;
 template <class T, int D>
 constexpr bool kHasShortBackward = sizeof(T) == 2 && D <= 32;
 
+// Kernels that go over heads: those of short groups, in the types that training has.
+template <class T>
+constexpr bool kHasOverHeads = sizeof(T) == 2;
+
 template <class T, int D>
 size_t shared_bytes(const Attention& a, Pass pass) {
-  if (pass == Pass::Forward) return ForwardMemory<T, D>(nullptr, a).bytes;
-  return a.is_long ? LongBackwardMemory<T, D>(nullptr, a).bytes
-                   : BackwardMemory<T, D>(nullptr, a).bytes;
+  if (pass == Pass::Forward)
+    return a.over_heads ? ForwardMemory<T, D, true>(nullptr, a).bytes
+                        : ForwardMemory<T, D, false>(nullptr, a).bytes;
+  if (a.is_long) return LongBackwardMemory<T, D>(nullptr, a).bytes;
+  return a.over_heads ? BackwardMemory<T, D, true>(nullptr, a).bytes
+                      : BackwardMemory<T, D, false>(nullptr, a).bytes;
 }
 
 using AttentionKernel = void(Attention);
 
 // The kernel for heads of up to D columns; see attention_kernels.cuh.
 template <class T, int D, bool kGeneral>
-AttentionKernel* attention_kernel(bool is_long, Pass pass);
+AttentionKernel* attention_kernel(const Attention& a, Pass pass);
+
+template <int D>
+bool is_general(const Attention& a) {
+  return a.head_dim != D || a.pad_value != nullptr;
+}
 
 template <class T, int D>
 AttentionKernel* kernel_of(const Attention& a, Pass pass) {
-  return a.head_dim == D && a.pad_value == nullptr
-             ? attention_kernel<T, D, false>(a.is_long, pass)
-             : attention_kernel<T, D, true>(a.is_long, pass);
+  return is_general<D>(a) ? attention_kernel<T, D, true>(a, pass)
+                          : attention_kernel<T, D, false>(a, pass);
+}
+
+template <class T, int D>
+int resident_blocks(const Attention& a, Pass pass) {
+  return resident_blocks(reinterpret_cast<const void*>(kernel_of<T, D>(a, pass)), 32 * a.strips,
+                         shared_bytes<T, D>(a, pass));
+}
+
+// Groups of an image that hold tokens. Those of 64 are most often as full as they can be at Swin's second
+// stage (for 98 of 100 random masks); where they have to be a dozen and more, they take one more (68 of 100
+// at the first stage).
+inline int least_groups(const Attention& a) {
+  return std::min(a.groups, (a.rows + a.slots - 1) / a.slots);
+}
+inline int expected_groups(const Attention& a) {
+  const int least = least_groups(a);
+  return std::min(a.groups, least + (least >= 12));
+}
+
+// What a block that goes over heads does for every group, measured in heads: in the machine code of sm_90 a
+// warp has some 520 instructions for a group and 380 for a head forward, 760 and 690 backward.
+constexpr int64_t kSetupHeads = 1;
+
+// How many heads a block goes over, so that the launch is over soonest: as many blocks as run at the same
+// time take the groups in turn. Few heads repeat what is done for every group, many leave less work to
+// share and need more shared memory.
+template <class T, int D>
+bool plan_over_heads(Attention& a, Pass pass, const Device& device) {
+  const int64_t groups = int64_t(expected_groups(a)) * a.batch;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  Attention best = a;
+  for (a.head_runs = a.heads; a.head_runs > 0; --a.head_runs) {
+    a.block_heads = (a.heads + a.head_runs - 1) / a.head_runs;
+    if ((a.heads + a.block_heads - 1) / a.block_heads < a.head_runs) continue;
+    if (shared_bytes<T, D>(a, pass) > size_t(device.shared_bytes)) break;
+    const int64_t places = int64_t(resident_blocks<T, D>(a, pass)) * device.processors;
+    if (places == 0) break;
+    const int64_t share = std::clamp<int64_t>(places / a.head_runs, 1, groups);
+    const int64_t cost = (groups + share - 1) / share * (kSetupHeads + a.block_heads);
+    // Blocks that have no place at once wait.
+    const int64_t waves = (share * a.head_runs + places - 1) / places;
+    if (waves * cost > least) continue;
+    least = waves * cost;
+    a.share = int(share);
+    best = a;
+  }
+  a = best;
+  return least < std::numeric_limits<int64_t>::max();
 }
 
 // Fills in the plan. False where a block would need more shared memory than the device has.
@@ -72,8 +131,14 @@ bool plan(Attention& a, Pass pass, const Device& device) {
   a.strips = std::min(a.group_strips(), kMostStrips);
   // Kernels for short groups divide the bias by the scale.
   constexpr float kLeastScale = 1e-6f;
+  a.inverse_scale = 1 / a.scale;
   a.is_long = a.group_strips() > kMostStrips || !(a.scale >= kLeastScale) ||
               (pass == Pass::Backward && !kHasShortBackward<T, D>);
+  a.over_heads = a.per_image && !a.is_long && kHasOverHeads<T> && !is_general<D>(a) &&
+                 a.column_rows() <= WindowSums::kMostRows &&
+                 int64_t(a.groups) * a.batch < int64_t(1) << 30;
+  a.block_heads = 1;
+  a.over_heads = a.over_heads && shared_bytes<T, D>(a, pass) <= room;
   a.is_long = a.is_long || shared_bytes<T, D>(a, pass) > room;
   if (a.is_long)
     // Two blocks side by side hide each other's waiting.
@@ -81,16 +146,13 @@ bool plan(Attention& a, Pass pass, const Device& device) {
            2 * (shared_bytes<T, D>(a, pass) + kReservedBytes) > room + kReservedBytes)
       a.strips = (a.strips + 1) / 2;
   if (shared_bytes<T, D>(a, pass) > room) return false;
-  const int resident =
-      resident_blocks(reinterpret_cast<const void*>(kernel_of<T, D>(a, pass)), 32 * a.strips,
-                      shared_bytes<T, D>(a, pass));
+  if (a.over_heads) return plan_over_heads<T, D>(a, pass, device);
+  a.head_runs = a.heads;
+  const int resident = resident_blocks<T, D>(a, pass);
   if (resident == 0) return false;
-  // With one mask for all images. Groups of 64 are most often as full as they can be at Swin's second
-  // stage (for 98 of 100 random masks); where they have to be a dozen and more, they take one more (68 of
-  // 100 at the first stage).
-  const int least = std::min(a.groups, (a.rows + a.slots - 1) / a.slots);
-  a.is_counted = !a.per_image && a.token_index != nullptr && least < a.groups;
-  a.filled = a.is_counted ? std::min(a.groups, least + (least >= 12)) : a.groups;
+  // With one mask for all images.
+  a.is_counted = !a.per_image && a.token_index != nullptr && least_groups(a) < a.groups;
+  a.filled = a.is_counted ? expected_groups(a) : a.groups;
   // As many blocks as run at the same time, which know how many groups there are to share; more where
   // several waves are over sooner. No more than there is work for.
   const int64_t places = int64_t(resident) * device.processors;

@@ -63,22 +63,50 @@ struct Place {
     count = (end < a.group_strips() ? end : a.group_strips()) - base;
   }
 
+  // Where blocks go over heads: a group of an image; below zero, of none.
+  __device__ Place(const Attention& a, int head, int group, int image)
+      : head(head),
+        group(group),
+        own(0),
+        base(0),
+        count(a.group_strips()),
+        first_image(image),
+        last_image(image < 0 ? image : image + 1) {}
+
   __device__ bool has_images() const { return first_image < last_image; }
 };
 
-// The slots in reach, and the head's column of the bias table.
+// What the partition says of a slot.
+struct PartitionEntry {
+  int token, window, query_row, key_row;
+};
+
+// The slots in reach, and the head's column of the bias table. Where blocks go over heads (over_heads.cuh), the
+// columns of all of them, each with a minus infinity behind it, and the slots of two groups.
 struct Slots {
   int2* query;   // window and number of the table's row; -2 as window where there is none
   int2* key;     // the same as key; -1 where there is none
   int* row;      // in the image: the token's that is read and written; or, below zero, what padding is
   float* table;  // a zero where there is none
+  int column;    // elements from one head's column to the next
 
-  __host__ __device__ Slots(Carver& carver, const Attention& a) {
-    const int slots = a.known_strips() * kStrip;
+  __host__ __device__ Slots(Carver& carver, const Attention& a, bool over_heads = false) {
+    const int slots = a.known_strips() * kStrip * (over_heads ? 2 : 1);
     query = carver.take<int2>(slots);
     key = carver.take<int2>(slots);
     row = carver.take<int>(slots);
-    table = carver.take<float>(a.table == nullptr ? 1 : a.table_rows);
+    column = a.column_rows() + 1;
+    table = carver.take<float>(over_heads ? a.block_heads * column : a.column_rows());
+  }
+
+  // Of two groups, those of the other one; `is_odd` tells which these are.
+  __device__ Slots other(const Attention& a, bool is_odd) const {
+    Slots result = *this;
+    const int offset = (is_odd ? -1 : 1) * a.known_strips() * kStrip;
+    result.query += offset;
+    result.key += offset;
+    result.row += offset;
+    return result;
   }
 
   // What stands for a slot without a token of a window: kNothing; padding that attends, where it has a
@@ -87,33 +115,38 @@ struct Slots {
   static constexpr int kNothing = -1, kPadding = -2, kZeroRow = -3;
   static __device__ __forceinline__ int zero_row(int to) { return kZeroRow - to; }  // its inverse
 
-  __device__ void read_partition(const Attention& a, const Place& place) const {
+  // Of the i-th slot in reach; behind the last one there is nothing.
+  static __device__ __forceinline__ PartitionEntry read(const Attention& a, const Place& place, int i) {
     const int64_t partition = a.per_image ? place.first_image : 0;
-    const int64_t first = (partition * a.groups + place.group) * a.slots;
-#pragma unroll 1
-    for (int i = int(threadIdx.x); i < a.known_strips() * kStrip; i += int(blockDim.x)) {
-      int2 as_query{-2, 0}, as_key{-1, 0};
-      int entry = kNothing;
-      const int slot = place.base * kStrip + i;
-      if (i < place.count * kStrip && slot < a.slots) {
-        // All at once: a read that asks another one first would wait for it.
-        const int query_row = a.query_row[first + slot], key_row = a.key_row[first + slot];
-        const int window = a.window_id[first + slot];
-        entry =
-            a.token_index == nullptr ? place.group * a.slots + slot : a.token_index[first + slot];
-        if (window < 0) {
-          entry = entry < 0 ? kNothing : zero_row(entry);
-        } else {
-          as_key = int2{window, a.table == nullptr ? 0 : key_row};
-          // Nobody reads what padding would ask for.
-          if (entry >= 0) as_query = int2{window, a.table == nullptr ? 0 : query_row};
-          else entry = a.pad_value == nullptr ? kNothing : kPadding;
-        }
-      }
-      query[i] = as_query;
-      key[i] = as_key;
-      row[i] = entry;
+    const int slot = place.base * kStrip + i;
+    const int64_t at = (partition * a.groups + place.group) * a.slots + slot;
+    if (i >= place.count * kStrip || slot >= a.slots) return {kNothing, -1, 0, 0};
+    // All at once: a read that asks another one first would wait for it.
+    const int query_row = a.query_row[at], key_row = a.key_row[at], window = a.window_id[at];
+    const int token =
+        a.token_index == nullptr ? place.group * a.slots + slot : a.token_index[at];
+    return {token, window, query_row, key_row};
+  }
+
+  __device__ __forceinline__ void put(const Attention& a, int i, PartitionEntry x) const {
+    int2 as_query{-2, 0}, as_key{-1, 0};
+    if (x.window < 0) {
+      x.token = x.token < 0 ? kNothing : zero_row(x.token);
+    } else {
+      as_key = int2{x.window, a.table == nullptr ? 0 : x.key_row};
+      // Nobody reads what padding would ask for.
+      if (x.token >= 0) as_query = int2{x.window, a.table == nullptr ? 0 : x.query_row};
+      else x.token = a.pad_value == nullptr ? kNothing : kPadding;
     }
+    query[i] = as_query;
+    key[i] = as_key;
+    row[i] = x.token;
+  }
+
+  __device__ void read_partition(const Attention& a, const Place& place) const {
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < a.known_strips() * kStrip; i += int(blockDim.x))
+      put(a, i, read(a, place, i));
   }
 
   // Where the block works, and its slots. How many groups hold tokens stands in the partition alone,
@@ -157,21 +190,24 @@ struct Slots {
     return filled;
   }
 
-  // Starts the copy of the head's column of the table: first of all, since what is behind the tiles of all
+  // Starts the copy of a head's column of the table: first of all, since what is behind the tiles of all
   // blocks comes late.
-  __device__ void start_table(const Attention& a) const {
-    const float* column = a.table + blockIdx.x % unsigned(a.heads);
-    if (a.table == nullptr && threadIdx.x == 0) table[0] = 0;
+  __device__ void start_column(const Attention& a, int head, float* to) const {
+    const float* from = a.table + head;
+    if (a.table == nullptr && threadIdx.x == 0) to[0] = 0;
 #pragma unroll 1
     for (int i = int(threadIdx.x); a.table != nullptr && i < a.table_rows; i += int(blockDim.x))
-      copy_async_4(shared_address(table + i), nth(column, i, a.heads), true);
+      copy_async_4(shared_address(to + i), nth(from, i, a.heads), true);
+  }
+  __device__ void start_table(const Attention& a) const {
+    start_column(a, int(blockIdx.x % unsigned(a.heads)), table);
     copy_async_commit();
   }
   // Multiplies what the thread has copied, once it is there.
-  __device__ void scale_table(const Attention& a, float factor) const {
+  __device__ void scale_column(const Attention& a, float factor, float* x) const {
 #pragma unroll 1
     for (int i = int(threadIdx.x); a.table != nullptr && i < a.table_rows; i += int(blockDim.x))
-      table[i] *= factor;
+      x[i] *= factor;
   }
 };
 
@@ -276,18 +312,25 @@ __device__ inline Band union_of(Band own, Band* all) {
 template <class T>
 struct HeadRows {
   T* first;
-  unsigned row, image;  // elements from one to the next
-  const T* pad;         // what padding that attends has; null: zeros
+  unsigned row, step;  // elements from one row to the next, and to the next image or head
+  const T* pad;        // what padding that attends has; null: zeros
 
   __device__ __forceinline__ HeadRows(
-      const Rows& x, int head, int image, const void* pad_value = nullptr)
-      : first(nth(static_cast<T*>(x.data) + uint64_t(unsigned(head)) * x.head, image, x.image)),
+      const Rows& x, int head, int image, bool over_heads = false, const void* pad_value = nullptr)
+      : first(of_head(x, head, image)),
         row(x.row),
-        image(x.image),
+        step(over_heads ? x.head : x.image),
         pad(static_cast<const T*>(pad_value)) {}
 
+  static __device__ __forceinline__ T* of_head(const Rows& x, int head, int image) {
+    return nth(static_cast<T*>(x.data) + uint64_t(unsigned(head)) * x.head, image, x.image);
+  }
   __device__ __forceinline__ T* of(int i, unsigned column) const { return nth(first + column, i, row); }
-  __device__ __forceinline__ void to_next_image() { first = nth(first, 1, image); }
+  __device__ __forceinline__ void to_next() { first = nth(first, 1, step); }
+  // The same tensor's; `row` and `step` stay what the compiler knows them to be.
+  __device__ __forceinline__ void to(const Rows& x, const Place& place) {
+    first = of_head(x, place.head, place.first_image);
+  }
 };
 
 // k (1) or v (2) of the padding of a head.

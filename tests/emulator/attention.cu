@@ -179,6 +179,7 @@ void print_plan(const Header& h) {
   a.table_rows = int(h.table_rows);
   a.rows = int(h.rows);
   a.scale = float(h.scale);
+  a.per_image = h.partitions > 1;
   int unread = 0;
   a.token_index = &unread;
   float unused;
@@ -186,8 +187,8 @@ void print_plan(const Header& h) {
   for (Pass pass : {Pass::Forward, Pass::Backward}) {
     a.partial = pass == Pass::Backward ? &unused : nullptr;
     const bool fits = plan<T, D>(a, pass, {int(h.processors), int(h.shared_bytes)});
-    std::printf("%d %d %d %d %zu\n", fits, a.is_long, a.strips, a.share,
-                shared_bytes<T, D>(a, pass));
+    std::printf("%d %d %d %d %d %d %zu\n", fits, a.is_long, a.over_heads, a.strips, a.share,
+                a.block_heads, shared_bytes<T, D>(a, pass));
   }
 }
 

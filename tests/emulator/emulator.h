@@ -525,4 +525,6 @@ inline T atomic_add(T* address, T value) {
 #define __ballot_sync(members, value) emulator::ballot(EMULATOR_PLACE, value)
 #define __clz(x) __builtin_clz(unsigned(x))
 #define __ffs(x) __builtin_ffs(x)
+#define __clzll(x) __builtin_clzll(x)
+#define __ffsll(x) __builtin_ffsll((long long)(x))
 #define atomicAdd(address, value) emulator::atomic_add(address, value)

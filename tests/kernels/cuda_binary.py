@@ -7,6 +7,7 @@ The figures stand in cuda_figures.json beside this file, so that a change shows 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -73,8 +74,8 @@ def short_name(symbol: str) -> str | None:
     parts += re.findall(r"Li(\d+)E", arguments)
     words = {
         "row_copy": (("scatter", "gather"),),
-        "attention_forward": (("short", "long"), ("", "general")),
-        "attention_backward": (("", "general"),),
+        "attention_forward": (("short", "long"), ("", "general"), ("", "over-heads")),
+        "attention_backward": (("", "general"), ("", "over-heads")),
         "attention_backward_long": (("", "general"),),
         "sparse_depthwise_conv": (("", "backward"),),
     }
@@ -137,9 +138,10 @@ def shared_memory() -> dict[str, dict[str, int]]:
     for precision, dtype in (("16bit", torch.bfloat16), ("fp32", torch.float32)):
         for head_dim in (16, 32, 64):
             for slots, window in ((16, 7), (32, 7), (48, 7), (64, 7), (208, 14), (256, 16)):
-                for limit in (LARGE, SMALL):
-                    forward, backward = plan(dtype, head_dim, slots, window, limit)
-                    rows[f"{precision}-{head_dim}-{slots}slots-window{window}-of{limit}"] = {
+                for limit, per_image in itertools.product((LARGE, SMALL), (False, True)):
+                    forward, backward = plan(dtype, head_dim, slots, window, limit, per_image)
+                    name = f"{precision}-{head_dim}-{slots}slots-window{window}"
+                    rows[f"{name}{'-per_image' * per_image}-of{limit}"] = {
                         "forward": forward["shared_bytes"],
                         "backward": backward["shared_bytes"],
                         "strips": backward["strips"],

@@ -231,15 +231,24 @@ def decode_conv(
 
 
 def plan(
-    dtype: torch.dtype, head_dim: int, slots: int, window: int, shared_bytes: int = LARGE
+    dtype: torch.dtype,
+    head_dim: int,
+    slots: int,
+    window: int,
+    shared_bytes: int = LARGE,
+    per_image: bool = False,
+    batch: int = 256,
+    rows: int = 768,
+    heads: int | None = None,
 ) -> list[dict[str, int]]:
-    """How a launch would be made, forward and backward, for Swin-B's first stage at batch 256."""
+    """How a launch would be made, forward and backward: for Swin-B's first stage, if not told."""
     header = struct.pack(
-        "=19qd", 0, ELEMENTS[dtype], head_dim, 256, 768, 1, -(-768 // slots), slots,
-        128 // head_dim, window**2, (2 * window - 1) ** 2, *[0] * 6, 132, shared_bytes, 1.0,
+        "=19qd", 0, ELEMENTS[dtype], head_dim, batch, rows, batch if per_image else 1,
+        -(-rows // slots), slots, heads or 128 // head_dim, window**2, (2 * window - 1) ** 2,
+        *[0] * 6, 132, shared_bytes, 1.0,
     )  # fmt: skip
     done = run_binary([build("attention.cu"), "plan"], header)
-    names = ("fits", "is_long", "strips", "share", "shared_bytes")
+    names = ("fits", "is_long", "over_heads", "strips", "share", "block_heads", "shared_bytes")
     lines = done.stdout.decode().splitlines()
     return [dict(zip(names, map(int, line.split()), strict=True)) for line in lines]
 

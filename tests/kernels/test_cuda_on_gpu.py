@@ -51,6 +51,9 @@ SMALL_CASES = [
     Case(image_size=(96, 64), window_size=5, shifted=True, num_heads=1, mask_ratio=0.4,
          group_size=29, dtype=torch.bfloat16),
     Case(stage=3, batch=64, num_heads=1, per_image=True, capacity=True, dtype=torch.bfloat16),
+    # Blocks that go over several heads.
+    Case(image_size=(96, 64), batch=5, num_heads=3, per_image=True, capacity=True,
+         dtype=torch.bfloat16),
 ]  # fmt: skip
 
 

@@ -23,7 +23,13 @@ LONG_CASE = Case(image_size=(64, 96), stage=1, window_size=14, batch=2, num_head
                  mask_ratio=0.5, dtype=torch.bfloat16)  # fmt: skip
 GROUPS_CASE = Case(image_size=(96, 64), window_size=5, shifted=True, num_heads=1, mask_ratio=0.4,
                    group_size=29, dtype=torch.bfloat16)  # fmt: skip
-MANY_CASE = Case(stage=3, batch=64, num_heads=1, per_image=True, dtype=torch.bfloat16)
+# With a mask per image: blocks go over groups and heads; over more groups than they look at at
+# once; and long groups, each with a row of sums.
+HEADS_CASE = Case(image_size=(96, 64), batch=5, num_heads=3, shifted=True, per_image=True,
+                  capacity=True, dtype=torch.bfloat16)  # fmt: skip
+FAR_CASE = Case(stage=3, batch=64, num_heads=1, per_image=True, dtype=torch.bfloat16)
+MANY_CASE = Case(image_size=(64, 64), window_size=16, mask_ratio=0.5, batch=80, num_heads=1,
+                 per_image=True, dtype=torch.bfloat16)  # fmt: skip
 # With padding that attends, packed and apart, the last in heads that are no whole tiles.
 PADDED = (window_inputs(swin(), torch.bfloat16, 32, batch=3), False)
 NARROW = (window_inputs(swin(), torch.bfloat16, 20, batch=3), True)
@@ -117,8 +123,11 @@ def check(binary: pathlib.Path, case: Case | tuple | ConvInputs) -> None:
     with gk.use_backend("reference"):
         exact = run(inputs.to(torch.float64))
     plain = plain_results(inputs, saved_output=inputs.part.group_size > 64)
-    for order in (0, 1, 7):
-        actual = emulated.run(inputs, Launch(thread_order=order, apart=apart), binary)
+    # Where blocks go over heads, they share these only where there are more blocks than groups.
+    many = 30 if inputs.part.token_index.shape[0] > 1 else 1
+    for order, processors in ((0, 1), (1, 1), (7, many)):
+        launch = Launch(thread_order=order, processors=processors, apart=apart)
+        actual = emulated.run(inputs, launch, binary)
         assert_within_budget({name: actual[name] for name in exact}, plain, exact)
 
 
@@ -155,7 +164,7 @@ def test_sanitizers_find_nothing_in_the_convolution(case, kind):
 FORWARD, BACKWARD, LONG = (
     f"attention_{name}.cuh" for name in ("forward", "backward", "backward_long")
 )
-CONVOLUTION = "sparse_depthwise_conv.cuh"
+CONVOLUTION, OVER_HEADS = "sparse_depthwise_conv.cuh", "over_heads.cuh"
 ALSO = "    // Also: no warp still works on the stage that is filled next.\n"
 # file, what stands there, what is planted where PLANTED holds, the sanitizer that has to see it,
 # the case
@@ -339,8 +348,8 @@ FAULTS = {
     ),
     "v in the rows of k": (
         FORWARD,
-        "value_rows(a.v, place.head",
-        "value_rows(PLANTED ? a.k : a.v, place.head",
+        "value_rows = rows_of(a.v, place, 2)",
+        "value_rows = rows_of(PLANTED ? a.k : a.v, place, 2)",
         "plain",
         PADDED,
     ),
@@ -354,8 +363,8 @@ FAULTS = {
     ),
     "the bias not divided by the scale": (
         FORWARD,
-        "kLong ? kLog2E : 1 / a.scale",
-        "kLong ? kLog2E : PLANTED ? 1.0f : 1 / a.scale",
+        "kLong ? kLog2E : a.inverse_scale",
+        "kLong ? kLog2E : PLANTED ? 1.0f : a.inverse_scale",
         "plain",
         CASE,
     ),
@@ -372,6 +381,97 @@ FAULTS = {
         "if (PLANTED || int(column) + 4 < head_dim)",
         "address",
         NARROW,
+    ),
+    "over heads, forward: the next group's slots read before they are there": (
+        FORWARD,
+        "next_group.put(a, slots.other(a, is_odd));\n          __syncthreads();",
+        "next_group.put(a, slots.other(a, is_odd));\n          if (!PLANTED) __syncthreads();",
+        "thread",
+        HEADS_CASE,
+    ),
+    "over heads, backward: the next group's slots read before they are there": (
+        BACKWARD,
+        "next_group.put(a, slots.other(a, is_odd));\n          __syncthreads();",
+        "next_group.put(a, slots.other(a, is_odd));\n          if (!PLANTED) __syncthreads();",
+        "thread",
+        HEADS_CASE,
+    ),
+    "over heads: the last of a run left out": (
+        OVER_HEADS,
+        "first_head + a.block_heads : a.heads;",
+        "first_head + a.block_heads : a.heads - int(PLANTED);",
+        "plain",
+        HEADS_CASE,
+    ),
+    "over heads: the bias of the first one": (
+        FORWARD,
+        "slots.table + (now.step - first_step) * slots.column;",
+        "slots.table + (PLANTED ? 0 : now.step - first_step) * slots.column;",
+        "plain",
+        HEADS_CASE,
+    ),
+    "over heads: the denominators of the next image": (
+        FORWARD,
+        "lse = nth(lse, 1, kOverHeads ? a.rows",
+        "lse = nth(lse, 1, kOverHeads && !PLANTED ? a.rows",
+        "address",
+        HEADS_CASE,
+    ),
+    "over heads: groups beyond the 32 that a warp looks at": (
+        OVER_HEADS,
+        "group += 32 * a.share;",
+        "group += (32 + PLANTED) * a.share;",
+        "plain",
+        FAR_CASE,
+    ),
+    "over heads: a group left out that holds tokens": (
+        OVER_HEADS,
+        "a.groups + place.group) * a.slots;\n    token",
+        "a.groups + place.group + PLANTED) * a.slots;\n    token",
+        "plain",
+        HEADS_CASE,
+    ),
+    "over heads: gradients of the bias from the second key on": (
+        OVER_HEADS,
+        "first[i] = (keys & 0xFFFF) + lane % kLanes;",
+        "first[i] = (keys & 0xFFFF) + PLANTED + lane % kLanes;",
+        "plain",
+        HEADS_CASE,
+    ),
+    "over heads: both halves of a warp add to one copy": (
+        OVER_HEADS,
+        "base[i] = half * table_rows +",
+        "base[i] = (PLANTED ? 0 : half) * table_rows +",
+        "thread",
+        HEADS_CASE,
+    ),
+    "over heads: gradients of the bias added before they are there": (
+        BACKWARD,
+        "          __syncwarp();\n          sums.add",
+        "          if (!PLANTED) __syncwarp();\n          sums.add",
+        "thread",
+        HEADS_CASE,
+    ),
+    "over heads: sums of the table added to the first one's": (
+        BACKWARD,
+        "memory.copies + (step - first_step) *",
+        "memory.copies + (PLANTED ? 0 : step - first_step) *",
+        "plain",
+        HEADS_CASE,
+    ),
+    "over heads: sums of the table in the first run's row": (
+        OVER_HEADS,
+        "(program * a.heads + first_head)",
+        "(program * a.heads + (PLANTED ? 0 : first_head))",
+        "plain",
+        HEADS_CASE,
+    ),
+    "over heads: a window that ends with the one before it": (
+        OVER_HEADS,
+        "return next < 0 ? count : next;",
+        "return PLANTED ? slot + 1 : next < 0 ? count : next;",
+        "plain",
+        HEADS_CASE,
     ),
     "convolution: the channels beyond the last": (
         CONVOLUTION,
@@ -467,6 +567,7 @@ def test_a_planted_fault_is_caught(fault, faulty, monkeypatch):
 
 
 CASES = {"short": CASE, "long": LONG_CASE, "many": MANY_CASE, "groups": GROUPS_CASE}
+CASES |= {"heads": HEADS_CASE, "far": FAR_CASE}
 CASES |= {"padded": PADDED, "narrow": NARROW, "conv": CONV, "narrow-conv": NARROW_CONV}
 
 
@@ -477,6 +578,7 @@ CASES |= {"padded": PADDED, "narrow": NARROW, "conv": CONV, "narrow-conv": NARRO
         *(("address", case) for case in CASES),
         ("thread", "short"),
         ("thread", "long"),
+        ("thread", "heads"),
         ("thread", "conv"),
     ],
 )

@@ -127,12 +127,43 @@ def test_shared_memory_is_as_committed_and_fits():
 @pytest.mark.parametrize("head_dim", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("slots", [1, 16, 17, 64, 65, 256, 1000, 3136])
-def test_every_group_of_a_window_up_to_16_has_a_launch(slots, dtype, head_dim):
+@pytest.mark.parametrize("per_image", [False, True])
+def test_every_group_of_a_window_up_to_16_has_a_launch(per_image, slots, dtype, head_dim):
     """Also on GPUs with the least shared memory that the kernels run on."""
     for limit in (LARGE, SMALL):
-        for row in plan(dtype, head_dim, slots, 16, limit):
+        for row in plan(dtype, head_dim, slots, 16, limit, per_image):
             assert row["fits"] and row["shared_bytes"] <= limit
             assert 1 <= row["strips"] <= 4 and 1 <= row["share"]
+
+
+@pytest.mark.parametrize("batch", [2, 64, 128, 256])
+@pytest.mark.parametrize(("stage", "heads"), [(1, 4), (2, 8), (3, 16), (4, 32)])
+def test_what_a_block_of_swin_b_goes_over_with_a_mask_per_image(stage, heads, batch):
+    """On 132 processors that hold two blocks each."""
+    part = make_partition(Case(stage=stage))
+    groups = batch * math.ceil(part.num_tokens / part.group_size)
+    problem = (torch.bfloat16, 32, part.group_size, 7, LARGE)
+    for row in plan(*problem, True, batch, part.num_tokens, heads):
+        # For every number of runs: a block's groups, one after the other, with their heads. What is
+        # done for a group is worth a head.
+        costs = {}
+        for runs in range(1, heads + 1):
+            share = min(2 * 132 // runs, groups)
+            costs[runs] = math.ceil(groups / share) * (1 + math.ceil(heads / runs))
+        runs = math.ceil(heads / row["block_heads"])
+        assert row["over_heads"] and costs[runs] == min(costs.values()), (row, costs)
+        assert row["share"] == min(2 * 132 // runs, groups)
+
+
+def test_where_blocks_do_not_go_over_heads():
+    def both(*problem):
+        return [row["over_heads"] for row in plan(*problem)]
+
+    assert both(torch.bfloat16, 32, 64, 7, LARGE, True) == [True, True]
+    assert both(torch.bfloat16, 64, 64, 7, LARGE, True) == [True, False]  # no short backward
+    assert both(torch.bfloat16, 32, 64, 7, LARGE, False) == [False, False]
+    assert both(torch.float32, 32, 64, 7, LARGE, True) == [False, False]
+    assert both(torch.bfloat16, 32, 208, 14, LARGE, True) == [False, False]  # long groups
 
 
 @pytest.mark.parametrize("batch", [1, 64, 128, 256])

@@ -1,0 +1,203 @@
+"""The CUDA kernels of a mask per image, whose blocks go over groups and heads, run on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from emulated import Launch, build, plan
+from emulated import run as emulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cuda_emulated import ORDERS, agree, name, with_empty_groups
+
+import greenmim_kernels as gk
+from greenmim_kernels.testing import Case, make_inputs, relative_error
+
+pytestmark = pytest.mark.slow
+DTYPES = (torch.bfloat16, torch.float16)
+SMALL = functools.partial(Case, image_size=(96, 64), batch=3, per_image=True)
+CASES = [
+    SMALL(shifted=True, num_heads=5, capacity=True),
+    SMALL(stage=2, head_dim=16, num_heads=3),
+    SMALL(head_dim=64, num_heads=2),  # forward alone
+    SMALL(stage=3, num_heads=7, batch=5),  # of one strip
+    SMALL(window_size=2, num_heads=2, mask_ratio=0.5),  # many windows in a group
+    SMALL(mask_ratio=0.0, num_heads=2),  # full windows: every kind of step of the table's sums
+    SMALL(window_size=5, shifted=True, mask_ratio=0.4, num_heads=1),
+]
+# Blocks that take many groups each, a few, and one.
+PROCESSORS = (1, 7, 1000)
+ONLY = ("ONLY_HEAD_DIM=32", "ONLY_ELEMENT=1")
+
+
+def with_tensors(part, change):
+    names = ("token_index", "window_id", "query_row", "key_row")
+    changed = {name: change(getattr(part, name)).contiguous() for name in names}
+    return dataclasses.replace(part, **changed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_reference_however_it_is_cut(case, dtype):
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    first = emulate(inputs)
+    for processors in PROCESSORS:
+        alike = emulate(inputs, Launch(processors=processors))
+        agree(alike, inputs, case)
+        for key in ("out", "lse", "grad_qkv"):
+            assert torch.equal(alike[key], first[key]), key
+        for order in ORDERS[1:]:
+            again = emulate(inputs, Launch(processors=processors, thread_order=order))
+            for key, value in again.items():
+                assert torch.equal(value, alike[key]), f"{key} depends on the order of threads"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    units=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stage=st.integers(1, 4),
+    window_size=st.integers(2, 8),
+    shifted=st.booleans(),
+    batch=st.integers(2, 6),
+    num_heads=st.integers(1, 9),
+    head_dim=st.sampled_from((16, 32, 64)),
+    mask_ratio=st.sampled_from((0.0, 0.4, 0.75)),
+    capacity=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    processors=st.sampled_from((1, 3, 132)),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(units, processors, seed, **fields):
+    case = Case(image_size=tuple(32 * n for n in units), per_image=True, **fields)
+    inputs = make_inputs(case, seed)
+    agree(emulate(inputs, Launch(processors=processors)), inputs, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_the_same_mask_for_all_images_gives_the_same_bits(case, dtype):
+    """As by the kernels that go over images: sums of the table alone have another order."""
+    shared = make_inputs(dataclasses.replace(case, per_image=False, dtype=dtype))
+    part = with_tensors(shared.part, lambda x: x.expand(case.batch, *x.shape[1:]))
+    expected, actual = emulate(shared), emulate(dataclasses.replace(shared, part=part))
+    for key in ("out", "lse", "grad_qkv"):
+        assert torch.equal(actual[key], expected[key]), key
+    assert relative_error(actual["grad_table"], expected["grad_table"]) < 1e-5
+
+
+@pytest.mark.parametrize("after", ["all", 1, 0])
+def test_groups_without_a_token(after):
+    """At the end, as with capacity, or anywhere; more of them than a block looks at at once."""
+    inputs = make_inputs(dataclasses.replace(CASES[0], dtype=torch.bfloat16))
+    exact = emulate(inputs)
+    many = with_empty_groups(inputs.part, inputs.part.num_groups if after == "all" else after)
+    padded = dataclasses.replace(inputs, part=many)
+    for processors in PROCESSORS:
+        for order in ORDERS:
+            launch = Launch(processors=processors, thread_order=order)
+            actual = emulate(padded, launch)
+            for key in ("out", "lse", "grad_qkv"):
+                assert torch.equal(actual[key], exact[key]), key
+            agree(actual, inputs, CASES[0])
+
+
+def test_a_batch_without_a_token_in_any_window():
+    """Nothing but zeros is written, and the table has a gradient: none."""
+    inputs = make_inputs(dataclasses.replace(CASES[0], dtype=torch.bfloat16))
+    part = dataclasses.replace(inputs.part, window_id=torch.full_like(inputs.part.window_id, -1))
+    for processors in PROCESSORS:
+        result = emulate(dataclasses.replace(inputs, part=part), Launch(processors=processors))
+        for key in ("out", "lse", "grad_qkv", "grad_table"):
+            assert (result[key] == 0).all(), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3]], ids=str)
+def test_gathered_groups(case, dtype):
+    """Padding is not read (it holds NaN) and written as zeros; the rest is the fused form's."""
+    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    fused, grouped = emulate(inputs), emulate(inputs, Launch(gathered=True))
+    padding = (inputs.part.window_id < 0).flatten(1)
+    shape = (case.batch, inputs.part.num_groups, inputs.part.group_size, -1)
+    with gk.use_backend("reference"):
+        for key in ("out", "grad_qkv"):
+            assert (grouped[key][padding] == 0).all(), key
+            tokens = gk.group_scatter(grouped[key].view(shape), inputs.part)
+            assert torch.equal(tokens, fused[key]), key
+    assert relative_error(grouped["grad_table"], fused["grad_table"]) < 1e-6
+    assert (grouped["lse"].transpose(1, 2)[padding] == 0).all()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
+def test_only_the_gradients_that_are_asked_for(case, apart):
+    inputs = make_inputs(dataclasses.replace(case, dtype=torch.bfloat16))
+    whole = emulate(inputs, Launch(apart=apart))
+    for asked, other in (("need_qkv", "need_table"), ("need_table", "need_qkv")):
+        part = emulate(inputs, Launch(apart=apart, **{other: False}))
+        key = asked.replace("need", "grad")
+        assert torch.equal(part[key], whole[key]), key
+
+
+def test_without_a_table():
+    inputs = make_inputs(dataclasses.replace(CASES[0], dtype=torch.float16))
+    zeros = dataclasses.replace(inputs, table=torch.zeros_like(inputs.table))
+    with_zeros, without = emulate(zeros), emulate(dataclasses.replace(inputs, table=None))
+    for key in ("out", "lse", "grad_qkv"):
+        assert torch.equal(without[key], with_zeros[key]), key
+    assert "grad_table" not in without
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_group_and_head(poison):
+    """Though a block goes on to other groups and heads with the same memory."""
+    case = dataclasses.replace(CASES[0], dtype=torch.bfloat16)
+    inputs = make_inputs(case)
+    clean = emulate(inputs)
+    part, dim = inputs.part, case.head_dim
+    members = part.token_index[1, 0][part.token_index[1, 0] >= 0].long()
+    # The query and the key of a token of the second image, in the third head.
+    columns = [2 * dim, case.channels + 2 * dim]
+    inputs.qkv[1, members[0], columns] = poison
+    result = emulate(inputs)
+    for key in ("out", "grad_qkv"):
+        differs = (result[key] != clean[key]).unflatten(-1, (-1, case.num_heads, dim))
+        differs = differs.any(-1).any(-2)  # of each token and head
+        assert differs[1, members, 2].any(), key
+        differs[1, members, 2] = False
+        assert not differs.any(), key
+    assert not result["grad_table"][:, 2].isfinite().all()
+    others = [0, 1, 3, 4]
+    assert torch.equal(result["grad_table"][:, others], clean["grad_table"][:, others])
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
+def test_sanitizers_find_nothing(case, kind):
+    inputs = make_inputs(dataclasses.replace(case, batch=2, dtype=torch.bfloat16))
+    binary = build("attention.cu", kind, *ONLY)
+    for gathered in (False, True):
+        emulate(inputs, Launch(gathered=gathered), binary)
+
+
+def test_slots_in_no_order_do_not_lead_out_of_memory():
+    """Windows of a partition are sorted; of one that is not, results are nobody's, and no more."""
+    inputs = make_inputs(dataclasses.replace(CASES[0], dtype=torch.bfloat16))
+    order = torch.randperm(inputs.part.group_size, generator=torch.Generator().manual_seed(0))
+    part = with_tensors(inputs.part, lambda x: x[..., order])
+    emulate(
+        dataclasses.replace(inputs, part=part), Launch(), build("attention.cu", "address", *ONLY)
+    )
+
+
+def test_blocks_take_every_number_of_heads():
+    """What the cases above were cut into, on processors that hold two blocks."""
+    taken = {
+        row["block_heads"]
+        for batch in (2, 8, 64, 256)
+        for row in plan(torch.bfloat16, 32, 64, 7, per_image=True, batch=batch, rows=64, heads=6)
+    }
+    assert len(taken) >= 3
