@@ -3,15 +3,15 @@
 // probabilities and their gradients change hands through shared memory, rounded to the element type
 // as the products take them; sums stay in registers. delta, the sum over keys of P dP, is taken from
 // the strip itself and needs neither the output nor its rounding.
+//
+// With a mask per image a block takes one group after the other, and goes over heads of each (kOverHeads). What
+// attends what is then never the same twice for a head, so the bias' gradient goes into the table's every time.
 #pragma once
 
 #include "over_heads.cuh"
 
 namespace greenmim::cuda {
 
-//
-// With a mask per image a block takes one group after the other, and goes over heads of each (kOverHeads). No
-// two of them have the same pairs, so the bias' gradient goes into the table's at once.
 template <class T, int D, bool kOverHeads>
 struct BackwardMemory {
   using Row = TileRow<T, D>;
@@ -34,7 +34,7 @@ struct BackwardMemory {
   __host__ __device__ BackwardMemory(char* start, const Attention& a)
       : BackwardMemory(Carver{start}, a) {}
 
-  // [16][kWide] of a warp, where the probabilities were.
+  // [16][kWide] of a warp: over images, where the probabilities were.
   static constexpr int kGradient = kStrip * kWide + (kOverHeads ? WindowSums::kBehind : 0);
   __device__ float* bias_gradient(int warp) const { return gradient + warp * kGradient; }
   // [kTableCopies][rows of the table] of a warp, where the tiles were.
@@ -58,9 +58,11 @@ struct BackwardMemory {
         p(carver.take<T>(int64_t(rows) * kWide * 4 / int64_t(sizeof(T)))),
         bias(carver.take<float4>(kOverHeads ? 0 : strips * kMostStrips * 2 * 32)),
         padding(carver.take<float>(a.partial_pad == nullptr ? 0 : strips * 2 * D)),
-        gradient(kOverHeads ? carver.take<float>(strips * kGradient) : reinterpret_cast<float*>(p)),
-        copies(kOverHeads ? carver.take<float>(a.block_heads * head_copies(a))
-                          : reinterpret_cast<float*>(stages)),
+        gradient(kOverHeads ? carver.take<float>(a.partial == nullptr ? 0 : strips * kGradient)
+                            : reinterpret_cast<float*>(p)),
+        copies(kOverHeads
+                   ? carver.take<float>(a.partial == nullptr ? 0 : a.block_heads * head_copies(a))
+                   : reinterpret_cast<float*>(stages)),
         slots(carver, a, kOverHeads),
         bytes(carver.bytes) {}
 };
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 2)
     lse = nth(lse, 1, kOverHeads ? a.rows : a.heads * a.rows);
   };
   load_lse(first_step);
-  std::conditional_t<kOverHeads, NextGroup, NoNextGroup> next_group(a, blocks);
+  std::conditional_t<kOverHeads, NextGroup, NoNextGroup> next_group(a, slots, blocks);
   if (kOverHeads && a.partial != nullptr) clear(memory.copies, a.block_heads * memory.head_copies(a));
   // While the first image is on its way.
   copy_async_wait<1>();
@@ -333,7 +335,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 2)
       slots = slots.other(a, is_odd);
       is_odd = !is_odd;
       place = next_group.place;
-      next_group = NextGroup(a, blocks);
+      next_group = NextGroup(a, slots, blocks);
     }
   }
   copy_async_wait<0>();

@@ -37,12 +37,12 @@ struct ForwardMemory {
 };
 
 // Blocks that a processor holds: four where 128 registers are enough without a spill.
-template <class T, int D, bool kLong>
+template <class T, int D, bool kLong, bool kOverHeads>
 constexpr int forward_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   constexpr int kMost = 3;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  constexpr int kMost = kLong ? 3 : 4;
+  constexpr int kMost = kLong || kOverHeads ? 3 : 4;
 #else
   constexpr int kMost = 4;
 #endif
@@ -55,7 +55,7 @@ constexpr int forward_blocks() {
 // have fewer columns than D, and padding a value. kOverHeads: what stays in registers for all heads is where
 // the bias lies in a head's column of the table; the slots of the next group are read meanwhile.
 template <class T, int D, bool kLong, bool kGeneral, bool kOverHeads = false>
-__global__ void __launch_bounds__(32 * kMostStrips, forward_blocks<T, D, kLong>())
+__global__ void __launch_bounds__(32 * kMostStrips, forward_blocks<T, D, kLong, kOverHeads>())
     attention_forward_kernel(const Attention a) {
   static_assert(!kOverHeads || (!kLong && !kGeneral));
   using P = Products<T, D>;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, forward_blocks<T, D, kLong>(
     advance(next);
   }
 
-  std::conditional_t<kOverHeads, NextGroup, NoNextGroup> next_group(a, blocks);
+  std::conditional_t<kOverHeads, NextGroup, NoNextGroup> next_group(a, slots, blocks);
   // While the first images are on their way.
   copy_async_wait<Memory::kStages - 1>();
   scale_table(slots, a, kLong ? kLog2E : a.inverse_scale, blocks);
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, forward_blocks<T, D, kLong>(
       is_odd = !is_odd;
       place = next_group.place;
       now = {first_step, 0};
-      next_group = NextGroup(a, blocks);
+      next_group = NextGroup(a, slots, blocks);
     }
   }
   copy_async_wait<0>();

@@ -8,10 +8,10 @@ namespace greenmim::cuda {
 template <class T, int D, bool kGeneral>
 AttentionKernel* attention_kernel(const Attention& a, Pass pass) {
   if constexpr (kHasOverHeads<T> && !kGeneral)
-    if (a.over_heads && pass == Pass::Forward)
-      return attention_forward_kernel<T, D, false, false, true>;
-  if constexpr (kHasShortBackward<T, D> && !kGeneral)
-    if (a.over_heads) return attention_backward_kernel<T, D, false, true>;
+    if (a.over_heads) {
+      if (pass == Pass::Forward) return attention_forward_kernel<T, D, false, false, true>;
+      if constexpr (kHasShortBackward<T, D>) return attention_backward_kernel<T, D, false, true>;
+    }
   if (pass == Pass::Forward)
     return a.is_long ? attention_forward_kernel<T, D, true, kGeneral>
                      : attention_forward_kernel<T, D, false, kGeneral>;

@@ -11,9 +11,9 @@ namespace greenmim::cuda {
 // all images come first, then the second ones: groups without tokens, which are the last of an image, are
 // shared evenly, too. They are left out; but not where zeros are written to them.
 class HeadBlocks {
-  int group;          // that the lowest bit stands for
-  int token, window;  // what the partition says of the lane's group
-  unsigned bits;      // of 32 groups from there on, `share` apart: which are not left out
+  int group;      // that the lowest bit stands for
+  int token;      // the first one of the lane's
+  unsigned bits;  // of 32 groups from there on, `share` apart: which are not left out
 
  public:
   int first_head, last_head;  // the last is excluded
@@ -24,9 +24,12 @@ class HeadBlocks {
     ask(a);
   }
 
-  // The first group, unless it is left out: `settle` finds out, and then `next` gives the groups.
+  // The first group; whether it is left out `settle` finds out, and then `next` gives the groups.
   __device__ Place expected(const Attention& a) const { return place_of(a, group); }
-  __device__ void settle() { bits = __ballot_sync(0xFFFFFFFF, token >= 0 || window >= 0); }
+  __device__ bool settle() {
+    bits = __ballot_sync(0xFFFFFFFF, token >= 0);
+    return bits & 1;
+  }
   // Without images if there is none any more.
   __device__ Place next(const Attention& a) {
 #pragma unroll 1
@@ -53,15 +56,14 @@ class HeadBlocks {
                  int(unsigned(number) % unsigned(a.batch)));
   }
 
-  // What the first slot of the lane's group is; in gathered groups, padding is written as well.
+  // In gathered groups all rows are written.
   __device__ void ask(const Attention& a) {
     const int own = group + lane_index() * a.share;
-    token = window = -1;
+    token = -1;
     if (own >= a.groups * a.batch) return;
     const Place place = place_of(a, own);
     const int64_t slot = (int64_t(place.first_image) * a.groups + place.group) * a.slots;
     token = a.token_index == nullptr ? 0 : a.token_index[slot];
-    window = a.window_id[slot];
   }
 };
 
@@ -85,12 +87,10 @@ __device__ inline Place start(const Slots& slots, const Attention& a, bool, Head
   }
   copy_async_commit();
   // As if the first group was not left out: not to wait for the answer.
-  const Place expected = blocks.expected(a);
-  slots.read_partition(a, expected);
-  blocks.settle();
+  slots.read_partition(a, blocks.expected(a));
+  const bool is_expected = blocks.settle();
   const Place place = blocks.next(a);
-  if (place.has_images() && (place.group != expected.group || place.first_image != expected.first_image))
-    slots.read_partition(a, place);
+  if (!is_expected && place.has_images()) slots.read_partition(a, place);
   return place;
 }
 
@@ -106,22 +106,43 @@ __device__ inline void scale_table(
     slots.scale_column(a, factor, slots.table + i * slots.column);
 }
 
-// The group that comes next, with what the block's threads have read of it.
+// The group that comes next, and the copy of what the partition says of it. (Registers do not serve: what is made
+// of the entries does not depend on the head, so compilers make it, and wait, before the first one.)
 struct NextGroup {
   Place place;
-  PartitionEntry entry{};
 
-  __device__ NextGroup(const Attention& a, HeadBlocks& blocks) : place(blocks.next(a)) {
-    if (place.has_images()) entry = Slots::read(a, place, int(threadIdx.x));
+  // The copy is part of what is committed for the next head, or, where there is none, is committed here.
+  __device__ NextGroup(const Attention& a, const Slots& slots, HeadBlocks& blocks)
+      : place(blocks.next(a)) {
+    const int i = int(threadIdx.x), count = a.known_strips() * kStrip;
+    // A thread for each slot: a block has twice as many.
+    if (place.has_images() && i < count) {
+      const int64_t at = (int64_t(place.first_image) * a.groups + place.group) * a.slots + i;
+      const auto copy = [&](int which, const int* from) {
+        if (from != nullptr && i < a.slots)
+          copy_async_4(shared_address(slots.entries + which * count + i), from + at, true);
+      };
+      copy(0, a.token_index);
+      copy(1, a.window_id);
+      copy(2, a.query_row);
+      copy(3, a.key_row);
+    }
+    if (blocks.last_head - blocks.first_head == 1) copy_async_commit();
   }
-  // A thread for each: a block has twice as many threads as slots.
+
+  // After a wait for it.
   __device__ void put(const Attention& a, const Slots& slots) const {
-    if (int(threadIdx.x) < a.known_strips() * kStrip) slots.put(a, int(threadIdx.x), entry);
+    const int i = int(threadIdx.x), count = a.known_strips() * kStrip;
+    if (i >= count) return;
+    if (i >= a.slots) return slots.put(a, i, Slots::kNothing, -1, 0, 0);
+    const int* entry = slots.entries + i;
+    const int token = a.token_index == nullptr ? place.group * a.slots + i : entry[0];
+    slots.put(a, i, token, entry[count], entry[2 * count], entry[3 * count]);
   }
 };
 
 struct NoNextGroup {
-  __device__ NoNextGroup(const Attention&, const NoHeadBlocks&) {}
+  __device__ NoNextGroup(const Attention&, const Slots&, const NoHeadBlocks&) {}
 };
 
 // Where the windows of a short group start, and its padding: bits of its slots.

@@ -76,19 +76,16 @@ struct Place {
   __device__ bool has_images() const { return first_image < last_image; }
 };
 
-// What the partition says of a slot.
-struct PartitionEntry {
-  int token, window, query_row, key_row;
-};
-
 // The slots in reach, and the head's column of the bias table. Where blocks go over heads (over_heads.cuh), the
-// columns of all of them, each with a minus infinity behind it, and the slots of two groups.
+// columns of all of them, each with a minus infinity behind it, and the slots of two groups, the next one's
+// as the partition has them.
 struct Slots {
   int2* query;   // window and number of the table's row; -2 as window where there is none
   int2* key;     // the same as key; -1 where there is none
   int* row;      // in the image: the token's that is read and written; or, below zero, what padding is
   float* table;  // a zero where there is none
   int column;    // elements from one head's column to the next
+  int* entries;  // [4][slots] of the partition's arrays: what comes next, over heads
 
   __host__ __device__ Slots(Carver& carver, const Attention& a, bool over_heads = false) {
     const int slots = a.known_strips() * kStrip * (over_heads ? 2 : 1);
@@ -97,6 +94,7 @@ struct Slots {
     row = carver.take<int>(slots);
     column = a.column_rows() + 1;
     table = carver.take<float>(over_heads ? a.block_heads * column : a.column_rows());
+    entries = carver.take<int>(over_heads ? 4 * a.known_strips() * kStrip : 0);
   }
 
   // Of two groups, those of the other one; `is_odd` tells which these are.
@@ -115,38 +113,39 @@ struct Slots {
   static constexpr int kNothing = -1, kPadding = -2, kZeroRow = -3;
   static __device__ __forceinline__ int zero_row(int to) { return kZeroRow - to; }  // its inverse
 
-  // Of the i-th slot in reach; behind the last one there is nothing.
-  static __device__ __forceinline__ PartitionEntry read(const Attention& a, const Place& place, int i) {
-    const int64_t partition = a.per_image ? place.first_image : 0;
-    const int slot = place.base * kStrip + i;
-    const int64_t at = (partition * a.groups + place.group) * a.slots + slot;
-    if (i >= place.count * kStrip || slot >= a.slots) return {kNothing, -1, 0, 0};
-    // All at once: a read that asks another one first would wait for it.
-    const int query_row = a.query_row[at], key_row = a.key_row[at], window = a.window_id[at];
-    const int token =
-        a.token_index == nullptr ? place.group * a.slots + slot : a.token_index[at];
-    return {token, window, query_row, key_row};
-  }
-
-  __device__ __forceinline__ void put(const Attention& a, int i, PartitionEntry x) const {
+  // The i-th slot in reach: as what it is known, from what the partition says of it.
+  __device__ __forceinline__ void put(
+      const Attention& a, int i, int token, int window, int query_row, int key_row) const {
     int2 as_query{-2, 0}, as_key{-1, 0};
-    if (x.window < 0) {
-      x.token = x.token < 0 ? kNothing : zero_row(x.token);
+    if (window < 0) {
+      token = token < 0 ? kNothing : zero_row(token);
     } else {
-      as_key = int2{x.window, a.table == nullptr ? 0 : x.key_row};
+      as_key = int2{window, a.table == nullptr ? 0 : key_row};
       // Nobody reads what padding would ask for.
-      if (x.token >= 0) as_query = int2{x.window, a.table == nullptr ? 0 : x.query_row};
-      else x.token = a.pad_value == nullptr ? kNothing : kPadding;
+      if (token >= 0) as_query = int2{window, a.table == nullptr ? 0 : query_row};
+      else token = a.pad_value == nullptr ? kNothing : kPadding;
     }
     query[i] = as_query;
     key[i] = as_key;
-    row[i] = x.token;
+    row[i] = token;
   }
 
   __device__ void read_partition(const Attention& a, const Place& place) const {
+    const int64_t partition = a.per_image ? place.first_image : 0;
+    const int64_t first = (partition * a.groups + place.group) * a.slots;
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < a.known_strips() * kStrip; i += int(blockDim.x))
-      put(a, i, read(a, place, i));
+    for (int i = int(threadIdx.x); i < a.known_strips() * kStrip; i += int(blockDim.x)) {
+      const int slot = place.base * kStrip + i;
+      int token = kNothing, window = -1, query_row = 0, key_row = 0;
+      if (i < place.count * kStrip && slot < a.slots) {
+        // All at once: a read that asks another one first would wait for it.
+        query_row = a.query_row[first + slot], key_row = a.key_row[first + slot];
+        window = a.window_id[first + slot];
+        token =
+            a.token_index == nullptr ? place.group * a.slots + slot : a.token_index[first + slot];
+      }
+      put(a, i, token, window, query_row, key_row);
+    }
   }
 
   // Where the block works, and its slots. How many groups hold tokens stands in the partition alone,

@@ -228,6 +228,7 @@ int main(int count, char** arguments) try {
   if (std::fread(&h, sizeof h, 1, stdin) != 1) throw std::runtime_error("no header");
 #ifdef GREENMIM_EMULATE
   emulator::thread_order = unsigned(h.thread_order);
+  most_shared_bytes = size_t(h.shared_bytes);
 #endif
   const std::string what = count > 1 ? arguments[1] : "attention";
 #if HAS_PLAN

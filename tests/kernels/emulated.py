@@ -34,8 +34,8 @@ FLAGS = {  # compiling with optimisation for both sanitizers of the second takes
     "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
-# The shared memory that a block may ask for on sm_90, and on sm_86, where it is least.
-LARGE, SMALL = 232448, 101376
+# The shared memory that a block may ask for on sm_90, on sm_80, and on sm_86, where it is least.
+LARGE, MIDDLE, SMALL = 232448, 166912, 101376
 
 
 @functools.cache
@@ -240,12 +240,16 @@ def plan(
     batch: int = 256,
     rows: int = 768,
     heads: int | None = None,
+    processors: int = 132,
 ) -> list[dict[str, int]]:
-    """How a launch would be made, forward and backward: for Swin-B's first stage, if not told."""
+    """How a launch would be made, forward and backward: for Swin-B's first stage, if not told.
+
+    A processor holds two blocks, or one where shared memory does not hold two.
+    """
     header = struct.pack(
         "=19qd", 0, ELEMENTS[dtype], head_dim, batch, rows, batch if per_image else 1,
         -(-rows // slots), slots, heads or 128 // head_dim, window**2, (2 * window - 1) ** 2,
-        *[0] * 6, 132, shared_bytes, 1.0,
+        *[0] * 6, processors, shared_bytes, 1.0,
     )  # fmt: skip
     done = run_binary([build("attention.cu"), "plan"], header)
     names = ("fits", "is_long", "over_heads", "strips", "share", "block_heads", "shared_bytes")

@@ -12,9 +12,10 @@ from emulated import run as emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_emulated import ORDERS, agree, name, with_empty_groups
+from window_cases import swin, window_inputs
 
 import greenmim_kernels as gk
-from greenmim_kernels.testing import Case, make_inputs, relative_error
+from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error
 
 pytestmark = pytest.mark.slow
 DTYPES = (torch.bfloat16, torch.float16)
@@ -102,6 +103,49 @@ def test_groups_without_a_token(after):
             for key in ("out", "lse", "grad_qkv"):
                 assert torch.equal(actual[key], exact[key]), key
             agree(actual, inputs, CASES[0])
+
+
+@pytest.mark.parametrize("batch", [63, 64, 65, 66])
+def test_blocks_that_look_at_32_groups_and_end_there(batch):
+    """Two blocks, and a group for each image."""
+    case = Case(image_size=(32, 32), stage=3, batch=batch, num_heads=1, per_image=True,
+                mask_ratio=0.0, dtype=torch.bfloat16)  # fmt: skip
+    inputs = make_inputs(case)
+    assert inputs.part.num_groups == 1
+    agree(emulate(inputs), inputs, case)
+
+
+@pytest.mark.parametrize("window", [45, 46])
+def test_tables_around_what_two_bytes_can_name(window):
+    """Of 7921 and 8281 rows: with the larger one blocks go over images."""
+    visible = torch.zeros(3, window, window, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for one in visible:
+        one.view(-1)[torch.randperm(window**2, generator=generator)[:14]] = True
+    part = gk.group_partition(visible, window, 0, 16)
+    for row in plan(torch.bfloat16, 32, 16, window, per_image=True, rows=14):
+        assert row["over_heads"] == (window == 45)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    table = normal((2 * window - 1) ** 2, 2).float()
+    inputs = Inputs(normal(3, 14, 3 * 64), table, normal(3, 14, 64), part, num_heads=2)
+    agree(emulate(inputs), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_padding_that_attends_without_a_value(head_dim, dtype):
+    """As zeros, in every group that a block comes to."""
+    problem = swin((20, 9), (7, 7), (3, 3))
+    orders = torch.stack([torch.randperm(problem.tokens) for _ in range(3)])
+    index = torch.where(problem.index < 0, -1, orders[:, problem.index[0].clamp(min=0)])
+    inputs = window_inputs(dataclasses.replace(problem, index=index), dtype, head_dim)
+    inputs = dataclasses.replace(inputs, pad_value=None)
+    assert ((inputs.part.token_index < 0) & (inputs.part.window_id >= 0)).any()
+    for processors in PROCESSORS:
+        agree(emulate(inputs, Launch(processors=processors)), inputs)
 
 
 def test_a_batch_without_a_token_in_any_window():

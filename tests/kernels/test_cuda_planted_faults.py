@@ -165,21 +165,21 @@ FORWARD, BACKWARD, LONG = (
     f"attention_{name}.cuh" for name in ("forward", "backward", "backward_long")
 )
 CONVOLUTION, OVER_HEADS = "sparse_depthwise_conv.cuh", "over_heads.cuh"
-ALSO = "    // Also: no warp still works on the stage that is filled next.\n"
+ALSO = "// Also: no warp still works on the stage that is filled next.\n"
 # file, what stands there, what is planted where PLANTED holds, the sanitizer that has to see it,
 # the case
 FAULTS = {
     "forward: no barrier after the wait": (
         FORWARD,
-        f"{ALSO}    __syncthreads();\n",
-        f"{ALSO}    if (!PLANTED) __syncthreads();\n",
+        f"{ALSO}      __syncthreads();\n",
+        f"{ALSO}      if (!PLANTED) __syncthreads();\n",
         "thread",
         CASE,
     ),
     "backward: no barrier after the wait": (
         BACKWARD,
-        f"{ALSO}    __syncthreads();\n",
-        f"{ALSO}    if (!PLANTED) __syncthreads();\n",
+        f"{ALSO}      __syncthreads();\n",
+        f"{ALSO}      if (!PLANTED) __syncthreads();\n",
         "thread",
         CASE,
     ),
@@ -192,8 +192,8 @@ FAULTS = {
     ),
     "forward: bias made before the table is there": (
         FORWARD,
-        "    __syncthreads();  // the table is there\n",
-        "    if (!PLANTED) __syncthreads();\n",
+        "(!kLong && !kOverHeads) __syncthreads();  // the table is there\n",
+        "(!kLong && !kOverHeads) if (!PLANTED) __syncthreads();\n",
         "thread",
         CASE,
     ),
@@ -213,15 +213,15 @@ FAULTS = {
     ),
     "backward: no barrier before the table": (
         BACKWARD,
-        "  __syncthreads();  // nobody reads tiles or probabilities any more\n",
-        "  if (!PLANTED) __syncthreads();\n",
+        "  __syncthreads();  // nobody reads tiles or probabilities any more;",
+        "  if (!PLANTED) __syncthreads();  //",
         "thread",
         CASE,
     ),
     "results read by other lanes without a barrier": (
         FORWARD,
-        "      __syncwarp();\n      results.pieces",
-        "      if (!PLANTED) __syncwarp();\n      results.pieces",
+        "        __syncwarp();\n        results.pieces",
+        "        if (!PLANTED) __syncwarp();\n        results.pieces",
         "thread",
         CASE,
     ),
@@ -242,8 +242,8 @@ FAULTS = {
     ),
     "backward: a wait that leaves one on its way": (
         BACKWARD,
-        "    copy_async_wait<0>();\n    // Also",
-        "    PLANTED ? copy_async_wait<1>() : copy_async_wait<0>();\n    // Also",
+        "copy_async_wait<0>();\n      // Also",
+        "PLANTED ? copy_async_wait<1>() : copy_async_wait<0>();\n      // Also",
         "plain",
         CASE,
     ),
@@ -396,6 +396,13 @@ FAULTS = {
         "thread",
         HEADS_CASE,
     ),
+    "over heads: the next group's slots read before their copy is there": (
+        OVER_HEADS,
+        "blocks.last_head - blocks.first_head == 1",
+        "blocks.last_head - blocks.first_head == (PLANTED ? 0 : 1)",
+        "plain",
+        FAR_CASE,
+    ),
     "over heads: the last of a run left out": (
         OVER_HEADS,
         "first_head + a.block_heads : a.heads;",
@@ -426,8 +433,8 @@ FAULTS = {
     ),
     "over heads: a group left out that holds tokens": (
         OVER_HEADS,
-        "a.groups + place.group) * a.slots;\n    token",
-        "a.groups + place.group + PLANTED) * a.slots;\n    token",
+        "__ballot_sync(0xFFFFFFFF, token >= 0)",
+        "__ballot_sync(0xFFFFFFFF, token >= 0 && !(PLANTED && lane_index() == 1))",
         "plain",
         HEADS_CASE,
     ),

@@ -12,7 +12,7 @@ import cuda_binary
 import emulated
 import pytest
 import torch
-from emulated import LARGE, SMALL, images_per_block, plan
+from emulated import LARGE, MIDDLE, SMALL, images_per_block, plan
 
 from greenmim_kernels._triton import machine_code
 from greenmim_kernels.testing import Case, make_partition
@@ -54,11 +54,11 @@ def test_every_kernel_is_there_for_every_architecture(figures):
         assert read == (built & set(cuda_binary.READ) or built), name
 
 
-def blocks_of_forward(architecture: int, is_long: bool) -> int:
+def blocks_of_forward(architecture: int, name: str) -> int:
     """What `forward_blocks` of attention_forward.cuh says."""
     if architecture == 90:
         return 4
-    return 3 if architecture > 90 or is_long else 4
+    return 3 if architecture > 90 or "long" in name or "over-heads" in name else 4
 
 
 @needs_module
@@ -70,8 +70,8 @@ def test_no_spills_tensor_cores_and_wide_accesses(figures):
             if name.startswith("attention"):
                 # A launch with too many registers for its threads would fail.
                 assert found["registers"] * MOST_THREADS <= REGISTERS, where
-                if kind := re.match(r"attention_forward-b?float16-(16|32)-(\w+)", name):
-                    blocks = blocks_of_forward(int(architecture), kind[2] == "long")
+                if re.match(r"attention_forward-b?float16-(16|32)-", name):
+                    blocks = blocks_of_forward(int(architecture), name)
                     assert blocks * found["registers"] * MOST_THREADS <= REGISTERS, where
                 if re.match(r"attention_backward-", name):  # of short groups: two blocks
                     assert 2 * found["registers"] * MOST_THREADS <= REGISTERS, where
@@ -136,23 +136,41 @@ def test_every_group_of_a_window_up_to_16_has_a_launch(per_image, slots, dtype, 
             assert 1 <= row["strips"] <= 4 and 1 <= row["share"]
 
 
-@pytest.mark.parametrize("batch", [2, 64, 128, 256])
-@pytest.mark.parametrize(("stage", "heads"), [(1, 4), (2, 8), (3, 16), (4, 32)])
-def test_what_a_block_of_swin_b_goes_over_with_a_mask_per_image(stage, heads, batch):
-    """On 132 processors that hold two blocks each."""
+H200, A100, RTX_A4000 = (LARGE, 132), (MIDDLE, 108), (SMALL, 48)
+
+
+# Forward and backward, at batch 128: blocks that share the groups, and the heads that each takes.
+@pytest.mark.parametrize(
+    ("gpu", "stage", "heads", "expected"),
+    [
+        (H200, 1, 4, [(264, 4), (264, 4)]),
+        (H200, 2, 8, [(132, 4), (132, 4)]),
+        (H200, 3, 16, [(132, 8), (132, 8)]),
+        (H200, 4, 32, [(128, 16), (128, 16)]),
+        # Here two blocks fit with the sums of a head each, and no more.
+        (A100, 1, 4, [(216, 4), (54, 1)]),
+        (A100, 3, 16, [(216, 16), (216, 16)]),
+        # Here one does.
+        (RTX_A4000, 1, 4, [(96, 4), (48, 4)]),
+    ],
+)
+def test_what_blocks_of_swin_b_go_over_with_a_mask_per_image(gpu, stage, heads, expected):
+    limit, processors = gpu
     part = make_partition(Case(stage=stage))
-    groups = batch * math.ceil(part.num_tokens / part.group_size)
-    problem = (torch.bfloat16, 32, part.group_size, 7, LARGE)
-    for row in plan(*problem, True, batch, part.num_tokens, heads):
-        # For every number of runs: a block's groups, one after the other, with their heads. What is
-        # done for a group is worth a head.
-        costs = {}
-        for runs in range(1, heads + 1):
-            share = min(2 * 132 // runs, groups)
-            costs[runs] = math.ceil(groups / share) * (1 + math.ceil(heads / runs))
+    problem = (torch.bfloat16, 32, part.group_size, 7, limit, True, 128, part.num_tokens, heads)
+    rows = plan(*problem, processors)
+    assert [(row["share"], row["block_heads"]) for row in rows] == expected
+    for row in rows:
         runs = math.ceil(heads / row["block_heads"])
-        assert row["over_heads"] and costs[runs] == min(costs.values()), (row, costs)
-        assert row["share"] == min(2 * 132 // runs, groups)
+        resident = 2 if 2 * (row["shared_bytes"] + 1024) <= limit + 1024 else 1
+        assert row["over_heads"] and row["share"] * runs <= resident * processors
+
+
+def test_more_runs_of_heads_than_places():
+    """A processor that holds two blocks: others would wait for a place."""
+    for heads in (5, 12):
+        for row in plan(torch.bfloat16, 32, 16, 7, LARGE, True, 8, 16, heads, 1):
+            assert row["share"] * math.ceil(heads / row["block_heads"]) <= 2
 
 
 def test_where_blocks_do_not_go_over_heads():
