@@ -160,9 +160,8 @@ __global__ void __launch_bounds__(32 * kMostStrips, 2)
   const float scale = a.scale * kLog2E;
   Band band{0, 0};
   int stage = 0;
-  [[maybe_unused]] bool is_odd = false;
 #pragma unroll 1
-  while (true) {  // over groups, where blocks do so
+  do {  // for every group; there is one, unless blocks go over heads
     if constexpr (!kOverHeads) {
       band = band_of(slots, place, strip, a.reach());
       __syncthreads();  // the table is there
@@ -206,11 +205,10 @@ __global__ void __launch_bounds__(32 * kMostStrips, 2)
       int next_step = step + 1;
       if constexpr (kOverHeads) {
         if (next_step == last_step && next_group.place.has_images()) {
-          next_group.put(a, slots.other(a, is_odd));
+          const int* row = next_group.put(a, slots).row;
           __syncthreads();
           next_step = first_step;
-          const Place after = next_group.place;
-          const int* row = slots.other(a, is_odd).row;
+          const Place& after = next_group.place;
           copied = Pieces<T, D>(row, threadIdx.x, blockDim.x);
           query_rows.to(a.q, after);
           key_rows.to(a.k, after);
@@ -329,15 +327,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 2)
         add_padding<T, D>(memory.pad_sums(strip) + D, staged + memory.tile, rows);
       }
     }
-    if constexpr (!kOverHeads) break;
-    if constexpr (kOverHeads) {
-      if (!next_group.place.has_images()) break;
-      slots = slots.other(a, is_odd);
-      is_odd = !is_odd;
-      place = next_group.place;
-      next_group = NextGroup(a, slots, blocks);
-    }
-  }
+  } while (next_group.take(a, blocks, slots, place));
   copy_async_wait<0>();
   if (a.partial == nullptr && a.partial_pad == nullptr) return;
 

@@ -135,9 +135,9 @@ __global__ void __launch_bounds__(32 * kMostStrips, forward_blocks<T, D, kLong, 
   copy_async_wait<Memory::kStages - 1>();
   scale_table(slots, a, kLong ? kLog2E : a.inverse_scale, blocks);
   int stage = 0;
-  [[maybe_unused]] bool is_odd = false;
 #pragma unroll 1
-  while (true) {  // over groups, where blocks do so
+  do {  // for every group; there is one, unless blocks go over heads
+    now = {first_step, 0};
     if constexpr (kOverHeads) band = WindowStarts(slots, place).band(slots, strip);
     else if constexpr (!kLong) band = band_of(slots, place, strip, a.reach());
     if constexpr (!kLong && !kOverHeads) __syncthreads();  // the table is there
@@ -179,10 +179,10 @@ __global__ void __launch_bounds__(32 * kMostStrips, forward_blocks<T, D, kLong, 
       __syncthreads();
       if constexpr (kOverHeads)
         if (next.step == last_step && next_group.place.has_images()) {
-          next_group.put(a, slots.other(a, is_odd));
+          const Slots after = next_group.put(a, slots);
           __syncthreads();
           next = {first_step, 0};
-          own = Pieces<T, D>(slots.other(a, is_odd).row, threadIdx.x, blockDim.x);
+          own = Pieces<T, D>(after.row, threadIdx.x, blockDim.x);
           query_rows.to(a.q, next_group.place);
           key_rows.to(a.k, next_group.place);
           value_rows.to(a.v, next_group.place);
@@ -281,16 +281,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, forward_blocks<T, D, kLong, 
       }
       stage = stage == Memory::kStages - 1 ? 0 : stage + 1;
     }
-    if constexpr (!kOverHeads) break;
-    if constexpr (kOverHeads) {
-      if (!next_group.place.has_images()) break;
-      slots = slots.other(a, is_odd);
-      is_odd = !is_odd;
-      place = next_group.place;
-      now = {first_step, 0};
-      next_group = NextGroup(a, slots, blocks);
-    }
-  }
+  } while (next_group.take(a, blocks, slots, place));
   copy_async_wait<0>();
 }
 

@@ -108,18 +108,52 @@ __device__ inline void scale_table(
 
 // The group that comes next, and the copy of what the partition says of it. (Registers do not serve: what is made
 // of the entries does not depend on the head, so compilers make it, and wait, before the first one.)
-struct NextGroup {
+class NextGroup {
+  bool is_odd = false;  // the current one
+
+ public:
   Place place;
 
-  // The copy is part of what is committed for the next head, or, where there is none, is committed here.
   __device__ NextGroup(const Attention& a, const Slots& slots, HeadBlocks& blocks)
       : place(blocks.next(a)) {
+    start_copy(a, slots, blocks);
+  }
+
+  // Puts its slots beside those of the group before. To be called after a wait for the copy, and a barrier has
+  // to follow.
+  __device__ Slots put(const Attention& a, const Slots& before) const {
+    const Slots slots = before.other(a, is_odd);
+    const int i = int(threadIdx.x), count = a.known_strips() * kStrip;
+    if (i < a.slots) {
+      const int* entry = slots.entries + i;
+      const int token = a.token_index == nullptr ? place.group * a.slots + i : entry[0];
+      slots.put(a, i, token, entry[count], entry[2 * count], entry[3 * count]);
+    } else if (i < count) {
+      slots.put(a, i, Slots::kNothing, -1, 0, 0);
+    }
+    return slots;
+  }
+
+  // Makes it the current group, unless there is none.
+  __device__ bool take(const Attention& a, HeadBlocks& blocks, Slots& slots, Place& current) {
+    if (!place.has_images()) return false;
+    slots = slots.other(a, is_odd);
+    is_odd = !is_odd;
+    current = place;
+    place = blocks.next(a);
+    start_copy(a, slots, blocks);
+    return true;
+  }
+
+ private:
+  // It is part of what is committed for the next head, or, where there is none, is committed here.
+  __device__ void start_copy(const Attention& a, const Slots& slots, const HeadBlocks& blocks) const {
     const int i = int(threadIdx.x), count = a.known_strips() * kStrip;
     // A thread for each slot: a block has twice as many.
-    if (place.has_images() && i < count) {
+    if (place.has_images() && i < a.slots) {
       const int64_t at = (int64_t(place.first_image) * a.groups + place.group) * a.slots + i;
       const auto copy = [&](int which, const int* from) {
-        if (from != nullptr && i < a.slots)
+        if (from != nullptr)
           copy_async_4(shared_address(slots.entries + which * count + i), from + at, true);
       };
       copy(0, a.token_index);
@@ -129,20 +163,11 @@ struct NextGroup {
     }
     if (blocks.last_head - blocks.first_head == 1) copy_async_commit();
   }
-
-  // After a wait for it.
-  __device__ void put(const Attention& a, const Slots& slots) const {
-    const int i = int(threadIdx.x), count = a.known_strips() * kStrip;
-    if (i >= count) return;
-    if (i >= a.slots) return slots.put(a, i, Slots::kNothing, -1, 0, 0);
-    const int* entry = slots.entries + i;
-    const int token = a.token_index == nullptr ? place.group * a.slots + i : entry[0];
-    slots.put(a, i, token, entry[count], entry[2 * count], entry[3 * count]);
-  }
 };
 
 struct NoNextGroup {
   __device__ NoNextGroup(const Attention&, const Slots&, const NoHeadBlocks&) {}
+  __device__ bool take(const Attention&, const NoHeadBlocks&, const Slots&, const Place&) { return false; }
 };
 
 // Where the windows of a short group start, and its padding: bits of its slots.
@@ -199,23 +224,15 @@ struct PairPlaces {
 template <class Keep>
 __device__ __forceinline__ void make_places(
     const Slots& slots, int strip, Band band, const Keep& keep) {
-  const int g = lane_index() / 4, q = lane_index() % 4;
-  const int2 upper = slots.query[strip * kStrip + g], lower = slots.query[strip * kStrip + g + 8];
   const int nowhere = slots.column - 1;
   const auto of = [&](int2 query, int2 first, int2 second) {
     const int low = share_window(query, first) ? query.y + first.y : nowhere;
     const int high = share_window(query, second) ? query.y + second.y : nowhere;
     return unsigned(sizeof(float)) * (unsigned(low) | unsigned(high) << 16);
   };
-#pragma unroll
-  for (int j = 0; j < kMostStrips; ++j) {
-    if (j >= band.count()) break;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int2* keys = slots.key + (band.first + j) * kStrip + 8 * n + 2 * q;
-      keep(j, n, PairPlaces{of(upper, keys[0], keys[1]), of(lower, keys[0], keys[1])});
-    }
-  }
+  visit_pairs(slots, strip, band, [&](int j, int n, int2 upper, int2 lower, int2 first, int2 second) {
+    keep(j, n, PairPlaces{of(upper, first, second), of(lower, first, second)});
+  });
 }
 
 // Clears shared memory.

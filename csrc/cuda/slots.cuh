@@ -272,11 +272,11 @@ __device__ inline Band band_of(
   return {same_in_warp(first), same_in_warp(last + 1)};
 }
 
-// The bias of a warp's strip and those of its band, as the lanes hold scores: calls `keep` with the number of
-// a strip in the band, that of eight of its columns, and the lane's four values.
-template <class Keep>
-__device__ __forceinline__ void make_bias(
-    const Slots& slots, int strip, Band band, const Keep& keep) {
+// The pairs of a warp's strip and those of its band, as the lanes hold scores: calls `visit` with the number of
+// a strip in the band, that of eight of its columns, the lane's two queries and its two keys.
+template <class Visit>
+__device__ __forceinline__ void visit_pairs(
+    const Slots& slots, int strip, Band band, const Visit& visit) {
   const int g = lane_index() / 4, q = lane_index() % 4;
   const int2 upper = slots.query[strip * kStrip + g], lower = slots.query[strip * kStrip + g + 8];
 #pragma unroll
@@ -285,10 +285,19 @@ __device__ __forceinline__ void make_bias(
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int2* keys = slots.key + (band.first + j) * kStrip + 8 * n + 2 * q;
-      keep(j, n, float4{bias_of(upper, keys[0], slots.table), bias_of(upper, keys[1], slots.table),
-                        bias_of(lower, keys[0], slots.table), bias_of(lower, keys[1], slots.table)});
+      visit(j, n, upper, lower, keys[0], keys[1]);
     }
   }
+}
+
+// Their bias: calls `keep` with these numbers and the lane's four values.
+template <class Keep>
+__device__ __forceinline__ void make_bias(
+    const Slots& slots, int strip, Band band, const Keep& keep) {
+  visit_pairs(slots, strip, band, [&](int j, int n, int2 upper, int2 lower, int2 first, int2 second) {
+    keep(j, n, float4{bias_of(upper, first, slots.table), bias_of(upper, second, slots.table),
+                      bias_of(lower, first, slots.table), bias_of(lower, second, slots.table)});
+  });
 }
 
 // The bands of all warps, one after the other: what the block has to read.

@@ -9,8 +9,6 @@ import pytest
 import torch
 from emulated import Launch, build, plan
 from emulated import run as emulate
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_cuda_emulated import ORDERS, agree, name, with_empty_groups
 from window_cases import swin, window_inputs
 
@@ -54,27 +52,6 @@ def test_agrees_with_the_reference_however_it_is_cut(case, dtype):
             again = emulate(inputs, Launch(processors=processors, thread_order=order))
             for key, value in again.items():
                 assert torch.equal(value, alike[key]), f"{key} depends on the order of threads"
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    units=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stage=st.integers(1, 4),
-    window_size=st.integers(2, 8),
-    shifted=st.booleans(),
-    batch=st.integers(2, 6),
-    num_heads=st.integers(1, 9),
-    head_dim=st.sampled_from((16, 32, 64)),
-    mask_ratio=st.sampled_from((0.0, 0.4, 0.75)),
-    capacity=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-    processors=st.sampled_from((1, 3, 132)),
-    seed=st.integers(0, 99),
-)
-def test_any_shape(units, processors, seed, **fields):
-    case = Case(image_size=tuple(32 * n for n in units), per_image=True, **fields)
-    inputs = make_inputs(case, seed)
-    agree(emulate(inputs, Launch(processors=processors)), inputs, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

@@ -213,6 +213,14 @@ def test_how_many_images_a_block_of_stage_1_goes_over():
     assert [images_per_block(n, 52, 264) for n in (64, 128, 256)] == [13, 26, 52]
 
 
+@pytest.mark.skipif(not (emulated.ROOT / ".git").exists(), reason="this is no clone")
+@pytest.mark.parametrize("name", ["backward_warpgroup", "early_launch"])
+def test_what_is_to_be_tried_on_a_gpu_fits_these_sources(name):
+    """Patches that change kernels: whoever has a GPU has no time to mend them."""
+    patch = emulated.ROOT / "benchmarks" / "experiments" / f"{name}.patch"
+    subprocess.run(["git", "apply", "--check", str(patch)], cwd=emulated.ROOT, check=True)
+
+
 @pytest.mark.skipif(emulated.toolkit("nvcc") is None, reason="there is no nvcc")
 def test_the_kernels_are_c_plus_plus_17(tmp_path):
     """As which torch 2.11 compiles extensions, and newer ones do not."""
