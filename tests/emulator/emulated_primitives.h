@@ -216,9 +216,8 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 
-// What the registers of the heaviest kernels leave room for on every architecture.
-// Two, where their shared memory is enough: a processor has 1 KB more of it than a block may ask for, and keeps
-// 1 KB for each.
+// What the registers of the heaviest kernels leave room for on every architecture, two blocks, where shared
+// memory does as well: a processor has 1 KB more of it than a block may ask for, and keeps 1 KB for each.
 inline size_t most_shared_bytes = 232448;
 inline int resident_blocks(const void*, unsigned, size_t shared_bytes) {
   return (most_shared_bytes + 1024) / (shared_bytes + 1024) > 1 ? 2 : 1;

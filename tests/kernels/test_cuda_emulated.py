@@ -44,6 +44,11 @@ CASES = [
     Case(image_size=(64, 64), window_size=16, mask_ratio=0, num_heads=1, batch=1),
     Case(image_size=(96, 96), window_size=24, mask_ratio=0, num_heads=1, head_dim=16, batch=1),
 ]
+# With a mask per image blocks go over groups and heads: see test_cuda_over_heads.py.
+OVER_HEADS = [
+    Case(image_size=(96, 64), batch=3, per_image=True, shifted=True, num_heads=5, capacity=True),
+    Case(image_size=(96, 64), batch=3, per_image=True, mask_ratio=0.0, num_heads=2),
+]
 ORDERS = (0, 1, 2026)  # ascending, descending, shuffled
 
 
@@ -288,18 +293,23 @@ def test_little_shared_memory(head_dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5], CASES[9], CASES[10]], ids=str)
 def test_gathered_groups(case, dtype):
+    fused, grouped = fused_and_gathered(make_inputs(dataclasses.replace(case, dtype=dtype)))
+    assert torch.equal(grouped["grad_table"], fused["grad_table"])
+
+
+def fused_and_gathered(inputs):
     """Padding is not read (it holds NaN) and written as zeros; the rest is the fused form's."""
-    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+    batch = len(inputs.qkv)
     fused, grouped = emulate(inputs), emulate(inputs, Launch(gathered=True))
-    padding = (inputs.part.window_id < 0).flatten(1).expand(case.batch, -1)
-    shape = (case.batch, inputs.part.num_groups, inputs.part.group_size, -1)
+    padding = (inputs.part.window_id < 0).flatten(1).expand(batch, -1)
+    shape = (batch, inputs.part.num_groups, inputs.part.group_size, -1)
     with gk.use_backend("reference"):
         for key in ("out", "grad_qkv"):
             assert (grouped[key][padding] == 0).all(), key
             tokens = gk.group_scatter(grouped[key].view(shape), inputs.part)
             assert torch.equal(tokens, fused[key]), key
-    assert torch.equal(grouped["grad_table"], fused["grad_table"])
     assert (grouped["lse"].transpose(1, 2)[padding] == 0).all()
+    return fused, grouped
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
@@ -327,18 +337,19 @@ def test_padding_is_zero_beside_what_is_not_finite(case, dtype, poisoned):
     assert not result["grad_qkv"].isfinite().all()
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
-def test_only_the_gradients_that_are_asked_for(case):
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], CASES[9], *OVER_HEADS], ids=str)
+def test_only_the_gradients_that_are_asked_for(case, apart):
     inputs = make_inputs(dataclasses.replace(case, dtype=torch.bfloat16))
-    whole = emulate(inputs)
+    whole = emulate(inputs, Launch(apart=apart))
     for asked, other in (("need_qkv", "need_table"), ("need_table", "need_qkv")):
-        part = emulate(inputs, Launch(**{other: False}))
+        part = emulate(inputs, Launch(apart=apart, **{other: False}))
         key = asked.replace("need", "grad")
         assert other.replace("need", "grad") not in part
         assert torch.equal(part[key], whole[key]), key
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[9], OVER_HEADS[0]], ids=str)
 def test_without_a_table(case):
     inputs = make_inputs(dataclasses.replace(case, dtype=torch.float16))
     zeros = dataclasses.replace(inputs, table=torch.zeros_like(inputs.table))

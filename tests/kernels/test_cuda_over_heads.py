@@ -7,9 +7,16 @@ import functools
 
 import pytest
 import torch
-from emulated import Launch, build, plan
+from emulated import LARGE, Launch, build, plan
 from emulated import run as emulate
-from test_cuda_emulated import ORDERS, agree, name, with_empty_groups
+from test_cuda_emulated import (
+    ORDERS,
+    OVER_HEADS,
+    agree,
+    fused_and_gathered,
+    name,
+    with_empty_groups,
+)
 from window_cases import swin, window_inputs
 
 import greenmim_kernels as gk
@@ -19,12 +26,12 @@ pytestmark = pytest.mark.slow
 DTYPES = (torch.bfloat16, torch.float16)
 SMALL = functools.partial(Case, image_size=(96, 64), batch=3, per_image=True)
 CASES = [
-    SMALL(shifted=True, num_heads=5, capacity=True),
+    OVER_HEADS[0],
     SMALL(stage=2, head_dim=16, num_heads=3),
     SMALL(head_dim=64, num_heads=2),  # forward alone
     SMALL(stage=3, num_heads=7, batch=5),  # of one strip
     SMALL(window_size=2, num_heads=2, mask_ratio=0.5),  # many windows in a group
-    SMALL(mask_ratio=0.0, num_heads=2),  # full windows: every kind of step of the table's sums
+    OVER_HEADS[1],  # full windows: every kind of step of the table's sums
     SMALL(window_size=5, shifted=True, mask_ratio=0.4, num_heads=1),
 ]
 # Blocks that take many groups each, a few, and one.
@@ -138,38 +145,9 @@ def test_a_batch_without_a_token_in_any_window():
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3]], ids=str)
 def test_gathered_groups(case, dtype):
-    """Padding is not read (it holds NaN) and written as zeros; the rest is the fused form's."""
-    inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
-    fused, grouped = emulate(inputs), emulate(inputs, Launch(gathered=True))
-    padding = (inputs.part.window_id < 0).flatten(1)
-    shape = (case.batch, inputs.part.num_groups, inputs.part.group_size, -1)
-    with gk.use_backend("reference"):
-        for key in ("out", "grad_qkv"):
-            assert (grouped[key][padding] == 0).all(), key
-            tokens = gk.group_scatter(grouped[key].view(shape), inputs.part)
-            assert torch.equal(tokens, fused[key]), key
+    """No group is left out, so blocks take other ones: the table's sums have another order."""
+    fused, grouped = fused_and_gathered(make_inputs(dataclasses.replace(case, dtype=dtype)))
     assert relative_error(grouped["grad_table"], fused["grad_table"]) < 1e-6
-    assert (grouped["lse"].transpose(1, 2)[padding] == 0).all()
-
-
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
-def test_only_the_gradients_that_are_asked_for(case, apart):
-    inputs = make_inputs(dataclasses.replace(case, dtype=torch.bfloat16))
-    whole = emulate(inputs, Launch(apart=apart))
-    for asked, other in (("need_qkv", "need_table"), ("need_table", "need_qkv")):
-        part = emulate(inputs, Launch(apart=apart, **{other: False}))
-        key = asked.replace("need", "grad")
-        assert torch.equal(part[key], whole[key]), key
-
-
-def test_without_a_table():
-    inputs = make_inputs(dataclasses.replace(CASES[0], dtype=torch.float16))
-    zeros = dataclasses.replace(inputs, table=torch.zeros_like(inputs.table))
-    with_zeros, without = emulate(zeros), emulate(dataclasses.replace(inputs, table=None))
-    for key in ("out", "lse", "grad_qkv"):
-        assert torch.equal(without[key], with_zeros[key]), key
-    assert "grad_table" not in without
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -214,11 +192,14 @@ def test_slots_in_no_order_do_not_lead_out_of_memory():
     )
 
 
-def test_blocks_take_every_number_of_heads():
-    """What the cases above were cut into, on processors that hold two blocks."""
-    taken = {
+def test_these_processors_have_blocks_of_few_heads_and_of_all():
+    part = make_inputs(CASES[0]).part
+    problem = (torch.bfloat16, 32, part.group_size, 7, LARGE, True, 3, part.num_tokens, 5)
+    taken = [{row["block_heads"] for row in plan(*problem, n)} for n in PROCESSORS]
+    assert 5 in taken[0] and taken[-1] == {1}
+    by_batch = {
         row["block_heads"]
         for batch in (2, 8, 64, 256)
         for row in plan(torch.bfloat16, 32, 64, 7, per_image=True, batch=batch, rows=64, heads=6)
     }
-    assert len(taken) >= 3
+    assert len(by_batch) >= 3

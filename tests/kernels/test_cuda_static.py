@@ -20,6 +20,7 @@ from greenmim_kernels.testing import Case, make_partition
 COMMITTED = json.loads(cuda_binary.FIGURES.read_text())
 MOST_THREADS = 128  # of a block of attention, and of the convolution
 REGISTERS = 64 * 1024  # of a multiprocessor, on every architecture
+EXPERIMENTS = sorted((emulated.ROOT / "benchmarks" / "experiments").glob("*.patch"))
 
 binary = cuda_binary.module()
 needs_module = pytest.mark.skipif(
@@ -214,10 +215,9 @@ def test_how_many_images_a_block_of_stage_1_goes_over():
 
 
 @pytest.mark.skipif(not (emulated.ROOT / ".git").exists(), reason="this is no clone")
-@pytest.mark.parametrize("name", ["backward_warpgroup", "early_launch"])
-def test_what_is_to_be_tried_on_a_gpu_fits_these_sources(name):
+@pytest.mark.parametrize("patch", EXPERIMENTS, ids=lambda path: path.stem)
+def test_what_is_to_be_tried_on_a_gpu_fits_these_sources(patch):
     """Patches that change kernels: whoever has a GPU has no time to mend them."""
-    patch = emulated.ROOT / "benchmarks" / "experiments" / f"{name}.patch"
     subprocess.run(["git", "apply", "--check", str(patch)], cwd=emulated.ROOT, check=True)
 
 
