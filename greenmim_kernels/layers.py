@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import modules
-from .integrations.attention import asked_maps, asks_more, attend
+from .integrations.attention import attend, wants_maps, wants_more
 
 
 class GroupWindowAttention(nn.Module):
@@ -46,7 +46,7 @@ class SwinAttention(nn.Module):
         """
         # Another version of this package may have fused the layer, and gives what it made.
         is_known = attention_mask is None or isinstance(attention_mask, torch.Tensor)
-        if is_known and not asks_more(self, asked_maps(self, kwargs)):
+        if is_known and not wants_more(self, wants_maps(self, kwargs)):
             out = attend(self, hidden_states, attention_mask)
             if out is not None:
                 return out, None

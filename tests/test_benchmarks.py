@@ -54,7 +54,7 @@ def test_samples_are_ordered_and_set_up_each_time():
 def test_a_planted_slowdown_is_seen():
     bench, peer = Bench(tiny(), "cpu"), peer_named("greenmim-cpp")
     rows = []
-    for late in (0.0, 0.02):
+    for late in (0.0, 0.05):
 
         def make(operator, inputs, late=late):
             function = peers.ours(operator, inputs)
@@ -72,7 +72,8 @@ def test_a_planted_slowdown_is_seen():
         prepared = dataclasses.replace(bench.prepare(slow, "both"), sampler=sampler)
         timing = Timing.of([sampler() for _ in range(5)])
         rows.append(timed_row(bench.row(slow, "both"), timing, prepared, RATES, bench))
-    assert rows[1]["ms"] > rows[0]["ms"] + 19 and rows[1]["fraction"] < rows[0]["fraction"]
+    # A sleep is never short; the rest takes as long as the other processes of this machine let it.
+    assert rows[1]["ms"] >= 50 > rows[0]["ms"] and rows[1]["fraction"] < rows[0]["fraction"]
     old, new = ({"rows": [row]} for row in rows)
     (line,) = report.compare(old, new)
     assert "greenmim-cpp both" in line and "times the time" in line

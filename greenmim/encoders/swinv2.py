@@ -15,13 +15,13 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from torch import Tensor, nn
 
 from greenmim_kernels import GroupPartition, group_window_attention
-from greenmim_kernels.integrations.readers import SwinV2
+from greenmim_kernels.integrations.readers import SwinV2Reader
 
 from ..config import ModelConfig
 from .shifted_windows import ShiftedWindowEncoder
 from .visible import VisibleBlock
 
-_attention = SwinV2()  # reads queries, keys, values and the bias out of timm's module
+_reader = SwinV2Reader()  # of q, k, v and the bias table from timm's module
 
 
 class SwinV2Block(VisibleBlock, SwinTransformerV2Block):  # type: ignore[misc]  # its own `forward`
@@ -33,7 +33,7 @@ class SwinV2Block(VisibleBlock, SwinTransformerV2Block):  # type: ignore[misc]  
 
     def _attend(self, x: Tensor, part: GroupPartition) -> Tensor:
         module = self.attn
-        qkv, table = _attention.qkv(module, x), _attention.table(module)
+        qkv, table = _reader.qkv(module, x), _reader.table(module)
         # Queries have the length of their head's scale already, keys the length 1.
         return module.proj(group_window_attention(qkv, table, part, module.num_heads, scale=1.0))
 

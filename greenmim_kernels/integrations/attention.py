@@ -1,8 +1,8 @@
-"""Attention modules of other libraries on the fused operator.
+"""Attention modules of other libraries, run by the fused operator.
 
-A fused module is its original with another class, made of one from here and the original's.
-Parameters, buffers and keys stay what they are; what the kernels do not do goes to the original's
-own ``forward``.
+A fused module is the library's module with its class exchanged: the new one is derived from a class
+of this file and from the library's. Parameters, buffers and state dict keys stay. Calls that the
+kernels cannot run go to the library's own ``forward``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,31 +27,47 @@ from ..partition import GroupPartition
 from ..windows import partition_from_windows
 from .grids import GridPartition, grid_partition, is_capturing
 from .readers import (
-    HuggingFaceSelfAttention,
-    HuggingFaceSwin,
-    HuggingFaceSwinV2,
-    Swin,
-    SwinV2,
-    TimmMaxVit,
-    TorchvisionMaxVit,
+    HuggingFaceSelfAttentionReader,
+    HuggingFaceSwinReader,
+    HuggingFaceSwinV2Reader,
+    SwinReader,
+    SwinV2Reader,
+    TimmMaxVitReader,
+    TorchvisionMaxVitReader,
 )
 
-# What a fused module's other base is.
+# The other base of a fused module's class is a Module, which a type checker must be told.
 if TYPE_CHECKING:
     _Original = nn.Module
 else:
     _Original = object
 
 
-class Fused(_Original):
-    """What every fused module is; `unfused` is what its class was made of."""
+class Origin(NamedTuple):
+    """What the class of a fused module was made from.
 
-    reader: Swin
-    unfused: tuple[type[nn.Module], type[Fused], bool, bool]
+    Attributes:
+        original: the library's class.
+        ours: the class from here that runs it.
+        plain_index: whether the module's ``relative_position_index`` is Swin's for its window.
+        partial: whether it takes windows with fewer slots, which are then the first of the window.
+    """
+
+    original: type[nn.Module]
+    ours: type[Fused]
+    plain_index: bool = True
+    partial: bool = False
+
+
+class Fused(_Original):
+    """Base of every fused module."""
+
+    reader: SwinReader
+    fused_from: Origin
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *more) -> None:
         mask, own = state_dict.get(f"{prefix}attn_mask"), getattr(self, "attn_mask", None)
-        has_other = (
+        has_changed = (
             isinstance(mask, Tensor)
             and isinstance(own, Tensor)
             and mask.shape == own.shape
@@ -59,57 +75,51 @@ class Fused(_Original):
             and not torch.equal(mask.to(own), own)
         )
         super()._load_from_state_dict(state_dict, prefix, *more)
-        original, ours, plain_index, _ = self.unfused
         if f"{prefix}relative_position_index" in state_dict:
-            has_other |= has_plain_index(self, ours) != plain_index
-        if has_other:
-            say_once(self, "another relative_position_index or mask was loaded; fuse it again")
-            self.__class__ = original  # type: ignore[assignment]  # the other of its two bases
+            _, ours, plain_index, _ = self.fused_from
+            has_changed |= has_plain_index(self, ours) != plain_index
+        if has_changed:
+            warn_once(self, "another relative_position_index or mask was loaded; fuse it again")
+            self.__class__ = self.fused_from.original  # type: ignore[assignment]  # one of its bases
 
     def __reduce_ex__(self, protocol):
-        # The class is made while running, so that a pickle cannot name it.
+        # A pickle cannot name the class, which is made at run time.
         _, _, *state = super().__reduce_ex__(protocol)
-        return _new, self.unfused, *state
+        return _new, tuple(self.fused_from), *state
 
 
 @functools.cache
-def fused_class(
-    original: type[nn.Module], ours: type[Fused], plain_index: bool = True, partial: bool = False
-) -> type[nn.Module]:
-    """The class of a module of class `original` that runs by `ours`.
-
-    plain_index: whether the module's ``relative_position_index`` is Swin's for its window.
-    partial: whether it takes windows with fewer slots, which are the first of a whole one.
-    """
-    members = {"unfused": (original, ours, plain_index, partial)}
-    return type(f"Fused{original.__name__}", (ours, original), members)
+def fused_class(origin: Origin) -> type[nn.Module]:
+    """The class of modules fused from `origin`."""
+    name = f"Fused{origin.original.__name__}"
+    return type(name, (origin.ours, origin.original), {"fused_from": origin})
 
 
-def _new(*unfused) -> nn.Module:
-    made = fused_class(*unfused)
-    return made.__new__(made)
+def _new(*origin) -> nn.Module:
+    cls = fused_class(Origin(*origin))
+    return cls.__new__(cls)
 
 
-def made_of(m: nn.Module) -> tuple[type[nn.Module], type[Fused], bool, bool]:
-    """A fused module's `unfused`; others are transformers' SwinAttention, called from `layers`."""
-    return getattr(m, "unfused", None) or (type(m), FusedHuggingFaceSwinAttention, True, False)
+def origin_of(m: nn.Module) -> Origin:
+    """`fused_from`; without it `m` is transformers' SwinAttention, called by `layers`."""
+    return getattr(m, "fused_from", None) or Origin(type(m), FusedHuggingFaceSwinAttention)
 
 
-def reader_of(m: nn.Module) -> Swin:
-    return made_of(m)[1].reader
+def reader_of(m: nn.Module) -> SwinReader:
+    return origin_of(m).ours.reader
 
 
 # --- fused modules ------------------------------------------------------------------------------
 
 
 class FusedAttention(Fused):
-    """``forward(x, mask)``, x [B windows, n, C] with the windows of an image together.
+    """``forward(x, mask)``, x [B * windows, n, C] with the windows of an image side by side.
 
-    A GridPartition may stand in the place of the mask; x is then [B, N, C].
+    Fused blocks pass a GridPartition as the mask; x is then [B, N, C].
     """
 
     def forward(self, x: Tensor, mask: Tensor | GridPartition | None = None, *more, **options):
-        if not asks_more(self, *more, *options.values()):
+        if not wants_more(self, *more, *options.values()):
             out = attend(self, x, mask)
             if out is not None:
                 return out
@@ -117,17 +127,17 @@ class FusedAttention(Fused):
 
 
 class FusedSwinAttention(FusedAttention):
-    reader = Swin()
+    reader = SwinReader()
 
 
 class FusedSwinV2Attention(FusedAttention):
-    reader = SwinV2()
+    reader = SwinV2Reader()
 
 
 class FusedHATAttention(Fused):
-    """``forward(x, rpi, mask)``, with the relative position index as an argument."""
+    """HAT's ``forward(x, rpi, mask)``; rpi is the relative position index."""
 
-    reader = Swin()
+    reader = SwinReader()
 
     def forward(self, x: Tensor, rpi: Tensor, mask: Tensor | None = None) -> Tensor:
         out = attend(self, x, mask, rpi)
@@ -135,9 +145,12 @@ class FusedHATAttention(Fused):
 
 
 class FusedTimmMaxVitAttention(Fused):
-    """``forward(x, shared_rel_pos)``, x [B windows, ..., C]; one with a bias looks at x alone."""
+    """AttentionCl: ``forward(x, shared_rel_pos)``, x [B * windows, ..., C].
 
-    reader = TimmMaxVit()
+    With a bias of its own the library's code ignores the second argument.
+    """
+
+    reader = TimmMaxVitReader()
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | GridPartition | None = None) -> Tensor:
         part = shared_rel_pos if isinstance(shared_rel_pos, GridPartition) else None
@@ -146,9 +159,9 @@ class FusedTimmMaxVitAttention(Fused):
 
 
 class FusedTorchvisionMaxVitAttention(Fused):
-    """``forward(x)``, x [B, windows, n, C]."""
+    """RelativePositionalMultiHeadAttention: ``forward(x)``, x [B, windows, n, C]."""
 
-    reader = TorchvisionMaxVit()
+    reader = TorchvisionMaxVitReader()
 
     def forward(self, x: Tensor, part: GridPartition | None = None) -> Tensor:
         out = attend(self, x, part)
@@ -156,10 +169,10 @@ class FusedTorchvisionMaxVitAttention(Fused):
 
 
 class FusedHuggingFaceSwinAttention(Fused):
-    reader = HuggingFaceSwin()
+    reader = HuggingFaceSwinReader()
 
     def forward(self, hidden_states, attention_mask=None, **options):
-        if not asks_more(self, asked_maps(self, options)):
+        if not wants_more(self, wants_maps(self, options)):
             out = attend(self, hidden_states, attention_mask)
             if out is not None:
                 return out, None
@@ -167,10 +180,10 @@ class FusedHuggingFaceSwinAttention(Fused):
 
 
 class FusedHuggingFaceSelfAttention(Fused):
-    reader = HuggingFaceSelfAttention()
+    reader = HuggingFaceSelfAttentionReader()
 
     def forward(self, hidden_states, attention_mask=None, *more, **options):
-        if not asks_more(self, *more, *options.values()):
+        if not wants_more(self, *more, *options.values()):
             out = attend(self, hidden_states, attention_mask)
             if out is not None:
                 return (out,)
@@ -178,93 +191,95 @@ class FusedHuggingFaceSelfAttention(Fused):
 
 
 class FusedHuggingFaceSwinV2Attention(FusedHuggingFaceSelfAttention):
-    reader = HuggingFaceSwinV2()
+    reader = HuggingFaceSwinV2Reader()
 
 
 def attend(
     m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None, index: Tensor | None = None
 ) -> Tensor | None:
-    """A fused module's attention; None, and says why, if the kernels do not do it.
+    """The output of a fused module's call; None, after a warning, if the kernels cannot run it.
 
-    index: one that comes with a call, which must be Swin's.
+    mask: as in the library's call, or the partition that a fused block passes.
+    index: the relative position index of a call that brings one; it must be Swin's.
     """
     if isinstance(mask, GridPartition):
         return attend_in(m, x, mask, mask.pads)
-    if not may_take(m, x) or (index is not None and not _is_swins(m, index)):
+    if not can_run(m, x) or (index is not None and not _is_swins(m, index)):
         return None
     flat = reader_of(m).windows(x)
     part = _partition(m, flat, mask)
-    if part is None or not takes(m, flat, part):
+    if part is None or not can_run_in(m, flat, part):
         return None
     windows, slots, channels = flat.shape
-    together = 1 if mask is None else mask.shape[0]
-    out = attend_in(m, flat.reshape(windows // together, together * slots, channels), part)
+    per_image = 1 if mask is None else mask.shape[0]
+    out = attend_in(m, flat.reshape(windows // per_image, per_image * slots, channels), part)
     return out.reshape(*x.shape[:-1], -1)
 
 
 def attend_in(m: nn.Module, x: Tensor, part: GroupPartition, pads: bool = False) -> Tensor:
-    """x [B, N, C] -> [B, N, C]; pads: whether there is padding that attends."""
-    read = reader_of(m)
-    number, _ = read.heads(m)
-    padding = read.of_padding(m, x) if pads else None
-    qkv, table, scale = read.qkv(m, x), read.table(m), read.scale(m)
-    return read.output(m, group_window_attention(qkv, table, part, number, scale, padding))
+    """x [B, N, C] -> [B, N, C] in the windows of `part`; pads: whether padding attends in it."""
+    reader = reader_of(m)
+    num_heads, _ = reader.heads(m)
+    pad_value = reader.pad_value(m, x) if pads else None
+    qkv, table, scale = reader.qkv(m, x), reader.table(m), reader.scale(m)
+    out = group_window_attention(qkv, table, part, num_heads, scale, pad_value)
+    return reader.output(m, out)
 
 
-# --- what the kernels do not do -----------------------------------------------------------------
+# --- what the kernels cannot run ------------------------------------------------------------------
 
 
-def may_take(m: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels do a fused module's call, if a partition of it fits; says why not."""
+def can_run(m: nn.Module, x: Tensor) -> bool:
+    """Whether the kernels can run a fused module on x, whatever its windows; warns if not."""
     if isinstance(x, torch.fx.Proxy):
-        return False  # the library's code is what is traced
+        return False  # torch.fx traces the library's code
     if m.training and reader_of(m).dropout(m) > 0:
-        return say_once(m, "attention dropout is above 0 in training")
-    if reader_of(m).shows_maps(m):
-        return say_once(m, "a hook looks at attention maps")
+        return warn_once(m, "attention dropout is above 0 in training")
+    if reader_of(m).exposes_maps(m):
+        return warn_once(m, "a hook looks at attention maps")
     usable = candidates("group_window_attention", x.device, x.dtype)
     if usable == ("reference",) and not is_forced():
-        return say_once(m, "no backend takes its dtype on its device")
+        return warn_once(m, "no backend takes its dtype on its device")
     return True
 
 
-def takes(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
-    """Whether a kernel has room for its heads and groups; says so if not."""
+def can_run_in(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
+    """Whether a kernel has room for its heads in the groups of `part`; warns if not."""
     _, head_dim = reader_of(m).heads(m)
     backend = choose_backend(
         "group_window_attention", x.device, x.dtype, head_dim, part.group_size, part.table_rows
     )
     if backend == "reference" and not is_forced():
-        return say_once(m, "no backend takes its head dim and window")
+        return warn_once(m, "no backend takes its head dim and window")
     return True
 
 
-def asked_maps(m: nn.Module, options: dict) -> bool | None:
-    """Whether transformers' options or configuration ask for attention maps."""
+def wants_maps(m: nn.Module, options: dict) -> bool | None:
+    """Whether a call's options or the configuration (of transformers) ask for attention maps."""
     return options.get("output_attentions") or getattr(m.config, "output_attentions", False)
 
 
-def asks_more(m: nn.Module, *given: object) -> bool:
-    """Whether a call asks for what the kernels do not do, such as attention maps; says so."""
-    asked = any([one is not None and one is not False for one in given])
-    return asked and not say_once(
-        m, "attention maps, or more than windows and a mask, are asked for"
+def wants_more(m: nn.Module, *given: object) -> bool:
+    """Whether a call's further arguments ask for anything, such as attention maps; warns if so."""
+    asks = any([one is not None and one is not False for one in given])
+    return asks and not warn_once(
+        m, "the call asks for attention maps, or for more than windows and a mask"
     )
 
 
-_said: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def say_once(m: nn.Module, reason: str, detail: str = "") -> bool:
-    """Warns that calls go to the original's code; returns False."""
-    return _say(made_of(m)[0].__name__, reason, detail)
+def warn_once(m: nn.Module, reason: str, detail: str = "") -> bool:
+    """Warns that the library's code runs a call, once per class and reason; returns False."""
+    return _warn(origin_of(m).original.__name__, reason, detail)
 
 
-# Dynamo takes the answer as a constant, so that it is said while tracing.
+# Dynamo calls it once and keeps the answer as a constant, so that the warning comes while tracing.
 @torch.compiler.assume_constant_result
-def _say(name: str, reason: str, detail: str) -> bool:
-    if (name, reason) not in _said:
-        _said.add((name, reason))
+def _warn(name: str, reason: str, detail: str) -> bool:
+    if (name, reason) not in _warned:
+        _warned.add((name, reason))
         text = f"{name} runs its own code, not the fused kernels: {reason}"
         warnings.warn(f"{text} ({detail})" if detail else text, stacklevel=6)
     return False
@@ -274,8 +289,8 @@ def _say(name: str, reason: str, detail: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """A partition, and what it was made of besides its mask."""
+class _Kept:
+    """A partition, and what it depends on besides the tensor that it is kept by."""
 
     slots: int
     window: tuple[int, ...]
@@ -284,84 +299,91 @@ class _Cut:
     part: GroupPartition
 
 
-# By its mask, or by its index where it has no mask; blocks of a network may share one.
-_cuts = WeakTensorKeyDictionary()
-# Modules of which a mask was checked, with its number of slots.
+# Keyed by the mask, or by the index without a mask: the blocks of a network may share one.
+_kept = WeakTensorKeyDictionary()
+# The modules whose first mask was checked, with its number of slots.
 _checked: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_captured: list[GroupPartition] = []  # what CUDA graphs read
+_captured: list[GroupPartition] = []  # CUDA graphs read them for as long as the process lives
 
 
 def _partition(m: nn.Module, x: Tensor, mask: Tensor | None) -> GroupPartition | None:
-    slots, window = x.shape[1], reader_of(m).window(m)
-    _, _, plain_index, partial = made_of(m)
+    """The partition of the windows x [B * windows, n, C]; None, after a warning, if there is none.
+
+    It covers the windows of one image; without a mask, one window.
+    """
+    slots, window = x.shape[1], reader_of(m).window_size(m)
+    _, _, plain_index, partial = origin_of(m)
     if slots > math.prod(window) or (slots < math.prod(window) and not partial):
-        say_once(m, "windows of other sizes than its bias is for")
+        warn_once(m, "its windows are of another size than its bias table")
         return None
     if mask is None and plain_index:
         return grid_partition((slots,), (slots,), (0,), window, x.device)
     if mask is not None:
         if mask.shape[1:] != (slots, slots) or x.shape[0] % mask.shape[0]:
-            say_once(m, "a mask that is not [windows, n, n]")
+            warn_once(m, "its mask is not [windows, n, n]")
             return None
         if mask.requires_grad:
-            say_once(m, "a mask that learns")
+            warn_once(m, "its mask requires a gradient")
             return None
         if isinstance(mask, FakeTensor) and not torch.compiler.is_compiling():
             return None
     if torch.compiler.is_compiling():
-        return _cut(m, mask, slots, trusted=True)
+        return _make(m, mask, slots, trusted=True)
     try:
-        return _last_or_cut(m, mask, slots)
+        return _kept_or_made(m, mask, slots)
     except ValueError as error:
-        say_once(m, "a mask of another kind", str(error))
+        warn_once(m, "its mask or relative position index cannot be used", str(error))
         return None
 
 
-def _last_or_cut(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartition:
-    index = None if made_of(m)[2] else m.relative_position_index
-    of, window = index if mask is None else mask, tuple(reader_of(m).window(m))
+def _kept_or_made(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartition:
+    index = None if origin_of(m).plain_index else m.relative_position_index
+    key, window = index if mask is None else mask, tuple(reader_of(m).window_size(m))
     versions = _version(mask), _version(index)
-    last = _cuts.get(of)
-    if last is not None and (last.slots, last.window, last.versions) == (slots, window, versions):
-        is_same = index is None if last.index is None else last.index() is index
+    kept = _kept.get(key)
+    if kept is not None and (kept.slots, kept.window, kept.versions) == (slots, window, versions):
+        is_same = index is None if kept.index is None else kept.index() is index
         if is_same and None not in versions:
-            return last.part
+            return kept.part
     # On a GPU a check in Python waits for the device: a module's masks after the first are trusted.
     on_cpu = mask is None or mask.device.type == "cpu"
     trusted = not on_cpu and _checked.get(m) == slots
     with torch.inference_mode(False):  # autograd refuses to save tensors made in it
-        part = _cut(m, mask, slots, trusted)
-    known = None if index is None else weakref.ref(index)
-    _cuts[of], _checked[m] = _Cut(slots, window, versions, known, part), slots
+        part = _make(m, mask, slots, trusted)
+    index_ref = None if index is None else weakref.ref(index)
+    _kept[key], _checked[m] = _Kept(slots, window, versions, index_ref, part), slots
     if is_capturing(part.token_index.device):
         _captured.append(part)
     return part
 
 
 def _version(x: Tensor | None) -> int | None:
-    """It grows when x is written to; None: nobody knows, as in inference mode."""
+    """A number that grows when x is written to; None in inference mode, where nothing counts."""
     return 0 if x is None else None if x.is_inference() else x._version
 
 
-def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupPartition:
-    """trusted: a mask that cuts no windows into segments fails later, on its device."""
-    window: tuple | None = tuple(reader_of(m).window(m))
+def _make(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupPartition:
+    """The partition of a mask, or of one window without a mask.
+
+    trusted: do not wait for the device; a mask that cuts no segments fails there, later.
+    """
+    window: tuple | None = tuple(reader_of(m).window_size(m))
     index, windows = None, 1
     if mask is not None:
         windows, attends = mask.shape[0], mask == 0
-        # A lesser value is a bias of its own.
+        # Any other value would be a bias, not an exclusion.
         excludes = (attends | (mask <= -50)).all()
         if trusted:
-            segment = attends.byte().argmax(-1)  # the first that a slot attends to
+            segment = attends.byte().argmax(-1)  # the first slot that a slot attends to
             is_cut = ((segment[:, :, None] == segment[:, None]) == attends).all()
             torch._assert_async(excludes & is_cut, "the mask cuts no windows into segments")
         elif not excludes:
             raise ValueError("it has values other than 0 and -100")
-    _, _, plain_index, _ = made_of(m)
+    _, _, plain_index, _ = origin_of(m)
     if not plain_index:
         window, index = None, index_matrix(m)[:slots, :slots]
-    of_device: Any = index if mask is None else mask
-    token = torch.arange(windows * slots, device=of_device.device)
+    on_device: Any = index if mask is None else mask
+    token = torch.arange(windows * slots, device=on_device.device)
     part = partition_from_windows(
         token.view(windows, slots),
         window,
@@ -369,53 +391,56 @@ def _cut(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupP
         bias_index=index,
         num_tokens=windows * slots if trusted else None,
     )
-    # Not every row of a table need be in an index.
+    # The table may have rows that no pair of the index takes.
     return part if plain_index else replace(part, table_rows=reader_of(m).table(m).shape[0])
 
 
+# --- relative position indices --------------------------------------------------------------------
+
+
 def has_plain_index(m: nn.Module, ours: type[Fused]) -> bool:
-    """Whether its relative_position_index, if it has one, is Swin's for its window."""
+    """Whether the module's relative_position_index is Swin's for its window, or it has none."""
     index = getattr(m, "relative_position_index", None)
     if not isinstance(index, Tensor):
         return True
-    return not index.is_meta and _has_values_of_swins(index, ours.reader.window(m))
+    return not index.is_meta and _equals_swins(index, ours.reader.window_size(m))
 
 
 def swins_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Swin's relative_position_index, int32 [n, n]."""
+    """Swin's relative_position_index of a window of n slots, int32 [n, n]."""
     slots = math.prod(window)
     part = grid_partition((slots,), (slots,), (0,), window, torch.device(device))
     return part.query_row[0, 0, :, None] + part.key_row[0, 0]
 
 
-def _has_values_of_swins(index: Tensor, window: Sequence[int]) -> bool:
+def _equals_swins(index: Tensor, window: Sequence[int]) -> bool:
     return torch.equal(index.reshape(-1).int(), swins_index(window, index.device).view(-1))
 
 
-# Of each module the last index that came with a call, its version, and whether it is Swin's.
+# For each module the index of its last call, that tensor's version, and whether it was Swin's.
 _indices: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
 def _is_swins(m: nn.Module, index: Tensor) -> bool:
-    """Whether an index that comes with a call is Swin's; says so if not."""
+    """Whether the index of a call is Swin's; warns if not."""
     if index.numel() != math.prod(m.window_size) ** 2:
-        return False  # the module's own code says what is wrong
+        return False  # the library's code raises
     if torch.compiler.is_compiling():
         is_same = (index.reshape(-1) == swins_index(m.window_size, index.device).view(-1)).all()
         torch._assert_async(is_same, "the relative position index is not Swin's")
         return True
     if isinstance(index, FakeTensor):
         return False
-    known, version, is_plain = _indices.get(m, (lambda: None, None, False))
-    if known() is not index or version is None or version != _version(index):
+    last, version, is_plain = _indices.get(m, (lambda: None, None, False))
+    if last() is not index or version is None or version != _version(index):
         with _disable_current_modes():  # x may be fake where the index is not
-            is_plain = _has_values_of_swins(index, m.window_size)
+            is_plain = _equals_swins(index, m.window_size)
         _indices[m] = weakref.ref(index), _version(index), is_plain
-    return is_plain or say_once(m, "a relative position index that is not Swin's")
+    return is_plain or warn_once(m, "its relative position index is not Swin's")
 
 
 def index_matrix(m: nn.Module) -> Tensor:
-    """relative_position_index as a matrix, [n, n]."""
+    """The module's relative_position_index as a matrix [n, n]."""
     index = m.relative_position_index
-    side = math.isqrt(index.numel())
-    return index.view(side, side)
+    slots = math.isqrt(index.numel())
+    return index.view(slots, slots)

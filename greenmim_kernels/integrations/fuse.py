@@ -1,4 +1,4 @@
-"""Which modules of a model the kernels can run, and the exchange of their classes."""
+"""Finds the modules of a model that the kernels can run, and exchanges their classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backends import use_backend
 from ..windows import partition_from_windows
-from .attention import Fused, fused_class, has_plain_index, index_matrix
+from .attention import Fused, Origin, fused_class, has_plain_index, index_matrix
 from .kinds import ATTENTION, BLOCKS, LAYERS, Kind
 
 
@@ -21,8 +21,8 @@ class FusionReport:
     """What :func:`fuse_window_attention` did.
 
     Attributes:
-        fused: what was replaced, by the module's name.
-        left: why a module that looks like attention in windows was not, by its name.
+        fused: name of each module that runs on the kernels -> its class, and how much of it.
+        left: name of each module left as it is, though it looks like window attention -> why.
     """
 
     fused: dict[str, str] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class FusionReport:
 
     def __str__(self) -> str:
         if not self.fused and not self.left:
-            return "no attention in windows found; nothing was changed"
+            return "no window attention found; nothing was changed"
         lines = []
         for title, entries in (("fused", self.fused), ("left as it is", self.left)):
             by_text: dict[str, list[str]] = {}
@@ -43,28 +43,29 @@ class FusionReport:
 
 
 def fuse_window_attention(model: nn.Module) -> FusionReport:
-    """Makes the attention in windows of a model run on the fused kernels, in place.
+    """Makes the window attention of a model run on the fused kernels, in place.
 
     Parameters, buffers, their names and values stay; :func:`unfuse_window_attention` undoes it.
-    Modules are known by their structure: the Swins of timm, torchvision, transformers, MONAI and
-    Microsoft, SwinIR and MaxViT with rolling, padding and cutting into windows; else each class
-    with the names and the ``forward(x, mask)`` of Swin's ``WindowAttention``, and HAT's. A copy of
-    each with other weights is asked for its numbers before and after, in float64 on the CPU; where
-    they differ the module is left alone.
+    Modules are recognized by their structure. For the Swins of timm, torchvision, transformers,
+    MONAI and Microsoft, SwinIR and MaxViT, rolling, padding and cutting into windows are replaced
+    too; for other classes with the attributes and the ``forward(x, mask)`` of Swin's
+    ``WindowAttention``, and for HAT's, the attention alone. A copy of each module, with other
+    weights, must give the same numbers fused and unfused, in float64 on the CPU; else the module
+    stays as it is.
 
-    Calls go to the module's own code, with one warning, where the kernels lack something: attention
-    dropout above 0 in training, attention maps asked for, a dtype or head dim. Pairs that a mask
-    excludes are excluded exactly, where libraries add -100.
+    The library's own code runs, after one warning, what the kernels cannot: attention dropout above
+    0 in training, attention maps, some dtypes and head dims. Pairs that a mask excludes are
+    excluded exactly, where libraries add -100 to their scores.
 
     Args:
-        model: any module, on any device but "meta", before FSDP shards it; may be one of these
-            modules itself.
+        model: any module, on any device but "meta", before FSDP shards it; may be an attention
+            module itself.
 
     Returns:
         A :class:`FusionReport`; print it.
     """
     left: dict[str, str] = {}
-    tried: dict[tuple, tuple | str] = {}
+    tried: dict[tuple, Origin | str] = {}
     for kinds in (ATTENTION, BLOCKS, LAYERS):
         for name, module in model.named_modules():
             found = [kind for kind in kinds if kind.fits(module)]
@@ -75,8 +76,8 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
                 key = (kind.ours, code)
                 if key not in tried:
                     tried[key] = _try(module, kind)
-                if isinstance(tried[key], tuple):
-                    module.__class__ = fused_class(*tried[key])
+                if isinstance(origin := tried[key], Origin):
+                    module.__class__ = fused_class(origin)
                     break
             else:
                 left[name] = f"{type(module).__name__}: {tried[found[0].ours, code]}"
@@ -84,24 +85,24 @@ def fuse_window_attention(model: nn.Module) -> FusionReport:
 
 
 def unfuse_window_attention(model: nn.Module) -> None:
-    """Gives every module that :func:`fuse_window_attention` changed its own class back.
+    """Gives every module that :func:`fuse_window_attention` changed its class back.
 
     Args:
         model: changed in place.
 
     Raises:
-        RuntimeError: something else, such as FSDP, has changed the class of a fused module since;
-            nothing is undone.
+        RuntimeError: something else, such as FSDP, has exchanged the class of a fused module since
+            then; nothing is undone.
     """
     fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
     for name, module in fused.items():
-        if type(module) is not fused_class(*module.unfused):  # type: ignore[arg-type]  # hashable
+        if type(module) is not fused_class(module.fused_from):
             raise RuntimeError(
                 f"{name or 'the model'} has become a {type(module).__name__} since it was fused;"
                 " undo that first"
             )
     for module in fused.values():
-        module.__class__ = module.unfused[0]  # type: ignore[assignment]  # one of its two bases
+        module.__class__ = module.fused_from.original  # type: ignore[assignment]  # one of its bases
 
 
 def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
@@ -115,26 +116,28 @@ def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
             extent = next(
                 kind.extent
                 for kind in (*ATTENTION, *BLOCKS, *LAYERS)
-                if kind.ours is module.unfused[1]
+                if kind.ours is module.fused_from.ours
             )
-            report.fused[name] = f"{module.unfused[0].__name__}, {extent}"
+            report.fused[name] = f"{module.fused_from.original.__name__}, {extent}"
             inside.append(f"{name}." if name else "")
-        elif _looks_like_it(module) and not any(f"{name}.".startswith(f"{x}.") for x in left):
+        elif _looks_like_attention(module) and not any(
+            f"{name}.".startswith(f"{x}.") for x in left
+        ):
             report.left[name] = f"{label}: not known"
             inside.append(f"{name}.")
     return report
 
 
-def _looks_like_it(module: nn.Module) -> bool:
+def _looks_like_attention(module: nn.Module) -> bool:
     name = type(module).__name__
-    is_called_so = re.search("window.*(attention|msa)$", name, re.IGNORECASE) is not None
-    return is_called_so or hasattr(module, "relative_position_index")
+    has_name = re.search("window.*(attention|msa)$", name, re.IGNORECASE) is not None
+    return has_name or hasattr(module, "relative_position_index")
 
 
-# --- is it what it looks like? ------------------------------------------------------------------
+# --- does a module compute what its structure promises? ------------------------------------------
 
 
-# Attributes that differ between modules of a model where their code does not.
+# Attributes that may differ between modules which run the same code.
 SIZES = frozenset(
     "training p drop_prob input_resolution dim embed_dims num_heads num_attention_heads head_dim"
     " attention_head_size all_head_size scale scaling in_features out_features in_channels"
@@ -143,7 +146,7 @@ SIZES = frozenset(
 
 
 def _code_of(module: nn.Module) -> tuple:
-    """What a module computes with besides its weights: those with the same run the same code."""
+    """All that decides what a module computes, but sizes and weights: equal for the same code."""
     plain = (bool, int, float, str, tuple, list, type(None))
     found: list[object] = []
     for name, child in module.named_modules():
@@ -154,7 +157,7 @@ def _code_of(module: nn.Module) -> tuple:
         ]
         tensors = [*child._parameters.items(), *child._buffers.items()]
         given = [(key, x is None) for key, x in tensors]
-        # Such as a method that somebody has replaced.
+        # Methods that somebody has replaced on the module.
         called = [(key, id(value)) for key, value in vars(child).items() if callable(value)]
         found.append((name, type(child), str(called), str(settings), str(given)))
     found += [(name, _digest(buffer)) for name, buffer in module.named_buffers()]
@@ -162,36 +165,37 @@ def _code_of(module: nn.Module) -> tuple:
 
 
 def _digest(x: Tensor) -> bytes:
-    """Of a buffer's values; empty without any."""
+    """A digest of a buffer's values; empty on the meta device."""
     if x.is_meta:
         return b""
     return hashlib.blake2b(x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
-def _try(module: nn.Module, kind: Kind) -> tuple | str:
-    """What to fuse a module by, if a copy gives its numbers so; else the reason why not."""
+def _try(module: nn.Module, kind: Kind) -> Origin | str:
+    """How to fuse a module as this kind, if a fused copy gives its numbers; else why not."""
     if any(x.is_meta for x in (*module.parameters(), *module.buffers())):
         return 'on the device "meta"; fuse it with values'
     if "forward" in vars(module):
         return "its forward was replaced"
     try:
-        # Whatever surrounds the call: the copies are on the CPU, in float64.
+        # Modes around the call must not change the copies, which are on the CPU, in float64.
         with (
             torch.device("cpu"),
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
-            use_backend("reference"),  # which takes everything
+            use_backend("reference"),  # it takes every size and dtype
         ):
-            return _compared(module, kind)
-    except Exception as error:  # of anybody's code
+            return _compare(module, kind)
+    except Exception as error:  # the library's code may raise anything
         return f"its code could not be tried: {type(error).__name__}: {error}"
 
 
-def _compared(module: nn.Module, kind: Kind) -> tuple | str:
+def _compare(module: nn.Module, kind: Kind) -> Origin | str:
     plain_index = has_plain_index(module, kind.ours)
     if not plain_index:
         index = index_matrix(module).cpu()
+        # Raises where the index is no sum of a number of the query and one of the key.
         partition_from_windows(torch.arange(index.shape[0])[None], bias_index=index)
     original, draw = _copy(module), torch.Generator().manual_seed(0)
     for weight in original.parameters():
@@ -199,28 +203,28 @@ def _compared(module: nn.Module, kind: Kind) -> tuple | str:
         weight.copy_(torch.randn(weight.shape, dtype=weight.dtype, generator=draw) / fan_in**0.5)
     fused = copy.deepcopy(original)
     unfuse_window_attention(original)
-    unfused = (type(module), kind.ours, plain_index, True)
-    fused.__class__ = fused_class(*unfused)  # type: ignore[arg-type]  # hashable
-    for number, arguments in enumerate(kind.sample(original, draw)):
+    origin = Origin(type(module), kind.ours, plain_index, partial=True)
+    fused.__class__ = fused_class(origin)
+    for number, arguments in enumerate(kind.samples(original, draw)):
         try:
-            one, other = (getattr(m, kind.method)(*arguments) for m in (original, fused))
-            one, other = (x if isinstance(x, Tensor) else x[0] for x in (one, other))
-            # Libraries may take the softmax in float32 even so.
-            is_same = one.shape == other.shape
-            is_same = is_same and (one - other).abs().max() <= 1e-5 * one.abs().max()
+            expected, actual = (getattr(m, kind.method)(*arguments) for m in (original, fused))
+            expected, actual = (x if isinstance(x, Tensor) else x[0] for x in (expected, actual))
+            # Some libraries take the softmax in float32 whatever the dtype.
+            is_same = expected.shape == actual.shape
+            is_same = is_same and (expected - actual).abs().max() <= 1e-5 * expected.abs().max()
         except Exception:
-            if number < kind.whole:
+            if number < kind.required:
                 raise
             is_same = False
-        if not is_same and number < kind.whole:
+        if not is_same and number < kind.required:
             return "its code computes something else"
         if not is_same:  # windows with fewer slots
-            return (*unfused[:3], False)
-    return unfused
+            return origin._replace(partial=False)
+    return origin
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """In float64 on the CPU, for evaluation, without hooks."""
+    """A copy in float64 on the CPU, in evaluation mode, without hooks."""
     without: dict = {}
     for child in module.modules():
         hooks = [value for key, value in vars(child).items() if "_hooks" in key]

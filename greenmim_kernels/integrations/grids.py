@@ -1,4 +1,4 @@
-"""Partitions of whole grids, cut into windows as libraries cut them: rolled, padded, shifted."""
+"""Partitions of dense grids, which libraries pad, roll and cut into windows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .._ops import add_op_namespace_prefix
 from ..partition import GroupPartition, table_rows
 from ..windows import partition_from_windows
 
-# What is kept of partitions: in image restoration one may have megabytes, and images any size.
-# The fewest are those of a network's stages, shifted and not: it asks for one after the other.
-FEWEST, MOST, LARGEST_BYTES = 8, 256, 128 << 20
+# Limits of the caches of partitions. In image restoration images have any size and a partition may
+# take megabytes. A network cycles through those of its stages, shifted and not: never keep fewer.
+FEWEST, MOST, MOST_BYTES = 8, 256, 128 << 20
 
 
-def _kept_within_limits(make: Callable) -> Any:
-    """A cache of what was asked for last."""
+def _cached(make: Callable) -> Any:
+    """A cache of the least recently used results of `make`, within the limits above."""
     kept: OrderedDict[tuple, Any] = OrderedDict()
     lock = threading.Lock()
 
@@ -39,7 +39,7 @@ def _kept_within_limits(make: Callable) -> Any:
         with lock:
             kept[key] = made
             while len(kept) > MOST or (
-                len(kept) > FEWEST and sum(x.nbytes for x in kept.values()) > LARGEST_BYTES
+                len(kept) > FEWEST and sum(x.nbytes for x in kept.values()) > MOST_BYTES
             ):
                 kept.popitem(last=False)
         return made
@@ -53,7 +53,7 @@ class GridPartition(GroupPartition):
     """A partition of a dense grid.
 
     Attributes:
-        pads: whether the window does not divide the grid, so that padding attends.
+        pads: whether padding attends, as the window does not divide the grid.
     """
 
     pads: bool
@@ -70,15 +70,15 @@ def grid_partition(
 ) -> GridPartition:
     """The windows of a dense grid, for every image of a batch; made once per geometry and device.
 
-    Where the window does not divide the grid, padding fills it up at its end and attends. A slot
-    has the place in the bias table that it has when counted through `table_window`.
+    Where the window does not divide the grid, padding at the end of each axis completes it, and
+    attends. Slot i has the bias of place i of `table_window`, row-major, whatever its own window.
 
     Args:
         grid: tokens per axis; tokens are numbered row-major.
-        window: its sides; may be less than those of the bias table.
-        shift: by how much the grid is rolled back, per axis.
+        window: slots per axis; may have fewer than `table_window`.
+        shift: tokens by which each axis is rolled back.
         table_window: the window that the bias table is for.
-        device: where the partition is wanted.
+        device: the device of the partition.
         pads_first: whether the grid is padded before it is rolled, or after.
     """
     # Sizes may be symbolic while tracing; they become constants of the trace.
@@ -87,19 +87,19 @@ def grid_partition(
     )
     key = (grid, window, shift, table_window, pads_first, device)
     in_a_graph = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    rows = (_as_operator if in_a_graph else _kept_as_long_as_needed)(*key)
+    tensors = (_operator if in_a_graph else _tensors)(*key)
     num_tokens, slots = math.prod(grid), math.prod(window)
-    pads = any([side % of_window for side, of_window in zip(grid, window, strict=True)])
-    token_index, window_id, query_row, key_row = rows.unbind(0)
+    pads = any([size % side for size, side in zip(grid, window, strict=True)])
+    token_index, window_id, query_row, key_row = tensors.unbind(0)
     return GridPartition(
         token_index, window_id, query_row, key_row,
         num_tokens, table_rows(table_window), table_window, slots, pads,
     )  # fmt: skip
 
 
-# As an operator a graph calls it, and a mode with tensors of its own sees it.
+# An operator, so that graphs record the call and modes such as FakeTensorMode intercept it.
 @torch.library.custom_op(add_op_namespace_prefix("grid_partition"), mutates_args=())
-def _as_operator(
+def _operator(
     grid: Sequence[int],
     window: Sequence[int],
     shift: Sequence[int],
@@ -108,32 +108,33 @@ def _as_operator(
     device: torch.device,
 ) -> Tensor:
     sizes = (tuple(x) for x in (grid, window, shift, table_window))
-    # A compiler may use the memory of what it got for something else.
-    return _kept_as_long_as_needed(*sizes, pads_first, device).clone()
+    # Cloned, as compiled code may reuse the memory of an operator's result.
+    return _tensors(*sizes, pads_first, device).clone()
 
 
-@_as_operator.register_fake
+@_operator.register_fake
 def _(grid, window, shift, table_window, pads_first, device) -> Tensor:
     sizes = (tuple(x) for x in (grid, window, shift, table_window))
     shape = _arrays(*sizes, pads_first).shape
     return torch.empty(shape, dtype=torch.int32, device=device)
 
 
-def _kept_as_long_as_needed(*key) -> Tensor:
-    return (_lasting if is_capturing(key[-1]) else _kept)(*key)
+def _tensors(*key) -> Tensor:
+    """The partition's tensors [4, 1, G, S] for a key of `grid_partition`."""
+    return (_kept_for_good if is_capturing(key[-1]) else _kept)(*key)
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is made: what it has read must not be given back."""
+    """Whether a CUDA graph is being captured; the memory that it reads must never be freed."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
-def _lasting(*key) -> Tensor:
+def _kept_for_good(*key) -> Tensor:
     return _kept(*key)
 
 
-@_kept_within_limits
+@_cached
 def _kept(*key) -> Tensor:
     *geometry, device = key
     # Autograd refuses to save tensors made in inference mode.
@@ -141,7 +142,7 @@ def _kept(*key) -> Tensor:
         return torch.from_numpy(_arrays(*geometry)).to(device)
 
 
-@_kept_within_limits
+@_cached
 def _arrays(
     grid: tuple[int, ...],
     window: tuple[int, ...],
@@ -149,8 +150,8 @@ def _arrays(
     table_window: tuple[int, ...],
     pads_first: bool,
 ) -> np.ndarray:
-    """A partition's tensors, int32 [4, 1, G, S]."""
-    token, segment = cut(grid, window, shift, pads_first)
+    """The tensors on the CPU, int32 [4, 1, G, S]."""
+    token, segment = cut_windows(grid, window, shift, pads_first)
     with torch.inference_mode(False), _disable_current_modes():
         part = partition_from_windows(
             token, table_window, segment=segment, pad=bool((token < 0).any())
@@ -158,33 +159,29 @@ def _arrays(
         return torch.stack(part.tensors).numpy()
 
 
-def cut(
+def cut_windows(
     grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], pads_first: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens in windows, [windows, slots], -1 in padding; and what part of the grid they are of.
+    """The token in each slot, int [windows, slots], -1 in padding; and its segment, int likewise.
 
-    Where a rolled grid comes round its other end begins another part.
+    A new segment begins where a rolled axis wraps around.
     """
-    padding = [(0, -side % of_window) for side, of_window in zip(grid, window, strict=True)]
+    padding = [(0, -size % side) for size, side in zip(grid, window, strict=True)]
     token = np.arange(math.prod(grid)).reshape(grid)
     if pads_first:
         token = np.pad(token, padding, constant_values=-1)
-    token = np.roll(token, [-by for by in shift], range(len(grid)))
+    token = np.roll(token, [-moved for moved in shift], range(len(grid)))
     if not pads_first:
         token = np.pad(token, padding, constant_values=-1)
-    part = np.zeros((), np.int64)
-    sides: tuple[int, ...] = token.shape
-    for place, side, by in zip(np.indices(sides), sides, shift, strict=True):
-        part = 2 * part + (place >= side - by)
-    return _windows(token, window), _windows(part, window)
+    segment = np.zeros((), np.int64)
+    sizes: tuple[int, ...] = token.shape
+    for place, size, moved in zip(np.indices(sizes), sizes, shift, strict=True):
+        segment = 2 * segment + (place >= size - moved)
+    return _windows(token, window), _windows(segment, window)
 
 
 def _windows(x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
     """A padded grid -> [windows, slots]."""
-    sizes = [
-        n
-        for side, of_window in zip(x.shape, window, strict=True)
-        for n in (side // of_window, of_window)
-    ]
+    sizes = [n for size, side in zip(x.shape, window, strict=True) for n in (size // side, side)]
     axes = [*range(0, len(sizes), 2), *range(1, len(sizes), 2)]
     return x.reshape(sizes).transpose(axes).reshape(-1, math.prod(window))

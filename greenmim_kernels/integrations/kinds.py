@@ -1,4 +1,4 @@
-"""Which modules of other libraries are known: by what attributes, and with what they are tried."""
+"""The kinds of modules of other libraries that are known: their attributes, and sample inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import attention, blocks
 from .attention import Fused
-from .grids import cut
+from .grids import cut_windows
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,34 @@ class Kind:
     """A kind of module.
 
     Attributes:
-        extent: how much the kernels do of it.
+        extent: how much of the module the kernels run, for people.
         ours: the class that runs it.
-        names: attributes that a module of this kind has; of a part of it with a dot.
-        sample: arguments for a module of it, with values of the generator.
-        child: the attention that must be fused before, or a list of blocks.
-        parts: the only children that it may have; empty: any.
-        method: what is called with the arguments.
-        whole: how many samples must agree; those behind have windows with fewer slots.
+        attributes: what a module of this kind has, separated by spaces; dots reach into children.
+        samples: yields arguments for a module, with values from the generator.
+        child: the child that must be fused already: its attention, or a list of blocks.
+        children: the only children that it may have; empty: any.
+        method: the method that takes the samples.
+        required: how many samples the fused module must reproduce. The others have windows with
+            fewer slots, which it may leave to the library's code.
     """
 
     extent: str
     ours: type[Fused]
-    names: str
-    sample: Callable[[nn.Module, torch.Generator], Iterator[tuple]]
+    attributes: str
+    samples: Callable[[nn.Module, torch.Generator], Iterator[tuple]]
     child: str = ""
-    parts: str = ""
+    children: str = ""
     method: str = "forward"
-    whole: int = 2
+    required: int = 2
 
     def fits(self, module: nn.Module) -> bool:
+        """Whether a module has the structure of this kind; `fuse` compares its numbers."""
         try:
-            attrgetter(*self.names.split())(module)
+            attrgetter(*self.attributes.split())(module)
             child = module.get_submodule(self.child)
         except AttributeError:
             return False
-        if self.parts and not set(dict(module.named_children())) <= set(self.parts.split()):
+        if self.children and not set(dict(module.named_children())) <= set(self.children.split()):
             return False
         if not self.child:
             return True
@@ -55,111 +57,116 @@ class Kind:
         return len(within) > 0 and all(isinstance(one, Fused) for one in within)
 
 
-# --- what modules of a kind are tried with ------------------------------------------------------
+# --- samples, in float64 ------------------------------------------------------------------------
+
+
+def _randn(draw: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=draw)
+
+
+def _segment_mask(segment: Tensor) -> Tensor:
+    """Labels [..., n] -> Swin's attn_mask [..., n, n]."""
+    return -100.0 * (segment[..., :, None] != segment[..., None, :]).double()
 
 
 def _windows(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
-    """Windows without a mask, with one, and with fewer slots; `layer` takes the input."""
-    slots, channels = math.prod(ours.reader.window(m)), m.get_submodule(layer).weight.shape[1]
-    part = torch.arange(slots) % 3
-    mask = torch.zeros(2, slots, slots, dtype=torch.float64)
-    mask[1] = -100.0 * (part[:, None] != part)
-    for count, one in ((slots, None), (slots, mask), (slots - 1, None)):
-        yield torch.randn(4, count, channels, dtype=torch.float64, generator=draw), one
+    """Windows [4, n, C] without and with a mask, and with fewer slots; `layer` takes C channels."""
+    slots, channels = math.prod(ours.reader.window_size(m)), m.get_submodule(layer).weight.shape[1]
+    thirds = torch.arange(slots) % 3
+    segment = torch.stack([torch.zeros_like(thirds), thirds])
+    for count, mask in ((slots, None), (slots, _segment_mask(segment)), (slots - 1, None)):
+        yield _randn(draw, 4, count, channels), mask
 
 
-def _of_hat(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _hat_windows(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
     index = attention.swins_index(m.window_size).long()
     for x, mask in _windows(attention.FusedHATAttention, "qkv", m, draw):
         yield x, index, mask
 
 
 def _one_window(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
-    """[B, 1, n, C]; and with fewer slots."""
-    slots, channels = math.prod(ours.reader.window(m)), m.get_submodule(layer).weight.shape[1]
+    """A window [4, 1, n, C], and one with fewer slots; `layer` takes C channels."""
+    slots, channels = math.prod(ours.reader.window_size(m)), m.get_submodule(layer).weight.shape[1]
     for count in (slots, slots - 1):
-        yield (torch.randn(4, 1, count, channels, dtype=torch.float64, generator=draw),)
+        yield (_randn(draw, 4, 1, count, channels),)
 
 
 def _grid(window: tuple[int, ...], channels: int, draw: torch.Generator) -> Tensor:
-    """[2, ..., C], some larger than the window, which does not divide it."""
-    grid = [side + 1 + axis for axis, side in enumerate(window)]
-    return torch.randn(2, *grid, channels, dtype=torch.float64, generator=draw)
+    """[2, ..., C], a little larger than the window, which does not divide it."""
+    return _randn(draw, 2, *[side + 1 + axis for axis, side in enumerate(window)], channels)
 
 
-def _of_timm(m: Any, draw: torch.Generator) -> Iterator[tuple]:
-    m.dynamic_mask = True  # else it has one for one size of input
+def _timm_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+    m.dynamic_mask = True  # its own mask is for one size of input
     yield (_grid(m.window_size, m.attn.qkv.weight.shape[1], draw),)
 
 
-def _of_swin_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+def _swin_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
     channels = m.attn.qkv.weight.shape[1]
     sizes = [m.input_resolution]
-    takes_size = hasattr(m, "calculate_mask")  # as SwinIR's, which keeps the mask of one size
+    takes_size = hasattr(m, "calculate_mask")  # SwinIR's, whose own mask is for one size
     if takes_size:
         sizes.append((2 * m.window_size, 3 * m.window_size))
-    for high, wide in sizes:
-        x = torch.randn(2, high * wide, channels, dtype=torch.float64, generator=draw)
-        yield (x, (high, wide)) if takes_size else (x,)
+    for height, width in sizes:
+        x = _randn(draw, 2, height * width, channels)
+        yield (x, (height, width)) if takes_size else (x,)
 
 
-def _of_torchvision(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _torchvision_attention(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
     x = _grid(m.window_size, m.qkv.weight.shape[1], draw)
     yield (x,)
-    yield (x[:, : max(1, m.window_size[0] - 1)],)  # less than a window
+    yield (x[:, : max(1, m.window_size[0] - 1)],)  # smaller than a window
 
 
-def _of_hugging_face(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _hugging_face_layer(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
     x = _grid((m.window_size,) * 2, m.layernorm_before.weight.shape[0], draw)
     yield x.flatten(1, 2), tuple(x.shape[1:3])
 
 
-def _of_monai(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
-    whole = _grid(m.window_size, m.attn.qkv.weight.shape[1], draw)
-    for x in (whole, whole[:, : max(1, m.window_size[0] - 1)]):
+def _monai_block(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+    large = _grid(m.window_size, m.attn.qkv.weight.shape[1], draw)
+    for x in (large, large[:, : max(1, m.window_size[0] - 1)]):  # and smaller than a window
         window, shift = blocks.window_and_shift(x.shape[1:-1], m.window_size, m.shift_size)
-        part = torch.from_numpy(cut(x.shape[1:-1], window, shift, True)[1])
-        yield x, -100.0 * (part[:, :, None] != part[:, None]).double()
+        _, segment = cut_windows(x.shape[1:-1], window, shift, pads_first=True)
+        yield x, _segment_mask(torch.from_numpy(segment))
 
 
-def _of_monai_layer(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _monai_layer(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
     channels = m.blocks[0].attn.qkv.weight.shape[1]
     yield (_grid(m.window_size, channels, draw).movedim(-1, 1),)
 
 
-def _of_timm_maxvit(m: Any, draw: torch.Generator) -> Iterator[tuple]:
-    high, wide = m.partition_size
-    shape = 2, 2 * high, 3 * wide, m.attn.qkv.weight.shape[1]
-    yield (torch.randn(shape, dtype=torch.float64, generator=draw),)
+def _timm_maxvit_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+    height, width = m.partition_size
+    yield (_randn(draw, 2, 2 * height, 3 * width, m.attn.qkv.weight.shape[1]),)
 
 
-def _of_torchvision_maxvit(m: Any, draw: torch.Generator) -> Iterator[tuple]:
-    shape = 2, m.attn_layer[1].to_qkv.weight.shape[1], *m.grid_size
-    yield (torch.randn(shape, dtype=torch.float64, generator=draw),)
+def _torchvision_maxvit_layer(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+    yield (_randn(draw, 2, m.attn_layer[1].to_qkv.weight.shape[1], *m.grid_size),)
 
 
-# --- attention; blocks whose attention is fused; layers of fused blocks --------------------------
+# --- the kinds: attention; blocks whose attention is fused; layers of fused blocks ---------------
 
 
-_INDEXED = "relative_position_index num_heads window_size qkv proj attn_drop proj_drop"
+_SWIN = "num_heads window_size qkv proj attn_drop proj_drop"
 ATTENTION = [
     Kind(
         "attention alone",
         attention.FusedSwinAttention,
-        f"relative_position_bias_table scale {_INDEXED}",
+        f"relative_position_bias_table relative_position_index scale {_SWIN}",
         partial(_windows, attention.FusedSwinAttention, "qkv"),
     ),
     Kind(
         "attention alone",
         attention.FusedSwinV2Attention,
-        f"q_bias logit_scale cpb_mlp relative_coords_table {_INDEXED}",
+        f"q_bias logit_scale cpb_mlp relative_coords_table relative_position_index {_SWIN}",
         partial(_windows, attention.FusedSwinV2Attention, "qkv"),
     ),
     Kind(
         "attention alone",
         attention.FusedHATAttention,
-        "relative_position_bias_table scale num_heads window_size qkv proj attn_drop proj_drop",
-        _of_hat,
+        f"relative_position_bias_table scale {_SWIN}",
+        _hat_windows,
     ),
     Kind(
         "attention alone",
@@ -184,27 +191,27 @@ ATTENTION = [
         "with padding and windows",
         blocks.FusedTorchvisionV2Attention,
         "qkv proj logit_scale cpb_mlp relative_coords_table shift_size attention_dropout",
-        _of_torchvision,
+        _torchvision_attention,
     ),
     Kind(
         "with padding and windows",
         blocks.FusedTorchvisionAttention,
         "qkv proj relative_position_bias_table shift_size attention_dropout",
-        _of_torchvision,
+        _torchvision_attention,
     ),
     Kind(
         "attention alone",
         attention.FusedTimmMaxVitAttention,
         "rel_pos.window_size dim_head head_first qkv.in_features proj attn_drop proj_drop",
         partial(_one_window, attention.FusedTimmMaxVitAttention, "qkv"),
-        whole=1,
+        required=1,
     ),
     Kind(
         "attention alone",
         attention.FusedTorchvisionMaxVitAttention,
         "to_qkv merge relative_position_bias_table n_heads head_dim size scale_factor",
         partial(_one_window, attention.FusedTorchvisionMaxVitAttention, "to_qkv"),
-        whole=1,
+        required=1,
     ),
 ]
 BLOCKS = [
@@ -212,7 +219,7 @@ BLOCKS = [
         "with padding and windows",
         blocks.FusedTimmBlock,
         "_attn window_size shift_size",
-        _of_timm,
+        _timm_block,
         child="attn",
         method="_attn",
     ),
@@ -221,9 +228,9 @@ BLOCKS = [
             "with windows",
             ours,
             "attn_mask norm1 norm2 mlp drop_path input_resolution window_size shift_size",
-            _of_swin_block,
+            _swin_block,
             child="attn",
-            parts="norm1 attn drop_path norm2 mlp",
+            children="norm1 attn drop_path norm2 mlp",
         )
         for ours in (blocks.FusedSwinBlock, blocks.FusedSwinV2Block)
     ],
@@ -231,28 +238,28 @@ BLOCKS = [
         "with padding and windows",
         blocks.FusedHuggingFaceSwinLayer,
         "layernorm_before layernorm_after mlp set_shift_and_window_size window_size shift_size",
-        _of_hugging_face,
+        _hugging_face_layer,
         child="attention",
     ),
     Kind(
         "with padding and windows",
         blocks.FusedHuggingFacePreNormLayer,
         "layernorm_before layernorm_after intermediate output window_size shift_size",
-        _of_hugging_face,
+        _hugging_face_layer,
         child="attention.self",
     ),
     Kind(
         "with padding and windows",
         blocks.FusedHuggingFaceSwinV2Layer,
         "layernorm_before layernorm_after intermediate output window_size shift_size",
-        _of_hugging_face,
+        _hugging_face_layer,
         child="attention.self",
     ),
     Kind(
         "with padding and windows",
         blocks.FusedMonaiBlock,
         "forward_part1 norm1 window_size shift_size",
-        _of_monai,
+        _monai_block,
         child="attn",
         method="forward_part1",
     ),
@@ -260,7 +267,7 @@ BLOCKS = [
         "with windows or grids",
         blocks.FusedTimmMaxVitBlock,
         "partition_block partition_size",
-        _of_timm_maxvit,
+        _timm_maxvit_block,
         child="attn",
         method="_partition_attn",
     ),
@@ -268,9 +275,9 @@ BLOCKS = [
         "with windows or grids",
         blocks.FusedTorchvisionMaxVitLayer,
         "attn_layer mlp_layer stochastic_dropout partition_type grid_size",
-        _of_torchvision_maxvit,
+        _torchvision_maxvit_layer,
         child="attn_layer.1",
-        parts="partition_op departition_op partition_swap departition_swap attn_layer mlp_layer"
+        children="partition_op departition_op partition_swap departition_swap attn_layer mlp_layer"
         " stochastic_dropout",
     ),
 ]
@@ -279,7 +286,7 @@ LAYERS = [
         "with padding, windows and masks",
         blocks.FusedMonaiLayer,
         "no_shift downsample window_size shift_size",
-        _of_monai_layer,
+        _monai_layer,
         child="blocks",
     ),
 ]

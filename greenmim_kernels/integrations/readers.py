@@ -1,7 +1,7 @@
-"""What the operator needs of the attention modules of libraries.
+"""Readers: what the operator needs, read from an attention module of some library.
 
-How a library names things is here and not in the classes of fused modules, so that no name of ours
-gets in the way of one of theirs. In all of them m is the library's module.
+A reader knows the library's names. It is no base of the fused module, so that no method of ours
+hides an attribute of theirs. In every method `m` is the library's module.
 """
 
 from __future__ import annotations
@@ -17,87 +17,91 @@ from torch import Tensor, nn
 from ..reference import accumulation_dtype
 
 
-class Swin:
+class SwinReader:
     """Microsoft's Swin and SimMIM, timm, MONAI, Video-Swin, MMDetection."""
 
     def qkv(self, m, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """x [B, N, C] -> what the operator takes."""
+        """x [B, N, C] -> qkv [B, N, 3C], or (q, k, v), [B, N, num_heads, head_dim] each."""
         return m.qkv(x)
 
-    def of_padding(self, m, x: Tensor) -> Tensor | None:
-        """qkv where x is zero, [3C]; None: zeros."""
-        return at_zero(m.qkv, x)
+    def pad_value(self, m, x: Tensor) -> Tensor | None:
+        """The q, k and v of a token that is zero, [3C]; None if they are zero too."""
+        return output_at_zero(m.qkv, x)
 
     def table(self, m) -> Tensor:
-        """[rows, heads]"""
+        """The relative position bias table, [rows, num_heads]."""
         return m.relative_position_bias_table
 
     def scale(self, m) -> float | Tensor:
+        """The factor of q . k."""
         return m.scale
 
     def output(self, m, x: Tensor) -> Tensor:
+        """What follows the attention: x [B, N, C] -> [B, N, C]."""
         return m.proj_drop(m.proj(x))
 
     def windows(self, x: Tensor) -> Tensor:
-        """A call's input as [B windows, n, C]."""
+        """The input of a call -> [B * windows, n, C]."""
         return x
 
     def heads(self, m) -> tuple[int, int]:
-        """How many, and their dim."""
+        """(num_heads, head_dim)."""
         return m.num_heads, m.proj.in_features // m.num_heads
 
-    def window(self, m) -> Sequence[int]:
-        """The one that the bias table is for."""
+    def window_size(self, m) -> Sequence[int]:
+        """The window that the bias table is for."""
         return m.window_size
 
     def dropout(self, m) -> float:
-        """That of the attention's probabilities."""
+        """The dropout probability of the attention weights."""
         return m.attn_drop.p
 
-    def shows_maps(self, m) -> bool:
-        """Whether somebody looks at the attention maps inside of the module."""
+    def exposes_maps(self, m) -> bool:
+        """Whether a hook inside the module sees the attention maps."""
         return any([has_hooks(getattr(m, name, None)) for name in ("softmax", "attn_drop")])
 
 
-class SwinV2(Swin):
-    """Microsoft's and timm's: cosine attention, and a bias that an MLP computes."""
+class SwinV2Reader(SwinReader):
+    """Microsoft's and timm's SwinV2: cosine attention, and a bias that an MLP computes."""
 
     def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bias = self.of_padding(m, x)
+        bias = self.pad_value(m, x)
         if bias is None:
             qkv = m.qkv(x)
-        elif hasattr(m.qkv, "with_bias"):  # of onednn
+        elif hasattr(m.qkv, "with_bias"):  # a layer of `greenmim_kernels.onednn`
             qkv = m.qkv.with_bias(x, bias)
         else:
             qkv = F.linear(x, m.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(-3)
-        return of_length(q, m.logit_scale), of_length(k), v
+        return normalize(q, m.logit_scale), normalize(k), v
 
-    def of_padding(self, m, x: Tensor) -> Tensor | None:
+    def pad_value(self, m, x: Tensor) -> Tensor | None:
         if m.q_bias is None:
             return None
         return torch.cat((m.q_bias, torch.zeros_like(m.v_bias), m.v_bias))
 
     def table(self, m) -> Tensor:
-        return bias_of_mlp(m.cpb_mlp(m.relative_coords_table), m.num_heads)
+        return mlp_bias_table(m.cpb_mlp(m.relative_coords_table), m.num_heads)
 
     def scale(self, m) -> float:
         return 1.0
 
 
-class HuggingFaceSwin(Swin):
+class HuggingFaceSwinReader(SwinReader):
+    """SwinAttention of transformers 5 and newer."""
+
     def _layers(self, m) -> tuple[nn.Module, nn.Module, nn.Module]:
         return m.q_proj, m.k_proj, m.v_proj
 
     def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tuple([layer(x).unflatten(-1, self.heads(m)) for layer in self._layers(m)])
 
-    def of_padding(self, m, x: Tensor) -> Tensor | None:
-        given = [at_zero(layer, x) for layer in self._layers(m)]
-        if all([bias is None for bias in given]):
+    def pad_value(self, m, x: Tensor) -> Tensor | None:
+        biases = [output_at_zero(layer, x) for layer in self._layers(m)]
+        if all([bias is None for bias in biases]):
             return None
         zeros = x.new_zeros(math.prod(self.heads(m)))
-        return torch.cat([zeros if bias is None else bias for bias in given])
+        return torch.cat([zeros if bias is None else bias for bias in biases])
 
     def table(self, m) -> Tensor:
         return m.relative_position_bias.relative_position_bias_table
@@ -111,19 +115,19 @@ class HuggingFaceSwin(Swin):
     def heads(self, m) -> tuple[int, int]:
         return m.num_attention_heads, m.head_dim
 
-    def window(self, m) -> Sequence[int]:
+    def window_size(self, m) -> Sequence[int]:
         return m.relative_position_bias.window_size
 
     def dropout(self, m) -> float:
         return m.attention_dropout
 
-    def shows_maps(self, m) -> bool:
-        # Eager attention returns them, and a hook sees what is returned.
+    def exposes_maps(self, m) -> bool:
+        # Eager attention returns the maps, and a hook on the module sees what it returns.
         return m.config._attn_implementation == "eager" and has_hooks(m)
 
 
-class HuggingFaceSelfAttention(HuggingFaceSwin):
-    """Swin before transformers 5, Donut's, MaskFormer's and CLAP's: the projection is elsewhere."""
+class HuggingFaceSelfAttentionReader(HuggingFaceSwinReader):
+    """transformers' Swin before version 5, Donut, MaskFormer, CLAP: no output projection here."""
 
     def _layers(self, m) -> tuple[nn.Module, nn.Module, nn.Module]:
         return m.query, m.key, m.value
@@ -140,36 +144,38 @@ class HuggingFaceSelfAttention(HuggingFaceSwin):
     def heads(self, m) -> tuple[int, int]:
         return m.num_attention_heads, m.attention_head_size
 
-    def window(self, m) -> Sequence[int]:
+    def window_size(self, m) -> Sequence[int]:
         return m.window_size
 
     def dropout(self, m) -> float:
         return m.dropout.p
 
-    def shows_maps(self, m) -> bool:
+    def exposes_maps(self, m) -> bool:
         return has_hooks(m.dropout)
 
 
-class HuggingFaceSwinV2(HuggingFaceSelfAttention):
+class HuggingFaceSwinV2Reader(HuggingFaceSelfAttentionReader):
+    """Swinv2SelfAttention of transformers."""
+
     def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(m, x)
-        return of_length(q, m.logit_scale), of_length(k), v
+        return normalize(q, m.logit_scale), normalize(k), v
 
     def table(self, m) -> Tensor:
         table = m.continuous_position_bias_mlp(m.relative_coords_table)
-        return bias_of_mlp(table, m.num_attention_heads)
+        return mlp_bias_table(table, m.num_attention_heads)
 
     def scale(self, m) -> float:
         return 1.0
 
 
-class Torchvision(Swin):
-    """It takes the weights of its layers, not the layers."""
+class TorchvisionReader(SwinReader):
+    """torchvision's Swin, which uses the weights of its layers and never calls the layers."""
 
     def qkv(self, m, x: Tensor) -> Any:
-        return F.linear(x, m.qkv.weight, self.of_padding(m, x))
+        return F.linear(x, m.qkv.weight, self.pad_value(m, x))
 
-    def of_padding(self, m, x: Tensor) -> Tensor | None:
+    def pad_value(self, m, x: Tensor) -> Tensor | None:
         return m.qkv.bias
 
     def output(self, m, x: Tensor) -> Tensor:
@@ -182,30 +188,32 @@ class Torchvision(Swin):
     def dropout(self, m) -> float:
         return m.attention_dropout
 
-    def shows_maps(self, m) -> bool:
+    def exposes_maps(self, m) -> bool:
         return False
 
 
-class TorchvisionV2(Torchvision):
+class TorchvisionV2Reader(TorchvisionReader):
+    """torchvision's SwinV2."""
+
     def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(m, x).unflatten(-1, (3, *self.heads(m))).unbind(-3)
-        return of_length(q, m.logit_scale), of_length(k), v
+        return normalize(q, m.logit_scale), normalize(k), v
 
-    def of_padding(self, m, x: Tensor) -> Tensor | None:
+    def pad_value(self, m, x: Tensor) -> Tensor | None:
         if m.qkv.bias is None:
             return None
         q, k, v = m.qkv.bias.chunk(3)
-        return torch.cat((q, torch.zeros_like(k), v))  # that of the keys counts for nothing
+        return torch.cat((q, torch.zeros_like(k), v))  # torchvision sets the keys' bias to zero
 
     def table(self, m) -> Tensor:
-        return bias_of_mlp(m.cpb_mlp(m.relative_coords_table), m.num_heads)
+        return mlp_bias_table(m.cpb_mlp(m.relative_coords_table), m.num_heads)
 
     def scale(self, m) -> float:
         return 1.0
 
 
-class TimmMaxVit(Swin):
-    """AttentionCl, whose bias is one of three modules."""
+class TimmMaxVitReader(SwinReader):
+    """timm's AttentionCl, whose bias is one of three modules."""
 
     def qkv(self, m, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         if not m.head_first:
@@ -217,7 +225,7 @@ class TimmMaxVit(Swin):
         if hasattr(bias, "mlp"):  # RelPosMlp
             return bias.mlp(bias.rel_coords_log).view(-1, m.num_heads)
         table = bias.relative_position_bias_table
-        if table.dim() == 3:  # RelPosBiasTf, [heads, rows per axis ...]: of the key less the query
+        if table.dim() == 3:  # RelPosBiasTf, [heads, rows ...], by key minus query: reversed
             return table.flip(1, 2).flatten(1).T
         return table
 
@@ -230,11 +238,13 @@ class TimmMaxVit(Swin):
     def heads(self, m) -> tuple[int, int]:
         return m.num_heads, m.dim_head
 
-    def window(self, m) -> Sequence[int]:
+    def window_size(self, m) -> Sequence[int]:
         return m.rel_pos.window_size
 
 
-class TorchvisionMaxVit(Swin):
+class TorchvisionMaxVitReader(SwinReader):
+    """torchvision's RelativePositionalMultiHeadAttention."""
+
     def qkv(self, m, x: Tensor) -> Tensor:
         return m.to_qkv(x)
 
@@ -250,36 +260,44 @@ class TorchvisionMaxVit(Swin):
     def heads(self, m) -> tuple[int, int]:
         return m.n_heads, m.head_dim
 
-    def window(self, m) -> Sequence[int]:
+    def window_size(self, m) -> Sequence[int]:
         return m.size, m.size
 
     def dropout(self, m) -> float:
         return 0.0
 
-    def shows_maps(self, m) -> bool:
+    def exposes_maps(self, m) -> bool:
         return False
 
 
-def at_zero(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """What a linear layer gives where its input is zero; None: zeros."""
+def output_at_zero(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of a linear layer for a token of zeros, [out]; None if that is zero too.
+
+    x: a tensor [..., C] of the dtype and on the device of the layer's input.
+    """
     bias = layer.bias
     if bias is None or type(bias) in (Tensor, nn.Parameter):
         return bias
-    return layer(x.new_zeros(1, x.shape[-1]))[0]  # one that is quantised or sharded
+    return layer(x.new_zeros(1, x.shape[-1]))[0]  # quantised or sharded: only the layer can tell
 
 
 def has_hooks(m: nn.Module | None) -> bool:
+    """Whether something is called before or after the module's forward pass."""
     return m is not None and bool(m._forward_hooks or m._forward_pre_hooks)
 
 
-def of_length(x: Tensor, logit_scale: Tensor | None = None) -> Tensor:
-    """x [..., heads, D] with rows of length 1; or exp of SwinV2's parameter [heads, 1, 1]."""
+def normalize(x: Tensor, logit_scale: Tensor | None = None) -> Tensor:
+    """x [..., heads, D] with rows of length 1 or, with SwinV2's logit_scale, of its clamped exp.
+
+    logit_scale: [heads, 1, 1], the logarithm of the factor of cosine attention (Liu et al., CVPR
+    2022, arXiv 2111.09883, section 3.3), clamped at log(100) as in their code.
+    """
     length = None if logit_scale is None else logit_scale.view(-1, 1).clamp(max=math.log(100)).exp()
-    return _OfLength.apply(x, length)[0]
+    return _Normalize.apply(x, length)[0]
 
 
-class _OfLength(torch.autograd.Function):
-    """In a third of the passes over memory that `F.normalize` and a product take."""
+class _Normalize(torch.autograd.Function):
+    """`F.normalize` and the product with `length`, in a third of their passes over memory."""
 
     @staticmethod
     def forward(x: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -295,23 +313,23 @@ class _OfLength(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, grad_factor: Tensor | None):
-        """A gradient of the factor comes only from another backward pass."""
+        """grad_factor is not None only in a second derivative, which goes through `factor`."""
         y, factor, length = ctx.saved_tensors
         if grad is None and grad_factor is None:
             return None, None
         dtype, y = y.dtype, y.to(factor.dtype)
         grad = torch.zeros_like(y) if grad is None else grad.to(factor.dtype)
-        along, of_length = (grad * y).sum(-1, keepdim=True), None
+        along, grad_length = (grad * y).sum(-1, keepdim=True), None
         if grad_factor is not None:
             along = along + grad_factor * factor
         if length is not None:
             if ctx.needs_input_grad[1]:
-                of_length = (along.flatten(0, -3).sum(0) / length).to(length.dtype)
+                grad_length = (along.flatten(0, -3).sum(0) / length).to(length.dtype)
             along = along / length.to(along.dtype) ** 2
         across = torch.addcmul(grad, y, along, value=-1)
-        return (across * factor).to(dtype), of_length
+        return (across * factor).to(dtype), grad_length
 
 
-def bias_of_mlp(table: Tensor, num_heads: int) -> Tensor:
-    """SwinV2's table [1, rows per axis ..., heads] -> [rows, heads] between 0 and 16."""
+def mlp_bias_table(table: Tensor, num_heads: int) -> Tensor:
+    """Output [1, rows ..., heads] of SwinV2's MLP -> bias table [rows, heads], in (0, 16)."""
     return 16 * table.view(-1, num_heads).to(accumulation_dtype(table.dtype)).sigmoid()

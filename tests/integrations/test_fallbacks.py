@@ -67,7 +67,7 @@ def test_attention_maps(version: int, calls: list[str]) -> None:
     model = randomized(hugging_face(version)).eval()
     fused, x = fused_copy(model), torch.randn(2, 3, 36, 36)
     calls.clear()
-    with pytest.warns(UserWarning, match="attention maps, or more than"):
+    with pytest.warns(UserWarning, match="asks for attention maps"):
         found = fused(x, output_attentions=True).attentions
     expected = model(x, output_attentions=True).attentions
     assert len(found) == len(expected) > 0 and not calls
@@ -93,14 +93,14 @@ def test_masks_of_another_kind(calls: list[str]) -> None:
     soft = segment_mask(2, 16) / 100  # a bias of -1
     calls.clear()
     for mask, reason in (
-        (causal, "of another kind .*does not cut windows into segments"),
-        (torch.zeros(4, 16, 1), r"that is not \[windows, n, n\]"),
-        (torch.zeros(2, 16, 16).requires_grad_(), "a mask that learns"),
+        (causal, "cannot be used .*does not cut windows into segments"),
+        (torch.zeros(4, 16, 1), r"its mask is not \[windows, n, n\]"),
+        (torch.zeros(2, 16, 16).requires_grad_(), "its mask requires a gradient"),
     ):
         with pytest.warns(UserWarning, match=reason):
             assert torch.equal(fused(x, mask), model(x, mask))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that masks are of another kind was said
+        warnings.simplefilter("error")  # this reason was given already
         for mask in (soft, soft.flip(1)):
             assert torch.equal(fused(x, mask), model(x, mask))
     assert not calls
@@ -136,7 +136,7 @@ def test_what_is_left_to_the_library_while_tracing(calls: list[str]) -> None:
 def test_what_no_backend_takes(
     name: str, monkeypatch: pytest.MonkeyPatch, calls: list[str]
 ) -> None:
-    monkeypatch.setattr(attention, "_said", set())
+    monkeypatch.setattr(attention, "_warned", set())
     library = LIBRARIES[name]
     model, x = randomized(library.make()), torch.randn(library.inputs[0])
     fused = fused_copy(model)

@@ -25,22 +25,22 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_mask_that_blocks_share_is_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut, real = [], attention._cut
-    monkeypatch.setattr(attention, "_cut", lambda *args: cut.append("here") or real(*args))
+    cut, real = [], attention._make
+    monkeypatch.setattr(attention, "_make", lambda *args: cut.append("here") or real(*args))
     model = randomized(LIBRARIES["hat"].make(depths=[4], num_heads=[2]))
     fused, x = fused_copy(model), torch.randn(1, 3, 16, 16)
     cut.clear()
     for count in (1, 2):  # HAT makes a mask for each call
         close(fused(x), model(x))
         assert len(cut) == count
-    assert len(attention._cuts) == 0
+    assert len(attention._kept) == 0
 
 
 @pytest.mark.parametrize("mode", ["inference", "fake", "device"])
 def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
     for known in (grids._kept, grids._arrays):
         known.kept.clear()
-    grids._lasting.cache_clear()
+    grids._kept_for_good.cache_clear()
     model = fused_copy(randomized(timm_swin()))
     alone, mask = fused_copy(CLASSES["microsoft"]()), segment_mask(2, 16)
     if mode == "inference":
@@ -71,7 +71,7 @@ def test_partitions_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     known.clear()
     one = ask(400)
     monkeypatch.setattr(grids, "FEWEST", 2)
-    monkeypatch.setattr(grids, "LARGEST_BYTES", 3 * one.untyped_storage().nbytes())
+    monkeypatch.setattr(grids, "MOST_BYTES", 3 * one.untyped_storage().nbytes())
     assert ask(400).data_ptr() == one.data_ptr() and len(known) == 1
     for number, side in enumerate(range(360, 400, 4)):
         ask(side)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from greenmim_kernels import use_backend
 from greenmim_kernels.integrations import fuse_window_attention
-from greenmim_kernels.integrations.readers import of_length
+from greenmim_kernels.integrations.readers import normalize
 
 from .cases import (
     BLOCKS,
@@ -97,7 +97,7 @@ def test_a_class_from_its_structure(name: str, masked: bool) -> None:
         counts.append(counts[0] // 2)  # of a clip with fewer frames
     else:  # others say what is wrong
         fewer = torch.randn(6, counts[0] - 1, 16, dtype=torch.float64)
-        with pytest.warns(UserWarning, match="windows of other sizes"), pytest.raises(RuntimeError):
+        with pytest.warns(UserWarning, match="windows are of another size"), pytest.raises(RuntimeError):
             fused(fewer)
     for slots in counts:
         x = torch.randn(6, slots, 16, dtype=torch.float64)
@@ -165,14 +165,14 @@ def test_an_index_that_comes_with_a_call() -> None:
     for other in (index, index.clone(), index):
         found, true = (results(m, x, other, mask) for m in (fused, original))
         assert max(errors(found, true).values()) < 1e-12
-    with pytest.warns(UserWarning, match="a relative position index that is not Swin's"):
+    with pytest.warns(UserWarning, match="its relative position index is not Swin's"):
         other = index.T.contiguous()
         assert torch.equal(fused(x, other), original(x, other))
     fused(x, index)
     index.copy_(index.T.clone())  # in place, after it was looked at
     assert torch.equal(fused(x, index, mask), original(x, index, mask))
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="the relative position index is not Swin's"):
+    with pytest.raises(RuntimeError, match="relative position index is not Swin's"):
         compiled(x, index)
     index.copy_(index.T.clone())
     true = original(x, index, mask)
@@ -310,8 +310,8 @@ def test_second_derivatives() -> None:
     x = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     parameter = torch.randn(2, 1, 1, dtype=torch.float64, requires_grad=True)
     for arguments in ((x,), (x, parameter)):
-        assert torch.autograd.gradcheck(of_length, arguments)
-        assert torch.autograd.gradgradcheck(of_length, arguments)
+        assert torch.autograd.gradcheck(normalize, arguments)
+        assert torch.autograd.gradgradcheck(normalize, arguments)
     for name in ("microsoft", "microsoft_v2"):
         original = CLASSES[name]().double()
         fused = copy.deepcopy(original)
