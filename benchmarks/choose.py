@@ -38,7 +38,7 @@ FIRST = "-32-16bit"  # Swin's classes: what a run cut short should have
 
 def problem_of(name: str, batch: int, device: str) -> Inputs:
     """Inputs of a class; of the copies, those of the attention around them."""
-    if name in automatic.SINGLE:
+    if name in automatic.SINGLE_CLASS:
         length, head_dim, precision = "short", 32, "16bit"
     else:
         _, length, head_dim, precision = name.split("-")

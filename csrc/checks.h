@@ -1,5 +1,5 @@
-// Checks shared by the operators of every device: what a kernel relies on so as not to read or write
-// outside its tensors. The messages for users are in greenmim_kernels/functional.py.
+// Checks shared by the operators of every device: what keeps a kernel from reading or writing outside
+// its tensors. The messages for users are in greenmim_kernels/functional.py.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,11 +20,11 @@ inline void check_indices(const Tensor& indices, int64_t dim, const char* name) 
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int, name, " must be int32");
 }
 
-// [P, G, S] beside a batch of B images.
+// P, the first axis, is 1 or the batch size.
 inline void check_batch(const Tensor& indices, int64_t batch, const char* name) {
   STD_TORCH_CHECK(
       indices.size(0) == 1 || indices.size(0) == batch, name, " holds ", indices.size(0),
-      " partitions for a batch of ", batch, "; it must be 1 or one per image");
+      " partitions for a batch of ", batch, "; pass 1 or one per image");
 }
 
 inline void check_gather(const Tensor& x, const Tensor& token_index) {
@@ -43,7 +43,7 @@ inline void check_scatter(const Tensor& x, const Tensor& token_index, int64_t nu
   STD_TORCH_CHECK(num_tokens >= 0, "num_tokens must not be negative, got ", num_tokens);
 }
 
-// What the convolution of visible tokens is called with, once it is checked.
+// Sizes of a convolution of visible tokens, checked.
 struct ConvShape {
   int64_t batch, tokens, channels;
 };
@@ -62,7 +62,7 @@ inline ConvShape check_conv(
   STD_TORCH_CHECK(
       weight.dim() == 2 && weight.size(0) == shape.channels && weight.size(1) == kTaps &&
           weight.scalar_type() == weight_type && weight.device() == x.device(),
-      "weight must be [C, 9] in fp32 (fp64 for fp64), where x is");
+      "weight must be [C, 9] in fp32 (fp64 for fp64), on the device of x");
   return shape;
 }
 
@@ -72,18 +72,19 @@ inline void check_conv_like(
       tensor.dim() == 3 && tensor.size(0) == shape.batch && tensor.size(1) == shape.tokens &&
           tensor.size(2) == shape.channels && tensor.scalar_type() == x.scalar_type() &&
           tensor.device() == x.device(),
-      name, " must be like x");
+      name, " must be like x in shape, dtype and device");
 }
+
 inline void check_conv_bias(
     const std::optional<Tensor>& bias, const Tensor& weight, const ConvShape& shape) {
   STD_TORCH_CHECK(
       !bias || (bias->dim() == 1 && bias->size(0) == shape.channels &&
                 bias->scalar_type() == weight.scalar_type() && bias->device() == weight.device()),
-      "bias must be [C], like weight");
+      "bias must be [C], of weight's dtype and on its device");
 }
 
-// q, k and v [B, N, heads, D] with any strides but the last; or all in one, then k and v are absent:
-// [B, N, 3C], or gathered groups [B, G, S, 3C].
+// q, k and v [B, N, heads, D] with any strides but the last. Or all in q, without k and v: [B, N, 3C],
+// or [B, G, S, 3C] for gathered groups.
 struct QueryKeyValue {
   Tensor q;
   std::optional<Tensor> k, v;
@@ -91,8 +92,8 @@ struct QueryKeyValue {
   bool is_packed() const { return !k; }
 };
 
-// q, k or v, the elements of a head neighbours, and no other axis of their stride: what is made like it
-// is then laid out likewise.
+// q, k or v, copied unless the last axis, and no other, has stride 1. What empty_like makes of the
+// result then has its layout.
 inline Tensor with_rows(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   bool fits = x.size(last) == 1 || x.stride(last) == 1;
@@ -103,11 +104,11 @@ inline Tensor with_rows(const Tensor& x) {
 
 // A partition as the operators get it.
 struct PartitionTensors {
-  std::optional<Tensor> token_index;  // without: rows are those of gathered groups
+  std::optional<Tensor> token_index;  // absent: the rows of q are gathered groups
   Tensor window_id, query_row, key_row;
 };
 
-// What an attention operator is called with, once it is checked.
+// Sizes of a call of an attention operator, checked.
 struct AttentionShape {
   int64_t batch, partitions, groups, slots;
   int64_t rows;  // of an image: N, or G * S for gathered groups
@@ -163,14 +164,14 @@ inline AttentionShape check_attention(
     }
     STD_TORCH_CHECK(
         alike && qkv.size(2) == heads && heads > 0 && qkv.size(3) > 0,
-        "q, k and v must be [B, N, ", heads, " heads, head_dim], all alike");
+        "q, k and v must be [B, N, ", heads, " heads, head_dim], of one dtype and on one device");
     shape.head_dim = qkv.size(3);
   }
   shape.channels = heads * shape.head_dim;
   if (table) {
     STD_TORCH_CHECK(
         table->dim() == 2 && table->size(0) > 0 && table->size(1) == heads,
-        "the bias table must be [rows, ", heads, "], with a row at the least");
+        "the bias table must be [rows, ", heads, "], with at least one row");
     STD_TORCH_CHECK(
         table->scalar_type() == table_type, "the bias table must be in fp32 (fp64 for fp64)");
     shape.table_rows = table->size(0);
@@ -182,16 +183,18 @@ inline AttentionShape check_attention(
     STD_TORCH_CHECK(
         pad_value->dim() == 1 && pad_value->size(0) == 3 * shape.channels &&
             pad_value->scalar_type() == qkv.scalar_type() && pad_value->device() == qkv.device(),
-        "pad_value must be [3C], like qkv");
+        "pad_value must be [3C], of qkv's dtype and on its device");
   return shape;
 }
 
-// Where q, k or v lies: `which` of them is `first` elements into its tensor, and its images, rows and
-// heads are so many elements apart.
+// Where q, k or v lies in `tensor`: from element `first` on, its images, rows and heads so many elements
+// apart.
 struct Strides {
   const Tensor* tensor;
   int64_t first, image, row, head;
 };
+
+// which: 0 is q, 1 is k, 2 is v.
 inline Strides strides_of(const QueryKeyValue& x, int which, const AttentionShape& shape) {
   const Tensor& tensor = which == 0 || x.is_packed() ? x.q : which == 1 ? *x.k : *x.v;
   if (!x.is_packed()) return {&tensor, 0, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
@@ -204,8 +207,7 @@ inline bool on_one_device(const Tensor& x, const Tensor& y) {
   return x.device() == y.device();
 }
 
-// What a backward pass gets back: the output or its gradient, [B, N, C] or [B, G, S, C], and the
-// logarithm of the softmax's denominator.
+// What a backward pass is given: the output or its gradient, [B, N, C] or [B, G, S, C].
 inline void check_rows(
     const Tensor& x, const QueryKeyValue& qkv, const AttentionShape& shape, bool grouped,
     const char* name) {
@@ -214,9 +216,10 @@ inline void check_rows(
               x.size(x.dim() - 1) == shape.channels;
   fits = fits && (grouped ? x.size(1) == shape.groups && x.size(2) == shape.slots
                           : x.size(1) == shape.rows);
-  STD_TORCH_CHECK(fits, name, " must be like qkv, of a third of its last axis");
+  STD_TORCH_CHECK(fits, name, " must be like qkv: of its dtype, on its device, [B, N, C] or [B, G, S, C]");
 }
 
+// The logarithm of the softmax's denominator.
 inline void check_lse(
     const Tensor& lse, const Tensor& qkv, ScalarType type, int64_t batch, int64_t heads,
     int64_t rows) {

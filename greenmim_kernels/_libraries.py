@@ -1,4 +1,4 @@
-"""Where the compiled modules are. A build for the Hugging Face Hub has a file of its own here."""
+"""Where the compiled modules are. A build for the Hugging Face Hub replaces this file."""
 
 from __future__ import annotations
 

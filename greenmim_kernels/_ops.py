@@ -1,4 +1,4 @@
-"""The operators' namespace. A build for the Hugging Face Hub has a file of its own here, so that a
+"""The operators' namespace. A build for the Hugging Face Hub replaces this file, so that one
 process can load several versions.
 """
 

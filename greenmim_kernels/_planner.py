@@ -1,7 +1,7 @@
 """The compiled planner (``csrc/partition``) over NumPy arrays: its C interface, through ctypes.
 
-It needs neither PyTorch nor a certain version of Python. What it is given was checked by
-`greenmim_kernels.partition`.
+It depends neither on PyTorch nor on the version of Python. `greenmim_kernels.partition` checks its
+arguments first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _address(array: np.ndarray | None) -> int | None:
 
 
 def _thrown(error: ctypes.Array) -> Exception:
-    """What C++ threw: std::bad_alloc, which has no words, or std::invalid_argument."""
+    """The exception that C++ reported; without a message it was std::bad_alloc."""
     return ValueError(error.value.decode()) if error.value else MemoryError()
 
 
@@ -77,9 +77,9 @@ def group_partition(
     """token_index, window_id, query_row and key_row, int32 [P, G, S], and the tokens of an image.
 
     Args:
-        visible: bool [axes] or [P, axes].
-        window, shift: a number per axis.
-        segment: integers of the shape of visible, in [0, num_segments), or None.
+        visible: bool [*grid] or [P, *grid]; the grid has as many axes as the window.
+        window, shift: one integer per axis.
+        segment: integers shaped like visible, in [0, num_segments), or None.
         group_size, capacity: 0 stands for None.
     """
     visible = np.ascontiguousarray(visible)
@@ -88,16 +88,16 @@ def group_partition(
     axes = len(window)
     sizes = np.array([visible.shape[-axes:], window, shift], dtype=np.int32)
     images = math.prod(visible.shape[:-axes])
-    facts = np.empty(3, dtype=np.int64)
+    counts_out = np.empty(3, dtype=np.int64)
     error = ctypes.create_string_buffer(_ERROR_BYTES)
     grouping = _group(
         _address(visible), images, axes, *map(_address, sizes), _address(segment), num_segments,
-        group_size, capacity, _address(facts), error, _ERROR_BYTES,
+        group_size, capacity, _address(counts_out), error, _ERROR_BYTES,
     )  # fmt: skip
     if grouping is None:
         raise _thrown(error)
     try:
-        groups, slots, num_tokens = facts.tolist()
+        groups, slots, num_tokens = counts_out.tolist()
         arrays = tuple(np.empty((images, groups, slots), dtype=np.int32) for _ in range(4))
         if not _fill(grouping, *map(_address, arrays), error, _ERROR_BYTES):
             raise _thrown(error)

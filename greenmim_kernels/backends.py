@@ -43,27 +43,23 @@ class Backend:
     """What a backend can do. ``None`` stands for "any"."""
 
     device: str | None
-    operators: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] | None = None
     head_dims: range | None = None
 
 
 BACKENDS = {
-    "reference": Backend(device=None, operators=OPERATORS),
+    "reference": Backend(device=None),
     "cpp": Backend(
         device="cpu",
-        operators=OPERATORS,
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     ),
     "cuda": Backend(
         device="cuda",
-        operators=OPERATORS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         head_dims=range(4, 65, 4),
     ),
     "triton": Backend(
         device="cuda",
-        operators=OPERATORS,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         head_dims=range(2, 65, 2),
     ),
@@ -113,11 +109,11 @@ def available_backends() -> dict[str, str | None]:
     Returns:
         Every backend by name, with None if it can be used here, else the reason why not.
     """
-    return {name: _unusable(name) for name in BACKENDS}
+    return {name: _why_unusable(name) for name in BACKENDS}
 
 
-def _unusable(name: str, device: torch.device | None = None) -> str | None:
-    """None, or why not: on that GPU, or on the current one."""
+def _why_unusable(name: str, device: torch.device | None = None) -> str | None:
+    """None, or why a backend cannot be used on this GPU (None: the current one)."""
     if name == "cpp":
         try:
             cpu_capability()
@@ -139,7 +135,7 @@ def _unusable(name: str, device: torch.device | None = None) -> str | None:
         ):
             return "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
         if not triton_interprets() and torch.cuda.get_device_capability(device) < (8, 0):
-            return "its kernels need a GPU of compute capability 8.0 or newer"
+            return "its kernels need a GPU of compute capability 8.0 or higher"
     return None
 
 
@@ -155,16 +151,17 @@ def cuda_architectures() -> tuple[str, ...]:
 def _not_built_for(architectures: tuple[str, ...], device: tuple[int, int]) -> str | None:
     """None if the module runs on a device of this compute capability, else the reason.
 
-    Machine code runs on the same major version from its minor one on, PTX on anything newer.
+    Machine code runs on its own major version, from its minor version up; PTX on anything newer.
+    Either runs on its own version alone if that is specific, such as 9.0a.
     """
     for name in architectures:
         found = re.match(r"(\d+)\.(\d+)([af]?)(\+PTX)?$", name)
         if found is None:
             return None  # a named architecture, such as "Hopper": left to the driver
         built = (int(found[1]), int(found[2]))
-        if built[0] == device[0] and built[1] <= device[1] and not found[3] or built == device:
+        if built == device:
             return None
-        if found[4] and built <= device:
+        if not found[3] and built <= device and (found[4] or built[0] == device[0]):
             return None
     return (
         f"this GPU has compute capability {device[0]}.{device[1]} and the module was built for"
@@ -173,8 +170,8 @@ def _not_built_for(architectures: tuple[str, ...], device: tuple[int, int]) -> s
 
 
 def triton_interprets() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors: to check, not for speed."""
-    # The values that Triton itself takes for true.
+    """Whether Triton's interpreter runs the kernels on CPU tensors, for checking, not for speed."""
+    # The values that Triton itself takes as true.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "true", "on")
 
 
@@ -184,8 +181,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto", "reference", "cpp", "cuda" or "triton". A forced backend never falls back:
-            an operator it cannot run raises ValueError. "auto" undoes an outer force, the
-            environment variable GREENMIM_BACKEND included.
+            an operator it cannot run raises ValueError. "auto" lifts an outer choice, including
+            that of the environment variable GREENMIM_BACKEND.
 
     Raises:
         ValueError: unknown name.
@@ -206,12 +203,17 @@ def _require_usable(name: str, origin: str = "") -> None:
         raise ValueError(
             f"unknown backend {name!r}{origin}; choose one of auto, {', '.join(BACKENDS)}"
         )
-    if reason := _unusable(name):
+    if reason := _why_unusable(name):
         raise RuntimeError(f"the {name} backend{origin} cannot be used here: {reason}")
 
 
-def forced_backend() -> str:
-    """The name in force: the innermost ``use_backend``, else GREENMIM_BACKEND, else "auto"."""
+def backend_in_force() -> str:
+    """The name in force: the innermost ``use_backend``, else GREENMIM_BACKEND, else "auto".
+
+    Raises:
+        ValueError: the environment names an unknown backend.
+        RuntimeError: the backend named in the environment cannot be used here.
+    """
     name = _forced.get()
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -219,33 +221,33 @@ def forced_backend() -> str:
     return name
 
 
-# Dynamo takes the answers as constants of the trace and does not look inside.
+# Dynamo keeps the answers as constants of the trace and does not look inside.
 @torch.compiler.assume_constant_result
 def is_forced() -> bool:
     """Whether a name other than "auto" is in force."""
-    return forced_backend() != "auto"
+    return backend_in_force() != "auto"
 
 
 @torch.compiler.assume_constant_result
-def candidates(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends to try on tensors of this device and dtype, best first; one if forced.
 
     Raises:
         ValueError: a forced backend cannot do it, or the environment names an unknown backend.
-        RuntimeError: the backend named in the environment cannot be used here.
+        RuntimeError: a forced backend cannot be used here, or not on this device.
     """
-    name = forced_backend()
+    name = backend_in_force()
     if name == "auto":
         return tuple(
             name
             for name in PREFERENCE.get(device.type, ("reference",))
-            if cannot(name, operator, device.type, dtype) is None
-            and _unusable(name, device) is None
+            if _why_unsupported(name, device.type, dtype) is None
+            and _why_unusable(name, device) is None
         )
-    if reason := cannot(name, operator, device.type, dtype):
+    if reason := _why_unsupported(name, device.type, dtype):
         raise ValueError(f'{reason}; use another backend or "auto"')
-    # Whether a name can be used was asked of the current GPU when it was forced.
-    if device.type == "cuda" and (reason := _unusable(name, device)):
+    # When it was forced the current GPU was checked; these tensors may be on another.
+    if device.type == "cuda" and (reason := _why_unusable(name, device)):
         raise RuntimeError(f"the {name} backend cannot be used on {device}: {reason}")
     return (name,)
 
@@ -258,20 +260,20 @@ def choose_backend(
     group_size: int | None = None,
     table_rows: int | None = None,
 ) -> str:
-    """The backend that runs `operator`; the last three matter to attention only.
+    """The backend that runs `operator`; the last three arguments matter to attention only.
 
-    Where "auto" has both backends of a GPU to choose from, it follows the table of `automatic`.
+    Where "auto" could take either backend of a GPU, the table of `automatic` decides.
 
     Raises:
         ValueError: a forced backend cannot do it, or the environment names an unknown backend.
-        RuntimeError: the backend named in the environment cannot be used here.
+        RuntimeError: a forced backend cannot be used here, or not on this device.
     """
-    names = candidates(operator, device, dtype)
+    names = candidates(device, dtype)
     if len(names) > 1 and device.type == "cuda":
         first = automatic.choice(operator, dtype, head_dim, group_size).backend
         names = (first, *names) if first in names else names
     for name in names:
-        reason = _does_not_fit(name, device, dtype, head_dim, group_size, table_rows)
+        reason = _why_sizes_unsupported(name, device, dtype, head_dim, group_size, table_rows)
         if reason is None:
             return name
     raise ValueError(f'{reason}; use another backend or "auto"')
@@ -283,21 +285,19 @@ def automatic_backend(operator: str, device: str, dtype: torch.dtype) -> str:
         return choose_backend(operator, torch.device(device), dtype)
 
 
-def cannot(name: str, operator: str, device: str, dtype: torch.dtype) -> str | None:
-    """None if the backend does this, else what it lacks."""
+def _why_unsupported(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """None if the backend takes tensors of this device and dtype, else the reason."""
     backend = BACKENDS[name]
     interpreted = name == "triton" and triton_interprets() and device == "cpu"
     if backend.device not in (None, device) and not interpreted:
         return f"the {name} backend runs on {backend.device} tensors, these are on {device}"
-    if operator not in backend.operators:
-        return f"the {name} backend has no {operator}"
     if backend.dtypes is not None and dtype not in backend.dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
         return f"the {name} backend computes in {known}, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
-def _does_not_fit(
+def _why_sizes_unsupported(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -305,6 +305,7 @@ def _does_not_fit(
     group_size: int | None,
     table_rows: int | None,
 ) -> str | None:
+    """None if the backend takes attention of these sizes, else the reason."""
     dims = BACKENDS[name].head_dims
     if head_dim is None or dims is None:
         return None
@@ -312,14 +313,14 @@ def _does_not_fit(
     head_dim = index(head_dim)
     if head_dim not in dims:
         return (
-            f"the {name} backend takes head dims of multiples of {dims.step} up to {dims[-1]}, not"
-            f" {head_dim}"
+            f"the {name} backend takes head dims that are multiples of {dims.step} up to"
+            f" {dims[-1]}, not {head_dim}"
         )
     if name != "cuda":
         return None
     slots, rows = index(group_size or 0), index(table_rows or 0)
-    number = torch.cuda.current_device() if device.index is None else device.index
-    if not _cuda_has_room(number, dtype, head_dim, slots, rows):
+    gpu = torch.cuda.current_device() if device.index is None else device.index
+    if not _cuda_has_room(gpu, dtype, head_dim, slots, rows):
         return (
             f"the cuda backend has no room on this GPU for groups of {slots} slots with a bias"
             f" table of {rows} rows"
@@ -327,8 +328,7 @@ def _does_not_fit(
     return None
 
 
-# Dynamo takes the answer as a constant of the trace and does not look inside; nor would it know the
-# mark of a cached function.
+# A constant of the trace, as above. Dynamo would not see the decorator on the cached function.
 @torch.compiler.assume_constant_result
 def _cuda_has_room(
     device: int, dtype: torch.dtype, head_dim: int, group_size: int, table_rows: int

@@ -10,7 +10,7 @@ from .backends import choose_backend
 from .ops import operator
 from .partition import GroupPartition
 
-# Under which of an operator's two names a backend is registered (see `ops`).
+# The suffix of the operators' names under which a backend is registered (see `ops`).
 VARIANT = {"cpp": "", "cuda": "", "triton": "_triton"}
 
 
@@ -25,7 +25,8 @@ def group_gather(x: Tensor, part: GroupPartition) -> Tensor:
         Tensor [B, G, S, C] of the same dtype, zeros in padding slots. Differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
+        ValueError: shapes, dtypes or devices do not fit, or a forced backend cannot run this.
+        RuntimeError: the backend in force cannot be used here.
     """
     _check_tokens("x", x, part)
     backend = choose_backend("group_gather", x.device, x.dtype)
@@ -45,7 +46,8 @@ def group_scatter(x: Tensor, part: GroupPartition) -> Tensor:
         Tensor [B, N, C] of the same dtype. Differentiable; the gradient of padding is zero.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
+        ValueError: shapes, dtypes or devices do not fit, or a forced backend cannot run this.
+        RuntimeError: the backend in force cannot be used here.
     """
     _check_groups("x", x, part)
     backend = choose_backend("group_scatter", x.device, x.dtype)
@@ -63,29 +65,33 @@ def block_diagonal_attention(
 ) -> Tensor:
     """Window attention on gathered groups: a slot attends to the slots of its window, exactly.
 
-    In a partition with padding that attends, its slots are like those of tokens: qkv is read there.
+    The formula is that of :func:`group_window_attention`. Slots of padding that attends count as
+    tokens: `qkv` is read there.
 
     Args:
         qkv: floating point tensor [B, G, S, 3C]; the last axis holds q, k, v blocks of C, each
-            num_heads x head_dim. Padding slots are never read.
-        table: relative position bias [part.table_rows, num_heads] of any float dtype, or None;
-            for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
+            num_heads x head_dim. Slots without a window are never read.
+        table: relative position bias [part.table_rows, num_heads] of any float dtype, on the device
+            of `qkv`, or None; for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
         part: partition with P = 1 or P = B, on the device of `qkv`.
         num_heads: number of heads; divides C.
-        scale: factor of q . k; head_dim ** -0.5 if None.
+        scale: factor on q . k, a number; None means head_dim ** -0.5.
 
     Returns:
-        Tensor [B, G, S, C] in the dtype of `qkv`, zeros in padding slots. Softmax and sums run in
-        fp32 (fp64 for fp64). Differentiable in `qkv` and `table`.
+        Tensor [B, G, S, C] in the dtype of `qkv`, zeros in slots without a window. Softmax and sums
+        run in fp32 (fp64 for fp64). Differentiable in `qkv` and `table`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
+        ValueError: shapes, dtypes or devices do not fit, or a forced backend cannot run this.
+        RuntimeError: the backend in force cannot be used here.
     """
     _check_groups("qkv", qkv, part)
     head_dim = _head_dim(qkv, num_heads)
     table = _check_table(table, part, num_heads, qkv)
-    sizes = (num_heads, part.window_slots, _number(scale, head_dim))
-    arguments = (qkv, table, *part.tensors[1:], *sizes)
+    if isinstance(scale, Tensor):
+        raise ValueError("scale must be a number here; group_window_attention takes tensors")
+    scalars = (num_heads, part.window_slots, _number(scale, head_dim))
+    arguments = (qkv, table, *part.tensors[1:], *scalars)
     name = "block_diagonal_attention"
     backend = _backend_of(name, qkv, table, part, head_dim)
     if backend == "reference":
@@ -103,39 +109,43 @@ def group_window_attention(
 ) -> Tensor:
     """Window attention on visible tokens: gather, attention and scatter in one pass.
 
-    Equal to ``group_scatter(block_diagonal_attention(group_gather(qkv, part), ...), part)``
-    without anything of the size of the groups in memory.
-
-    Args:
-        qkv: floating point tensor [B, N, 3C], tokens in row-major order of their grid; the last
-            axis holds q, k, v blocks of C, each num_heads x head_dim. Or (q, k, v), [B, N,
-            num_heads, head_dim] each, which are read where they lie, whatever their strides, if the
-            elements of a head are neighbours; their gradients are laid out like them.
-        table: relative position bias [part.table_rows, num_heads] of any float dtype, or None;
-            for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
-        part: partition with P = 1 or P = B, on the device of `qkv`.
-        num_heads: number of heads; divides C.
-        scale: factor of q . k: a number, or a tensor [] or [num_heads], by which q is multiplied
-            in its own dtype (cosine attention); head_dim ** -0.5 if None.
-        pad_value: [3C], the q, k and v of the padding that attends in a partition made with
-            ``pad=True`` (for Swin: the bias of its qkv layer); None: zeros.
-
-    Returns:
-        Tensor [B, N, C] in the dtype of `qkv`, zeros for tokens in no window. Softmax and sums run
-        in fp32 (fp64 for fp64). Differentiable in all but the partition; a gradient comes in the
-        dtype of its tensor.
+    For each head, out_i = sum_j softmax_j(scale q_i . k_j + table[query_row[i] + key_row[j]]) v_j,
+    over the slots j in the window of i (Huang et al., NeurIPS 2022, arXiv 2205.13515, section 3.2,
+    but other windows are excluded exactly). Equal to
+    ``group_scatter(block_diagonal_attention(group_gather(qkv, part), ...), part)``, without storing
+    anything of the size of the groups.
 
     A value that is not finite reaches the tokens of its group at most; in the "cpp" backend, which
     works window by window, those of its window.
 
+    Args:
+        qkv: floating point tensor [B, N, 3C], tokens in row-major order of their grid; the last
+            axis holds q, k, v blocks of C, each num_heads x head_dim. Or (q, k, v), [B, N,
+            num_heads, head_dim] each: read without a copy, with any strides, if the last axis alone
+            has stride 1. Their gradients then have the same strides.
+        table: relative position bias [part.table_rows, num_heads] of any float dtype, on the device
+            of `qkv`, or None; for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
+        part: partition with P = 1 or P = B, on the device of `qkv`.
+        num_heads: number of heads; divides C.
+        scale: factor on q . k: a number, or a tensor [] or [num_heads] (cosine attention), which
+            multiplies q; the product is rounded to q's dtype. None means head_dim ** -0.5.
+        pad_value: [3C] on the device of `qkv`, the q, k and v of the padding that attends in a
+            partition made with ``pad=True`` (for Swin: the bias of its qkv layer). None: zeros.
+
+    Returns:
+        Tensor [B, N, C] in the dtype of `qkv`, zeros for tokens in no window. Softmax and sums run
+        in fp32 (fp64 for fp64). Differentiable in all tensors but the partition's; a gradient has
+        the dtype of its tensor.
+
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
+        ValueError: shapes, dtypes or devices do not fit, or a forced backend cannot run this.
+        RuntimeError: the backend in force cannot be used here.
     """
     if isinstance(qkv, Tensor):
         _check_tokens("qkv", qkv, part)
         head_dim = _head_dim(qkv, num_heads)
     else:
-        head_dim = _check_three(qkv, part, num_heads)
+        head_dim = _check_separate(qkv, part, num_heads)
     table = _check_table(table, part, num_heads, qkv if isinstance(qkv, Tensor) else qkv[0])
     if isinstance(scale, Tensor):
         if scale.numel() not in (1, num_heads) or scale.dim() > 1:
@@ -145,6 +155,7 @@ def group_window_attention(
         if isinstance(qkv, Tensor):
             qkv = qkv.unflatten(-1, (3, num_heads, head_dim)).unbind(2)
         q, k, v = qkv
+        # In PyTorch: right for every scale, zero too, and the kernels multiply no pairs by it.
         qkv, scale = ((q * scale.to(q.device).view(-1, 1)).to(q.dtype), k, v), 1.0
     if isinstance(qkv, Tensor):
         q, k, v = qkv.contiguous(), None, None
@@ -157,8 +168,8 @@ def group_window_attention(
                 f" {list(pad_value.shape)} on {pad_value.device}"
             )
         pad_value = pad_value.to(q.dtype)
-    sizes = (num_heads, part.window_slots, _number(scale, head_dim))
-    arguments = (q, k, v, table, pad_value, *part.tensors, *sizes)
+    scalars = (num_heads, part.window_slots, _number(scale, head_dim))
+    arguments = (q, k, v, table, pad_value, *part.tensors, *scalars)
     name = "group_window_attention"
     backend = _backend_of(name, q, table, part, head_dim)
     if backend == "reference":
@@ -172,23 +183,25 @@ def sparse_depthwise_conv(
     """Depthwise 3 x 3 convolution of visible tokens; hidden neighbours count as zero.
 
     Equal to putting the tokens on a map of zeros, ``conv2d`` with a padding of 1 and one group per
-    channel, and taking the visible tokens again, without the map.
+    channel, and taking the visible tokens out again, without the map. It is the positional encoding
+    of Twins (Chu et al., NeurIPS 2021, arXiv 2104.13840) on visible tokens.
 
     Args:
         x: floating point tensor [B, N, C].
-        weight: [C, 1, 3, 3] as of ``nn.Conv2d``, or [C, 9], of any float dtype.
-        bias: [C], or None.
-        neighbours: int32 [P, N, 9] with P = 1 or B, on the device of `x`: the token under each of
-            the kernel's places, row by row, or -1; see :func:`greenmim_kernels.grid_neighbours`.
-            Tokens may be numbered in any order, but who has a neighbour is that one's, at the
-            opposite place: on this the gradient relies. Kernels on a GPU trust it.
+        weight: [C, 1, 3, 3] as in ``nn.Conv2d``, or [C, 9], of any float dtype.
+        bias: [C] of any float dtype, or None.
+        neighbours: int32 [P, N, 9] with P = 1 or B, on the device of `x`: the token at each place
+            of the kernel, row by row, or -1; see :func:`greenmim_kernels.grid_neighbours`. Tokens
+            may be in any order, but neighbours must be mutual: if b is at one place of a, then a is
+            at the opposite place of b. The gradient relies on it; kernels on a GPU do not check it.
 
     Returns:
         Tensor [B, N, C] of the dtype of `x`. Sums run in fp32 (fp64 for fp64). Differentiable in
         `x`, `weight` and `bias`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot.
+        ValueError: shapes, dtypes or devices do not fit, or a forced backend cannot run this.
+        RuntimeError: the backend in force cannot be used here.
     """
     if x.dim() != 3 or not x.dtype.is_floating_point:
         raise ValueError(f"x must be floating point [B, N, C], got {x.dtype} {list(x.shape)}")
@@ -209,12 +222,14 @@ def sparse_depthwise_conv(
         )
     if neighbours.shape[0] not in (1, batch):
         raise ValueError(
-            f"neighbours are of {neighbours.shape[0]} images and x a batch of {batch}; give those"
-            " of one mask for the batch or of one per image"
+            f"neighbours are of {neighbours.shape[0]} images and x a batch of {batch}; make them"
+            " from one mask for the batch, or from one per image"
         )
     for name, value in (("weight", weight), ("bias", bias), ("neighbours", neighbours)):
         if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device} and x on {x.device}")
+            raise ValueError(
+                f"{name} is on {value.device} and x on {x.device}; move them to one device"
+            )
     dtype = reference.accumulation_dtype(x.dtype)
     weight = weight.flatten(1).to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -240,11 +255,11 @@ def _check_tokens(name: str, x: Tensor, part: GroupPartition) -> None:
     if x.dim() != 3:
         raise ValueError(f"{name} must be [B, N, C], got shape {list(x.shape)}")
     if x.shape[1] != part.num_tokens:
-        raise ValueError(_counts(name, x, part))
+        raise ValueError(_wrong_count(name, x, part))
     _check_common(name, x, part)
 
 
-def _counts(name: str, x: Tensor, part: GroupPartition) -> str:
+def _wrong_count(name: str, x: Tensor, part: GroupPartition) -> str:
     return (
         f"{name} has {x.shape[1]} tokens per image, the partition {part.num_tokens};"
         " make the partition from the grid these tokens come from"
@@ -266,8 +281,8 @@ def _check_common(name: str, x: Tensor, part: GroupPartition) -> None:
     num_partitions = part.token_index.shape[0]
     if num_partitions != 1 and num_partitions != x.shape[0]:
         raise ValueError(
-            f"the partition holds {num_partitions} images' windows and {name} a batch of"
-            f" {x.shape[0]}; give one mask for the batch or one per image"
+            f"the partition is of {num_partitions} images and {name} a batch of {x.shape[0]}; make"
+            " it from one mask for the batch, or from one per image"
         )
     for tensor in part.tensors:
         if tensor.device != x.device:
@@ -277,10 +292,12 @@ def _check_common(name: str, x: Tensor, part: GroupPartition) -> None:
             )
 
 
-def _check_three(qkv: tuple[Tensor, Tensor, Tensor], part: GroupPartition, num_heads: int) -> int:
+def _check_separate(
+    qkv: tuple[Tensor, Tensor, Tensor], part: GroupPartition, num_heads: int
+) -> int:
     """The head dim of (q, k, v)."""
     if not isinstance(qkv, (tuple, list)) or len(qkv) != 3:
-        raise ValueError("qkv must be a tensor [B, N, 3C] or three, (q, k, v)")
+        raise ValueError("qkv must be one tensor [B, N, 3C], or a tuple of three, (q, k, v)")
     q = qkv[0]
     if any(x.dim() != 4 or x.shape != q.shape for x in qkv) or q.shape[2] != num_heads:
         raise ValueError(
@@ -290,10 +307,10 @@ def _check_three(qkv: tuple[Tensor, Tensor, Tensor], part: GroupPartition, num_h
     if any(x.dtype != q.dtype or x.device != q.device for x in qkv):
         raise ValueError(
             "q, k and v must have one dtype and be on one device, got"
-            f" {', '.join(f'{x.dtype} on {x.device}' for x in qkv)}; convert them, as with q.to(v)"
+            f" {', '.join(f'{x.dtype} on {x.device}' for x in qkv)}; convert them with q.to(v)"
         )
     if q.shape[1] != part.num_tokens:
-        raise ValueError(_counts("q", q, part))
+        raise ValueError(_wrong_count("q", q, part))
     if q.shape[3] == 0:
         raise ValueError("the head dim of q, k and v must not be 0")
     _check_common("q", q, part)
@@ -316,7 +333,9 @@ def _check_table(
     if table is None:
         return None
     if part.table_rows == 0:
-        raise ValueError("this partition knows no bias; make it with window_size or bias_index")
+        raise ValueError(
+            "this partition has no bias table; make it with window_size or bias_index, or pass None"
+        )
     rows = part.table_rows
     if rows is None:
         rows = table.shape[0] if table.dim() else 0
@@ -331,5 +350,7 @@ def _check_table(
     if not table.dtype.is_floating_point:
         raise ValueError(f"the bias table must be floating point, got {table.dtype}")
     if table.device != x.device:
-        raise ValueError(f"the bias table is on {table.device} and qkv on {x.device}")
+        raise ValueError(
+            f"the bias table is on {table.device} and qkv on {x.device}; move them to one device"
+        )
     return table.to(reference.accumulation_dtype(x.dtype))

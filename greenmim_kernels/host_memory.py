@@ -5,23 +5,26 @@ from __future__ import annotations
 import ctypes
 import platform
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep freed memory for what it allocates next; for the rest of its life.
+    """Make the process keep freed memory for later allocations, from now on.
 
-    By default glibc gives large tensors back to the system as they are freed, and every step takes
-    them anew as tens of thousands of pages, each cleared by the system at its first touch: a tenth
+    By default glibc returns large tensors to the system when they are freed. Each step then gets
+    them anew as tens of thousands of pages, which the system clears at their first touch: a tenth
     of a step of Swin-B. Other C libraries are left as they are.
     """
-    # All from the heap, which never shrinks.
+    # Nothing by mmap: all comes from the heap, which then never shrinks.
     _set(mmap_max=0, trim_threshold=-1)
 
 
-def give_back_freed_memory() -> None:
-    """Undo `keep_freed_memory`, also in a child that took it over: glibc's defaults."""
+def return_freed_memory() -> None:
+    """Undo `keep_freed_memory`, also in a child process that inherited it.
+
+    glibc's initial limits are set. By default they would grow with use; that stays off.
+    """
     _set(_DEFAULT_MMAP_MAX, _DEFAULT_TRIM_THRESHOLD)
 
 

@@ -1,7 +1,7 @@
-"""Layers for `kernels`, the Hugging Face Hub's library: its ``kernelize`` puts their ``forward`` in
-the place of that of a model's own modules.
+"""Layers for `kernels`, the library of the Hugging Face Hub: its ``kernelize`` replaces the
+``forward`` of a model's modules by theirs.
 
-As it asks, they have no state and no other method. Their names are those of what they replace.
+As it requires, they have no state and no other method. They have the names of what they replace.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GroupWindowAttention(nn.Module):
 class SwinAttention(nn.Module):
     """``SwinAttention`` of transformers 5 and newer: windows, mask and bias in one operator.
 
-    What the kernels do not do, such as attention maps, runs the code of transformers.
+    Calls that the kernels cannot run, such as for attention maps, go to transformers' own code.
     """
 
     has_backward = True
@@ -37,17 +37,18 @@ class SwinAttention(nn.Module):
         """Attention in windows.
 
         Args:
-            hidden_states: floating point [B windows, M^2, C], the windows of an image together.
+            hidden_states: floating point [B * windows, M^2, C], the windows of an image together.
             attention_mask: [windows, M^2, M^2], 0 where a pair attends and -100 where not; or None.
-            kwargs: those of transformers.
+            kwargs: transformers' other arguments.
 
         Returns:
-            [B windows, M^2, C], and None in the place of attention maps.
+            [B * windows, M^2, C], and None in place of attention maps.
         """
-        # Another version of this package may have fused the layer, and gives what it made.
+        # A layer fused by another version of this package passes that version's partition.
         is_known = attention_mask is None or isinstance(attention_mask, torch.Tensor)
         if is_known and not wants_more(self, wants_maps(self, kwargs)):
             out = attend(self, hidden_states, attention_mask)
             if out is not None:
                 return out, None
+        # `kernelize` sets this function on the module; its class still has the library's.
         return type(self).forward(self, hidden_states, attention_mask, **kwargs)

@@ -22,7 +22,8 @@ class GroupWindowAttention(nn.Module):
         qkv_bias: whether q, k and v have a bias.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`.
+        TypeError: `window_size` is neither an integer nor 1 to 3 of them.
+        ValueError: `num_heads` does not divide `dim`, or `window_size` is below 1.
     """
 
     def __init__(
@@ -45,17 +46,19 @@ class GroupWindowAttention(nn.Module):
 
         Args:
             x: floating point [B, N, C], visible tokens in row-major order of their grid.
-            part: with the layer's window size, on the device of `x`.
+            part: a partition with the layer's window size, on the device of `x`.
 
         Returns:
             [B, N, C].
 
         Raises:
             ValueError: the partition has another window size, or does not fit `x`.
+            RuntimeError: the backend in force cannot be used here.
         """
         if part.window_size != self.window_size:
             raise ValueError(
-                f"the layer has windows of {self.window_size}, the partition of {part.window_size}"
+                f"the layer has windows of {self.window_size}, the partition of"
+                f" {part.window_size}; make the partition with the layer's window_size"
             )
         out = group_window_attention(
             self.qkv(x), self.relative_position_bias_table, part, self.num_heads

@@ -16,26 +16,28 @@ def grid_neighbours(visible: np.ndarray | Tensor) -> Tensor:
 
     Returns:
         int32 [P, N, 9]: for each visible token, row-major, the numbers of those at the nine places
-        of a 3 x 3 kernel, row by row, itself in the middle; -1 where nothing is visible or the grid
-        ends. P = 1 or B.
+        of a 3 x 3 kernel, row by row, itself in the middle; -1 for a hidden place, or one outside
+        the grid. P = 1 or B.
 
     Raises:
-        TypeError: ``visible`` is not a bool array.
-        ValueError: it has another number of axes, or counts differ between images.
+        TypeError: ``visible`` is not a bool array, or is on a GPU.
+        ValueError: it is empty or has another number of axes, or counts differ between images.
     """
-    grids = np.asarray(visible)  # of a tensor on a GPU, PyTorch says what to do
+    grids = np.asarray(visible)  # for a tensor on a GPU, PyTorch's own error says what to do
     if grids.dtype != np.bool_:
         raise TypeError(
             f"visible has dtype {grids.dtype}; pass bool, True = visible (for 0/1: visible == 1)"
         )
     if grids.ndim not in (2, 3) or 0 in grids.shape:
-        raise ValueError(f"visible must be [H, W] or [B, H, W], got shape {list(grids.shape)}")
+        raise ValueError(
+            f"visible must be [H, W] or [B, H, W] and not empty, got shape {list(grids.shape)}"
+        )
     grids = grids.reshape(-1, *grids.shape[-2:])
     counts = grids.sum((1, 2))
     if counts.min() != counts.max():
         raise ValueError(
             f"image {counts.argmin()} has {counts.min()} visible tokens and image"
-            f" {counts.argmax()} {counts.max()}; all images of a batch need as many"
+            f" {counts.argmax()} {counts.max()}; all images of a batch need the same number"
         )
     images, height, width = grids.shape
     numbers = np.full((images, height + 2, width + 2), -1, dtype=np.int32)

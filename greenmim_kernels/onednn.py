@@ -1,14 +1,14 @@
-"""Training in float32 on x86 CPUs: linear layers by oneDNN, and few steps of Python between them.
+"""Training in float32 on x86 CPUs: linear layers by oneDNN, with little Python between them.
 
 PyTorch gives float32 products to MKL. With the shapes of a training step on a CPU (few rows, and a
-weight that comes from memory) oneDNN, which every x86 build of PyTorch holds too, took a seventh
-less time on an AMD EPYC. An MLP is one operator, whose GELU costs no pass of its own backwards. The
-operators are in csrc/cpu/linear.cpp. A block is one node of autograd: between two products, which
-fill the caches with weights, Python is several times slower than in a loop of its own.
+weight that comes from memory), oneDNN, which every x86 build of PyTorch has too, took a seventh
+less time on an AMD EPYC. An MLP is one operator, whose backward pass needs no separate pass for
+GELU; the operators are in csrc/cpu/linear.cpp. A block is one autograd node: products fill the
+caches with weights, and Python between them runs several times slower than it does alone.
 
     use_onednn(model)  # any model with nn.Linear, before its first step
 
-Calls that are not in float32, not on a CPU or under autocast are the layers' own.
+Calls in another dtype, on another device or under autocast run the layers' own code. Needs timm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .backends import available_backends, choose_backend
-from .ops import operator
+from .ops import if_needed, operator
 from .partition import GroupPartition
 
 _linear, _linear_backward = operator("onednn_linear"), operator("onednn_linear_backward")
@@ -35,7 +35,7 @@ _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def available() -> bool:
-    """Whether the operators are there, and both libraries: on Arm there is no MKL to avoid."""
+    """Whether the operators and both libraries exist; without MKL, on Arm, they save nothing."""
     return (
         available_backends()["cpp"] is None
         and torch.backends.mkldnn.is_available()
@@ -53,14 +53,14 @@ class OneDNNLinear(nn.Linear):
         return super().forward(x)
 
     def with_bias(self, x: Tensor, bias: Tensor) -> Tensor:
-        """The same with a bias [out] that is made in each pass, in place of its own."""
+        """The same with another bias [out_features], which was computed in this pass."""
         if _fit(x, self) and bias.dtype == torch.float32 and bias.is_cpu:
             return _Linear.apply(x, self.weight, bias)
         return F.linear(x, self.weight, bias)
 
 
 class OneDNNMlp(Mlp):
-    """timm's MLP of two `OneDNNLinear` with GELU between them and nothing else that is at work."""
+    """timm's MLP: two `OneDNNLinear` with the exact GELU between them, and nothing else active."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.fc1, self.fc2
@@ -69,28 +69,28 @@ class OneDNNMlp(Mlp):
         return super().forward(x)
 
     def is_plain(self) -> bool:
-        """Whether it still is what the operator computes, and nothing looks into it."""
+        """Whether the MLP is still what the operator computes, without hooks inside."""
         drops = any(drop.p > 0 and drop.training for drop in (self.drop1, self.drop2))
         modules = self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2
         return not drops and _is_plain(self) and not any(map(_has_hooks, modules))
 
 
-# What its other base is.
+# The block's own class, the other base, is a Module, which a type checker must be told.
 if TYPE_CHECKING:
-    _Beside = nn.Module
+    _BlockBase = nn.Module
 else:
-    _Beside = object
+    _BlockBase = object
 
 
-class OneDNNBlock(_Beside):
-    """A Swin block that is one node of autograd, of such layers.
+class OneDNNBlock(_BlockBase):
+    """Mixin that runs a Swin block of such layers as one autograd node.
 
-    A base of a class beside the block's own, which has `_run(x, part)` and the names of timm's.
+    The block's own class, beside it, has `_run(x, part)` and timm's attribute names.
     """
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
         if not self._takes(x, part):
-            # The other base has it; it also says what does not fit.
+            # The other base has it; it also raises the errors.
             return super()._run(x, part)  # type: ignore[misc]
         attention = self.attn
         parameters = []
@@ -107,17 +107,17 @@ class OneDNNBlock(_Beside):
         )
 
     def _layers(self) -> tuple[nn.Module, ...]:
-        """In the order of use."""
+        """The layers with parameters, in the order of use."""
         attention, mlp = self.attn, self.mlp
         return self.norm1, attention.qkv, attention.proj, self.norm2, mlp.fc1, mlp.fc2
 
     def _takes(self, x: Tensor, part: GroupPartition) -> bool:
-        """Whether it still is what the node computes, nothing looks into it, and the input fits."""
+        """Whether the block is still what the node computes, without hooks, and the input fits."""
         attention, paths = self.attn, (self.drop_path1, self.drop_path2)
         modules = self.norm1, attention, attention.qkv, attention.proj, self.norm2, self.mlp
         if not _has_onednn(self) or any(map(_has_hooks, (*modules, *paths))):
             return False
-        if not self.mlp.is_plain() or not all(map(_passes_on, paths)) or x.dim() != 3:
+        if not self.mlp.is_plain() or not all(map(_is_inactive, paths)) or x.dim() != 3:
             return False
         heads, table = attention.num_heads, attention.relative_position_bias_table
         fit = (
@@ -137,17 +137,17 @@ class OneDNNBlock(_Beside):
 def use_onednn(model: nn.Module, block_class: type[nn.Module] | None = None) -> None:
     """Make every nn.Linear of a float32 model on a CPU an `OneDNNLinear`, where available.
 
-    A timm Mlp with the exact GELU becomes an `OneDNNMlp`. What is changed inside of one later, or
-    has hooks there, runs layer by layer. Parameters, names and the state dict stay.
+    A timm Mlp with the exact GELU becomes an `OneDNNMlp`. One that is changed later, or has hooks
+    inside, runs layer by layer. Parameters, names and the state dict stay.
 
     Args:
-        model: Changed in place.
-        block_class: Blocks of exactly this class, of such layers, become an `OneDNNBlock`, too.
+        model: changed in place.
+        block_class: blocks of exactly this class, with such layers, become an `OneDNNBlock`.
     """
     if not available():
         return
     for module in list(model.modules()):
-        if type(module) is nn.Linear and module.weight.numel():
+        if type(module) is nn.Linear and module.weight.numel():  # the operators take none
             module.__class__ = OneDNNLinear
     for module in list(model.modules()):
         if type(module) is Mlp and _is_plain(module):
@@ -174,29 +174,24 @@ def _has_onednn(block: nn.Module) -> bool:
     return linear and norms and type(block.mlp) is OneDNNMlp
 
 
-def _passes_on(path: nn.Module) -> bool:
-    """Whether stochastic depth is not at work."""
+def _is_inactive(path: nn.Module) -> bool:
+    """Whether stochastic depth is off."""
     return type(path) is nn.Identity or type(path) is DropPath and not path.training
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether something is to be called beside the module itself."""
+    """Whether hooks of the module's own are to be called; global ones are not looked for."""
     forward = module._forward_hooks or module._forward_pre_hooks
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _fit(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether the operators take it."""
+    """Whether x and the layers' parameters are float32, on the CPU and outside autocast."""
     tensors = [x]
     for layer in layers:
         tensors += [tensor for tensor in (layer.weight, layer.bias) if tensor is not None]
     fit = all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
     return fit and not torch.is_autocast_enabled("cpu")
-
-
-def _needed(grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """None in the place of those that were not asked for."""
-    return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
 class _Linear(torch.autograd.Function):
@@ -209,7 +204,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         needed = ctx.needs_input_grad
-        return _needed(_linear_backward(grad, *ctx.saved_tensors, *needed), needed)
+        return if_needed(_linear_backward(grad, *ctx.saved_tensors, *needed), needed, 3)
 
 
 class _Mlp(torch.autograd.Function):
@@ -223,28 +218,28 @@ class _Mlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         needed = ctx.needs_input_grad
-        return _needed(_mlp_backward(grad, *ctx.saved_tensors, *needed), needed)
+        return if_needed(_mlp_backward(grad, *ctx.saved_tensors, *needed), needed, 5)
 
 
 class _Block(torch.autograd.Function):
-    """x + attention of the norm, then x + MLP of the norm; parameters in the order of use.
+    """x + attention(norm(x)), then x + MLP(norm(x)); parameters in the order of use.
 
-    Nothing is added in place: compiled by PyTorch 2.11, the gradients would be zeros, silently.
+    Nothing is added in place: compiled by PyTorch 2.11, the gradients would silently be zero.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, *others) -> Tensor:
         *parameters, table, token_index, window_id, query_row, key_row = others[:-2]
-        sizes, (eps1, eps2) = others[-2:]
+        scalars, (eps1, eps2) = others[-2:]
         norm1, qkv, proj, norm2, fc1, fc2 = zip(parameters[::2], parameters[1::2], strict=True)
         partition, shape = (token_index, window_id, query_row, key_row), x.shape[-1:]
         normed1, *statistics1 = _norm(x, shape, *norm1, eps1)
         projected = _linear(normed1, *qkv)
-        attended, lse = _attention(projected, None, None, table, None, *partition, *sizes)
+        attended, lse = _attention(projected, None, None, table, None, *partition, *scalars)
         middle = _linear(attended, *proj) + x
         normed2, *statistics2 = _norm(middle, shape, *norm2, eps2)
         out, hidden, slope = _mlp(normed2, *fc1, *fc2)
-        ctx.sizes = sizes
+        ctx.scalars = scalars
         ctx.save_for_backward(
             *(x, normed1, *statistics1, projected, attended, lse, *partition),
             *(middle, normed2, *statistics2, hidden, slope),
@@ -265,17 +260,20 @@ class _Block(torch.autograd.Function):
         need_mlp, need_table = needed[9:13], needed[13]
 
         layers = (normed2, hidden, slope, fc1, fc2)
-        of_normed2, *of_mlp = _mlp_backward(grad, *layers, True, *need_mlp)
+        grad_normed2, *grad_mlp = _mlp_backward(grad, *layers, True, *need_mlp)
         statistics2 = (mean2, rstd2, *norm2, (True, *need_norm2))
-        of_middle, *of_norm2 = _norm_backward(of_normed2, middle, shape, *statistics2)
-        of_middle = of_middle + grad
-        of_attended, *of_proj = _linear_backward(of_middle, attended, proj, True, *need_proj)
-        of_projected, _, _, of_table, _ = _attention_backward(
-            *(of_attended, projected, None, None, table, None, attended, lse, *partition),
-            *(*ctx.sizes, True, need_table, False),
+        grad_middle, *grad_norm2 = _norm_backward(grad_normed2, middle, shape, *statistics2)
+        grad_middle = grad_middle + grad
+        grad_attended, *grad_proj = _linear_backward(grad_middle, attended, proj, True, *need_proj)
+        grad_projected, _, _, grad_table, _ = _attention_backward(
+            *(grad_attended, projected, None, None, table, None, attended, lse, *partition),
+            *(*ctx.scalars, True, need_table, False),
         )
-        of_normed1, *of_qkv = _linear_backward(of_projected, normed1, qkv, True, *need_qkv)
+        grad_normed1, *grad_qkv = _linear_backward(grad_projected, normed1, qkv, True, *need_qkv)
         statistics1 = (mean1, rstd1, *norm1, (True, *need_norm1))
-        of_x, *of_norm1 = _norm_backward(of_normed1, x, shape, *statistics1)
-        grads = (of_x + of_middle, *of_norm1, *of_qkv, *of_proj, *of_norm2, *of_mlp, of_table)
-        return *_needed(grads, needed[:14]), *(None,) * 6
+        grad_x, *grad_norm1 = _norm_backward(grad_normed1, x, shape, *statistics1)
+        grads = (
+            *(grad_x + grad_middle, *grad_norm1, *grad_qkv, *grad_proj),
+            *(*grad_norm2, *grad_mlp, grad_table),
+        )
+        return if_needed(grads, needed[:14], 20)

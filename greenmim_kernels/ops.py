@@ -6,17 +6,17 @@ Triton's kernels stand beside them under names of their own, ``<operator>_triton
 rules; which of the two is called is decided in Python. Backward passes are operators of their own.
 Conventions of every schema:
 
-- qkv [B, G, S, 3C]; q [B, N, 3C] holding k and v too, which are then None, or each of them
-  [B, N, heads, D], with any strides but the last;
-- table [rows, heads] in the accumulation dtype, or None; pad_value [3C] like q, or None;
+- qkv [B, G, S, 3C]; q [B, N, 3C], which then holds k and v too, and they are None; or q, k and v
+  [B, N, heads, D] each, with any strides but the last;
+- table [rows, heads] in the accumulation dtype, or None; pad_value [3C] in q's dtype, or None;
 - token_index, window_id, query_row, key_row [P, G, S]: int32, P = 1 or B, as in a GroupPartition;
-- window_slots: that a window has at most;
-- lse [B, heads, rows]: log of the softmax's denominator, in the accumulation dtype; not
+- window_slots: the most slots that a window may have;
+- lse [B, heads, G * S or N]: log of the softmax's denominator, in the accumulation dtype; not
   differentiable, kept for the backward pass;
-- neighbours [P, N, 9]: int32, as of `neighbours.grid_neighbours`; weight [C, 9] and bias [C] of the
+- neighbours [P, N, 9]: int32, as from `grid_neighbours`; weight [C, 9] and bias [C] of the
   convolution in the accumulation dtype;
-- a gradient that is not asked for comes back as an empty tensor; that of pad_value as
-  [2 D, heads], of its k and v, in the accumulation dtype.
+- a gradient that is not asked for is an empty tensor; that of pad_value is [2 D, heads], for its k
+  and v, in the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SCHEMAS = {
     ),
 }
 
-# The compiled kernels, and Triton's.
+# Suffixes of the operators' names: the compiled kernels', and Triton's.
 VARIANTS = ("", "_triton")
 
 
@@ -95,14 +95,18 @@ def operator(name: str, variant: str = "") -> Callable:
 
 
 def _on_one_device(name: str, fake: Callable) -> Callable:
-    """The shape rule, which a CPU's tensors get to as well where one beside them has no values: its
-    result would be memory that nothing was written to."""
+    """The shape rule, which refuses mixed devices.
+
+    Beside a tensor on the meta device, the dispatcher runs it for tensors on the CPU too, and its
+    result would be memory that nothing writes to.
+    """
 
     def checked(*arguments):
         devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(
-                f"{name} takes tensors of one device, got some on {', '.join(sorted(devices))}"
+                f"{name} needs its tensors on one device, got some on"
+                f" {', '.join(sorted(devices))}; move them to one"
             )
         try:
             return fake(*arguments)
@@ -141,7 +145,7 @@ def _scatter_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _register_copies(variant: str) -> None:
+def _register_gather_scatter(variant: str) -> None:
     def gather_backward(ctx, grad: Tensor):
         (token_index,) = ctx.saved_tensors
         return operator("group_scatter", variant)(grad, token_index, ctx.num_tokens), None
@@ -158,13 +162,13 @@ def _register_copies(variant: str) -> None:
 
 
 def _setup_attention(ctx, inputs, output) -> None:
-    """Saves the tensors before the partition's, the results, and the partition's, in that order."""
+    """Saves what the backward operator takes, in its order: inputs, results, the partition."""
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    tensors, ctx.sizes = inputs[:-3], inputs[-3:]
+    tensors, ctx.scalars = inputs[:-3], inputs[-3:]
     ctx.num_inputs = len(inputs)
-    differentiable = 5 if len(tensors) == 9 else 2
+    differentiable = 5 if len(tensors) == 9 else 2  # q, k, v, table, pad_value; or qkv, table
     ctx.save_for_backward(*tensors[:differentiable], out, lse, *tensors[differentiable:])
 
 
@@ -172,33 +176,33 @@ def _lse_like(x: Tensor, num_heads: int, rows: int) -> Tensor:
     return x.new_empty(x.shape[0], num_heads, rows, dtype=accumulation_dtype(x.dtype))
 
 
-def _sums_like(x: Tensor, shape: tuple[int, ...], needed: bool) -> Tensor:
+def _grad_sums_like(x: Tensor, shape: tuple[int, ...], needed: bool) -> Tensor:
     return x.new_empty(shape if needed else (0,), dtype=accumulation_dtype(x.dtype))
 
 
-def _grouped_fake(qkv: Tensor, table: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+def _block_diagonal_fake(qkv: Tensor, table: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
     *sizes, channels = qkv.shape
     return qkv.new_empty(*sizes, channels // 3), _lse_like(qkv, rest[-3], sizes[1] * sizes[2])
 
 
-def _grouped_backward_fake(
+def _block_diagonal_backward_fake(
     grad_out: Tensor, qkv: Tensor, table: Tensor | None, *rest
 ) -> tuple[Tensor, Tensor]:
     need_qkv, need_table = rest[-2:]
     table_shape = () if table is None else table.shape
     return (
         qkv.new_empty(qkv.shape if need_qkv else (0,)),
-        _sums_like(qkv, table_shape, need_table and table is not None),
+        _grad_sums_like(qkv, table_shape, need_table and table is not None),
     )
 
 
-def _fused_fake(q: Tensor, k: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+def _window_fake(q: Tensor, k: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
     batch, rows, *width = q.shape
     channels = width[0] // 3 if k is None else width[0] * width[1]
     return q.new_empty(batch, rows, channels), _lse_like(q, rest[-3], rows)
 
 
-def _fused_backward_fake(
+def _window_backward_fake(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor | None,
@@ -218,41 +222,45 @@ def _fused_backward_fake(
     pad_shape = () if pad_value is None else (2 * pad_value.shape[0] // 3 // num_heads, num_heads)
     return (
         *grads,
-        _sums_like(q, table_shape, need_table and table is not None),
-        _sums_like(q, pad_shape, need_pad and pad_value is not None),
+        _grad_sums_like(q, table_shape, need_table and table is not None),
+        _grad_sums_like(q, pad_shape, need_pad and pad_value is not None),
     )
 
 
 def _pad_gradient(grad: Tensor, pad_value: Tensor) -> Tensor:
-    """[2 D, heads] -> [3C]: nobody reads what padding would ask for."""
+    """[2 D, heads] -> [3C], with zeros for q: padding has no queries."""
     of_keys = grad.unflatten(0, (2, -1)).transpose(1, 2).flatten()
     queries = of_keys.new_zeros(len(pad_value) - len(of_keys))
     return torch.cat([queries, of_keys]).to(pad_value.dtype)
 
 
 def _register_attention(variant: str) -> None:
-    def grouped_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+    def block_diagonal_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
         needed = ctx.needs_input_grad[:2]
         grads = (None, None)
         if grad_out is not None and any(needed):
             backward = operator("block_diagonal_attention_backward", variant)
-            grads = backward(grad_out, *ctx.saved_tensors, *ctx.sizes, *needed)
-        return _if_needed(grads, needed, ctx.num_inputs)
+            grads = backward(grad_out, *ctx.saved_tensors, *ctx.scalars, *needed)
+        return if_needed(grads, needed, ctx.num_inputs)
 
-    def fused_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+    def window_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
         needed = ctx.needs_input_grad[:5]
         grads = (None,) * 5
         if grad_out is not None and any(needed):
             backward = operator("group_window_attention_backward", variant)
-            of = any(needed[:3]), *needed[3:]
-            saved = ctx.saved_tensors  # once: checkpointing does not give them twice
-            *grads, of_pad = backward(grad_out, *saved, *ctx.sizes, *of)
-            grads.append(_pad_gradient(of_pad, saved[4]) if needed[4] else None)
-        return _if_needed(grads, needed, ctx.num_inputs)
+            saved = ctx.saved_tensors  # read once: checkpointing does not give them twice
+            needs = any(needed[:3]), *needed[3:]
+            *grads, grad_pad = backward(grad_out, *saved, *ctx.scalars, *needs)
+            grads.append(_pad_gradient(grad_pad, saved[4]) if needed[4] else None)
+        return if_needed(grads, needed, ctx.num_inputs)
 
     rules: dict[str, tuple[Callable, Callable, Callable]] = {
-        "block_diagonal_attention": (_grouped_fake, grouped_backward, _grouped_backward_fake),
-        "group_window_attention": (_fused_fake, fused_backward, _fused_backward_fake),
+        "block_diagonal_attention": (
+            _block_diagonal_fake,
+            block_diagonal_backward,
+            _block_diagonal_backward_fake,
+        ),
+        "group_window_attention": (_window_fake, window_backward, _window_backward_fake),
     }
     for name, (fake, backward, backward_fake) in rules.items():
         _register(name, variant, fake, backward, _setup_attention)
@@ -260,21 +268,21 @@ def _register_attention(variant: str) -> None:
 
 
 def _register_once_differentiable(name: str, variant: str, fake: Callable) -> None:
-    """The backward pass of an operator: it says that it has none itself."""
+    """Registers an operator's backward pass, which refuses to be differentiated."""
 
     def refuse(ctx, *grads):
         raise RuntimeError(
-            f"{name} has no second derivative; for one, run it inside"
+            f"{name} has no second derivative; to get one, run it inside"
             ' greenmim_kernels.use_backend("reference")'
         )
 
     _register(name + "_backward", variant, fake, refuse, lambda ctx, inputs, output: None)
 
 
-def _if_needed(grads, needed: tuple[bool, ...], number: int) -> tuple[Tensor | None, ...]:
-    """None in the place of gradients that were not asked for, and of all further inputs."""
+def if_needed(grads, needed: tuple[bool, ...], num_inputs: int) -> tuple[Tensor | None, ...]:
+    """None in place of gradients that were not asked for, and for all further inputs."""
     kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    return *kept, *(None,) * (number - len(needed))
+    return *kept, *(None,) * (num_inputs - len(needed))
 
 
 # --- the convolution of visible tokens ----------------------------------------------------------
@@ -309,14 +317,14 @@ def _register_conv(variant: str) -> None:
     def backward(ctx, grad_out: Tensor):
         needed = ctx.needs_input_grad[:3]
         run = operator("sparse_depthwise_conv_backward", variant)
-        return _if_needed(run(grad_out, *ctx.saved_tensors, *needed), needed, 4)
+        return if_needed(run(grad_out, *ctx.saved_tensors, *needed), needed, 4)
 
     name = "sparse_depthwise_conv"
     _register(name, variant, _conv_fake, backward, _conv_setup)
     _register_once_differentiable(name, variant, _conv_backward_fake)
 
 
-# --- linear layers on a CPU: kernels of _C alone, with oneDNN; autograd is the caller's ---------
+# --- linear layers by oneDNN: on a CPU alone; their autograd rules are in `onednn` ---------------
 
 # x [..., I], weight [O, I], bias [O], grad [..., O], all float32. An MLP: a layer, GELU, a layer;
 # hidden is GELU's result, slope its derivative.
@@ -345,7 +353,7 @@ def _linear_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, ...]:
     shapes = x.shape, weight.shape, weight.shape[:1]
-    return _needed(grad, shapes, (need_x, need_weight, need_bias))
+    return _empty_unless_needed(grad, shapes, (need_x, need_weight, need_bias))
 
 
 def _mlp_fake(x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2) -> tuple[Tensor, ...]:
@@ -363,7 +371,9 @@ def _mlp_backward_fake(
     *needed: bool,
 ) -> tuple[Tensor, ...]:
     biases = weight1.shape[:1], weight2.shape[:1]
-    return _needed(grad, (x.shape, weight1.shape, biases[0], weight2.shape, biases[1]), needed)
+    return _empty_unless_needed(
+        grad, (x.shape, weight1.shape, biases[0], weight2.shape, biases[1]), needed
+    )
 
 
 _linear_rules: dict[str, Callable] = {
@@ -376,13 +386,15 @@ for _name, _fake in _linear_rules.items():
     torch.library.register_fake(add_op_namespace_prefix(_name), _on_one_device(_name, _fake))
 
 
-def _needed(grad: Tensor, shapes: tuple, needed: tuple[bool, ...]) -> tuple[Tensor, ...]:
+def _empty_unless_needed(
+    grad: Tensor, shapes: tuple, needed: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
     return tuple(
         grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needed, strict=True)
     )
 
 
 for _variant in VARIANTS:
-    _register_copies(_variant)
+    _register_gather_scatter(_variant)
     _register_attention(_variant)
     _register_conv(_variant)

@@ -1,10 +1,10 @@
 """Group partitions: which visible tokens attend together, planned on the CPU.
 
-A Swin block attends inside windows. With three quarters of the tokens hidden, windows hold anything
-from nothing to all of their tokens, so windows are packed into groups of nearly equal size, and
-attention runs over groups (Huang et al., NeurIPS 2022, arXiv 2205.13515, section 3.2). The work is
-done in C++ (``csrc/partition``) with the interpreter lock released; the cost model that chooses the
-group size stands in ``csrc/partition/grouping.cpp``.
+A Swin block attends inside windows. With three quarters of the tokens hidden, a window holds
+anything from none to all of its tokens. So windows are packed into groups of S slots, and attention
+runs group by group (Huang et al., NeurIPS 2022, arXiv 2205.13515, section 3.2). The work is done in
+C++ (``csrc/partition``) without the interpreter lock; the cost model that chooses the group size is
+in ``csrc/partition/grouping.cpp``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from . import _planner
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
+LARGEST_TILE = 64  # the most slots of a group that the kernels hold in one tile
 TENSORS = ("token_index", "window_id", "query_row", "key_row")
 
 
@@ -31,23 +32,23 @@ class GroupPartition:
     :func:`greenmim_kernels.partition_from_windows`.
 
     P is 1 (one partition for the whole batch) or the batch size, G the number of groups, S the
-    slots of a group. A slot holds one token or nothing. Inside a group slots are sorted by window;
-    those without a window come last, as do groups that name no token. Kernels on a GPU trust all
-    this: to look again, they would have to wait for the device.
+    slots of a group. A slot holds one token or is empty. Inside a group, slots are sorted by
+    window; those without a window come last, as do groups without tokens. Kernels on a GPU trust
+    all this: to check it they would have to wait for the device.
 
     Attributes:
-        token_index: int32 [P, G, S], the token's position among those of its image; -1 in padding.
-            Every token stands in exactly one slot. A slot without a token that has a window is
-            padding that attends, with the operators' `pad_value`, behind the window's tokens.
-        window_id: int32 [P, G, S], the same for tokens that attend to each other; -1 in padding,
-            and where a token is in no window: its output and gradients are zero. A window is never
-            split between groups.
+        token_index: int32 [P, G, S], the token's position among those of its image; -1 in empty
+            slots. Every token is in exactly one slot. An empty slot with a window is padding that
+            attends, as the operator's `pad_value`; it comes after the window's tokens.
+        window_id: int32 [P, G, S], equal for slots that attend to each other; -1 in empty slots
+            without a window, and for tokens in no window, whose output and gradients are zero. A
+            window is never split between groups.
         query_row, key_row: int32 [P, G, S]. The bias table's row of query i and key j of one window
             is query_row[i] + key_row[j]; key_row differs between the slots of a window.
         num_tokens: N, the tokens of an image.
-        table_rows: rows of the bias table; 0 without a bias, None where only the table knows.
-        window_size: (Mh, Mw), or one number per axis; None where windows are of another kind.
-        window_slots: slots that a window has at most.
+        table_rows: rows of the bias table; 0 without a bias, None if only the table itself tells.
+        window_size: (Mh, Mw), or one number per axis; None if the partition was made without it.
+        window_slots: the most slots that a window may have.
     """
 
     token_index: Tensor
@@ -83,7 +84,7 @@ class GroupPartition:
         """The same partition with each of its tensors changed.
 
         Args:
-            change: takes an int32 tensor [P, G, S] and gives what stands in its place.
+            change: called with each int32 tensor [P, G, S]; returns its replacement.
         """
         return replace(self, **{name: change(getattr(self, name)) for name in TENSORS})
 
@@ -92,12 +93,12 @@ class GroupPartition:
 
         Args:
             device: the device.
-            non_blocking: whether copies from page-locked memory may go on beside what follows.
+            non_blocking: whether copies from pinned memory may be asynchronous.
         """
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> GroupPartition:
-        """The same partition in page-locked memory, for copies that do not block."""
+        """The same partition in pinned (page-locked) memory, for asynchronous copies."""
         return self.map(Tensor.pin_memory)
 
     def __repr__(self) -> str:
@@ -117,11 +118,11 @@ def group_partition(
     capacity: int | None = None,
     segment: np.ndarray | Tensor | None = None,
 ) -> GroupPartition:
-    """Packs the windows of a grid of visible tokens into groups.
+    """Pack the windows of a grid of visible tokens into groups.
 
     A token at row h lies in window row ``(h + (Mh - s) % Mh) // Mh``, other axes likewise; border
-    windows may be smaller, nothing wraps. The window may exceed the grid. On a grid that the window
-    does not divide, libraries that pad attend to the padding too, which this does not.
+    windows may be smaller, nothing wraps. The window may exceed the grid. Where the window does not
+    divide the grid, libraries that pad attend to the padding too; this does not.
 
     Args:
         visible: the token grid, True = visible: bool [H, W], one for the whole batch, or
@@ -135,8 +136,8 @@ def group_partition(
             the cost model choose a multiple of 16; with a capacity, None means
             ``min(prod(M), N)`` rounded up to a multiple of 16, which depends on shapes only.
         capacity: the number of groups to pad to. None means as many as needed (with one grid per
-            image, as the image with most groups needs).
-        segment: integer labels shaped like `visible`: a token attends to those of its own label
+            image, by the image that needs most).
+        segment: integer labels shaped like `visible`: a token attends to tokens of its own label
             only, within its window (several images mixed in one grid). None: one label for all.
 
     Returns:
@@ -144,10 +145,11 @@ def group_partition(
         and its table has ``prod(2 * M - 1)`` rows. The same input always gives the same groups.
 
     Raises:
-        TypeError: ``visible`` is not a bool array, labels or a size are not integers.
-        ValueError: wrong shape or device, no visible token, unequal counts between images, a shift
-            outside its window, a group size below the fullest window, or a capacity below the
-            groups needed.
+        TypeError: ``visible`` is not a bool array, labels or a size are not integers, or a size has
+            another number of axes.
+        ValueError: wrong shape or device, no visible token, unequal counts between images, a size
+            below 1, a shift outside its window, a group size below the fullest window, or a
+            capacity below the groups needed.
     """
     visible = _on_cpu(visible, "visible", "a bool NumPy array or torch tensor")
     if visible.dtype != np.bool_:
@@ -157,7 +159,7 @@ def group_partition(
     window = window_axes(window_size)
     shift = _shift_axes(shift_size, window)
     axes, shape = len(window), visible.shape
-    if len(shape) not in (axes, axes + 1) or 0 in shape or math.prod(shape[-axes:]) > _INT32_MAX:
+    if len(shape) not in (axes, axes + 1) or 0 in shape or math.prod(shape[-axes:]) > INT32_MAX:
         names = ", ".join("DHW"[-axes:])
         raise ValueError(
             f"visible has shape {tuple(shape)}; for a window of {axes} axes pass a token grid"
@@ -167,7 +169,7 @@ def group_partition(
     if segment is not None:
         segment, num_segments = _segments(segment, visible, axes)
         windows = _num_windows(shape[-axes:], window, shift)
-        if windows * num_segments > _INT32_MAX:
+        if windows * num_segments > INT32_MAX:
             raise ValueError(
                 f"segment has {num_segments} different labels for {windows} windows; their product"
                 " must be below 2**31"
@@ -178,8 +180,8 @@ def group_partition(
         shift,
         segment,
         num_segments,
-        0 if group_size is None else _positive(group_size, "group_size"),
-        0 if capacity is None else _positive(capacity, "capacity"),
+        0 if group_size is None else positive(group_size, "group_size"),
+        0 if capacity is None else positive(capacity, "capacity"),
     )
     token_index, window_id, query_row, key_row = map(torch.from_numpy, arrays)
     rows, slots = table_rows(window), math.prod(window)
@@ -196,7 +198,7 @@ def partition_capacity(
     group_size: int | None = None,
     num_segments: int = 1,
 ) -> int:
-    """The number of groups that is enough for every grid with so many visible tokens.
+    """A number of groups that suffices for every mask with this many visible tokens.
 
     Packing never leaves two groups that fit together, so with G > 1 groups any two of them hold at
     least S + 1 tokens. Added up over the G * (G - 1) / 2 pairs, where every group occurs G - 1
@@ -210,10 +212,13 @@ def partition_capacity(
         num_tokens: N, visible tokens of an image.
         group_size: S; None means the size that :func:`group_partition` takes with a capacity,
             ``min(prod(M), N)`` rounded up to a multiple of 16.
-        num_segments: different labels in an image at most.
+        num_segments: the most labels that an image has.
+
+    Returns:
+        The bound on G, at least 1: a `capacity` for :func:`group_partition`.
 
     Raises:
-        TypeError: a size is not an integer.
+        TypeError: a size is not an integer, or has another number of axes.
         ValueError: a size below 1, a shift outside its window, or more tokens than the grid has.
     """
     window = window_axes(window_size)
@@ -221,7 +226,7 @@ def partition_capacity(
     if min(grid) < 1:
         raise ValueError(f"grid_size={grid_size} must be at least 1 on each axis")
     shift = _shift_axes(shift_size, window)
-    num_tokens = _positive(num_tokens, "num_tokens")
+    num_tokens = positive(num_tokens, "num_tokens")
     if num_tokens > math.prod(grid):
         raise ValueError(
             f"num_tokens={num_tokens} is more than the {_times(grid)} tokens of the grid"
@@ -229,21 +234,21 @@ def partition_capacity(
     if group_size is None:
         group_size = _planner.fixed_group_size(math.prod(window), num_tokens)
     else:
-        group_size = _positive(group_size, "group_size")
-    windows = _num_windows(grid, window, shift) * _positive(num_segments, "num_segments")
+        group_size = positive(group_size, "group_size")
+    windows = _num_windows(grid, window, shift) * positive(num_segments, "num_segments")
     return max(1, min(2 * num_tokens // (group_size + 1), windows, num_tokens))
 
 
 def pack_windows(counts: Sequence[int] | np.ndarray, group_size: int) -> list[np.ndarray]:
-    """Packs windows into as few groups as it can find; on small cases that is the optimum.
+    """Pack windows into as few groups as the search finds: the optimum in small cases.
 
     Args:
         counts: tokens of each window, positive integers [windows].
-        group_size: tokens that a group may hold.
+        group_size: the most tokens that a group may hold.
 
     Returns:
         One int64 array of window indices per group, in increasing order inside a group; every
-        window stands in exactly one group, and no two groups would fit into one. The fullest group
+        window is in exactly one group, and no two groups would fit into one. The fullest group
         comes first. The same counts always give the same groups. No windows give no groups.
 
     Raises:
@@ -251,7 +256,7 @@ def pack_windows(counts: Sequence[int] | np.ndarray, group_size: int) -> list[np
         ValueError: counts are not one-dimensional, a count is below 1 or above the group size, or
             the group size is below 1.
     """
-    group_size = _positive(group_size, "group_size")
+    group_size = positive(group_size, "group_size")
     array = np.asarray(counts)
     if array.ndim != 1:
         raise ValueError(f"counts has shape {array.shape}; pass one count per window, [windows]")
@@ -274,18 +279,18 @@ def pack_windows(counts: Sequence[int] | np.ndarray, group_size: int) -> list[np
 
 
 def table_rows(window: tuple[int, ...]) -> int:
-    """Rows of the bias table: differences of two places in a window."""
-    return math.prod([2 * side - 1 for side in window])  # Dynamo knows no generator here
+    """Rows of Swin's bias table: one per difference between two positions in a window."""
+    return math.prod([2 * side - 1 for side in window])  # a list: Dynamo traces no generator here
 
 
 def window_axes(window_size: int | tuple[int, ...]) -> tuple[int, ...]:
     """One number per axis; an integer stands for two axes."""
     axes = len(window_size) if isinstance(window_size, (tuple, list)) else 2
     window = _axes(window_size, "window_size", axes)
-    if min(window) < 1 or table_rows(window) > _INT32_MAX:
+    if min(window) < 1 or table_rows(window) > INT32_MAX:
         raise ValueError(
-            f"window_size={window_size} must be at least 1 on each axis, and its bias table of"
-            " prod(2 M - 1) rows below 2**31"
+            f"window_size={window_size} must be at least 1 on each axis, and small enough for its"
+            " bias table to have fewer than 2**31 rows, prod(2 M - 1)"
         )
     return window
 
@@ -298,8 +303,8 @@ def _axes(value: int | tuple[int, ...], name: str, number: int) -> tuple[int, ..
             return tuple(map(index, value))
     except TypeError:
         pass
-    expected = f"{number} integers" if name != "window_size" else "1 to 3 integers"
-    raise TypeError(f"{name}={value!r} must be an integer or {expected}, one per axis")
+    expected = "1 to 3" if name == "window_size" else number
+    raise TypeError(f"{name}={value!r} must be an integer, or a tuple of {expected}, one per axis")
 
 
 def _shift_axes(shift_size: int | tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ...]:
@@ -338,7 +343,7 @@ def _on_cpu(array: np.ndarray | Tensor, name: str, expected: str) -> np.ndarray:
 def _segments(
     segment: np.ndarray | Tensor, visible: np.ndarray, axes: int
 ) -> tuple[np.ndarray, int]:
-    """An image's labels as int32 numbers from 0 on, and how many at most; 0 where hidden."""
+    """Each image's labels renumbered from 0, int32, 0 where hidden; and the most in an image."""
     segment = _on_cpu(segment, "segment", "integer labels, a NumPy array or torch tensor")
     if segment.dtype.kind not in "iub":
         raise TypeError(f"segment has dtype {segment.dtype}; pass integer labels")
@@ -350,17 +355,17 @@ def _segments(
     numbered, most = np.zeros(visible.shape, dtype=np.int32), 1
     grid = visible.shape[-axes:]
     images = (x.reshape(-1, *grid) for x in (visible, segment, numbered))
-    for kept, own, to in zip(*images, strict=True):  # each has labels of its own
+    for kept, own, to in zip(*images, strict=True):  # labels are numbered per image
         labels, to[kept] = np.unique(own[kept], return_inverse=True)
         most = max(most, len(labels))
     return numbered, most
 
 
-def _positive(value: int, name: str) -> int:
+def positive(value: int, name: str) -> int:
     try:
         number = index(value)
     except TypeError:
         raise TypeError(f"{name}={value!r} must be an integer") from None
-    if not 0 < number <= _INT32_MAX:
+    if not 0 < number <= INT32_MAX:
         raise ValueError(f"{name}={number} must lie in [1, 2**31 - 1]")
     return number

@@ -1,8 +1,8 @@
 """The operators in eager PyTorch: the oracle every other backend is checked against.
 
-It reads like the formulas and is slow and memory-hungry on purpose. All tensors carry the shapes of
-the public functions in :mod:`greenmim_kernels.functional`; nothing is validated here. float64
-inputs are computed in float64, everything else in float32, and results have the input's dtype.
+It reads like the formulas, at the price of time and memory. All tensors have the shapes of the
+public functions in :mod:`greenmim_kernels.functional`; nothing is validated here. float64 inputs
+are computed in float64, everything else in float32, and results have the input's dtype.
 
 The mathematics: Huang et al., Green Hierarchical Vision Transformer for Masked Image Modeling,
 NeurIPS 2022 (arXiv 2205.13515), section 3.2, with exact exclusion instead of a finite penalty.
@@ -17,12 +17,15 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of softmax, sums and the bias table inside every backend: fp64 for fp64, else fp32."""
+    """The dtype of softmax, sums and the bias table in every backend: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """q, k or v, the elements of a head neighbours, and no other axis of their stride."""
+    """q, k or v [B, N, heads, D], copied unless the last axis, and no other, has stride 1.
+
+    What `empty_like` makes of the result then has its layout.
+    """
     if x.shape[-1] == 1:
         return x
     others = zip(x.shape[:-1], x.stride()[:-1], strict=True)
@@ -53,7 +56,7 @@ def group_scatter(x: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
 def relative_position_bias(
     table: Tensor, window_id: Tensor, query_row: Tensor, key_row: Tensor
 ) -> Tensor:
-    """table [rows, heads] -> bias [P, G, heads, S, S], of use where windows are equal.
+    """table T [rows, heads] -> bias [P, G, heads, S, S]; meaningful within windows only.
 
     Entry (i, j) is T[query_row[i] + key_row[j]].
     """
@@ -73,12 +76,12 @@ def block_diagonal_attention(
     scale: float,
 ) -> Tensor:
     """qkv [B, G, S, 3C] -> [B, G, S, C]: softmax over the slots of the same window of a group."""
-    # Autocast would take the products to bf16; the contract is fp32 sums whatever the surroundings.
+    # Under autocast the products would run in bf16; the contract is fp32 sums everywhere.
     with _no_autocast(qkv.device.type):
         dtype = accumulation_dtype(qkv.dtype)
         valid = (window_id >= 0)[..., None]  # [P, G, S, 1]
-        # Padding may hold anything, NaN too. As zeros it forms a window of its own, whose outputs
-        # are zero and whose rows keep the softmax finite.
+        # Slots without a window may hold anything, even NaN. As zeros they form a window of their
+        # own, whose outputs are zero and whose rows keep the softmax finite.
         x = torch.where(valid, qkv, 0).to(dtype)
         x = x.unflatten(-1, (3, num_heads, -1)).movedim(3, 0).transpose(-2, -3)
         q, k, v = x.unbind(0)  # [B, G, heads, S, D]
@@ -88,7 +91,7 @@ def block_diagonal_attention(
         scores = scores.masked_fill(~_same_window(window_id)[:, :, None], -torch.inf)
         out = scores.softmax(-1) @ v
         out = out.transpose(-2, -3).flatten(-2).to(qkv.dtype)
-        # The last `where` also keeps a NaN in the padding of the incoming gradient away.
+        # This `where` also keeps out a NaN in such slots of the incoming gradient.
         return torch.where(valid, out, 0)
 
 
@@ -140,7 +143,10 @@ def _same_window(window_id: Tensor) -> Tensor:
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Meta tensors have no autocast to switch off. (Dynamo of torch 2.11 cannot ask which have.)"""
+    """Autocast switched off; not for meta tensors, which have none.
+
+    Dynamo of torch 2.11 cannot trace the question which devices have it.
+    """
     if device == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)

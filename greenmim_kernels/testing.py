@@ -1,7 +1,7 @@
 """Shapes, inputs and the error budget shared by the tests and the benchmarks.
 
-The budget has no hand-tuned tolerance: a backend may be off from the fp64 result by a small
-multiple of what plain eager PyTorch in the same dtype is off, plus a rounding band of the dtype.
+The budget has no hand-tuned tolerance: a backend's error against the fp64 result may be a small
+multiple of that of plain eager PyTorch in the same dtype, plus a rounding band of the dtype.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Case:
     Attributes:
         image_size: pixels (height, width), multiples of 32.
         stage: 1 to 4; the token grid is image / (4 * 2 ** (stage - 1)).
-        window_size: M of the model; the grid itself where that is no larger.
+        window_size: M of the model; on an axis where the grid is no larger, the window is the grid.
         per_image: one mask per image instead of one for the batch.
         group_size: slots of a group; the cost model chooses if None.
-        capacity: the partition of a training step: as many groups as any mask may need, their size
-            the same for all masks, tokens numbered in the encoder's order.
+        capacity: whether the partition is that of a training step: as many groups as any mask may
+            need, of one size for all masks, and tokens numbered in the encoder's order.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -100,6 +100,7 @@ def visible_tokens(case: Case, seed: int = 0) -> np.ndarray:
 
 
 def make_partition(case: Case, seed: int = 0) -> GroupPartition:
+    """The partition of a case's random mask, on the CPU."""
     window, shift = case.window_and_shift()
     visible = visible_tokens(case, seed)
     if not case.capacity:
@@ -115,8 +116,8 @@ def make_partition(case: Case, seed: int = 0) -> GroupPartition:
 
 
 def encoder_numbers(grid: np.ndarray, scale: int) -> np.ndarray:
-    """Where the visible tokens of a grid, row-major, stand in the encoder: unit by unit, and within
-    a unit the four children of a token of the next stage together, column by column."""
+    """The encoder's number of each visible token of a grid, row-major: unit by unit, and within a
+    unit the four children of a token of the next stage together, column by column."""
     row, column = grid.nonzero()
     order = row // scale * grid.shape[1] + column // scale
     for half in (1 << bit for bit in reversed(range(scale.bit_length() - 1))):
@@ -147,7 +148,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
-    """Random inputs of a case; values that the case's dtype holds exactly."""
+    """Random inputs of a case, rounded to the case's dtype."""
     part = make_partition(case, seed)
     generator = torch.Generator().manual_seed(seed)
 
@@ -167,8 +168,8 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
 
 
 def run(inputs: Inputs, attention=group_window_attention) -> dict[str, Tensor]:
-    """Forward and backward: {"out", "grad_qkv", "grad_table"}, in the backend in force; with
-    padding "grad_pad" too."""
+    """Forward and backward with the backend in force: {"out", "grad_qkv", "grad_table"}, and
+    "grad_pad" if there is a pad_value."""
     given = {"qkv": inputs.qkv, "table": inputs.table, "pad": inputs.pad_value}
     leaves = {k: x.detach().requires_grad_() for k, x in given.items() if x is not None}
     pad = {"pad_value": leaves["pad"]} if "pad" in leaves else {}
@@ -181,9 +182,9 @@ def run(inputs: Inputs, attention=group_window_attention) -> dict[str, Tensor]:
 def operator_arguments(
     name: str, inputs: Inputs, scale: float = 0.3, variant: str = "", three: bool = False
 ) -> tuple:
-    """Arguments of an operator of `ops`; a backward pass's results are of that variant's forward.
+    """Arguments of an operator of `ops`; for a backward pass, with the results of its forward pass.
 
-    `three`: q, k and v apart, of strides of their own, and padding's.
+    three: q, k and v as three tensors with different strides, and a pad_value.
     """
     part, qkv, grad_out, table = inputs.part, inputs.qkv, inputs.grad_out, inputs.table
     if name.startswith("sparse"):
@@ -204,7 +205,7 @@ def operator_arguments(
         tensors, indices = (qkv, None, None, table, None), part.tensors
         if three:
             q, k, v = qkv.unflatten(-1, (3, inputs.num_heads, -1)).unbind(2)
-            # A layout each: as it is, head by head, and on its own.
+            # A different layout each: a slice of qkv, head by head, contiguous.
             k = k.transpose(1, 2).contiguous().transpose(1, 2)
             tensors = (q, k, v.contiguous(), table, qkv[0, 0].clone())
     tensors = tuple(x if x is None else x.detach() for x in tensors)
@@ -216,7 +217,7 @@ def operator_arguments(
 
 
 def _conv_arguments(name: str, inputs: Inputs) -> tuple:
-    """Of the convolution: with qkv for tokens, all in a row."""
+    """Arguments of the convolution: the tokens of qkv, side by side in one row."""
     x, grad_out = inputs.qkv.detach(), inputs.qkv.detach().flip(1)
     row = np.ones((inputs.part.num_partitions, 1, x.shape[1]), dtype=bool)
     neighbours = grid_neighbours(row).to(x.device)
@@ -229,7 +230,7 @@ def _conv_arguments(name: str, inputs: Inputs) -> tuple:
 
 
 def relative_error(actual: Tensor, exact: Tensor, least_scale: float = 1e-30) -> float:
-    """Largest deviation, relative to the largest value of the exact tensor."""
+    """Largest deviation, relative to the largest absolute value of the exact tensor."""
     if exact.numel() == 0:
         return 0.0
     error = (actual.double() - exact.double()).abs().max().item()
@@ -247,39 +248,41 @@ def assert_within_budget(
 
     Args:
         actual: results of the backend under test.
-        plain: results of the reference in the same dtype: what rounding alone costs. For fp64,
-            which has nothing more exact beside it, those in fp32, whose cost is scaled down.
+        plain: results of the reference in the same dtype: what rounding alone costs. For fp64, as
+            nothing is more exact, results in fp32, whose error is scaled down.
         exact: results of the reference in fp64, on the same values.
-        factor: how many times the plain error is allowed, on top of a rounding
-            band: 4 units of the result's dtype and 16 of the dtype that sums are taken in (small
-            cases have too few values for the plain error to be typical).
-        other_draws: asked only where that is exceeded: (plain, exact) of the same case on other
-            values. The largest of their errors then counts: with a few entries in a table, plain
-            arithmetic is sometimes lucky.
+        factor: the multiple of the plain error that is allowed, on top of a rounding band: 4 eps of
+            the result's dtype and 16 of the accumulation dtype (small cases have too few values for
+            the plain error to be typical).
+        other_draws: called only if the budget is exceeded; gives (plain, exact) of the same case on
+            other values. The largest of their plain errors then counts: with few entries in a
+            table, plain arithmetic is sometimes lucky.
 
     Raises:
         AssertionError: names the tensor, its error and what was allowed.
     """
     for name, expected in exact.items():
         got = actual[name]
-        least = _least(name, exact)
+        least = _least_scale(name, exact)
         assert got.shape == expected.shape, f"{name}: {list(got.shape)} != {list(expected.shape)}"
         eps = torch.finfo(got.dtype).eps
-        scale = eps / torch.finfo(plain[name].dtype).eps
+        ratio = eps / torch.finfo(plain[name].dtype).eps
         band = 4 * eps + 16 * torch.finfo(accumulation_dtype(got.dtype)).eps
         error = relative_error(got, expected, least)
-        allowed = factor * scale * relative_error(plain[name], expected, least) + band
+        allowed = factor * ratio * relative_error(plain[name], expected, least) + band
         if error > allowed and other_draws is not None:
-            costs = [relative_error(p[name], e[name], _least(name, e)) for p, e in other_draws()]
-            allowed = max(allowed, factor * scale * max(costs) + band)
+            costs = [
+                relative_error(p[name], e[name], _least_scale(name, e)) for p, e in other_draws()
+            ]
+            allowed = max(allowed, factor * ratio * max(costs) + band)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-def _least(name: str, exact: dict[str, Tensor]) -> float:
-    """What an error is relative to at least.
+def _least_scale(name: str, exact: dict[str, Tensor]) -> float:
+    """The least value that an error is taken relative to.
 
     The table's gradient cancels to nothing where windows hold one token; its error is that of its
-    terms, which are of the size of the gradient of qkv.
+    terms, which are about as large as the gradient of qkv.
     """
     terms = exact.get("grad_qkv")
     if name != "grad_table" or terms is None or not terms.numel():

@@ -1,23 +1,27 @@
-"""Partitions of windows that the caller has cut, as every windowed network cuts its own.
+"""Partitions of windows that the caller has cut.
 
-Written in PyTorch's operators, so that a partition can be made on any device and inside of a
-compiled function.
+Written in PyTorch operators, so that a partition can be made on any device and inside a compiled
+function.
 """
 
 from __future__ import annotations
 
 import math
-from operator import index as index_of
+from operator import index as as_int
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _planner
-from .partition import GroupPartition, table_rows, window_axes
-
-_INT32_MAX = 2**31 - 1
-_LARGEST_TILE = 64  # slots of a group that a kernel takes at once
+from .partition import (
+    INT32_MAX,
+    LARGEST_TILE,
+    GroupPartition,
+    positive,
+    table_rows,
+    window_axes,
+)
 
 
 def partition_from_windows(
@@ -31,44 +35,45 @@ def partition_from_windows(
     pad: bool = False,
     num_tokens: int | None = None,
 ) -> GroupPartition:
-    """A partition from windows of n slots each, for attention as Swin and its relatives compute it.
+    """A partition of windows of n slots each, as Swin and its variants cut them.
 
-    The row of the bias table that a pair of slots takes comes from `window_size` (with `coords`),
-    or from `bias_index`; with neither there is no bias.
+    The row of the bias table for a pair of slots comes from `window_size` (with `coords`) or from
+    `bias_index`; with neither there is no bias.
 
     Args:
         token_index: the token in each slot, integers [W, n], the same for the whole batch, or
             [P, W, n], one per image; -1 where a slot is empty. In any order, each token at most
-            once; the output and the gradients of one that is in no window are zero.
+            once; the output and the gradients of a token in no window are zero.
         window_size: M for two axes, or one number per axis (1 to 3): the table has
             ``prod(2 * M - 1)`` rows, ordered as Swin's.
-        segment: integer labels shaped like `token_index`: a token attends to its own label only.
-        mask: [W, n, n], 0 where two slots attend to each other and anything else where not (Swin's
-            ``attn_mask``, which is 0 or -100; of a bool mask, True where not); those that attend to
-            each other must form segments. Empty slots do not matter.
-        coords: with `window_size`, where a slot is in its window, integers [n, axes], [W, n, axes]
-            or [P, W, n, axes]; differences are below M. None: slot i unravelled over `window_size`.
-        bias_index: the table's row of each pair, integers [n, n], [n * n] or [W, n, n] (Swin's
-            ``relative_position_index``), which must be a number of the query plus a number of the
-            key. Its table has as many rows as `window_size` says, or else one more than the largest
-            index.
-        pad: whether the empty slots are tokens that attend and are attended to, with the same q, k
-            and v each, the `pad_value` of the operator (libraries that pad a grid to whole windows
-            do that: q, k and v are then the bias of their layer). Nothing is computed for them.
-        num_tokens: N, the tokens of an image; None: one more than the largest index. Given, a
-            partition of tensors on a GPU, or inside ``torch.compile(fullgraph=True)``, is made
-            without waiting for the device, and then the values are trusted; with `pad` each token
-            must then be in a window, and without `window_size` the table have the rows that
-            `bias_index` names.
+        segment: integer labels [W, n], or [P, W, n] for P images: a token attends to tokens of its
+            own label only.
+        mask: [W, n, n], 0 (or False) where two slots attend to each other, anything else where not,
+            as Swin's ``attn_mask`` of 0 and -100. Slots that attend to each other must form
+            segments. Without `pad`, entries of empty slots are ignored.
+        coords: the position of each slot in its window, integers [n, axes], [W, n, axes] or
+            [P, W, n, axes]; within a window they differ by less than M on each axis. Needs
+            `window_size`. None: slot i is at place i of the window, row-major.
+        bias_index: the table's row for each pair, integers [n, n], [n * n] or [W, n, n] (Swin's
+            ``relative_position_index``); it must be the sum of a term of the query and a term of
+            the key. The table has as many rows as `window_size` says, or else one more than the
+            largest index.
+        pad: whether empty slots are padding that is attended to, each with the operator's
+            `pad_value` as its q, k and v. Libraries that pad a grid to whole windows do that;
+            `pad_value` is then the bias of their qkv layer. No output is computed for padding.
+        num_tokens: N, the tokens of an image; None: one more than the largest index. If given, a
+            partition on a GPU, or inside ``torch.compile(fullgraph=True)``, is made without waiting
+            for the device, and values are not checked. Then, with `pad`, each token must be in a
+            window, and without `window_size` the table must have the rows that `bias_index` names.
 
     Returns:
         A :class:`GroupPartition` on the device of `token_index`.
 
     Raises:
-        TypeError: what should be integers is not.
-        ValueError: shapes that do not fit, a token that stands twice or is beyond `num_tokens`, a
-            mask that is no segmentation, an index that is no sum of two numbers, coordinates that
-            differ by M or more, or two slots of one window at one place.
+        TypeError: an index, a label, a position or a size is not an integer.
+        ValueError: shapes do not fit, a token appears twice or is beyond `num_tokens`, a mask does
+            not cut windows into segments, a `bias_index` is not such a sum, positions differ by M
+            or more, or two slots of one window are at one place.
     """
     index = _integers(token_index, "token_index")
     if index.dim() not in (2, 3) or 0 in index.shape:
@@ -79,25 +84,25 @@ def partition_from_windows(
     index = index if index.dim() == 3 else index[None]
     device = index.device
     _, windows, slots = index.shape
-    if windows * slots > _INT32_MAX:
+    if windows * slots > INT32_MAX:
         raise ValueError(
-            f"token_index has {windows * slots} slots; an image must have fewer than 2^31"
+            f"token_index has {windows * slots} slots; an image must have fewer than 2**31"
         )
     tracing = torch.compiler.is_compiling()
-    checks = num_tokens is None or not (tracing or device.type != "cpu")
+    checks = num_tokens is None or (device.type == "cpu" and not tracing)
     if num_tokens is not None and not tracing:
-        num_tokens = _count(num_tokens)
+        num_tokens = positive(num_tokens, "num_tokens")
     if num_tokens is None or checks:
         num_tokens = _check_tokens(index, num_tokens)
     is_slot = torch.ones_like(index[0], dtype=torch.bool) if pad else (index >= 0).any(0)
     labels = _labels(segment, mask, index, is_slot, checks)
-    # A window has room for as many numbers as segments.
+    # Each window has n numbers, as each of its slots may be a segment of its own.
     window_id = (torch.arange(windows, device=device) * slots)[:, None]
     if labels is not None:
         window_id = window_id + _ranks(labels)
     window_id = window_id.broadcast_to(index.shape)
     is_used = index >= 0
-    if pad:  # what no token attends to is nothing
+    if pad:  # padding that no token attends to is as good as empty
         tokens = index.new_zeros(index.shape[0], windows * slots)
         tokens = tokens.scatter_add(1, window_id.flatten(1), is_used.long().flatten(1))
         is_used = tokens.gather(1, window_id.flatten(1)).view_as(index) > 0
@@ -111,7 +116,7 @@ def partition_from_windows(
     if checks and rows:
         _check_rows(window_id, query_row, key_row, rows)
     room = max(windows * slots, num_tokens)
-    if pad:  # its slots are not free for tokens in no window
+    if pad:  # tokens in no window cannot take the slots of padding
         fewest = int((index >= 0).flatten(1).sum(1).min()) if checks else num_tokens
         room = max(room, windows * slots + num_tokens - fewest)
     tensors = _grouped((index, window_id, query_row, key_row), num_tokens, room)
@@ -122,13 +127,13 @@ def partition_from_windows(
 
 
 def _grouped(tensors: tuple[Tensor, ...], num_tokens: int, room: int) -> list[Tensor]:
-    """Slots [P, W, n] in groups [P, G, S], in the order that a GroupPartition promises.
+    """Slots [P, W, n] arranged in groups [P, G, S], in the order that a GroupPartition promises.
 
-    `room`: slots that all of them and the tokens in no window need, which take free ones.
+    room: how many slots the windows and the tokens in no window need, which take free slots.
     """
     images, windows, slots = tensors[0].shape
-    # Sizes may be symbolic while tracing; slots of a window become a constant of the trace.
-    size = min(_windows_per_group(index_of(slots)), windows) * slots
+    # Sizes may be symbolic while tracing; n becomes a constant of the trace.
+    size = min(_windows_per_group(as_int(slots)), windows) * slots
     groups = -(-room // size)
     more = (0, groups * size - windows * slots)
     index, window_id, query_row, key_row = (
@@ -136,7 +141,7 @@ def _grouped(tensors: tuple[Tensor, ...], num_tokens: int, room: int) -> list[Te
         for x, value in zip(tensors, (-1, -1, 0, 0), strict=True)
     )
     index = _with_all_tokens(index, window_id < 0, num_tokens)
-    # By window, its padding behind its tokens; then tokens in no window; then nothing.
+    # Sorted by window, tokens before padding; then tokens in no window; then empty slots.
     last, empty = 2 * windows * slots, (index < 0).long()
     place = torch.where(window_id >= 0, 2 * window_id, last) + empty
     order = place.view(images, groups, size).argsort(dim=-1, stable=True)
@@ -144,30 +149,31 @@ def _grouped(tensors: tuple[Tensor, ...], num_tokens: int, room: int) -> list[Te
         x.view(images, groups, size).gather(-1, order)
         for x in (index, window_id, query_row, key_row)
     ]
+    # Groups without tokens come last. Tokens are first in a group, so its first slot tells.
     order = (sorted_tensors[0][..., :1] < 0).long().argsort(dim=1, stable=True).expand(-1, -1, size)
     return [x.gather(1, order) for x in sorted_tensors]
 
 
 def _with_all_tokens(index: Tensor, is_free: Tensor, num_tokens: int) -> Tensor:
-    """index [P, T] with the tokens that it lacks in slots that are in no window."""
-    stands = index.new_zeros(index.shape[0], num_tokens + 1)
-    stands = stands.scatter(1, torch.where(index >= 0, index, num_tokens), 1)[:, :num_tokens]
-    # Lacking tokens first, free slots first: the k-th of the one to the k-th of the other.
-    token = stands.argsort(dim=1, stable=True)
+    """index [P, T] with the tokens that are missing put into slots that are in no window."""
+    is_there = index.new_zeros(index.shape[0], num_tokens + 1)
+    is_there = is_there.scatter(1, torch.where(index >= 0, index, num_tokens), 1)[:, :num_tokens]
+    # Missing tokens first, free slots first: the k-th missing token takes the k-th free slot.
+    token = is_there.argsort(dim=1, stable=True)
     slot = (~is_free).long().argsort(dim=1, stable=True)[:, :num_tokens]
-    lacks = stands.gather(1, token) == 0
-    return index.scatter(1, slot, torch.where(lacks, token, index.gather(1, slot)))
+    is_missing = is_there.gather(1, token) == 0
+    return index.scatter(1, slot, torch.where(is_missing, token, index.gather(1, slot)))
 
 
 @torch.compiler.assume_constant_result
 def _windows_per_group(slots: int) -> int:
-    """How many windows share a group, at the least cost of a window."""
-    most = max(1, _LARGEST_TILE // slots)
+    """How many windows share a group, at the least cost per window."""
+    most = max(1, LARGEST_TILE // slots)
     return min(range(1, most + 1), key=lambda k: _planner.group_cost(k * slots) / k)
 
 
 def _ranks(labels: Tensor) -> Tensor:
-    """Labels along the last axis -> numbers from 0 on, the same where labels are."""
+    """Labels along the last axis -> numbers from 0, equal where the labels are."""
     order = labels.argsort(dim=-1, stable=True)
     ordered = labels.gather(-1, order)
     new = torch.nn.functional.pad((ordered.diff(dim=-1) != 0).long(), (1, 0))
@@ -177,11 +183,11 @@ def _ranks(labels: Tensor) -> Tensor:
 def _labels(segment, mask, index: Tensor, is_slot: Tensor, checks: bool) -> Tensor | None:
     """Labels that broadcast to [P, W, n]; None: all tokens of a window attend to each other.
 
-    is_slot: [W, n], whether it matters what a slot attends to.
+    is_slot: [W, n], whether a slot holds a token of any image, or padding that attends.
     """
     _, windows, slots = index.shape
     if segment is not None and mask is not None:
-        raise ValueError("segment and mask say the same twice; give one of them")
+        raise ValueError("segment and mask both say which slots attend; give one of them")
     if segment is not None:
         labels = _integers(segment, "segment").to(index.device)
         return _shaped(labels, "segment", tuple(index.shape), (2, 3))
@@ -200,9 +206,9 @@ def _labels(segment, mask, index: Tensor, is_slot: Tensor, checks: bool) -> Tens
         if wrong.any():
             window, i, j = (int(x) for x in wrong.nonzero()[0])
             raise ValueError(
-                f"mask does not cut windows into segments: in window {window}, slots {i} and {j}"
-                f" {'attend' if attends[window, i, j] else 'do not attend'} to each other, unlike"
-                " others that they share a segment with"
+                f"mask does not cut windows into segments: in window {window}, slot {i}"
+                f" {'attends' if attends[window, i, j] else 'does not attend'} to slot {j};"
+                " slots that attend to each other must attend to the same slots"
             )
     return labels
 
@@ -212,20 +218,20 @@ def _bias_rows(
 ) -> tuple[Tensor, Tensor, tuple[int, ...] | None, int | None]:
     """query_row and key_row that broadcast to [P, W, n], the window, the table's rows.
 
-    None as rows: nobody knows without waiting for the device.
+    The rows are None where only the device knows them.
     """
     _, windows, slots = index.shape
     window = None if window_size is None else window_axes(window_size)
     if bias_index is not None:
         if coords is not None:
-            raise ValueError("coords and bias_index say the same twice; give one of them")
+            raise ValueError("coords and bias_index both choose the table's rows; give one of them")
         query_row, key_row, largest = _summands(bias_index, windows, slots, index.device, checks)
         if window is not None:
             return query_row, key_row, window, table_rows(window)
         return query_row, key_row, None, None if largest is None else largest + 1
     if window is None:
         if coords is not None:
-            raise ValueError("coords need a window_size, which says how far apart slots may be")
+            raise ValueError("coords need a window_size, which bounds how far apart slots may be")
         nothing = index.new_zeros(())
         return nothing, nothing, None, 0
     if coords is None:
@@ -253,32 +259,32 @@ def _bias_rows(
 def _summands(
     bias_index, windows: int, slots: int, device: torch.device, checks: bool
 ) -> tuple[Tensor, Tensor, int | None]:
-    """bias_index as a number of the query and one of the key; and the largest index."""
-    table = _integers(bias_index, "bias_index").to(device)
-    if table.shape == (slots * slots,):
-        table = table.view(slots, slots)
-    if table.shape not in ((slots, slots), (windows, slots, slots)):
+    """bias_index as terms of the query and of the key; and the largest index, if checked."""
+    row = _integers(bias_index, "bias_index").to(device)
+    if row.shape == (slots * slots,):
+        row = row.view(slots, slots)
+    if row.shape not in ((slots, slots), (windows, slots, slots)):
         raise ValueError(
-            f"bias_index has shape {list(table.shape)}; pass the table's row of each pair of slots,"
+            f"bias_index has shape {list(row.shape)}; pass the table's row for each pair of slots,"
             f" {[slots, slots]} or {[windows, slots, slots]}"
         )
-    table = table if table.dim() == 3 else table[None]
-    query_row, key_row = table[:, :, 0], table[:, 0] - table[:, :1, 0]
+    row = row if row.dim() == 3 else row[None]
+    query_row, key_row = row[:, :, 0], row[:, 0] - row[:, :1, 0]
     if not checks:
         return query_row, key_row, None
-    wrong = query_row[:, :, None] + key_row[:, None] != table
+    wrong = query_row[:, :, None] + key_row[:, None] != row
     if wrong.any():
         window, i, j = (int(x) for x in wrong.nonzero()[0])
         raise ValueError(
-            "bias_index is no number of the query plus a number of the key: that of slots"
-            f" {i} and {j} in window {window} is {table[window, i, j]}, not"
+            "bias_index must be the sum of a term of the query and a term of the key, but that of"
+            f" slots {i} and {j} in window {window} is {row[window, i, j]}, not"
             f" {query_row[window, i]} + {key_row[window, j]}"
         )
-    if table.min() < 0 or table.max() > _INT32_MAX:
+    if row.min() < 0 or row.max() > INT32_MAX:
         raise ValueError(
-            f"bias_index must lie in [0, 2^31), and goes from {table.min()} to {table.max()}"
+            f"bias_index must lie in [0, 2**31), but goes from {row.min()} to {row.max()}"
         )
-    return query_row, key_row, int(table.max())
+    return query_row, key_row, int(row.max())
 
 
 def _check_tokens(index: Tensor, num_tokens: int | None) -> int:
@@ -297,16 +303,16 @@ def _check_tokens(index: Tensor, num_tokens: int | None) -> int:
     if twice.any():
         image, position = (int(x) for x in twice.nonzero()[0])
         raise ValueError(
-            f"token_index names token {int(ordered[image, position])} of image {image} twice; it"
-            " must stand in one slot"
+            f"token_index names token {int(ordered[image, position])} of image {image} twice; give"
+            " each token one slot at most"
         )
     return num_tokens
 
 
 def _extent(window_id: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest of x [P, W, n] in each window, by its number; 0 where there is none."""
+    """Least and greatest of x [P, W, n] in each window, by window_id; 0 for those without slots."""
     images, windows, slots = window_id.shape
-    number = (window_id + 1).flatten(1)  # 0: in none
+    number = (window_id + 1).flatten(1)  # 0: no window
     x = x.broadcast_to(window_id.shape).flatten(1)
     nothing = x.new_zeros(images, windows * slots + 1)
     low, high = (
@@ -317,28 +323,29 @@ def _extent(window_id: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_coords(window_id: Tensor, coords: Tensor, window: tuple[int, ...]) -> None:
-    """Slots of a window are less than its side apart, and row numbers fit 32 bits."""
+    """Slots of a window are less than M apart on each axis, and row numbers fit 32 bits."""
     for axis, side in enumerate(window):
         low, high = _extent(window_id, coords[..., axis])
         if (high - low >= side).any():
             raise ValueError(
                 f"coords of two slots of one window differ by {int((high - low).max())} on axis"
-                f" {axis}, where the window is {side}"
+                f" {axis}, where the window is {side}; pass a larger window_size"
             )
-        if max(high.max(), -low.min()) > _INT32_MAX // 2 // table_rows(window):
+        if max(high.max(), -low.min()) > INT32_MAX // 2 // table_rows(window):
             raise ValueError("coords are too large; count them from the corner of the window")
 
 
 def _check_rows(window_id: Tensor, query_row: Tensor, key_row: Tensor, rows: int) -> None:
-    """Every pair of a window has a row of the table, and the keys of a query different ones."""
+    """Every pair of a window has a row of the table, and a query has another row for each key."""
     slots = window_id.shape[2]
-    number = (window_id + 1).flatten(1)  # 0: in none
+    number = (window_id + 1).flatten(1)  # 0: no window
     of_query, of_key = _extent(window_id, query_row), _extent(window_id, key_row)
     wrong = (of_query[0] + of_key[0] < 0) | (of_query[1] + of_key[1] >= rows)
     if wrong.any():
         raise ValueError(
             f"two slots of one window are too far apart for the {rows} rows of the bias table"
-            f" (window {int(wrong.nonzero()[0, 1]) // slots} of image {int(wrong.nonzero()[0, 0])})"
+            f" (window {int(wrong.nonzero()[0, 1]) // slots} of image"
+            f" {int(wrong.nonzero()[0, 0])}); pass a larger window_size"
         )
     span = int(key_row.max() - key_row.min()) + 1
     pair = (number * span + key_row.flatten(1) - key_row.min()).sort(1).values
@@ -353,19 +360,12 @@ def _check_rows(window_id: Tensor, query_row: Tensor, key_row: Tensor, rows: int
 
 
 def _shaped(x: Tensor, name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
-    """x, whose shape must be the last so many axes of `shape`: one of these numbers."""
+    """x, whose shape must be that of the last k axes of `shape`, with k one of `axes`."""
     fits = [shape[-number:] for number in axes]
     if tuple(x.shape) not in fits:
         expected = " or ".join(str(list(one)) for one in fits)
         raise ValueError(f"{name} has shape {list(x.shape)}; pass {expected}")
     return x
-
-
-def _count(num_tokens: int) -> int:
-    try:
-        return index_of(num_tokens)
-    except TypeError:
-        raise TypeError(f"num_tokens={num_tokens!r} must be an integer") from None
 
 
 def _integers(x: Tensor | np.ndarray, name: str) -> Tensor:
@@ -376,7 +376,7 @@ def _integers(x: Tensor | np.ndarray, name: str) -> Tensor:
 
 
 def _tensor(x: Tensor | np.ndarray) -> Tensor:
-    """On the device that it is on, whatever the default device."""
+    """x as a tensor; an array stays on the CPU, whatever the default device."""
     if isinstance(x, Tensor):
         return x
     return torch.from_numpy(np.array(x))

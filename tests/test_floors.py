@@ -22,10 +22,10 @@ FLOORS = [
         "greenmim_kernels.partition",
         "greenmim_kernels.neighbours",
         "greenmim_kernels.reference",
-        "greenmim_kernels.automatic",
         "greenmim_kernels.host_memory",
     ],
-    ["greenmim_kernels.backends", "greenmim_kernels.windows"],
+    ["greenmim_kernels.automatic", "greenmim_kernels.windows"],
+    ["greenmim_kernels.backends"],
     ["greenmim_kernels._triton"],
     [
         "greenmim_kernels._triton.primitives",

@@ -31,7 +31,7 @@ from greenmim.guards import StopSignal, UserError, first_line
 from greenmim.masking import draw_visible
 from greenmim.planning import Plan, Planner
 from greenmim.recipe import MaskConfig
-from greenmim_kernels.host_memory import give_back_freed_memory
+from greenmim_kernels.host_memory import return_freed_memory
 
 SHARED_MEMORY = "/dev/shm"
 _ADVICE = (
@@ -204,7 +204,7 @@ def _start_worker(worker: int) -> None:
     for number in StopSignal.HANDLED:
         signal.signal(number, signal.SIG_IGN)
     # The main process of a run on a CPU keeps what it frees; a picture is large once.
-    give_back_freed_memory()
+    return_freed_memory()
     # So it would outlive that process, if that is killed while this one hangs.
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

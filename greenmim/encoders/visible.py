@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from greenmim_kernels import GroupPartition, use_backend
-from greenmim_kernels.backends import forced_backend
+from greenmim_kernels.backends import backend_in_force
 
 from ..config import PATCH_PIXELS, ModelConfig
 from ..planning import Plan
@@ -42,7 +42,7 @@ class VisibleBlock(nn.Module):
             run = self._run
             if not torch.compiler.is_compiling():  # which takes the backend as a constant
                 # On a GPU the backward pass has a thread of its own, where no backend is forced.
-                run = functools.partial(self._run_by, forced_backend())
+                run = functools.partial(self._run_by, backend_in_force())
             return checkpoint(run, x, part, use_reentrant=False, preserve_rng_state=random)
         return self._run(x, part)
 

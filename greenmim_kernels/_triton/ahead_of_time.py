@@ -1,11 +1,11 @@
-"""Compile the shipped launches without a GPU and read what the assembler says of them.
+"""Compile the shipped launches without a GPU, and read what the assembler made of them.
 
     python -m greenmim_kernels._triton.ahead_of_time      # rewrite static_figures.json beside it
 
 Triton compiles for any architecture on any machine; registers, spills and memory accesses are read
-from the cubin with the tools in Triton's own wheel. Compilers differ: figures stand by version,
-each with a digest of what they follow from, so that tests need not compile everything. (For sm_100
-ptxas gives the same input now and then a register more or less: no test compiles for it.)
+from the cubin with the tools in Triton's own wheel. Figures are kept per version of Triton, with a
+digest of the code they depend on, so that tests need not compile everything. (For sm_100 ptxas
+sometimes uses one register more or less for the same input, so no test compiles for it.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FIGURES = pathlib.Path(__file__).parent / "static_figures.json"
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory a program may have: sm_80, sm_90, sm_100.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-# What the figures follow from: the kernels of the launch table, how they are compiled and read.
+# Modules that the figures depend on: the table's kernels, how they are compiled and read.
 SOURCES = (
     "ahead_of_time",
     "group_window_attention",
@@ -84,7 +84,7 @@ def kernel_of(name: str):
 
 
 def compile_launch(name: str, architecture: int, **flags):
-    """The compiled kernel of one class of the launch table, or a variant by its constants."""
+    """The compiled kernel of one class of the launch table; `flags` replace its constants."""
     _, tile, head_dim, precision = name.split("-")
     function = kernel_of(name)
     side = 14 if tile == "long" else 7
@@ -106,7 +106,7 @@ def compile_launch(name: str, architecture: int, **flags):
         "PRECISION": "ieee",
         **flags,
     }
-    # The operators pass None for what a variant has no use for.
+    # The operators pass None for arguments that a variant does not use.
     is_expanded = tile == "long" and values["HAS_TABLE"] and not values["PER_IMAGE"]
     if is_expanded or not values["HAS_TABLE"]:
         values["p_table"] = None
@@ -125,7 +125,7 @@ def compile_copy(architecture: int, **flags):
 
 
 def compile_expand_bias(architecture: int, **flags):
-    """The compiled kernel that looks up the bias of all pairs of a group."""
+    """The compiled kernel that writes the expanded bias."""
     values = {"NUM_HEADS": NUM_HEADS, "GATHERED": False, "QUERIES": 16, "KEYS": 128}
     return _compile(long.expand_bias_kernel, {**values, **flags}, "bf16", architecture, 4, 3)
 
@@ -137,7 +137,7 @@ def compile_conv(architecture: int, element: str = "bf16", **flags):
 
 
 def compile_conv_sums(architecture: int, element: str = "bf16", **flags):
-    """The compiled kernel of the sums for its weights and bias."""
+    """The compiled kernel of the gradients of the convolution's weights and bias."""
     values = {"BLOCK_TOKENS": 2, "BLOCK_CHANNELS": 64, "PER_IMAGE": False}
     return _compile(conv_sums_kernel, {**values, **flags}, element, architecture, 4, 3)
 
@@ -176,8 +176,8 @@ def _compile(
             signature[name] = "constexpr"
             continue
         signature[name] = type_ = types.get(name, f"*{element}" if name[:2] == "p_" else "i32")
-        # What the launcher finds out at run time: tensors are aligned to 16 bytes, and the integers
-        # that it looks at, the channels of a copy and the strides of rows, are multiples of 16.
+        # What Triton's launcher specializes on at run time: tensors are aligned to 16 bytes; the
+        # channels of a copy and the strides of rows are multiples of 16.
         elements = dict(enumerate(type_)) if isinstance(type_, tuple) else {None: type_}
         for j, element_type in elements.items():
             if element_type[0] == "*" or name == "channels" or type_ is rows:
@@ -196,7 +196,7 @@ def _compile(
 
 
 def inspect(compiled) -> dict:
-    """Registers, spills, shared memory, what stands in the code, and two faults of it."""
+    """A kernel's registers, spills, shared memory, instructions, and faults of `machine_code`."""
     tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -234,7 +234,7 @@ def figures_of(name: str, architectures: tuple[int, ...] = ARCHITECTURES) -> dic
 
 
 def compile_all() -> dict[str, dict[str, dict]]:
-    """{class: {architecture: figures}} of the whole launch table, on all cores."""
+    """{class: {architecture: figures}} of the whole launch table, on up to 8 cores."""
     names = sorted(launch_table(90))
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(len(os.sched_getaffinity(0)), 8)) as pool:
@@ -242,7 +242,10 @@ def compile_all() -> dict[str, dict[str, dict]]:
 
 
 def sources_digest() -> str:
-    """Of what the figures follow from but comments and docstrings; the same in every Python."""
+    """A digest of the code and launches behind the figures, without comments and docstrings.
+
+    It is the same in every version of Python.
+    """
     launches = [
         (architecture, name, launch.block, launch.warps, launch.stages)
         for architecture in ARCHITECTURES
@@ -259,7 +262,7 @@ def _code(source: str) -> str:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
-    # Python 3.13 leaves out what is empty, and from 3.12 on functions have parameters of types.
+    # ast.dump leaves out empty fields from Python 3.13 on; functions have type_params from 3.12 on.
     options: dict[str, Any] = {"show_empty": True} if sys.version_info >= (3, 13) else {}
     return ast.dump(tree, **options).replace(", type_params=[]", "")
 

@@ -1,9 +1,9 @@
-"""Launch parameters of every kernel, in one table keyed by problem class.
+"""Launch parameters of the attention kernels, in one table keyed by problem class.
 
-The table is `launch_table.json`, which `python -m benchmarks.tune` writes; nothing is tuned while a
-step runs. A class is "<kernel>-<tile>-<head dim>-<precision>", where the tile is the power of two
-that holds a group, or "long", and the precision "16bit" or "fp32"; "@80" after it is for devices
-before sm_90, whose tensor cores take smaller tiles.
+`python -m benchmarks.tune` writes the table, `launch_table.json`; nothing is tuned during a step. A
+class is "<kernel>-<tile>-<head dim>-<precision>". The tile is the least of 16, 32 and 64 that holds
+a group, or "long". The precision is "16bit" or "fp32". The suffix "@80" is for devices before
+sm_90, whose tensor cores take smaller tiles.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ LARGEST_BACKWARD_TILE = {
     "16bit": {16: 64, 32: 64, 64: 32},
     "fp32": {16: 32, 32: 64, 64: 32},
 }
-# Of a processor: registers, warps, programs, and bytes of shared memory.
+# Limits of a multiprocessor: registers, warps, programs, and bytes of shared memory.
 REGISTERS, WARPS, PROGRAMS, SHARED = 65_536, 64, 32, {80: 167_936, 90: 233_472}
-# What setup and table gradient cost a program, in images.
+# The cost of a program's setup and table gradient, measured in images.
 SETUP_IMAGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Warps and stages of a program, how many of it a multiprocessor holds, and its slots.
+    """How a kernel is launched.
 
-    These are the tile of the class; "long" classes choose the block they loop by.
+    Attributes:
+        warps, stages: of a program, Triton's num_warps and num_stages.
+        resident: programs that a multiprocessor holds at once.
+        block: slots that a program takes at once, the class's tile; tuned where that is "long".
     """
 
     warps: int
@@ -56,18 +59,18 @@ def _stored_name(name: str, architecture: int) -> str:
 
 
 def save(table: dict[str, Launch], architecture: int) -> None:
-    """Ship other launches for this kind of device, sm_90 and newer or older; the other's stay."""
+    """Replace launches for this kind of device, sm_90 and newer or older; the other kind's stay."""
     stored = json.loads(TABLE.read_text())
     for name, value in table.items():
         if value != launch_table(architecture)[name]:
-            if architecture >= 90:
+            if architecture >= 90:  # older devices used this entry too, and keep it
                 stored.setdefault(_stored_name(name, 80), stored[name])
             stored[_stored_name(name, architecture)] = dataclasses.asdict(value)
     write_json(TABLE, dict(sorted(stored.items(), key=lambda item: item[0].partition("@"))))
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Whole or not at all; objects that hold no others take a line each."""
+    """Write a file, whole or not at all; objects that hold no others take a line each."""
     text = json.dumps(content, indent=1)
     text = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text)
     beside = path.with_suffix(".tmp")
@@ -87,7 +90,7 @@ def tile_of(group_size: int, largest: int = 64) -> int | None:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """ "fp32" or "16bit": what the table tells apart."""
+    """The table's word for a dtype, "fp32" or "16bit"."""
     return "fp32" if dtype == torch.float32 else "16bit"
 
 
@@ -114,10 +117,10 @@ def num_processors(device: torch.device) -> int:
 
 
 def resident(found: dict, warps: int, architecture: int) -> int:
-    """Programs that a processor holds at once, by a kernel's "registers" and "shared_bytes"."""
+    """Programs that a multiprocessor holds, from a kernel's "registers" and "shared_bytes"."""
     per_warp = 32 * 8 * -(-found["registers"] // 8)  # registers are given out eight a thread
     return min(
-        REGISTERS // per_warp // 4 * 4 // warps,  # and to four schedulers alike
+        REGISTERS // per_warp // 4 * 4 // warps,  # and evenly to four schedulers
         WARPS // warps,
         PROGRAMS,
         SHARED[80 if architecture < 90 else 90] // (found["shared_bytes"] + 1024),
@@ -125,23 +128,24 @@ def resident(found: dict, warps: int, architecture: int) -> int:
 
 
 def expected_filled(groups: int, tokens: int, slots: int) -> int:
-    """How many of an image's groups are expected to hold tokens, as csrc/cuda/attention_launch.cuh
-    has it: most often as many as must, and one more of a dozen and more."""
+    """How many of an image's groups are expected to hold tokens, as in attention_launch.cuh.
+
+    For random masks that is most often the least number possible; from 12 on, one more.
+    """
     least = -(-tokens // slots)
     return min(groups, least + (least >= 12))
 
 
 def pairs_of(blocks: int) -> tuple[int, int]:
-    """Programs for every pair of a group's blocks, and how many of them have work: a band has few
-    blocks."""
+    """(programs for all pairs of a group's blocks, those with work): windows reach few blocks."""
     return blocks**2, min(blocks**2, 3 * blocks)
 
 
 @functools.cache
 def images_per_program(batch: int, programs: int, places: int) -> int:
-    """Images of a program, where so many programs are needed for each run of images.
+    """The images per program that make waves x (setup + images) least.
 
-    The chip holds `places` of them at once; waves x (setup + images) is made least.
+    programs: how many each run of images needs. places: how many the GPU holds at once.
     """
 
     def cost(images: int) -> int:

@@ -1,8 +1,7 @@
-"""What the machine code of a compiled kernel says.
+"""Reads the machine code of a compiled kernel.
 
-Two things can be wrong around Hopper's asynchronous products (wgmma). Both were faults of Triton,
-and neither shows in the results of every run: where its scheduling goes wrong, a product reads
-something newer or older than it was given.
+It looks for two faults around Hopper's asynchronous products (wgmma), which Triton has made: a
+product may read data newer or older than its operands. Neither shows in the results of every run.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *([^;]*);")
 _PRODUCT = re.compile(r"HMMA|HGMMA|UTCHMMA")
-# These write memory, or nothing.
+# Instructions that write no register.
 _NO_RESULT = (
     "ST",
     "RED",
@@ -29,7 +28,7 @@ _NO_RESULT = (
 
 
 class Instruction(NamedTuple):
-    """One of a kernel's code, without its predicate."""
+    """An instruction without its predicate; its address in bytes."""
 
     address: int
     operation: str
@@ -63,7 +62,7 @@ def overwritten_operands(code: list[Instruction]) -> list[str]:
 
 
 def _width(operation: str) -> int:
-    """Registers that an instruction writes."""
+    """How many registers an instruction writes."""
     if ".128" in operation or operation.endswith(("M88.4", "MT88.4")):
         return 4
     return 2 if ".64" in operation or ".WIDE" in operation or operation.startswith("CS2R") else 1
@@ -72,8 +71,8 @@ def _width(operation: str) -> int:
 def proxy_fence(ptx: str) -> bool | None:
     """Whether a fence stands between the wait for an asynchronous copy and the next product.
 
-    The product reads shared memory through another proxy than the copy wrote it (triton PR 9610;
-    3.6 leaves the fence out). None where nothing is copied so, or no wgmma follows.
+    The product reads shared memory through another proxy than the copy writes through (triton PR
+    9610; Triton 3.6 leaves the fence out). None without such a copy, or without a wgmma after it.
     """
     _, copied, after = ptx.partition("cp.async.wait_group")
     before, product, _ = after.partition("wgmma.mma_async")
@@ -81,10 +80,9 @@ def proxy_fence(ptx: str) -> bool | None:
 
 
 def loop_length(code: list[Instruction]) -> int:
-    """Instructions of the innermost loop around all tensor core products, as it stands in the code;
-    0 where there is none.
+    """Instructions of the innermost loop around all tensor core products; 0 without one.
 
-    In an attention kernel for short groups it goes over images, once through each.
+    In an attention kernel for short groups that is the loop over images.
     """
     products = _products(code)
     around = [
@@ -98,8 +96,8 @@ def loop_length(code: list[Instruction]) -> int:
 def product_loops(code: list[Instruction]) -> list[int]:
     """Instructions of every loop around a tensor core product, the innermost first.
 
-    In an attention kernel for long groups one goes over tiles, and one over images. On sm_100 other
-    branches lead back as well.
+    In an attention kernel for long groups one loop goes over tiles and one over images. On sm_100
+    other branches lead back as well.
     """
     products = _products(code)
     return sorted(
@@ -115,7 +113,7 @@ def _products(code: list[Instruction]) -> list[int]:
 
 
 def _loops(code: list[Instruction]) -> dict[int, int]:
-    """Addresses of every loop's first instruction and of the last branch back to it."""
+    """{address of a loop's first instruction: address of the last branch back to it}."""
     found = {}
     for address, operation, operands in code:
         to = re.search(r"0x([0-9a-f]+)", operands) if operation == "BRA" else None

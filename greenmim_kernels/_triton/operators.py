@@ -1,7 +1,7 @@
 """The operators' Triton implementations: allocate, choose a kernel, launch.
 
-Same arguments and results as the schemas in `greenmim_kernels.ops`. Everything that depends on the
-data stays on the device: no call here waits for it.
+Arguments and results are those of the schemas in `greenmim_kernels.ops`. Everything that depends
+on the data stays on the device: no call here waits for it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from .sparse_depthwise_conv import conv_kernel, conv_sums_kernel
 from .table_gradient import add_rows
 
 LOG2_E = math.log2(math.e)
-# Elements of an expanded bias: 64 MiB. Those of many windows of three axes are larger than what the
-# operator is given. The batch has no say: a short last one would need other kernels.
+# The most elements of an expanded bias: 64 MiB. With many windows of three axes it would outgrow
+# the operator's inputs. The batch size plays no part: a short last batch would need other kernels.
 LARGEST_EXPANDED = 1 << 24
 
 
@@ -67,7 +67,7 @@ def group_scatter(x: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
 
 
 def reach_of(num_slots: int) -> int:
-    """What `long_groups.reach_of` is in a kernel."""
+    """`long_groups.reach_of`, on the host."""
     align = long.ALIGNMENT.value
     return (num_slots - 1) // align * align + long.LARGEST_TILE.value
 
@@ -104,7 +104,7 @@ class _Problem:
         if self.head_dim % 2 or self.head_dim > HEAD_DIMS[-1]:
             raise ValueError(
                 f"the triton backend takes head dims that are multiples of 2 up to {HEAD_DIMS[-1]},"
-                f" got {self.head_dim}"
+                f" got {self.head_dim}; use another backend"
             )
         self.tile_dim = next(dim for dim in HEAD_DIMS if dim >= self.head_dim)
         self.partitions, self.num_groups, self.num_slots = self.window_id.shape
@@ -114,12 +114,15 @@ class _Problem:
         self.num_rows = self.num_groups * self.num_slots if grouped else self.q.shape[1]
         self.out_shape = (*self.q.shape[: 3 if grouped else 2], self.channels)
         self.qkv = self.rows_of((self.q, self.k, self.v))
-        # Offsets within an image, and within a partition, are in 32 bits.
+        # Offsets within an image, and within the partitions of a batch, are in 32 bits.
         slots = self.partitions * self.num_groups * self.num_slots
         tensors = [x for x in (self.q, self.k, self.v) if x is not None]
         reach = max(self.num_rows * x.stride(-2 if packed else 1) for x in tensors)
         if max(reach, slots) >= 2**31:
-            raise ValueError("the triton backend takes images of fewer than 2^31 values of q, k, v")
+            raise ValueError(
+                "the triton backend takes images whose q, k and v span fewer than 2**31 values, and"
+                " partitions of fewer than 2**31 slots in all; use another backend"
+            )
         self.table_rows = 0 if self.table is None else len(self.table)
         largest = 64
         if self.backward:
@@ -137,7 +140,7 @@ class _Problem:
     def launch(self, kernel: str, pairs: bool = False, **more) -> tuple[tuple, tuple, dict]:
         """Grid, sizes and constants of a kernel, by its name in the launch table.
 
-        `pairs` asks for a program per pair of blocks.
+        pairs: whether there is a program for each pair of blocks.
         """
         device = self.q.device
         name = class_name(kernel, self.tile, self.tile_dim, self.q.dtype)
@@ -147,8 +150,8 @@ class _Problem:
             programs, working = pairs_of(programs)
         images = 1
         if self.partitions == 1:
-            # Groups that a capacity leaves over are empty, and their programs end at once. How many
-            # hold tokens stands on the device.
+            # Groups that a capacity adds are empty, and their programs end at once. How many hold
+            # tokens only the device knows, so it is estimated.
             filled = self.num_groups
             if self.token_index is not None:
                 filled = expected_filled(filled, self.num_rows, self.num_slots)
@@ -174,7 +177,7 @@ class _Problem:
         return grid, sizes, {**constants, **more}
 
     def bias(self) -> tuple[Tensor | None, Tensor | None]:
-        """The table and the expanded bias for kernels of long groups: one of them, or neither."""
+        """(table, expanded bias) for kernels of long groups; at most one of them is not None."""
         reach = reach_of(self.num_slots)
         shape = (self.num_heads, self.num_groups, reach, reach)
         if self.table is None or self.partitions > 1 or math.prod(shape) > LARGEST_EXPANDED:
@@ -251,7 +254,7 @@ def _backward(
             inputs = (*inputs, *problem.bias())
             shape = (problem.batch, problem.num_heads, problem.num_groups, problem.num_slots)
             slot_numbers = lse.new_empty(shape), lse.new_empty(shape)
-            # The others need what the queries' kernel leaves, whatever is asked for.
+            # Launched even if grad_q is not needed: the other kernels read its `slot_numbers`.
             grid, sizes, constants = problem.launch("bwd_query", NEED_QKV=computes)
             long.long_attention_bwd_query_kernel[grid](
                 *inputs, out, lse, *slot_numbers, grad_rows[0], *sizes, *scales, **constants
@@ -279,12 +282,12 @@ def _backward(
 
 
 def _programs(problem: _Problem, grid: tuple) -> tuple[int, int]:
-    """Heads, and the programs of each."""
+    """(heads, programs per head)."""
     return problem.num_heads, math.prod(grid) // problem.num_heads
 
 
 def _table_sums(problem: _Problem, grid: tuple) -> tuple[Tensor, Tensor]:
-    """Room for the integer sums of every program, and for the powers of two they are in."""
+    """Buffers for every program's integer sums, and for the powers of two that scale them."""
     shape = _programs(problem, grid)
     return (
         problem.q.new_empty(*shape, problem.table_rows, dtype=torch.int64),
@@ -293,7 +296,7 @@ def _table_sums(problem: _Problem, grid: tuple) -> tuple[Tensor, Tensor]:
 
 
 def _pad_sums(problem: _Problem, grid: tuple) -> Tensor:
-    """Room for every program's sums for k and v of the padding."""
+    """A buffer for every program's sums of the gradients of the padding's k and v."""
     shape = (*_programs(problem, grid), 2 * problem.head_dim)
     return problem.q.new_empty(shape, dtype=torch.float32)
 
@@ -323,7 +326,7 @@ def block_diagonal_attention_backward(
     return grad_qkv, grad_table
 
 
-# Of the convolution's sums: the tile of a program, and programs for a multiprocessor.
+# For the sums of the convolution's weights: a program's tile, and programs per multiprocessor.
 CONV_TOKENS, CONV_CHANNELS, CONV_PROGRAMS = 2, 64, 8
 
 
@@ -371,7 +374,7 @@ def sparse_depthwise_conv_backward(
 
 
 def _conv_sums(x: Tensor, grad_out: Tensor, neighbours: Tensor) -> Tensor:
-    """[10, C]: the gradients of the weights' nine places, and of the bias."""
+    """Gradients of a channel's nine weights, then of its bias, [10, C]."""
     batch, tokens, channels = x.shape
     tiles = triton.cdiv(channels, CONV_CHANNELS)
     all_blocks = triton.cdiv(batch * tokens, CONV_TOKENS)

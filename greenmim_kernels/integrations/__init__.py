@@ -1,4 +1,4 @@
-"""The kernels in other people's models, in place: ``print(fuse_window_attention(model))``."""
+"""Runs the models of other libraries on the kernels: ``print(fuse_window_attention(model))``."""
 
 from .fuse import FusionReport, fuse_window_attention, unfuse_window_attention
 

@@ -49,14 +49,14 @@ class Origin(NamedTuple):
     Attributes:
         original: the library's class.
         ours: the class from here that runs it.
-        plain_index: whether the module's ``relative_position_index`` is Swin's for its window.
-        partial: whether it takes windows with fewer slots, which are then the first of the window.
+        has_swin_index: whether the module's ``relative_position_index`` is Swin's for its window.
+        takes_fewer_slots: whether windows may have fewer slots than the table's, its first ones.
     """
 
     original: type[nn.Module]
     ours: type[Fused]
-    plain_index: bool = True
-    partial: bool = False
+    has_swin_index: bool = True
+    takes_fewer_slots: bool = False
 
 
 class Fused(_Original):
@@ -66,6 +66,7 @@ class Fused(_Original):
     fused_from: Origin
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *more) -> None:
+        # Compared before loading, which overwrites our own.
         mask, own = state_dict.get(f"{prefix}attn_mask"), getattr(self, "attn_mask", None)
         has_changed = (
             isinstance(mask, Tensor)
@@ -76,8 +77,8 @@ class Fused(_Original):
         )
         super()._load_from_state_dict(state_dict, prefix, *more)
         if f"{prefix}relative_position_index" in state_dict:
-            _, ours, plain_index, _ = self.fused_from
-            has_changed |= has_plain_index(self, ours) != plain_index
+            _, ours, had_swin_index, _ = self.fused_from
+            has_changed |= has_swin_index(self, ours) != had_swin_index
         if has_changed:
             warn_once(self, "another relative_position_index or mask was loaded; fuse it again")
             self.__class__ = self.fused_from.original  # type: ignore[assignment]  # one of its bases
@@ -197,18 +198,20 @@ class FusedHuggingFaceSwinV2Attention(FusedHuggingFaceSelfAttention):
 def attend(
     m: nn.Module, x: Tensor, mask: Tensor | GridPartition | None, index: Tensor | None = None
 ) -> Tensor | None:
-    """The output of a fused module's call; None, after a warning, if the kernels cannot run it.
+    """The output of a fused module's call; None if the kernels cannot run it.
+
+    It warns then, except where the library's code raises or PyTorch traces it.
 
     mask: as in the library's call, or the partition that a fused block passes.
     index: the relative position index of a call that brings one; it must be Swin's.
     """
     if isinstance(mask, GridPartition):
         return attend_in(m, x, mask, mask.pads)
-    if not can_run(m, x) or (index is not None and not _is_swins(m, index)):
+    if not can_run(m, x) or (index is not None and not _is_swin_index(m, index)):
         return None
     flat = reader_of(m).windows(x)
     part = _partition(m, flat, mask)
-    if part is None or not can_run_in(m, flat, part):
+    if part is None or not has_room(m, flat, part):
         return None
     windows, slots, channels = flat.shape
     per_image = 1 if mask is None else mask.shape[0]
@@ -234,16 +237,16 @@ def can_run(m: nn.Module, x: Tensor) -> bool:
     if isinstance(x, torch.fx.Proxy):
         return False  # torch.fx traces the library's code
     if m.training and reader_of(m).dropout(m) > 0:
-        return warn_once(m, "attention dropout is above 0 in training")
+        return warn_once(m, "attention dropout is above 0 in training; set it to 0 to use them")
     if reader_of(m).exposes_maps(m):
-        return warn_once(m, "a hook looks at attention maps")
-    usable = candidates("group_window_attention", x.device, x.dtype)
+        return warn_once(m, "a hook looks at attention maps; remove it to use them")
+    usable = candidates(x.device, x.dtype)
     if usable == ("reference",) and not is_forced():
         return warn_once(m, "no backend takes its dtype on its device")
     return True
 
 
-def can_run_in(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
+def has_room(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
     """Whether a kernel has room for its heads in the groups of `part`; warns if not."""
     _, head_dim = reader_of(m).heads(m)
     backend = choose_backend(
@@ -261,10 +264,10 @@ def wants_maps(m: nn.Module, options: dict) -> bool | None:
 
 def wants_more(m: nn.Module, *given: object) -> bool:
     """Whether a call's further arguments ask for anything, such as attention maps; warns if so."""
-    asks = any([one is not None and one is not False for one in given])
-    return asks and not warn_once(
-        m, "the call asks for attention maps, or for more than windows and a mask"
-    )
+    if any([one is not None and one is not False for one in given]):
+        warn_once(m, "the call asks for attention maps, or for more than windows and a mask")
+        return True
+    return False
 
 
 _warned: set[tuple[str, str]] = set()
@@ -281,7 +284,7 @@ def _warn(name: str, reason: str, detail: str) -> bool:
     if (name, reason) not in _warned:
         _warned.add((name, reason))
         text = f"{name} runs its own code, not the fused kernels: {reason}"
-        warnings.warn(f"{text} ({detail})" if detail else text, stacklevel=6)
+        warnings.warn(f"{text} ({detail})" if detail else text, stacklevel=6)  # near the call
     return False
 
 
@@ -312,21 +315,21 @@ def _partition(m: nn.Module, x: Tensor, mask: Tensor | None) -> GroupPartition |
     It covers the windows of one image; without a mask, one window.
     """
     slots, window = x.shape[1], reader_of(m).window_size(m)
-    _, _, plain_index, partial = origin_of(m)
-    if slots > math.prod(window) or (slots < math.prod(window) and not partial):
+    _, _, has_swin_index, takes_fewer_slots = origin_of(m)
+    if slots > math.prod(window) or (slots < math.prod(window) and not takes_fewer_slots):
         warn_once(m, "its windows are of another size than its bias table")
         return None
-    if mask is None and plain_index:
+    if mask is None and has_swin_index:
         return grid_partition((slots,), (slots,), (0,), window, x.device)
     if mask is not None:
         if mask.shape[1:] != (slots, slots) or x.shape[0] % mask.shape[0]:
             warn_once(m, "its mask is not [windows, n, n]")
             return None
         if mask.requires_grad:
-            warn_once(m, "its mask requires a gradient")
+            warn_once(m, "its mask requires a gradient, which the kernels do not compute")
             return None
         if isinstance(mask, FakeTensor) and not torch.compiler.is_compiling():
-            return None
+            return None  # it has no values to look at
     if torch.compiler.is_compiling():
         return _make(m, mask, slots, trusted=True)
     try:
@@ -337,7 +340,7 @@ def _partition(m: nn.Module, x: Tensor, mask: Tensor | None) -> GroupPartition |
 
 
 def _kept_or_made(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartition:
-    index = None if origin_of(m).plain_index else m.relative_position_index
+    index = None if origin_of(m).has_swin_index else m.relative_position_index
     key, window = index if mask is None else mask, tuple(reader_of(m).window_size(m))
     versions = _version(mask), _version(index)
     kept = _kept.get(key)
@@ -351,7 +354,9 @@ def _kept_or_made(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartiti
     with torch.inference_mode(False):  # autograd refuses to save tensors made in it
         part = _make(m, mask, slots, trusted)
     index_ref = None if index is None else weakref.ref(index)
-    _kept[key], _checked[m] = _Kept(slots, window, versions, index_ref, part), slots
+    _kept[key] = _Kept(slots, window, versions, index_ref, part)
+    if mask is not None:
+        _checked[m] = slots
     if is_capturing(part.token_index.device):
         _captured.append(part)
     return part
@@ -376,11 +381,14 @@ def _make(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> Group
         if trusted:
             segment = attends.byte().argmax(-1)  # the first slot that a slot attends to
             is_cut = ((segment[:, :, None] == segment[:, None]) == attends).all()
-            torch._assert_async(excludes & is_cut, "the mask cuts no windows into segments")
+            torch._assert_async(
+                excludes & is_cut,
+                "the mask does not cut windows into segments; call unfuse_window_attention(model)",
+            )
         elif not excludes:
-            raise ValueError("it has values other than 0 and -100")
-    _, _, plain_index, _ = origin_of(m)
-    if not plain_index:
+            raise ValueError("the mask has values above 0 or between -50 and 0")
+    has_swin_index = origin_of(m).has_swin_index
+    if not has_swin_index:
         window, index = None, index_matrix(m)[:slots, :slots]
     on_device: Any = index if mask is None else mask
     token = torch.arange(windows * slots, device=on_device.device)
@@ -392,51 +400,52 @@ def _make(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> Group
         num_tokens=windows * slots if trusted else None,
     )
     # The table may have rows that no pair of the index takes.
-    return part if plain_index else replace(part, table_rows=reader_of(m).table(m).shape[0])
+    return part if has_swin_index else replace(part, table_rows=reader_of(m).table(m).shape[0])
 
 
 # --- relative position indices --------------------------------------------------------------------
 
 
-def has_plain_index(m: nn.Module, ours: type[Fused]) -> bool:
+def has_swin_index(m: nn.Module, ours: type[Fused]) -> bool:
     """Whether the module's relative_position_index is Swin's for its window, or it has none."""
     index = getattr(m, "relative_position_index", None)
     if not isinstance(index, Tensor):
         return True
-    return not index.is_meta and _equals_swins(index, ours.reader.window_size(m))
+    return not index.is_meta and _equals_swin_index(index, ours.reader.window_size(m))
 
 
-def swins_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def swin_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Swin's relative_position_index of a window of n slots, int32 [n, n]."""
     slots = math.prod(window)
     part = grid_partition((slots,), (slots,), (0,), window, torch.device(device))
     return part.query_row[0, 0, :, None] + part.key_row[0, 0]
 
 
-def _equals_swins(index: Tensor, window: Sequence[int]) -> bool:
-    return torch.equal(index.reshape(-1).int(), swins_index(window, index.device).view(-1))
+def _equals_swin_index(index: Tensor, window: Sequence[int]) -> bool:
+    return torch.equal(index.reshape(-1).int(), swin_index(window, index.device).view(-1))
 
 
 # For each module the index of its last call, that tensor's version, and whether it was Swin's.
 _indices: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
-def _is_swins(m: nn.Module, index: Tensor) -> bool:
-    """Whether the index of a call is Swin's; warns if not."""
+def _is_swin_index(m: nn.Module, index: Tensor) -> bool:
+    """Whether the index of a call is Swin's; warns about another one of its size."""
     if index.numel() != math.prod(m.window_size) ** 2:
         return False  # the library's code raises
     if torch.compiler.is_compiling():
-        is_same = (index.reshape(-1) == swins_index(m.window_size, index.device).view(-1)).all()
-        torch._assert_async(is_same, "the relative position index is not Swin's")
+        is_same = (index.reshape(-1) == swin_index(m.window_size, index.device).view(-1)).all()
+        message = "the relative position index is not Swin's; call unfuse_window_attention(model)"
+        torch._assert_async(is_same, message)
         return True
     if isinstance(index, FakeTensor):
         return False
-    last, version, is_plain = _indices.get(m, (lambda: None, None, False))
+    last, version, is_swin = _indices.get(m, (lambda: None, None, False))
     if last() is not index or version is None or version != _version(index):
         with _disable_current_modes():  # x may be fake where the index is not
-            is_plain = _equals_swins(index, m.window_size)
-        _indices[m] = weakref.ref(index), _version(index), is_plain
-    return is_plain or warn_once(m, "its relative position index is not Swin's")
+            is_swin = _equals_swin_index(index, m.window_size)
+        _indices[m] = weakref.ref(index), _version(index), is_swin
+    return is_swin or warn_once(m, "its relative position index is not Swin's")
 
 
 def index_matrix(m: nn.Module) -> Tensor:

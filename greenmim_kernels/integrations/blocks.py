@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .attention import Fused, attend_in, can_run, can_run_in, wants_maps, wants_more
+from .attention import Fused, attend_in, can_run, has_room, wants_maps, wants_more
 from .grids import GridPartition, grid_partition
 from .readers import TorchvisionReader, TorchvisionV2Reader, has_hooks
 
@@ -25,7 +25,7 @@ def _partition(
     """The partition of a grid; None, after a warning, if the kernels have no room for it."""
     table_window = attention.reader.window_size(attention)
     part = grid_partition(grid, window, shift, table_window, x.device, pads_first=pads_first)
-    return part if can_run_in(attention, x, part) else None
+    return part if has_room(attention, x, part) else None
 
 
 def _runs(attention: nn.Module, x: Tensor) -> bool:
@@ -33,8 +33,8 @@ def _runs(attention: nn.Module, x: Tensor) -> bool:
 
     It may have been unfused since its block was fused, by loading another index.
     """
-    has_plain_index = isinstance(attention, Fused) and attention.fused_from.plain_index
-    return has_plain_index and can_run(attention, x)
+    has_swin_index = isinstance(attention, Fused) and attention.fused_from.has_swin_index
+    return has_swin_index and can_run(attention, x)
 
 
 def window_and_shift(
@@ -133,7 +133,7 @@ class FusedHuggingFacePreNormLayer(Fused):
 
 
 class FusedHuggingFaceSwinV2Layer(Fused):
-    """Swinv2Layer, which normalizes after attention and MLP."""
+    """Swinv2Layer and Swin2SRLayer, which normalize after attention and MLP."""
 
     def forward(self, hidden_states, input_dimensions, *more, **options):
         asked, attention = (*more, *options.values()), self.attention.self
@@ -157,11 +157,11 @@ def _part_of_layer(
     return _partition(attention, x, grid, window, shift, pads_first=True)
 
 
-# --- MONAI and Video-Swin: padded, then rolled; on a smaller grid the window is the grid ---------
+# --- MONAI: padded, then rolled; on a smaller grid the window is the grid ------------------------
 
 
 class FusedMonaiBlock(Fused):
-    """SwinTransformerBlock, Video-Swin's SwinTransformerBlock3D; x [B, (D,) H, W, C]."""
+    """SwinTransformerBlock; x [B, (D,) H, W, C]."""
 
     def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
         part = _partition_of_block(self, x)
@@ -255,15 +255,16 @@ class FusedTorchvisionMaxVitLayer(Fused):
 def _partition_of_maxvit(
     attention: nn.Module, x: Tensor, grid: Sequence[int], in_windows: bool
 ) -> GridPartition | None:
-    """In windows, or else tokens attend together that are H / Mh rows and W / Mw columns apart."""
+    """In windows, or else tokens attend together that are H / Mh rows and W / Mw columns apart.
+
+    Source: Tu et al., ECCV 2022 (arXiv 2204.01697), section 3.2.
+    """
     if not _runs(attention, x):
         return None
-    table_window = attention.reader.window_size(attention)
-    (height, width), (rows, columns) = grid, table_window
+    (height, width), (rows, columns) = grid, attention.reader.window_size(attention)
     if height % rows or width % columns:
         return None  # the library's code raises
     axes, window = [height, width], [rows, columns]
     if not in_windows:  # those are windows too, of a grid whose axes are split in two
         axes, window = [rows, height // rows, columns, width // columns], [rows, 1, columns, 1]
-    part = grid_partition(axes, window, [0] * len(axes), table_window, x.device)
-    return part if can_run_in(attention, x, part) else None
+    return _partition(attention, x, axes, window, [0] * len(axes), pads_first=False)

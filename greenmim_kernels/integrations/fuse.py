@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backends import use_backend
 from ..windows import partition_from_windows
-from .attention import Fused, Origin, fused_class, has_plain_index, index_matrix
+from .attention import Fused, Origin, fused_class, has_swin_index, index_matrix
 from .kinds import ATTENTION, BLOCKS, LAYERS, Kind
 
 
@@ -109,9 +109,8 @@ def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
     report = FusionReport(left=dict(left))
     inside: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(outer) for outer in inside):
+        if name.startswith(tuple(inside)):
             continue
-        label = type(module).__name__
         if isinstance(module, Fused):
             extent = next(
                 kind.extent
@@ -119,13 +118,16 @@ def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
                 if kind.ours is module.fused_from.ours
             )
             report.fused[name] = f"{module.fused_from.original.__name__}, {extent}"
-            inside.append(f"{name}." if name else "")
-        elif _looks_like_attention(module) and not any(
-            f"{name}.".startswith(f"{x}.") for x in left
-        ):
-            report.left[name] = f"{label}: not known"
-            inside.append(f"{name}.")
+            inside.append(_prefix(name))
+        elif _looks_like_attention(module) and not f"{name}.".startswith(tuple(map(_prefix, left))):
+            report.left[name] = f"{type(module).__name__}: not known"
+            inside.append(_prefix(name))
     return report
+
+
+def _prefix(name: str) -> str:
+    """What the names of a module's children begin with."""
+    return f"{name}." if name else ""
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
@@ -138,7 +140,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 
 # Attributes that may differ between modules which run the same code.
-SIZES = frozenset(
+SIZE_ATTRIBUTES = frozenset(
     "training p drop_prob input_resolution dim embed_dims num_heads num_attention_heads head_dim"
     " attention_head_size all_head_size scale scaling in_features out_features in_channels"
     " out_channels normalized_shape".split()
@@ -153,7 +155,7 @@ def _code_of(module: nn.Module) -> tuple:
         settings = [
             (key, str(value))
             for key, value in sorted(vars(child).items())
-            if isinstance(value, plain) and key not in SIZES
+            if isinstance(value, plain) and key not in SIZE_ATTRIBUTES
         ]
         tensors = [*child._parameters.items(), *child._buffers.items()]
         given = [(key, x is None) for key, x in tensors]
@@ -165,16 +167,16 @@ def _code_of(module: nn.Module) -> tuple:
 
 
 def _digest(x: Tensor) -> bytes:
-    """A digest of a buffer's values; empty on the meta device."""
-    if x.is_meta:
-        return b""
+    """A digest of a buffer's values; of the object where they cannot be read."""
+    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or x.layout is not torch.strided:
+        return str(id(x)).encode()
     return hashlib.blake2b(x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _try(module: nn.Module, kind: Kind) -> Origin | str:
     """How to fuse a module as this kind, if a fused copy gives its numbers; else why not."""
     if any(x.is_meta for x in (*module.parameters(), *module.buffers())):
-        return 'on the device "meta"; fuse it with values'
+        return 'it is on the device "meta"; load its weights, then fuse it'
     if "forward" in vars(module):
         return "its forward was replaced"
     try:
@@ -192,20 +194,22 @@ def _try(module: nn.Module, kind: Kind) -> Origin | str:
 
 
 def _compare(module: nn.Module, kind: Kind) -> Origin | str:
-    plain_index = has_plain_index(module, kind.ours)
-    if not plain_index:
+    is_swin = has_swin_index(module, kind.ours)
+    if not is_swin:
         index = index_matrix(module).cpu()
-        # Raises where the index is no sum of a number of the query and one of the key.
+        # Raises where the index is no sum of a term of the query and a term of the key.
         partition_from_windows(torch.arange(index.shape[0])[None], bias_index=index)
-    original, draw = _copy(module), torch.Generator().manual_seed(0)
+    original, generator = _copy(module), torch.Generator().manual_seed(0)
     for weight in original.parameters():
         fan_in = weight.shape[-1] if weight.dim() == 2 else 1
-        weight.copy_(torch.randn(weight.shape, dtype=weight.dtype, generator=draw) / fan_in**0.5)
+        weight.copy_(
+            torch.randn(weight.shape, dtype=weight.dtype, generator=generator) / fan_in**0.5
+        )
     fused = copy.deepcopy(original)
     unfuse_window_attention(original)
-    origin = Origin(type(module), kind.ours, plain_index, partial=True)
+    origin = Origin(type(module), kind.ours, is_swin, takes_fewer_slots=True)
     fused.__class__ = fused_class(origin)
-    for number, arguments in enumerate(kind.samples(original, draw)):
+    for number, arguments in enumerate(kind.samples(original, generator)):
         try:
             expected, actual = (getattr(m, kind.method)(*arguments) for m in (original, fused))
             expected, actual = (x if isinstance(x, Tensor) else x[0] for x in (expected, actual))
@@ -219,14 +223,15 @@ def _compare(module: nn.Module, kind: Kind) -> Origin | str:
         if not is_same and number < kind.required:
             return "its code computes something else"
         if not is_same:  # windows with fewer slots
-            return origin._replace(partial=False)
+            return origin._replace(takes_fewer_slots=False)
     return origin
 
 
 def _copy(module: nn.Module) -> nn.Module:
     """A copy in float64 on the CPU, in evaluation mode, without hooks."""
-    without: dict = {}
+    # deepcopy takes what its memo holds for an object: for its hooks an empty dict.
+    memo: dict = {}
     for child in module.modules():
         hooks = [value for key, value in vars(child).items() if "_hooks" in key]
-        without |= {id(value): type(value)() for value in hooks if isinstance(value, dict)}
-    return copy.deepcopy(module, without).cpu().double().eval()
+        memo |= {id(value): type(value)() for value in hooks if isinstance(value, dict)}
+    return copy.deepcopy(module, memo).cpu().double().eval()

@@ -22,7 +22,7 @@ from ..windows import partition_from_windows
 
 # Limits of the caches of partitions. In image restoration images have any size and a partition may
 # take megabytes. A network cycles through those of its stages, shifted and not: never keep fewer.
-FEWEST, MOST, MOST_BYTES = 8, 256, 128 << 20
+MIN_KEPT, MAX_KEPT, MAX_BYTES = 8, 256, 128 << 20
 
 
 def _cached(make: Callable) -> Any:
@@ -38,8 +38,8 @@ def _cached(make: Callable) -> Any:
         made = make(*key)
         with lock:
             kept[key] = made
-            while len(kept) > MOST or (
-                len(kept) > FEWEST and sum(x.nbytes for x in kept.values()) > MOST_BYTES
+            while len(kept) > MAX_KEPT or (
+                len(kept) > MIN_KEPT and sum(x.nbytes for x in kept.values()) > MAX_BYTES
             ):
                 kept.popitem(last=False)
         return made
@@ -177,10 +177,10 @@ def cut_windows(
     sizes: tuple[int, ...] = token.shape
     for place, size, moved in zip(np.indices(sizes), sizes, shift, strict=True):
         segment = 2 * segment + (place >= size - moved)
-    return _windows(token, window), _windows(segment, window)
+    return _into_windows(token, window), _into_windows(segment, window)
 
 
-def _windows(x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
+def _into_windows(x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
     """A padded grid -> [windows, slots]."""
     sizes = [n for size, side in zip(x.shape, window, strict=True) for n in (size // side, side)]
     axes = [*range(0, len(sizes), 2), *range(1, len(sizes), 2)]

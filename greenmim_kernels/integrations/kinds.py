@@ -60,8 +60,8 @@ class Kind:
 # --- samples, in float64 ------------------------------------------------------------------------
 
 
-def _randn(draw: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=draw)
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def _segment_mask(segment: Tensor) -> Tensor:
@@ -69,80 +69,80 @@ def _segment_mask(segment: Tensor) -> Tensor:
     return -100.0 * (segment[..., :, None] != segment[..., None, :]).double()
 
 
-def _windows(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _windows(ours: Any, layer: str, m: nn.Module, generator: torch.Generator) -> Iterator[tuple]:
     """Windows [4, n, C] without and with a mask, and with fewer slots; `layer` takes C channels."""
     slots, channels = math.prod(ours.reader.window_size(m)), m.get_submodule(layer).weight.shape[1]
     thirds = torch.arange(slots) % 3
     segment = torch.stack([torch.zeros_like(thirds), thirds])
     for count, mask in ((slots, None), (slots, _segment_mask(segment)), (slots - 1, None)):
-        yield _randn(draw, 4, count, channels), mask
+        yield _randn(generator, 4, count, channels), mask
 
 
-def _hat_windows(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
-    index = attention.swins_index(m.window_size).long()
-    for x, mask in _windows(attention.FusedHATAttention, "qkv", m, draw):
+def _hat_windows(m: nn.Module, generator: torch.Generator) -> Iterator[tuple]:
+    index = attention.swin_index(m.window_size).long()
+    for x, mask in _windows(attention.FusedHATAttention, "qkv", m, generator):
         yield x, index, mask
 
 
-def _one_window(ours: Any, layer: str, m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _one_window(ours: Any, layer: str, m: nn.Module, generator: torch.Generator) -> Iterator[tuple]:
     """A window [4, 1, n, C], and one with fewer slots; `layer` takes C channels."""
-    slots, channels = math.prod(ours.reader.window_size(m)), m.get_submodule(layer).weight.shape[1]
-    for count in (slots, slots - 1):
-        yield (_randn(draw, 4, 1, count, channels),)
+    for x, mask in _windows(ours, layer, m, generator):
+        if mask is None:
+            yield (x[:, None],)
 
 
-def _grid(window: tuple[int, ...], channels: int, draw: torch.Generator) -> Tensor:
+def _grid(window: tuple[int, ...], channels: int, generator: torch.Generator) -> Tensor:
     """[2, ..., C], a little larger than the window, which does not divide it."""
-    return _randn(draw, 2, *[side + 1 + axis for axis, side in enumerate(window)], channels)
+    return _randn(generator, 2, *[side + 1 + axis for axis, side in enumerate(window)], channels)
 
 
-def _timm_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+def _timm_block(m: Any, generator: torch.Generator) -> Iterator[tuple]:
     m.dynamic_mask = True  # its own mask is for one size of input
-    yield (_grid(m.window_size, m.attn.qkv.weight.shape[1], draw),)
+    yield (_grid(m.window_size, m.attn.qkv.weight.shape[1], generator),)
 
 
-def _swin_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+def _swin_block(m: Any, generator: torch.Generator) -> Iterator[tuple]:
     channels = m.attn.qkv.weight.shape[1]
     sizes = [m.input_resolution]
     takes_size = hasattr(m, "calculate_mask")  # SwinIR's, whose own mask is for one size
     if takes_size:
         sizes.append((2 * m.window_size, 3 * m.window_size))
     for height, width in sizes:
-        x = _randn(draw, 2, height * width, channels)
+        x = _randn(generator, 2, height * width, channels)
         yield (x, (height, width)) if takes_size else (x,)
 
 
-def _torchvision_attention(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
-    x = _grid(m.window_size, m.qkv.weight.shape[1], draw)
+def _torchvision_attention(m: nn.Module, generator: torch.Generator) -> Iterator[tuple]:
+    x = _grid(m.window_size, m.qkv.weight.shape[1], generator)
     yield (x,)
     yield (x[:, : max(1, m.window_size[0] - 1)],)  # smaller than a window
 
 
-def _hugging_face_layer(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
-    x = _grid((m.window_size,) * 2, m.layernorm_before.weight.shape[0], draw)
+def _hugging_face_layer(m: nn.Module, generator: torch.Generator) -> Iterator[tuple]:
+    x = _grid((m.window_size,) * 2, m.layernorm_before.weight.shape[0], generator)
     yield x.flatten(1, 2), tuple(x.shape[1:3])
 
 
-def _monai_block(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
-    large = _grid(m.window_size, m.attn.qkv.weight.shape[1], draw)
+def _monai_block(m: nn.Module, generator: torch.Generator) -> Iterator[tuple]:
+    large = _grid(m.window_size, m.attn.qkv.weight.shape[1], generator)
     for x in (large, large[:, : max(1, m.window_size[0] - 1)]):  # and smaller than a window
         window, shift = blocks.window_and_shift(x.shape[1:-1], m.window_size, m.shift_size)
         _, segment = cut_windows(x.shape[1:-1], window, shift, pads_first=True)
         yield x, _segment_mask(torch.from_numpy(segment))
 
 
-def _monai_layer(m: nn.Module, draw: torch.Generator) -> Iterator[tuple]:
+def _monai_layer(m: nn.Module, generator: torch.Generator) -> Iterator[tuple]:
     channels = m.blocks[0].attn.qkv.weight.shape[1]
-    yield (_grid(m.window_size, channels, draw).movedim(-1, 1),)
+    yield (_grid(m.window_size, channels, generator).movedim(-1, 1),)
 
 
-def _timm_maxvit_block(m: Any, draw: torch.Generator) -> Iterator[tuple]:
+def _timm_maxvit_block(m: Any, generator: torch.Generator) -> Iterator[tuple]:
     height, width = m.partition_size
-    yield (_randn(draw, 2, 2 * height, 3 * width, m.attn.qkv.weight.shape[1]),)
+    yield (_randn(generator, 2, 2 * height, 3 * width, m.attn.qkv.weight.shape[1]),)
 
 
-def _torchvision_maxvit_layer(m: Any, draw: torch.Generator) -> Iterator[tuple]:
-    yield (_randn(draw, 2, m.attn_layer[1].to_qkv.weight.shape[1], *m.grid_size),)
+def _torchvision_maxvit_layer(m: Any, generator: torch.Generator) -> Iterator[tuple]:
+    yield (_randn(generator, 2, m.attn_layer[1].to_qkv.weight.shape[1], *m.grid_size),)
 
 
 # --- the kinds: attention; blocks whose attention is fused; layers of fused blocks ---------------

@@ -155,7 +155,7 @@ class HuggingFaceSelfAttentionReader(HuggingFaceSwinReader):
 
 
 class HuggingFaceSwinV2Reader(HuggingFaceSelfAttentionReader):
-    """Swinv2SelfAttention of transformers."""
+    """transformers' Swinv2SelfAttention and Swin2SRSelfAttention."""
 
     def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(m, x)
@@ -192,24 +192,14 @@ class TorchvisionReader(SwinReader):
         return False
 
 
-class TorchvisionV2Reader(TorchvisionReader):
+class TorchvisionV2Reader(SwinV2Reader, TorchvisionReader):
     """torchvision's SwinV2."""
-
-    def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().qkv(m, x).unflatten(-1, (3, *self.heads(m))).unbind(-3)
-        return normalize(q, m.logit_scale), normalize(k), v
 
     def pad_value(self, m, x: Tensor) -> Tensor | None:
         if m.qkv.bias is None:
             return None
         q, k, v = m.qkv.bias.chunk(3)
         return torch.cat((q, torch.zeros_like(k), v))  # torchvision sets the keys' bias to zero
-
-    def table(self, m) -> Tensor:
-        return mlp_bias_table(m.cpb_mlp(m.relative_coords_table), m.num_heads)
-
-    def scale(self, m) -> float:
-        return 1.0
 
 
 class TimmMaxVitReader(SwinReader):
@@ -230,7 +220,7 @@ class TimmMaxVitReader(SwinReader):
         return table
 
     def scale(self, m) -> float:
-        return m.dim_head**-0.5 if m.fused_attn else m.scale
+        return m.dim_head**-0.5 if m.fused_attn else m.scale  # its fused path ignores m.scale
 
     def windows(self, x: Tensor) -> Tensor:
         return x.flatten(1, -2)
@@ -331,5 +321,8 @@ class _Normalize(torch.autograd.Function):
 
 
 def mlp_bias_table(table: Tensor, num_heads: int) -> Tensor:
-    """Output [1, rows ..., heads] of SwinV2's MLP -> bias table [rows, heads], in (0, 16)."""
+    """Output [1, rows ..., heads] of SwinV2's MLP -> bias table [rows, heads], in (0, 16).
+
+    The factor 16 is that of their code, not of the paper.
+    """
     return 16 * table.view(-1, num_heads).to(accumulation_dtype(table.dtype)).sigmoid()

@@ -106,6 +106,23 @@ def donut(**more) -> nn.Module:
     return transformers.DonutSwinModel(transformers.DonutSwinConfig(**(sizes | more)))
 
 
+def maskformer(**more) -> nn.Module:
+    module = pytest.importorskip("transformers.models.maskformer.modeling_maskformer_swin")
+    sizes = dict(image_size=36, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4])
+    sizes |= dict(window_size=4, drop_path_rate=0.0)
+    return module.MaskFormerSwinModel(module.MaskFormerSwinConfig(**(sizes | more)))
+
+
+def clap(**more) -> nn.Module:
+    """Swin on spectrograms, [B, 1, time, frequency]."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(spec_size=48, num_mel_bins=12, patch_size=4, patch_stride=(4, 4), window_size=4)
+    sizes |= dict(patch_embeds_hidden_size=16, depths=[2, 2], num_attention_heads=[2, 4])
+    sizes |= dict(hidden_size=32, drop_path_rate=0.0, hidden_dropout_prob=0.0)
+    sizes |= dict(attention_probs_dropout_prob=0.0)
+    return transformers.ClapAudioModel(transformers.ClapAudioConfig(**(sizes | more)))
+
+
 def monai(axes: int = 3, **more) -> nn.Module:
     nets = pytest.importorskip("monai.networks.nets")
     pytest.importorskip("einops")
@@ -189,6 +206,8 @@ LIBRARIES = {
     "hugging_face_v2": Library(partial(hugging_face, 2), ((2, 3, 36, 36),), "Swinv2Layer", True),
     "hugging_face_swin2sr": Library(swin2sr, ((1, 3, 16, 12), (2, 3, 8, 16)), "Swin2SRLayer", True),
     "hugging_face_donut": Library(donut, ((2, 3, 36, 36),), "DonutSwinLayer"),
+    "hugging_face_maskformer": Library(maskformer, ((2, 3, 36, 36),), "MaskFormerSwinLayer"),
+    "hugging_face_clap": Library(clap, ((2, 1, 192, 12),), "ClapAudioLayer"),
     # Windows, and grids of tokens that are apart; each kind of bias, both orders of q, k and v.
     "timm_maxvit": Library(timm_maxvit, ((2, 3, 96, 64),), "PartitionAttentionCl"),
     "timm_maxvit_mlp": Library(

@@ -13,7 +13,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from greenmim_kernels import use_backend
-from greenmim_kernels.integrations import fuse_window_attention, unfuse_window_attention
+from greenmim_kernels.integrations import (
+    fuse,
+    fuse_window_attention,
+    unfuse_window_attention,
+)
 
 from .cases import (
     BLOCKS,
@@ -114,6 +118,29 @@ def test_what_is_reported() -> None:
     assert "Broken: its code could not be tried: TypeError" in text
     assert 'on the device "meta"' in text and "SomeWindowAttention: not known (other)" in text
     assert "nothing was changed" in str(fuse_window_attention(nn.Linear(2, 2)))
+
+
+def test_an_attention_that_is_the_model_is_reported_without_its_children() -> None:
+    class UnknownWindowAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Module()
+            self.bias.register_buffer("relative_position_index", torch.zeros(4, 4).long())
+
+    assert list(fuse_window_attention(UnknownWindowAttention()).left) == [""]
+    maxvit = LIBRARIES["timm_maxvit"].make()
+    odd = next(m for m in maxvit.modules() if type(m).__name__ == "AttentionCl")
+    odd.forward = lambda x, shared_rel_pos=None: x
+    assert list(fuse_window_attention(odd).left) == [""]
+
+
+def test_a_buffer_whose_values_cannot_be_read() -> None:
+    """Such modules may differ in it: each is tried by itself, and nothing fails."""
+    model = nn.Sequential(*(CLASSES["microsoft"]() for _ in range(2)))
+    for module in model:
+        module.register_buffer("extra", torch.eye(3).to_sparse())
+    assert len({fuse._code_of(module) for module in model}) == 2
+    assert list(fuse_window_attention(model).fused) == ["0", "1"]
 
 
 def test_a_second_module_that_differs(calls: list[str]) -> None:
@@ -297,7 +324,9 @@ def test_attention_alone_is_compiled_with_its_mask(name: str) -> None:
         close(compiled(x, mask), model(x, mask))
     assert counter.frame_count == 1
     close(compiled(x), model(x))
-    with pytest.raises(RuntimeError, match="the mask cuts no windows into segments"):
+    with pytest.raises(
+        RuntimeError, match="the mask does not cut windows into segments; call unfuse"
+    ):
         compiled(x, segment_mask(3, slots).tril())
 
 

@@ -70,8 +70,8 @@ def test_partitions_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     known.clear()
     one = ask(400)
-    monkeypatch.setattr(grids, "FEWEST", 2)
-    monkeypatch.setattr(grids, "MOST_BYTES", 3 * one.untyped_storage().nbytes())
+    monkeypatch.setattr(grids, "MIN_KEPT", 2)
+    monkeypatch.setattr(grids, "MAX_BYTES", 3 * one.untyped_storage().nbytes())
     assert ask(400).data_ptr() == one.data_ptr() and len(known) == 1
     for number, side in enumerate(range(360, 400, 4)):
         ask(side)
@@ -79,7 +79,7 @@ def test_partitions_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(known) == min(number + 2, 3)
     ask(4000)
     assert len(known) == 2  # the fewest, although larger than the limit
-    monkeypatch.setattr(grids, "MOST", 3)
+    monkeypatch.setattr(grids, "MAX_KEPT", 3)
     for side in range(4, 40, 4):
         ask(side)
     assert len(known) == 3

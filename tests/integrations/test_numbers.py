@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from greenmim_kernels import use_backend
-from greenmim_kernels.integrations import fuse_window_attention
+from greenmim_kernels.integrations import attention, fuse_window_attention
 from greenmim_kernels.integrations.readers import normalize
 
 from .cases import (
@@ -97,7 +97,10 @@ def test_a_class_from_its_structure(name: str, masked: bool) -> None:
         counts.append(counts[0] // 2)  # of a clip with fewer frames
     else:  # others say what is wrong
         fewer = torch.randn(6, counts[0] - 1, 16, dtype=torch.float64)
-        with pytest.warns(UserWarning, match="windows are of another size"), pytest.raises(RuntimeError):
+        with (
+            pytest.warns(UserWarning, match="windows are of another size"),
+            pytest.raises(RuntimeError),
+        ):
             fused(fewer)
     for slots in counts:
         x = torch.randn(6, slots, 16, dtype=torch.float64)
@@ -192,7 +195,7 @@ def test_a_mask_is_read_again_after_it_was_written_to() -> None:
 
 
 def test_an_index_of_another_kind() -> None:
-    """Any that is a number of the query plus a number of the key; with others nothing is done."""
+    """Any that is a term of the query plus a term of the key; with others nothing is done."""
     original = CLASSES["microsoft"]().double()
     original.relative_position_index.copy_(original.relative_position_index.T.clone())
     fused = copy.deepcopy(original)
@@ -200,6 +203,8 @@ def test_an_index_of_another_kind() -> None:
     for mask in (None, segment_mask(2, 16).double()):
         x = torch.randn(4, 16, 16, dtype=torch.float64)
         assert max(errors(results(fused, x, mask), results(original, x, mask)).values()) < 1e-12
+        # On a GPU masks are trusted once one was checked, and there was none without a mask.
+        assert (fused in attention._checked) == (mask is not None)
         compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, mask), original(x, mask), atol=1e-12, rtol=1e-12)
     mask = segment_mask(2, 16).double()
@@ -213,7 +218,7 @@ def test_an_index_of_another_kind() -> None:
         torch.testing.assert_close(one(x, mask), other(x, mask), atol=1e-12, rtol=1e-12)
     original.relative_position_index[0, 1] = 0
     report = fuse_window_attention(original)
-    assert "no number of the query plus a number of the key" in report.left[""]
+    assert "must be the sum of a term of the query and a term of the key" in report.left[""]
     assert type(original).__name__ == "WindowAttention"
 
 

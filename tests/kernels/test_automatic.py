@@ -22,10 +22,10 @@ TABLE = {
 def gpu(monkeypatch):
     """As on a machine where both backends of a GPU work."""
     monkeypatch.setattr(automatic, "table", lambda: TABLE)
-    usable = backends._unusable
+    usable = backends._why_unusable
     monkeypatch.setattr(
         backends,
-        "_unusable",
+        "_why_unusable",
         lambda name, device=None: None if name in ("cuda", "triton") else usable(name, device),
     )
     monkeypatch.setattr(backends, "_cuda_fits", lambda *question: question[-1] <= 31**2)

@@ -57,16 +57,16 @@ def test_a_forced_backend_never_falls_back():
             attention(half)
         with gk.use_backend("reference"):
             assert backend_taken(half) == "reference"
-        assert backends.forced_backend() == "cpp"
-    assert backends.forced_backend() == "auto"
+        assert backends.backend_in_force() == "cpp"
+    assert backends.backend_in_force() == "auto"
 
 
 def test_what_a_backend_lacks_is_said():
-    say = backends.cannot
-    assert "runs on cpu tensors" in say("cpp", "group_gather", "cuda", torch.float32)
-    assert "runs on cuda tensors" in say("cuda", "group_gather", "cpu", torch.float32)
-    assert "not float64" in say("cuda", "group_window_attention", "cuda", torch.float64)
-    assert say("cuda", "group_window_attention", "cuda", torch.float32) is None
+    why = backends._why_unsupported
+    assert "runs on cpu tensors" in why("cpp", "cuda", torch.float32)
+    assert "runs on cuda tensors" in why("cuda", "cpu", torch.float32)
+    assert "not float64" in why("cuda", "cuda", torch.float64)
+    assert why("cuda", "cuda", torch.float32) is None
 
 
 def test_unknown_and_unusable_names():
@@ -102,7 +102,7 @@ def test_the_environment_is_read_at_each_call(monkeypatch):
 def test_forcing_is_local_to_the_thread():
     seen = []
     with gk.use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(backends.forced_backend()))
+        thread = threading.Thread(target=lambda: seen.append(backends.backend_in_force()))
         thread.start()
         thread.join()
     assert seen == ["auto"]
@@ -128,6 +128,8 @@ def test_a_missing_library_is_a_reason_not_a_crash(tmp_path, monkeypatch):
         ("8.6;9.0", (8, 0), False),  # of a later minor one
         ("8.0;9.0", (10, 0), False),
         ("8.0;9.0+PTX", (10, 0), True),
+        ("9.0a+PTX", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),  # its PTX is specific, too
         ("8.0;9.0;12.0+PTX", (7, 5), False),
         ("9.0a", (9, 0), True),
         ("10.0a", (10, 3), False),
@@ -189,16 +191,16 @@ def test_what_fits_a_gpu_is_asked_while_tracing(monkeypatch):
     device = torch.device("cuda:1")
 
     def call(x, rows):
-        reason = backends._does_not_fit("cuda", device, x.dtype, 32, 49, rows)
+        reason = backends._why_sizes_unsupported("cuda", device, x.dtype, 32, 49, rows)
         return x + 1 if reason is None else x
 
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     x = torch.zeros(2)
     assert compiled(x, 169)[0] == 1 and compiled(x, 2000)[0] == 0
     assert asked[0] == (1, torch.float32, 32, 49, 169)
-    assert backends._does_not_fit("cuda", device, x.dtype, 32, 49, 2000) == (
+    assert backends._why_sizes_unsupported("cuda", device, x.dtype, 32, 49, 2000) == (
         "the cuda backend has no room on this GPU for groups of 49 slots with a bias table of 2000"
         " rows"
     )
-    said = backends._does_not_fit("triton", device, x.dtype, 7, 49, 169)
+    said = backends._why_sizes_unsupported("triton", device, x.dtype, 7, 49, 169)
     assert "multiples of 2 up to 64, not 7" in said

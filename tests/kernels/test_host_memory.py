@@ -10,11 +10,11 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from greenmim_kernels.host_memory import give_back_freed_memory, keep_freed_memory
+from greenmim_kernels.host_memory import return_freed_memory, keep_freed_memory
 if sys.argv[1] != "default":
     keep_freed_memory()
 if sys.argv[1] == "undo":
-    give_back_freed_memory()
+    return_freed_memory()
 def step():  # what a step does: tensors of all sizes, all freed at its end
     kept = [torch.ones(size << 20) for size in (1, 3, 12, 1, 2)]
 for _ in range(4):  # the heap grows to what it needs

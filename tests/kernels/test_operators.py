@@ -218,12 +218,15 @@ def test_clear_errors(change, message):
 
 def test_errors_of_batches_and_groups():
     inputs = make_inputs(Case(batch=3, per_image=True))
-    with pytest.raises(ValueError, match="holds 3 images' windows and x a batch of 2"):
+    with pytest.raises(ValueError, match="is of 3 images and x a batch of 2"):
         gk.group_gather(inputs.qkv[:2], inputs.part)
     with pytest.raises(ValueError, match="slots, C"):
         gk.group_scatter(torch.zeros(3, 2, 7, 8), inputs.part)
     with pytest.raises(ValueError, match="slots, C"):
         gk.block_diagonal_attention(inputs.qkv, inputs.table, inputs.part, 2)
+    qkv = gk.group_gather(inputs.qkv, inputs.part)
+    with pytest.raises(ValueError, match="scale must be a number"):  # whose gradient would be lost
+        gk.block_diagonal_attention(qkv, inputs.table, inputs.part, 2, torch.ones(2))
 
 
 @pytest.mark.parametrize(

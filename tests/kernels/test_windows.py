@@ -160,7 +160,7 @@ def test_numbers_of_any_size_whose_sums_are_rows():
 
 
 def test_a_table_without_rows_is_refused():
-    with pytest.raises(RuntimeError, match="with a row at the least"):
+    with pytest.raises(RuntimeError, match="with at least one row"):
         numbers([0, 1], [1, 0], 0)
 
 
@@ -503,7 +503,11 @@ NO_SUM = torch.arange(16).view(4, 4) ** 2
         ({"window_size": 2, "coords": PLACES + 2**40}, ValueError, "too large"),
         ({"num_tokens": 8.0}, TypeError, "num_tokens=8.0 must be an integer"),
         ({"token_index": INDEX > 0}, TypeError, "token_index has dtype torch.bool"),
-        ({"window_size": 2, "coords": INDEX, "bias_index": NO_SUM}, ValueError, "twice"),
+        (
+            {"window_size": 2, "coords": INDEX, "bias_index": NO_SUM},
+            ValueError,
+            "coords and bias_index both",
+        ),
         ({"bias_index": NO_SUM}, ValueError, "slots 1 and 1 in window 0 is 25, not 16 \\+ 1"),
         ({"bias_index": NO_SUM[:3]}, ValueError, r"bias_index has shape \[3, 4\]"),
         ({"bias_index": torch.zeros(4, 4).long()}, ValueError, "the same rows of the bias table"),
@@ -527,8 +531,8 @@ def test_errors_of_the_operator():
     x = torch.zeros(1, 8, 3 * HEADS * 4)
     three = x.unflatten(-1, (3, HEADS, 4)).unbind(2)
     for arguments, message in (
-        ((x, torch.zeros(9, HEADS), part, HEADS), "knows no bias"),
-        ((three[:2], None, part, HEADS), "or three"),
+        ((x, torch.zeros(9, HEADS), part, HEADS), "has no bias table"),
+        ((three[:2], None, part, HEADS), "or a tuple of three"),
         (((*three[:2], three[2][..., :3]), None, part, HEADS), "must all be"),
         (((*three[:2], three[2].double()), None, part, HEADS), "one dtype"),
         ((three, None, part, 3), r"must all be \[B, N, 3 heads"),

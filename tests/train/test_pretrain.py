@@ -28,7 +28,7 @@ from greenmim.training import train
 from greenmim.training.log import RunLog, read_log
 from greenmim.training.passes import decay_groups, make_optimizer
 from greenmim.training.run_folder import RunFolder
-from greenmim_kernels.backends import forced_backend
+from greenmim_kernels.backends import backend_in_force
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -572,7 +572,7 @@ def test_backend_of_the_recipe_is_used(
     seen = set()
     real = train.Trainer._state
     monkeypatch.setattr(
-        train.Trainer, "_state", lambda *args: seen.add(forced_backend()) or real(*args)
+        train.Trainer, "_state", lambda *args: seen.add(backend_in_force()) or real(*args)
     )
     more = ("--epochs", "1", "--backend", "reference")
     assert main(command(tiny, photos, tmp_path / "a", *more)) == 0
