@@ -15,7 +15,7 @@ import pathlib
 
 import torch
 
-from .partition import LARGEST_TILE
+from .partition import LARGEST_SHORT_GROUP
 
 TABLE = pathlib.Path(__file__).parent / "automatic_table.json"
 HEAD_DIMS = (16, 32, 64)
@@ -43,7 +43,7 @@ def class_name(
     """The class of a problem; attention without sizes counts as Swin's: head dim 32, short."""
     if operator in SINGLE_CLASS:
         return operator
-    length = "long" if group_size is not None and group_size > LARGEST_TILE else "short"
+    length = "long" if group_size is not None and group_size > LARGEST_SHORT_GROUP else "short"
     precision = "fp32" if dtype == torch.float32 else "16bit"
     # Compared, not printed: under torch.compile a size may be symbolic. (No GPU backend runs head
     # dims above the last one.)

@@ -152,7 +152,7 @@ def _not_built_for(architectures: tuple[str, ...], device: tuple[int, int]) -> s
     """None if the module runs on a device of this compute capability, else the reason.
 
     Machine code runs on its own major version, from its minor version up; PTX on anything newer.
-    Either runs on its own version alone if that is specific, such as 9.0a.
+    What ends in "a" runs on its own version alone, in "f" on its major version alone.
     """
     for name in architectures:
         found = re.match(r"(\d+)\.(\d+)([af]?)(\+PTX)?$", name)
@@ -161,7 +161,8 @@ def _not_built_for(architectures: tuple[str, ...], device: tuple[int, int]) -> s
         built = (int(found[1]), int(found[2]))
         if built == device:
             return None
-        if not found[3] and built <= device and (found[4] or built[0] == device[0]):
+        is_same_major, is_for_newer = built[0] == device[0], found[4] and not found[3]
+        if found[3] != "a" and built <= device and (is_same_major or is_for_newer):
             return None
     return (
         f"this GPU has compute capability {device[0]}.{device[1]} and the module was built for"

@@ -88,8 +88,11 @@ def block_diagonal_attention(
     _check_groups("qkv", qkv, part)
     head_dim = _head_dim(qkv, num_heads)
     table = _check_table(table, part, num_heads, qkv)
-    if isinstance(scale, Tensor):
-        raise ValueError("scale must be a number here; group_window_attention takes tensors")
+    if isinstance(scale, Tensor) and (scale.numel() != 1 or scale.requires_grad):
+        raise ValueError(
+            "scale must be a number here; for one that is learned or per head, multiply q by it and"
+            " pass scale=1.0"
+        )
     scalars = (num_heads, part.window_slots, _number(scale, head_dim))
     arguments = (qkv, table, *part.tensors[1:], *scalars)
     name = "block_diagonal_attention"
@@ -122,7 +125,7 @@ def group_window_attention(
         qkv: floating point tensor [B, N, 3C], tokens in row-major order of their grid; the last
             axis holds q, k, v blocks of C, each num_heads x head_dim. Or (q, k, v), [B, N,
             num_heads, head_dim] each: read without a copy, with any strides, if the last axis alone
-            has stride 1. Their gradients then have the same strides.
+            has stride 1. Their gradients then have the same order of axes in memory.
         table: relative position bias [part.table_rows, num_heads] of any float dtype, on the device
             of `qkv`, or None; for windows of M tokens a side, prod(2 M - 1) rows as in Swin.
         part: partition with P = 1 or P = B, on the device of `qkv`.
@@ -183,8 +186,8 @@ def sparse_depthwise_conv(
     """Depthwise 3 x 3 convolution of visible tokens; hidden neighbours count as zero.
 
     Equal to putting the tokens on a map of zeros, ``conv2d`` with a padding of 1 and one group per
-    channel, and taking the visible tokens out again, without the map. It is the positional encoding
-    of Twins (Chu et al., NeurIPS 2021, arXiv 2104.13840) on visible tokens.
+    channel, and taking the visible tokens out again, without the map. It is the convolution of the
+    positional encoding in Twins (Chu et al., NeurIPS 2021, arXiv 2104.13840).
 
     Args:
         x: floating point tensor [B, N, C].
@@ -201,7 +204,7 @@ def sparse_depthwise_conv(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a forced backend cannot run this.
-        RuntimeError: the backend in force cannot be used here.
+        RuntimeError: the backend in force cannot be used here, or, on a CPU, neighbours are wrong.
     """
     if x.dim() != 3 or not x.dtype.is_floating_point:
         raise ValueError(f"x must be floating point [B, N, C], got {x.dtype} {list(x.shape)}")
@@ -282,7 +285,7 @@ def _check_common(name: str, x: Tensor, part: GroupPartition) -> None:
     if num_partitions != 1 and num_partitions != x.shape[0]:
         raise ValueError(
             f"the partition is of {num_partitions} images and {name} a batch of {x.shape[0]}; make"
-            " it from one mask for the batch, or from one per image"
+            " it for one image (P = 1) or for each"
         )
     for tensor in part.tensors:
         if tensor.device != x.device:

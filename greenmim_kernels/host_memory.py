@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Undo `keep_freed_memory`, also in a child process that inherited it.
 
-    glibc's initial limits are set. By default they would grow with use; that stays off.
+    It sets glibc's initial values; the automatic growth of its thresholds stays off.
     """
     _set(_DEFAULT_MMAP_MAX, _DEFAULT_TRIM_THRESHOLD)
 

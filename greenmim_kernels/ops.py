@@ -249,8 +249,8 @@ def _register_attention(variant: str) -> None:
         if grad_out is not None and any(needed):
             backward = operator("group_window_attention_backward", variant)
             saved = ctx.saved_tensors  # read once: checkpointing does not give them twice
-            needs = any(needed[:3]), *needed[3:]
-            *grads, grad_pad = backward(grad_out, *saved, *ctx.scalars, *needs)
+            need_grads = any(needed[:3]), *needed[3:]
+            *grads, grad_pad = backward(grad_out, *saved, *ctx.scalars, *need_grads)
             grads.append(_pad_gradient(grad_pad, saved[4]) if needed[4] else None)
         return if_needed(grads, needed, ctx.num_inputs)
 

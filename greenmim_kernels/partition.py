@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _planner
 
 INT32_MAX = 2**31 - 1
-LARGEST_TILE = 64  # the most slots of a group that the kernels hold in one tile
+LARGEST_SHORT_GROUP = 64  # slots; kernels hold a short group in one tile, and loop over longer ones
 TENSORS = ("token_index", "window_id", "query_row", "key_row")
 
 
@@ -304,7 +304,9 @@ def _axes(value: int | tuple[int, ...], name: str, number: int) -> tuple[int, ..
     except TypeError:
         pass
     expected = "1 to 3" if name == "window_size" else number
-    raise TypeError(f"{name}={value!r} must be an integer, or a tuple of {expected}, one per axis")
+    raise TypeError(
+        f"{name}={value!r} must be an integer, or a tuple of {expected} integers, one per axis"
+    )
 
 
 def _shift_axes(shift_size: int | tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ...]:

@@ -145,7 +145,7 @@ def _same_window(window_id: Tensor) -> Tensor:
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:
     """Autocast switched off; not for meta tensors, which have none.
 
-    Dynamo of torch 2.11 cannot trace the question which devices have it.
+    Dynamo of torch 2.11 cannot trace a query of which devices support it.
     """
     if device == "meta":
         return contextlib.nullcontext()

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _planner
 from .partition import (
     INT32_MAX,
-    LARGEST_TILE,
+    LARGEST_SHORT_GROUP,
     GroupPartition,
     positive,
     table_rows,
@@ -71,9 +71,10 @@ def partition_from_windows(
 
     Raises:
         TypeError: an index, a label, a position or a size is not an integer.
-        ValueError: shapes do not fit, a token appears twice or is beyond `num_tokens`, a mask does
-            not cut windows into segments, a `bias_index` is not such a sum, positions differ by M
-            or more, or two slots of one window are at one place.
+        ValueError: shapes do not fit, there is no token, a token appears twice or is beyond
+            `num_tokens`, a mask does not cut windows into segments, a `bias_index` is not such a
+            sum, positions differ by M or more, two slots of one window are at one place, or two
+            arguments say the same (`segment` and `mask`, `coords` and `bias_index`).
     """
     index = _integers(token_index, "token_index")
     if index.dim() not in (2, 3) or 0 in index.shape:
@@ -168,7 +169,7 @@ def _with_all_tokens(index: Tensor, is_free: Tensor, num_tokens: int) -> Tensor:
 @torch.compiler.assume_constant_result
 def _windows_per_group(slots: int) -> int:
     """How many windows share a group, at the least cost per window."""
-    most = max(1, LARGEST_TILE // slots)
+    most = max(1, LARGEST_SHORT_GROUP // slots)
     return min(range(1, most + 1), key=lambda k: _planner.group_cost(k * slots) / k)
 
 
@@ -208,7 +209,7 @@ def _labels(segment, mask, index: Tensor, is_slot: Tensor, checks: bool) -> Tens
             raise ValueError(
                 f"mask does not cut windows into segments: in window {window}, slot {i}"
                 f" {'attends' if attends[window, i, j] else 'does not attend'} to slot {j};"
-                " slots that attend to each other must attend to the same slots"
+                " slots that attend to each other must attend to the same slots, and to themselves"
             )
     return labels
 
@@ -304,7 +305,7 @@ def _check_tokens(index: Tensor, num_tokens: int | None) -> int:
         image, position = (int(x) for x in twice.nonzero()[0])
         raise ValueError(
             f"token_index names token {int(ordered[image, position])} of image {image} twice; give"
-            " each token one slot at most"
+            " each token at most one slot"
         )
     return num_tokens
 
@@ -345,7 +346,7 @@ def _check_rows(window_id: Tensor, query_row: Tensor, key_row: Tensor, rows: int
         raise ValueError(
             f"two slots of one window are too far apart for the {rows} rows of the bias table"
             f" (window {int(wrong.nonzero()[0, 1]) // slots} of image"
-            f" {int(wrong.nonzero()[0, 0])}); pass a larger window_size"
+            f" {int(wrong.nonzero()[0, 0])}); pass a larger window_size or another bias_index"
         )
     span = int(key_row.max() - key_row.min()) + 1
     pair = (number * span + key_row.flatten(1) - key_row.min()).sort(1).values

@@ -53,8 +53,10 @@ def test_samples_are_ordered_and_set_up_each_time():
 
 def test_a_planted_slowdown_is_seen():
     bench, peer = Bench(tiny(), "cpu"), peer_named("greenmim-cpp")
-    rows = []
-    for late in (0.0, 0.05):
+    rows: list[dict] = []
+    for _ in range(2):
+        # Ten times what it took without, on a machine that is as busy as it is.
+        late = max(0.05, 0.01 * rows[0]["ms"]) if rows else 0.0
 
         def make(operator, inputs, late=late):
             function = peers.ours(operator, inputs)
@@ -72,8 +74,7 @@ def test_a_planted_slowdown_is_seen():
         prepared = dataclasses.replace(bench.prepare(slow, "both"), sampler=sampler)
         timing = Timing.of([sampler() for _ in range(5)])
         rows.append(timed_row(bench.row(slow, "both"), timing, prepared, RATES, bench))
-    # A sleep is never short; the rest takes as long as the other processes of this machine let it.
-    assert rows[1]["ms"] >= 50 > rows[0]["ms"] and rows[1]["fraction"] < rows[0]["fraction"]
+    assert rows[1]["ms"] >= 1000 * late and rows[1]["fraction"] < rows[0]["fraction"] / 2
     old, new = ({"rows": [row]} for row in rows)
     (line,) = report.compare(old, new)
     assert "greenmim-cpp both" in line and "times the time" in line

@@ -66,19 +66,15 @@ class Fused(_Original):
     fused_from: Origin
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *more) -> None:
-        # Compared before loading, which overwrites our own.
-        mask, own = state_dict.get(f"{prefix}attn_mask"), getattr(self, "attn_mask", None)
-        has_changed = (
-            isinstance(mask, Tensor)
-            and isinstance(own, Tensor)
-            and mask.shape == own.shape
-            and not own.is_meta
-            and not torch.equal(mask.to(own), own)
+        _, ours, had_swin_index, _ = self.fused_from
+        # Compared before loading, which overwrites the module's own.
+        names = ["attn_mask"] if had_swin_index else ["attn_mask", "relative_position_index"]
+        has_changed = any(
+            [_differ(getattr(self, n, None), state_dict.get(prefix + n)) for n in names]
         )
         super()._load_from_state_dict(state_dict, prefix, *more)
         if f"{prefix}relative_position_index" in state_dict:
-            _, ours, had_swin_index, _ = self.fused_from
-            has_changed |= has_swin_index(self, ours) != had_swin_index
+            has_changed |= index_is_swins(self, ours) != had_swin_index
         if has_changed:
             warn_once(self, "another relative_position_index or mask was loaded; fuse it again")
             self.__class__ = self.fused_from.original  # type: ignore[assignment]  # one of its bases
@@ -87,6 +83,13 @@ class Fused(_Original):
         # A pickle cannot name the class, which is made at run time.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new, tuple(self.fused_from), *state
+
+
+def _differ(own: object, loaded: object) -> bool:
+    """Whether two buffers that fit differ in their values."""
+    if not isinstance(own, Tensor) or not isinstance(loaded, Tensor) or own.is_meta:
+        return False
+    return own.shape == loaded.shape and not torch.equal(loaded.to(own), own)
 
 
 @functools.cache
@@ -237,23 +240,25 @@ def can_run(m: nn.Module, x: Tensor) -> bool:
     if isinstance(x, torch.fx.Proxy):
         return False  # torch.fx traces the library's code
     if m.training and reader_of(m).dropout(m) > 0:
-        return warn_once(m, "attention dropout is above 0 in training; set it to 0 to use them")
+        return warn_once(
+            m, "attention dropout is above 0 in training; set it to 0 to run the kernels"
+        )
     if reader_of(m).exposes_maps(m):
-        return warn_once(m, "a hook looks at attention maps; remove it to use them")
+        return warn_once(m, "a hook looks at attention maps; remove it to run the kernels")
     usable = candidates(x.device, x.dtype)
     if usable == ("reference",) and not is_forced():
-        return warn_once(m, "no backend takes its dtype on its device")
+        return warn_once(m, "no backend takes its dtype on its device (see `greenmim doctor`)")
     return True
 
 
 def has_room(m: nn.Module, x: Tensor, part: GroupPartition) -> bool:
-    """Whether a kernel has room for its heads in the groups of `part`; warns if not."""
+    """Whether a kernel has room for the module's heads and the groups of `part`; warns if not."""
     _, head_dim = reader_of(m).heads(m)
     backend = choose_backend(
         "group_window_attention", x.device, x.dtype, head_dim, part.group_size, part.table_rows
     )
     if backend == "reference" and not is_forced():
-        return warn_once(m, "no backend takes its head dim and window")
+        return warn_once(m, "no backend takes its head dim and window (see `greenmim doctor`)")
     return True
 
 
@@ -284,7 +289,7 @@ def _warn(name: str, reason: str, detail: str) -> bool:
     if (name, reason) not in _warned:
         _warned.add((name, reason))
         text = f"{name} runs its own code, not the fused kernels: {reason}"
-        warnings.warn(f"{text} ({detail})" if detail else text, stacklevel=6)  # near the call
+        warnings.warn(f"{text} ({detail})" if detail else text, stacklevel=6)
     return False
 
 
@@ -348,9 +353,8 @@ def _kept_or_made(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartiti
         is_same = index is None if kept.index is None else kept.index() is index
         if is_same and None not in versions:
             return kept.part
-    # On a GPU a check in Python waits for the device: a module's masks after the first are trusted.
-    on_cpu = mask is None or mask.device.type == "cpu"
-    trusted = not on_cpu and _checked.get(m) == slots
+    # Where a check in Python waits for the device, a module's masks after the first are trusted.
+    trusted = mask is not None and _waits(mask.device) and _checked.get(m) == slots
     with torch.inference_mode(False):  # autograd refuses to save tensors made in it
         part = _make(m, mask, slots, trusted)
     index_ref = None if index is None else weakref.ref(index)
@@ -362,15 +366,20 @@ def _kept_or_made(m: nn.Module, mask: Tensor | None, slots: int) -> GroupPartiti
     return part
 
 
+def _waits(device: torch.device) -> bool:
+    """Whether to read a value in Python waits for the device."""
+    return device.type != "cpu"
+
+
 def _version(x: Tensor | None) -> int | None:
-    """A number that grows when x is written to; None in inference mode, where nothing counts."""
+    """A number that grows with each write to x; None in inference mode, which counts none."""
     return 0 if x is None else None if x.is_inference() else x._version
 
 
 def _make(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> GroupPartition:
     """The partition of a mask, or of one window without a mask.
 
-    trusted: do not wait for the device; a mask that cuts no segments fails there, later.
+    trusted: do not wait for the device; a mask or an index that does not fit fails there, later.
     """
     window: tuple | None = tuple(reader_of(m).window_size(m))
     index, windows = None, 1
@@ -383,13 +392,22 @@ def _make(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> Group
             is_cut = ((segment[:, :, None] == segment[:, None]) == attends).all()
             torch._assert_async(
                 excludes & is_cut,
-                "the mask does not cut windows into segments; call unfuse_window_attention(model)",
+                "the mask does not cut windows into segments, or has values other than 0 and those"
+                " up to -50; call unfuse_window_attention(model)",
             )
         elif not excludes:
-            raise ValueError("the mask has values above 0 or between -50 and 0")
+            raise ValueError("the mask has values other than 0 and those up to -50")
     has_swin_index = origin_of(m).has_swin_index
     if not has_swin_index:
         window, index = None, index_matrix(m)[:slots, :slots]
+        rows = reader_of(m).table(m).shape[0]
+        if trusted:
+            is_sum = index[:, :1] + index[:1] - index[0, 0] == index
+            torch._assert_async(
+                (is_sum & (index >= 0) & (index < rows)).all(),
+                "the relative position index is no sum of a term of the query and a term of the"
+                " key; call unfuse_window_attention(model)",
+            )
     on_device: Any = index if mask is None else mask
     token = torch.arange(windows * slots, device=on_device.device)
     part = partition_from_windows(
@@ -400,13 +418,13 @@ def _make(m: nn.Module, mask: Tensor | None, slots: int, trusted: bool) -> Group
         num_tokens=windows * slots if trusted else None,
     )
     # The table may have rows that no pair of the index takes.
-    return part if has_swin_index else replace(part, table_rows=reader_of(m).table(m).shape[0])
+    return part if has_swin_index else replace(part, table_rows=rows)
 
 
 # --- relative position indices --------------------------------------------------------------------
 
 
-def has_swin_index(m: nn.Module, ours: type[Fused]) -> bool:
+def index_is_swins(m: nn.Module, ours: type[Fused]) -> bool:
     """Whether the module's relative_position_index is Swin's for its window, or it has none."""
     index = getattr(m, "relative_position_index", None)
     if not isinstance(index, Tensor):

@@ -14,7 +14,7 @@ from .grids import GridPartition, grid_partition
 from .readers import TorchvisionReader, TorchvisionV2Reader, has_hooks
 
 
-def _partition(
+def _grid_partition(
     attention: nn.Module,
     x: Tensor,
     grid: Sequence[int],
@@ -55,7 +55,7 @@ class FusedTimmBlock(Fused):
         part = None
         if _runs(self.attn, x):
             grid, window, shift = x.shape[1:3], self.window_size, self.shift_size
-            part = _partition(self.attn, x, grid, window, shift, pads_first=False)
+            part = _grid_partition(self.attn, x, grid, window, shift, pads_first=False)
         if part is None:
             return super()._attn(x)  # type: ignore[misc]  # the other base has it
         return self.attn(x.flatten(1, 2), part).view(x.shape)
@@ -96,7 +96,7 @@ def _partition_of_swin_block(
     divides = height % window[0] == width % window[0] == 0 and height * width == x.shape[1]
     if not divides or window != tuple(block.attn.reader.window_size(block.attn)):
         return None
-    return _partition(block.attn, x, (height, width), window, shift, pads_first=False)
+    return _grid_partition(block.attn, x, (height, width), window, shift, pads_first=False)
 
 
 # --- transformers: padded, then rolled ----------------------------------------------------------
@@ -109,7 +109,7 @@ class FusedHuggingFaceSwinLayer(Fused):
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
         maps = wants_maps(self.attention, options)
-        part = _part_of_layer(self, self.attention, hidden_states, input_dimensions, maps)
+        part = _partition_of_layer(self, self.attention, hidden_states, input_dimensions, maps)
         if part is None:
             return super().forward(hidden_states, input_dimensions, always_partition, **options)
         x, maps = self.attention(self.layernorm_before(hidden_states), part, **options)
@@ -124,7 +124,7 @@ class FusedHuggingFacePreNormLayer(Fused):
         asked, attention = (*more, *options.values()), self.attention.self
         if hasattr(self, "set_shift_and_window_size") and not any(asked):
             self.set_shift_and_window_size(input_dimensions)
-        part = _part_of_layer(self, attention, hidden_states, input_dimensions, *asked)
+        part = _partition_of_layer(self, attention, hidden_states, input_dimensions, *asked)
         if part is None:
             return super().forward(hidden_states, input_dimensions, *more, **options)
         (x,) = self.attention(self.layernorm_before(hidden_states), part)
@@ -137,7 +137,7 @@ class FusedHuggingFaceSwinV2Layer(Fused):
 
     def forward(self, hidden_states, input_dimensions, *more, **options):
         asked, attention = (*more, *options.values()), self.attention.self
-        part = _part_of_layer(self, attention, hidden_states, input_dimensions, *asked)
+        part = _partition_of_layer(self, attention, hidden_states, input_dimensions, *asked)
         if part is None:
             return super().forward(hidden_states, input_dimensions, *more, **options)
         (x,) = self.attention(hidden_states, part)
@@ -146,7 +146,7 @@ class FusedHuggingFaceSwinV2Layer(Fused):
         return (x + self.drop_path(self.layernorm_after(y)),)
 
 
-def _part_of_layer(
+def _partition_of_layer(
     layer: nn.Module, attention: nn.Module, x: Tensor, grid: tuple[int, int], *asked: object
 ) -> GridPartition | None:
     if wants_more(attention, *asked) or not _runs(attention, x):
@@ -154,14 +154,14 @@ def _part_of_layer(
     window, shift = (layer.window_size,) * 2, (layer.shift_size,) * 2
     if window != tuple(attention.reader.window_size(attention)):
         return None  # the layer's own code raises
-    return _partition(attention, x, grid, window, shift, pads_first=True)
+    return _grid_partition(attention, x, grid, window, shift, pads_first=True)
 
 
-# --- MONAI: padded, then rolled; on a smaller grid the window is the grid ------------------------
+# --- MONAI and Video-Swin: padded, then rolled; on a smaller grid the window is the grid ---------
 
 
 class FusedMonaiBlock(Fused):
-    """SwinTransformerBlock; x [B, (D,) H, W, C]."""
+    """SwinTransformerBlock, and Video-Swin's SwinTransformerBlock3D; x [B, (D,) H, W, C]."""
 
     def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
         part = _partition_of_block(self, x)
@@ -189,7 +189,7 @@ def _partition_of_block(block: nn.Module, x: Tensor) -> GridPartition | None:
         return None
     grid = x.shape[1:-1]
     window, shift = window_and_shift(grid, block.window_size, block.shift_size)
-    return _partition(block.attn, x, grid, window, shift, pads_first=True)
+    return _grid_partition(block.attn, x, grid, window, shift, pads_first=True)
 
 
 # --- torchvision: padded, then rolled -----------------------------------------------------------
@@ -207,7 +207,7 @@ class FusedTorchvisionAttention(Fused):
             window, shift = window_and_shift(grid, self.window_size, self.shift_size)
             if len(window) == 2:  # torchvision pads a smaller image to a whole window
                 window = self.window_size
-            part = _partition(self, x, grid, window, shift, pads_first=True)
+            part = _grid_partition(self, x, grid, window, shift, pads_first=True)
         if part is None:
             return super().forward(x)
         return attend_in(self, x.flatten(1, -2), part, part.pads).view(x.shape)
@@ -235,7 +235,7 @@ class FusedTimmMaxVitBlock(Fused):
 
 
 class FusedTorchvisionMaxVitLayer(Fused):
-    """PartitionAttentionLayer, x [B, C, H, W]; its output is channels last, as it works on that."""
+    """PartitionAttentionLayer, x [B, C, H, W]; it works on channels last, and returns it."""
 
     def forward(self, x: Tensor) -> Tensor:
         part, sequence = None, self.attn_layer
@@ -255,7 +255,7 @@ class FusedTorchvisionMaxVitLayer(Fused):
 def _partition_of_maxvit(
     attention: nn.Module, x: Tensor, grid: Sequence[int], in_windows: bool
 ) -> GridPartition | None:
-    """In windows, or else tokens attend together that are H / Mh rows and W / Mw columns apart.
+    """Windows, or else grids: tokens H / Mh rows and W / Mw columns apart attend to each other.
 
     Source: Tu et al., ECCV 2022 (arXiv 2204.01697), section 3.2.
     """
@@ -267,4 +267,4 @@ def _partition_of_maxvit(
     axes, window = [height, width], [rows, columns]
     if not in_windows:  # those are windows too, of a grid whose axes are split in two
         axes, window = [rows, height // rows, columns, width // columns], [rows, 1, columns, 1]
-    return _partition(attention, x, axes, window, [0] * len(axes), pads_first=False)
+    return _grid_partition(attention, x, axes, window, [0] * len(axes), pads_first=False)

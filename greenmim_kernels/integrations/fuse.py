@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backends import use_backend
 from ..windows import partition_from_windows
-from .attention import Fused, Origin, fused_class, has_swin_index, index_matrix
+from .attention import Fused, Origin, fused_class, index_is_swins, index_matrix
 from .kinds import ATTENTION, BLOCKS, LAYERS, Kind
 
 
@@ -21,7 +21,7 @@ class FusionReport:
     """What :func:`fuse_window_attention` did.
 
     Attributes:
-        fused: name of each module that runs on the kernels -> its class, and how much of it.
+        fused: name of each outermost module on the kernels -> its class, and how much of it.
         left: name of each module left as it is, though it looks like window attention -> why.
     """
 
@@ -119,14 +119,18 @@ def _report(model: nn.Module, left: dict[str, str]) -> FusionReport:
             )
             report.fused[name] = f"{module.fused_from.original.__name__}, {extent}"
             inside.append(_prefix(name))
-        elif _looks_like_attention(module) and not f"{name}.".startswith(tuple(map(_prefix, left))):
+        elif (
+            _looks_like_attention(module)
+            and not any(isinstance(child, Fused) for child in module.modules())
+            and not f"{name}.".startswith(tuple(map(_prefix, left)))
+        ):
             report.left[name] = f"{type(module).__name__}: not known"
             inside.append(_prefix(name))
     return report
 
 
 def _prefix(name: str) -> str:
-    """What the names of a module's children begin with."""
+    """The prefix of the names of a module's children."""
     return f"{name}." if name else ""
 
 
@@ -148,7 +152,7 @@ SIZE_ATTRIBUTES = frozenset(
 
 
 def _code_of(module: nn.Module) -> tuple:
-    """All that decides what a module computes, but sizes and weights: equal for the same code."""
+    """Everything that decides what a module computes, except for its sizes and weights."""
     plain = (bool, int, float, str, tuple, list, type(None))
     found: list[object] = []
     for name, child in module.named_modules():
@@ -167,10 +171,12 @@ def _code_of(module: nn.Module) -> tuple:
 
 
 def _digest(x: Tensor) -> bytes:
-    """A digest of a buffer's values; of the object where they cannot be read."""
-    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or x.layout is not torch.strided:
+    """A digest of a buffer's values; the object's id where they cannot be read."""
+    try:
+        values = x.detach().cpu().resolve_conj().resolve_neg().flatten()
+        return hashlib.blake2b(values.view(torch.uint8).numpy().tobytes()).digest()
+    except (RuntimeError, TypeError, NotImplementedError):  # on the meta device, sparse, nested
         return str(id(x)).encode()
-    return hashlib.blake2b(x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _try(module: nn.Module, kind: Kind) -> Origin | str:
@@ -194,7 +200,7 @@ def _try(module: nn.Module, kind: Kind) -> Origin | str:
 
 
 def _compare(module: nn.Module, kind: Kind) -> Origin | str:
-    is_swin = has_swin_index(module, kind.ours)
+    is_swin = index_is_swins(module, kind.ours)
     if not is_swin:
         index = index_matrix(module).cpu()
         # Raises where the index is no sum of a term of the query and a term of the key.

@@ -26,7 +26,7 @@ MIN_KEPT, MAX_KEPT, MAX_BYTES = 8, 256, 128 << 20
 
 
 def _cached(make: Callable) -> Any:
-    """A cache of the least recently used results of `make`, within the limits above."""
+    """A cache of `make` that drops the least recently used results beyond the limits above."""
     kept: OrderedDict[tuple, Any] = OrderedDict()
     lock = threading.Lock()
 
@@ -121,7 +121,7 @@ def _(grid, window, shift, table_window, pads_first, device) -> Tensor:
 
 def _tensors(*key) -> Tensor:
     """The partition's tensors [4, 1, G, S] for a key of `grid_partition`."""
-    return (_kept_for_good if is_capturing(key[-1]) else _kept)(*key)
+    return (_kept_for_good if is_capturing(key[-1]) else _on_device)(*key)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -131,11 +131,11 @@ def is_capturing(device: torch.device) -> bool:
 
 @functools.cache
 def _kept_for_good(*key) -> Tensor:
-    return _kept(*key)
+    return _on_device(*key)
 
 
 @_cached
-def _kept(*key) -> Tensor:
+def _on_device(*key) -> Tensor:
     *geometry, device = key
     # Autograd refuses to save tensors made in inference mode.
     with torch.inference_mode(False):

@@ -25,7 +25,7 @@ class SwinReader:
         return m.qkv(x)
 
     def pad_value(self, m, x: Tensor) -> Tensor | None:
-        """The q, k and v of a token that is zero, [3C]; None if they are zero too."""
+        """The q, k and v of a token of zeros, [3C]; None if the layers have no bias."""
         return output_at_zero(m.qkv, x)
 
     def table(self, m) -> Tensor:
@@ -73,7 +73,7 @@ class SwinV2Reader(SwinReader):
         else:
             qkv = F.linear(x, m.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(-3)
-        return normalize(q, m.logit_scale), normalize(k), v
+        return with_length(q, m.logit_scale), with_length(k), v
 
     def pad_value(self, m, x: Tensor) -> Tensor | None:
         if m.q_bias is None:
@@ -159,7 +159,7 @@ class HuggingFaceSwinV2Reader(HuggingFaceSelfAttentionReader):
 
     def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(m, x)
-        return normalize(q, m.logit_scale), normalize(k), v
+        return with_length(q, m.logit_scale), with_length(k), v
 
     def table(self, m) -> Tensor:
         table = m.continuous_position_bias_mlp(m.relative_coords_table)
@@ -194,6 +194,11 @@ class TorchvisionReader(SwinReader):
 
 class TorchvisionV2Reader(SwinV2Reader, TorchvisionReader):
     """torchvision's SwinV2."""
+
+    def qkv(self, m, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = TorchvisionReader.qkv(self, m, x)
+        q, k, v = qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(-3)
+        return with_length(q, m.logit_scale), with_length(k), v
 
     def pad_value(self, m, x: Tensor) -> Tensor | None:
         if m.qkv.bias is None:
@@ -261,7 +266,7 @@ class TorchvisionMaxVitReader(SwinReader):
 
 
 def output_at_zero(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """The output of a linear layer for a token of zeros, [out]; None if that is zero too.
+    """The output of a linear layer for a token of zeros, [out]; None if the layer has no bias.
 
     x: a tensor [..., C] of the dtype and on the device of the layer's input.
     """
@@ -276,17 +281,17 @@ def has_hooks(m: nn.Module | None) -> bool:
     return m is not None and bool(m._forward_hooks or m._forward_pre_hooks)
 
 
-def normalize(x: Tensor, logit_scale: Tensor | None = None) -> Tensor:
+def with_length(x: Tensor, logit_scale: Tensor | None = None) -> Tensor:
     """x [..., heads, D] with rows of length 1 or, with SwinV2's logit_scale, of its clamped exp.
 
     logit_scale: [heads, 1, 1], the logarithm of the factor of cosine attention (Liu et al., CVPR
-    2022, arXiv 2111.09883, section 3.3), clamped at log(100) as in their code.
+    2022, arXiv 2111.09883, section 3.2), clamped at log(100) as in their code.
     """
     length = None if logit_scale is None else logit_scale.view(-1, 1).clamp(max=math.log(100)).exp()
-    return _Normalize.apply(x, length)[0]
+    return _WithLength.apply(x, length)[0]
 
 
-class _Normalize(torch.autograd.Function):
+class _WithLength(torch.autograd.Function):
     """`F.normalize` and the product with `length`, in a third of their passes over memory."""
 
     @staticmethod
@@ -321,7 +326,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def mlp_bias_table(table: Tensor, num_heads: int) -> Tensor:
-    """Output [1, rows ..., heads] of SwinV2's MLP -> bias table [rows, heads], in (0, 16).
+    """Output [1, rows ..., heads] of SwinV2's MLP -> bias table [rows, heads], in [0, 16].
 
     The factor 16 is that of their code, not of the paper.
     """

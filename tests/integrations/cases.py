@@ -426,6 +426,69 @@ class SwinTransformerBlockV2(SwinTransformerBlock):
         return x + self.drop_path(self.norm2(self.mlp(x)))
 
 
+class SwinTransformerBlock3D(nn.Module):
+    """Video-Swin's, for clips of any size: padded, then rolled; the mask comes with the call."""
+
+    def __init__(self, dim, num_heads, window_size, shift_size):
+        super().__init__()
+        self.window_size, self.shift_size = window_size, shift_size
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = WindowAttention3D(dim, window_size, num_heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def sizes(self, x):
+        """Window and shift on the clip [B, D, H, W, C]."""
+        axes = list(zip(x.shape[1:4], self.window_size, self.shift_size, strict=True))
+        return [min(n, m) for n, m, _ in axes], [0 if n <= m else s for n, m, s in axes]
+
+    def cut(self, x, window):
+        """[B, D, H, W, C], padded -> [B windows, n, C]"""
+        for axis, side in zip((1, 3, 5), window, strict=True):
+            x = x.unflatten(axis, (-1, side))
+        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(0, 3).flatten(1, 3)
+
+    def padded(self, x, window):
+        after = [-n % m for n, m in zip(x.shape[1:4], window, strict=True)]
+        return F.pad(x, (0, 0, 0, after[2], 0, after[1], 0, after[0]))
+
+    def mask(self, x):
+        window, shift = self.sizes(x)
+        part = torch.zeros_like(self.padded(x[:1, ..., :1], window))
+        for axis in range(3):
+            if shift[axis]:
+                along = part.movedim(axis + 1, 0)
+                along[-window[axis] :] += 3**axis
+                along[-shift[axis] :] += 3**axis
+        part = self.cut(part, window)[..., 0]
+        return -100.0 * (part[:, :, None] != part[:, None]).to(x.dtype)
+
+    def forward_part1(self, x, mask_matrix):
+        size, (window, shift) = x.shape[1:4], self.sizes(x)
+        x = self.padded(self.norm1(x), window)
+        whole = x.shape
+        x = self.cut(torch.roll(x, [-s for s in shift], (1, 2, 3)), window)
+        x = self.attn(x, mask_matrix if any(shift) else None)
+        counts = [n // m for n, m in zip(whole[1:4], window, strict=True)]
+        x = x.view(whole[0], *counts, *window, whole[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        x = torch.roll(x.reshape(whole), shift, (1, 2, 3))
+        return x[:, : size[0], : size[1], : size[2]].contiguous()
+
+    def forward(self, x):
+        x = x + self.forward_part1(x, self.mask(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ShiftWindowMSA(nn.Module):
+    """MMDetection's, which rolls and pads; only the attention in it is known."""
+
+    def __init__(self, embed_dims, num_heads, window_size):
+        super().__init__()
+        self.w_msa = WindowMSA(embed_dims, num_heads, window_size)
+
+    def forward(self, x):
+        return self.w_msa(x)
+
+
 BLOCKS = {
     "microsoft": partial(SwinTransformerBlock, 16, (12, 8), 2, 4),
     "microsoft_v2": partial(SwinTransformerBlockV2, 16, (8, 12), 2, 4),

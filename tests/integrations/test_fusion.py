@@ -23,6 +23,7 @@ from .cases import (
     BLOCKS,
     CLASSES,
     LIBRARIES,
+    ShiftWindowMSA,
     WindowAttention,
     close,
     close_gradients,
@@ -134,13 +135,32 @@ def test_an_attention_that_is_the_model_is_reported_without_its_children() -> No
     assert list(fuse_window_attention(odd).left) == [""]
 
 
-def test_a_buffer_whose_values_cannot_be_read() -> None:
-    """Such modules may differ in it: each is tried by itself, and nothing fails."""
+def test_attention_inside_of_another_one_is_reported() -> None:
+    for model, name in (
+        (ShiftWindowMSA(16, 2, (4, 3)), "w_msa"),
+        (nn.Sequential(ShiftWindowMSA(16, 2, (4, 3))), "0.w_msa"),
+    ):
+        report = fuse_window_attention(model)
+        assert list(report.fused) == [name] and not report.left
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        torch.eye(3).to_sparse(),
+        torch.randn(3, dtype=torch.complex64).conj(),
+        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    ],
+    ids=["sparse", "conjugate", "nested"],
+)
+def test_a_buffer_of_another_layout(extra: torch.Tensor) -> None:
+    """Where its values cannot be read, each module is tried by itself; nothing fails."""
     model = nn.Sequential(*(CLASSES["microsoft"]() for _ in range(2)))
     for module in model:
-        module.register_buffer("extra", torch.eye(3).to_sparse())
-    assert len({fuse._code_of(module) for module in model}) == 2
-    assert list(fuse_window_attention(model).fused) == ["0", "1"]
+        module.register_buffer("extra", extra)
+    assert fuse._code_of(model[0])
+    report = fuse_window_attention(model)
+    assert list(report.fused) + list(report.left) == ["0", "1"]
 
 
 def test_a_second_module_that_differs(calls: list[str]) -> None:
@@ -325,7 +345,7 @@ def test_attention_alone_is_compiled_with_its_mask(name: str) -> None:
     assert counter.frame_count == 1
     close(compiled(x), model(x))
     with pytest.raises(
-        RuntimeError, match="the mask does not cut windows into segments; call unfuse"
+        RuntimeError, match="the mask does not cut windows into segments, or"
     ):
         compiled(x, segment_mask(3, slots).tril())
 

@@ -38,7 +38,7 @@ def test_a_mask_that_blocks_share_is_cut_once(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("mode", ["inference", "fake", "device"])
 def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
-    for known in (grids._kept, grids._arrays):
+    for known in (grids._on_device, grids._arrays):
         known.kept.clear()
     grids._kept_for_good.cache_clear()
     model = fused_copy(randomized(timm_swin()))
@@ -63,7 +63,7 @@ def test_whatever_mode_a_partition_is_made_in(mode: str) -> None:
 
 
 def test_partitions_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    known, device = grids._kept.kept, torch.device("cpu")
+    known, device = grids._on_device.kept, torch.device("cpu")
 
     def ask(side: int) -> torch.Tensor:
         return grids.grid_partition((side, 4), (4, 4), (0, 0), (4, 4), device).token_index

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from greenmim_kernels import use_backend
 from greenmim_kernels.integrations import attention, fuse_window_attention
-from greenmim_kernels.integrations.readers import normalize
+from greenmim_kernels.integrations.readers import with_length
 
 from .cases import (
     BLOCKS,
     CLASSES,
     LIBRARIES,
+    SwinTransformerBlock3D,
     first,
     monai,
     randomized,
@@ -121,6 +122,16 @@ def test_a_block_from_its_structure(name: str, shift: int) -> None:
         fused(x[:, :48])
 
 
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 2)])
+def test_a_block_of_video_swin(shift: tuple[int, ...]) -> None:
+    original = randomized(SwinTransformerBlock3D(16, 2, (2, 3, 4), shift)).double()
+    fused = copy.deepcopy(original)
+    assert "with padding and windows" in fuse_window_attention(fused).fused[""]
+    for grid in ((4, 6, 8), (3, 7, 6), (1, 5, 9), (2, 3, 4)):
+        x = torch.randn(2, *grid, 16, dtype=torch.float64)
+        assert max(errors(results(fused, x), results(original, x)).values()) < 1e-12
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_mask_of_its_own(name: str) -> None:
     """Of the second of two blocks; and one that is loaded."""
@@ -194,6 +205,28 @@ def test_a_mask_is_read_again_after_it_was_written_to() -> None:
         torch.testing.assert_close(fused(x, other), original(x, other), atol=1e-12, rtol=1e-12)
 
 
+def test_which_masks_are_trusted_where_checks_wait_for_the_device(monkeypatch) -> None:
+    """All of a module but the first; a call without a mask checks none."""
+    original = CLASSES["microsoft"]().double()
+    original.relative_position_index.copy_(original.relative_position_index.T.clone())
+    fused = copy.deepcopy(original)
+    fuse_window_attention(fused)
+    trusted, real = [], attention._make
+    monkeypatch.setattr(attention, "_waits", lambda device: True)
+    monkeypatch.setattr(attention, "_make", lambda *args: trusted.append(args[-1]) or real(*args))
+    x = torch.randn(4, 16, 16, dtype=torch.float64)
+    causal = torch.full((16, 16), -100.0, dtype=torch.float64).triu(1).expand(2, 16, 16)
+    torch.testing.assert_close(fused(x), original(x), atol=1e-12, rtol=1e-12)
+    with pytest.warns(UserWarning, match="does not cut windows into segments"):
+        assert torch.equal(fused(x, causal), original(x, causal))
+    masks = [segment_mask(count, 16).double() for count in (2, 4)]
+    for mask in masks:
+        torch.testing.assert_close(fused(x, mask), original(x, mask), atol=1e-12, rtol=1e-12)
+    assert trusted == [False, False, False, True]
+    with pytest.raises(RuntimeError, match="the mask does not cut windows into segments"):
+        fused(x, causal.clone())
+
+
 def test_an_index_of_another_kind() -> None:
     """Any that is a term of the query plus a term of the key; with others nothing is done."""
     original = CLASSES["microsoft"]().double()
@@ -203,8 +236,6 @@ def test_an_index_of_another_kind() -> None:
     for mask in (None, segment_mask(2, 16).double()):
         x = torch.randn(4, 16, 16, dtype=torch.float64)
         assert max(errors(results(fused, x, mask), results(original, x, mask)).values()) < 1e-12
-        # On a GPU masks are trusted once one was checked, and there was none without a mask.
-        assert (fused in attention._checked) == (mask is not None)
         compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, mask), original(x, mask), atol=1e-12, rtol=1e-12)
     mask = segment_mask(2, 16).double()
@@ -216,6 +247,21 @@ def test_an_index_of_another_kind() -> None:
         assert fuse_window_attention(both[-1][0]).fused
     for one, other in 2 * both:
         torch.testing.assert_close(one(x, mask), other(x, mask), atol=1e-12, rtol=1e-12)
+    one, other = both[0]
+    with pytest.warns(UserWarning, match="another relative_position_index or mask was loaded"):
+        one.load_state_dict(both[1][1].state_dict())
+    torch.testing.assert_close(one(x, mask), both[1][1](x, mask), atol=1e-12, rtol=1e-12)
+    assert type(one) is type(other)
+    # Compiled, an index is checked where it is read.
+    one = both[1][0]
+    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+    for value in (0, 10**6):
+        compiled(x, mask)
+        before = int(one.relative_position_index[3, 5])
+        one.relative_position_index[3, 5] = value
+        with pytest.raises(RuntimeError, match="the relative position index is no sum"):
+            compiled(x, mask)
+        one.relative_position_index[3, 5] = before
     original.relative_position_index[0, 1] = 0
     report = fuse_window_attention(original)
     assert "must be the sum of a term of the query and a term of the key" in report.left[""]
@@ -315,8 +361,8 @@ def test_second_derivatives() -> None:
     x = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     parameter = torch.randn(2, 1, 1, dtype=torch.float64, requires_grad=True)
     for arguments in ((x,), (x, parameter)):
-        assert torch.autograd.gradcheck(normalize, arguments)
-        assert torch.autograd.gradgradcheck(normalize, arguments)
+        assert torch.autograd.gradcheck(with_length, arguments)
+        assert torch.autograd.gradgradcheck(with_length, arguments)
     for name in ("microsoft", "microsoft_v2"):
         original = CLASSES[name]().double()
         fused = copy.deepcopy(original)

@@ -133,6 +133,8 @@ def test_a_missing_library_is_a_reason_not_a_crash(tmp_path, monkeypatch):
         ("8.0;9.0;12.0+PTX", (7, 5), False),
         ("9.0a", (9, 0), True),
         ("10.0a", (10, 3), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f+PTX", (12, 0), False),
         ("Hopper", (9, 0), True),
     ],
 )

@@ -225,8 +225,12 @@ def test_errors_of_batches_and_groups():
     with pytest.raises(ValueError, match="slots, C"):
         gk.block_diagonal_attention(inputs.qkv, inputs.table, inputs.part, 2)
     qkv = gk.group_gather(inputs.qkv, inputs.part)
-    with pytest.raises(ValueError, match="scale must be a number"):  # whose gradient would be lost
-        gk.block_diagonal_attention(qkv, inputs.table, inputs.part, 2, torch.ones(2))
+    scale = torch.tensor(0.5, requires_grad=True)  # whose gradient would be lost
+    with pytest.raises(ValueError, match="scale must be a number"):
+        gk.block_diagonal_attention(qkv, inputs.table, inputs.part, 2, scale)
+    numbers = (gk.block_diagonal_attention(qkv, inputs.table, inputs.part, 2, x) for x in
+               (0.5, scale.detach()))  # fmt: skip
+    assert torch.equal(*numbers)
 
 
 @pytest.mark.parametrize(

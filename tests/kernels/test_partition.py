@@ -284,6 +284,7 @@ UNEQUAL = np.stack([ONES, ONES, np.tri(4, dtype=bool)])
         (ONES, {"window_size": (3, -1)}, ValueError, r"window_size=\(3, -1\)"),
         (ONES, {"window_size": 2.0}, TypeError, "window_size=2.0"),
         (ONES, {"window_size": (2, 2, 2, 2)}, TypeError, r"window_size=\(2, 2, 2, 2\) .* 1 to 3"),
+        (ONES, {"window_size": (2.0, 2.0)}, TypeError, r"\(2.0, 2.0\) .* 1 to 3 integers"),
         (ONES, {"window_size": ()}, TypeError, r"window_size=\(\)"),
         (ONES, {"window_size": 2**15}, ValueError, "window_size=32768 .* fewer than 2"),
         (ONES, {"shift_size": (0, 1, 0)}, TypeError, r"shift_size=\(0, 1, 0\) .* tuple of 2"),

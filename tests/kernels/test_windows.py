@@ -501,6 +501,7 @@ NO_SUM = torch.arange(16).view(4, 4) ** 2
         ({"window_size": 2, "coords": 2 * INDEX.view(4, 2)}, ValueError, "differ by 12 on axis 0"),
         ({"window_size": 4, "coords": PLACES * 5}, ValueError, "differ by 5 on axis 0"),
         ({"window_size": 2, "coords": PLACES + 2**40}, ValueError, "too large"),
+        ({"num_tokens": 0}, ValueError, r"num_tokens=0 must lie in \[1, "),
         ({"num_tokens": 8.0}, TypeError, "num_tokens=8.0 must be an integer"),
         ({"token_index": INDEX > 0}, TypeError, "token_index has dtype torch.bool"),
         (
