@@ -81,7 +81,7 @@ def demo(
     draw_loss_curve(steps, losses, run / "loss.png")
     checkpoint, picture = run / "checkpoints" / "last.pth", run / "reconstruction.png"
     arguments = ["reconstruct", "--checkpoint", str(checkpoint), "--images", str(photos)]
-    if code := cli.main([*arguments, "--output", str(picture)]):
+    if code := cli.main([*arguments, "--output", str(picture), "--overwrite"]):
         return code
 
     print(f"\ntrained {steps[-1]} updates in {seconds / 60:.1f} minutes")

@@ -93,7 +93,7 @@ def convert_checkpoint(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    network, encoder, decoder = _read(_plain_names(state_dict), source)
+    network, encoder, decoder = _read(plain_names(state_dict), source)
     if merge_order == "row-major":
         encoder = network.to_swin_order(encoder)
     if target == "timm":
@@ -109,7 +109,7 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: none of them; says whose it looks like.
     """
-    tensors = _plain_names(state_dict)
+    tensors = plain_names(state_dict)
     for kind in KINDS:
         try:
             _read(tensors, kind)
@@ -119,7 +119,7 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
     raise ValueError(f"this is not a state dict of a known kind, but like {_maker(tensors)}")
 
 
-def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without what DistributedDataParallel puts before every name, and torch.compile into it."""
     return {
         name.replace("_orig_mod.", "").removeprefix("module."): tensor
@@ -201,7 +201,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, 
         raise ValueError(f"{path} is damaged or no checkpoint{why}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    problem = _odd_tensor(content, path.stat().st_size) or _odd_field(content)
+    problem = _tensor_problem(content, path.stat().st_size) or _field_problem(content)
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
     return content
@@ -219,18 +219,20 @@ def _check_zip(path: pathlib.Path) -> None:
             )
 
 
-def _odd_tensor(content: dict[str, Any], size: int) -> str | None:
-    """What is wrong with a tensor in a file of so many bytes.
+def _tensor_problem(content: dict[str, Any], size: int) -> str | None:
+    """What is wrong with a tensor in a file of `size` bytes; None if nothing.
 
-    One of a few bytes can say that it has billions of elements, which a copy of it allocates.
+    A tensor of a few bytes can claim billions of elements, which a copy would allocate.
     """
     left: list[tuple[object, object]] = list(content.items())
+    seen: set[int] = set()
     while left:
         name, value = left.pop()
-        if isinstance(value, dict):
-            left += value.items()
-        elif isinstance(value, (list, tuple)):
-            left += ((name, inner) for inner in value)
+        if isinstance(value, (dict, list, tuple)):
+            if id(value) not in seen:  # a pickle's list may hold itself, or another many times
+                seen.add(id(value))
+                left += value.items() if isinstance(value, dict) else ((name, x) for x in value)
+            continue
         if not isinstance(value, Tensor):
             continue
         if value.layout != torch.strided or value.device.type != "cpu":
@@ -240,7 +242,7 @@ def _odd_tensor(content: dict[str, Any], size: int) -> str | None:
     return None
 
 
-def _odd_field(content: dict[str, Any]) -> str | None:
+def _field_problem(content: dict[str, Any]) -> str | None:
     """What a run's checkpoint lacks, or has of another type than a run writes."""
     if run_command(content) is None:
         return None
@@ -254,10 +256,10 @@ def _odd_field(content: dict[str, Any]) -> str | None:
             return f"its {name} is {content[name]}"
     if not isinstance(content["recipe"].get("model"), dict):
         return "its recipe has no model"
-    return _odd_sizes(content)
+    return _size_problem(content)
 
 
-def _odd_sizes(content: dict[str, Any]) -> str | None:
+def _size_problem(content: dict[str, Any]) -> str | None:
     """Whether a run's network would be larger than the weights there are for it: their sizes are
     believed only so far as the file has them."""
     try:
@@ -321,7 +323,7 @@ def save_atomic(content: Any, path: str | os.PathLike) -> None:
         with open(beside, "wb") as file:  # of Python: torch's own loses what went wrong
             torch.save(content, file)
 
-    _write_atomic(write, pathlib.Path(path))
+    write_atomic(write, pathlib.Path(path))
 
 
 def save_safetensors(
@@ -339,7 +341,7 @@ def save_safetensors(
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **facts}
-    _write_atomic(
+    write_atomic(
         lambda beside: safetensors.torch.save_file(whole, beside, metadata), pathlib.Path(path)
     )
 
@@ -354,10 +356,11 @@ def save_text(text: str, path: str | os.PathLike) -> None:
     Raises:
         OSError: as :func:`save_atomic`.
     """
-    _write_atomic(lambda beside: beside.write_text(text, encoding="utf-8"), pathlib.Path(path))
+    write_atomic(lambda beside: beside.write_text(text, encoding="utf-8"), pathlib.Path(path))
 
 
-def _write_atomic(write: Callable[[pathlib.Path], object], path: pathlib.Path) -> None:
+def write_atomic(write: Callable[[pathlib.Path], object], path: pathlib.Path) -> None:
+    """A file written like :func:`save_atomic` by `write`, which gets the path to write to."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:

@@ -12,10 +12,10 @@ import numpy as np
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .checkpoint import convert_checkpoint
+from .checkpoint import convert_checkpoint, plain_names
 from .config import ModelConfig
 from .encoders import VisibleBlock, create_encoder
-from .planning import Plan, Planner, check_images, ready_plan
+from .planning import Plan, Planner, check_images, checked_plan
 
 
 class Classifier(nn.Module):
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
         check_images(images, self.config.image_hw)
         if plan is None:
             plan = self.plan()
-        plan = ready_plan(plan, self.planner, images)
+        plan = checked_plan(plan, self.planner, images)
         return self.head["fc"](self.encoder(images, plan).mean(1))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -92,7 +92,8 @@ class Classifier(nn.Module):
 
 
 def head_of(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Weight [K, C] and bias [K] of the head in a state dict, ours, timm's or Microsoft's."""
+    """Weight [K, C] and bias [K] of a head, ours, timm's or Microsoft's; None without one."""
+    weights = plain_names(weights)
     for name in ("head.fc", "head"):
         weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
         if weight is not None and bias is not None and weight.ndim == 2:

@@ -244,7 +244,10 @@ def _train(kind: type[RunRecipe], parser: ArgumentParser, options: Namespace) ->
     # A login node need not have the GPUs of the job, nor who asks what a run on one would be.
     on_gpu = (job is not None or recipe.cuda_graph) and recipe.device != "cpu"
     device = torch.device("cuda") if on_gpu else choose_device(recipe.device, world)
-    text, lines = dry_run(recipe, options.resume, device, job.processes if job else world.size)
+    try:
+        text, lines = dry_run(recipe, options.resume, device, job.processes if job else world.size)
+    except UserError as error:
+        raise _told_once(str(error)) from error
     if world.is_main:
         print(*([text] if options.dry_run else []), *lines, sep="\n")
     if job is not None and not options.dry_run:

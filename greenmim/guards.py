@@ -94,9 +94,13 @@ def exit_code(work: Callable[[], int], debug: bool = False) -> int:
         try:
             return work()
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            if error.errno == errno.ENAMETOOLONG:
+                what = "this name is too long; use a shorter one"
+            elif error.errno == errno.EACCES and error.filename is not None:
+                what = "no permission; use another path"
+            else:
                 raise
-            raise UserError(f"{error.filename}: this name is too long; take another.") from error
+            raise UserError(f"{error.filename}: {what}.") from error
         except ModuleNotFoundError as error:
             if said := missing_package(error):
                 raise UserError(said) from error

@@ -54,13 +54,17 @@ def initialise(
     weights = load_state_dict_file(path) if weights is None else weights
     own = model.state_dict()
     kind, found, resized = _fitted(weights, model)
-    decoder = {name for name in own if not name.startswith("encoder.")} - {_FIXED}
-    fits = all(name in found and found[name].shape == own[name].shape for name in decoder)
-    taken = {name: t for name, t in found.items() if fits or name.startswith("encoder.")}
+    decoder = {name for name in own if not name.startswith(_ENCODER)} - {_FIXED}
+    theirs = {name for name in found if not name.startswith(_ENCODER)}
+    # The first blocks of a deeper decoder would be no decoder.
+    fits = theirs == decoder and all(found[name].shape == own[name].shape for name in decoder)
+    if fits:
+        _check_finite({name: found[name] for name in decoder})
+    taken = {name: t for name, t in found.items() if fits or name.startswith(_ENCODER)}
     model.load_state_dict(taken, strict=False)
     what = "encoder and decoder" if fits else "the encoder; the decoder starts anew"
-    if not fits and decoder & set(found):
-        what += ", as the checkpoint's is not whole or has other sizes"
+    if not fits and theirs:
+        what += ", as the checkpoint's has other sizes or is not whole"
     return [f"starts from {path} ({kind}): {what}", *resized]
 
 
@@ -70,7 +74,7 @@ def initialise_classifier(
     """As `initialise`, of a classifier: its encoder alone, whatever head there is."""
     weights = load_state_dict_file(path) if weights is None else weights
     kind, found, resized = _fitted(weights, model)
-    encoder = {name: tensor for name, tensor in found.items() if name.startswith("encoder.")}
+    encoder = {name: tensor for name, tensor in found.items() if name.startswith(_ENCODER)}
     model.load_state_dict(encoder, strict=False)
     return [f"starts from {path} ({kind}): the encoder; the head starts anew", *resized]
 
@@ -83,16 +87,15 @@ def _fitted(
     kind = kind_of(weights)
     found = convert_checkpoint(weights, source=kind, target="greenmim")
     found.pop(_FIXED, None)
-    own = model.state_dict()
-    encoder, other = (_of_encoder(tensors) for tensors in (found, own))
-    encoder, notes = model.encoder.fitted(encoder, model.config, other)
+    encoder, own = (_of_encoder(tensors) for tensors in (found, model.state_dict()))
+    encoder, notes = model.encoder.fitted(encoder, model.config, own)
+    _check_encoder(encoder, own)
     found |= {f"{_ENCODER}{name}": tensor for name, tensor in encoder.items()}
-    _check_encoder(found, own)
     return kind, found, notes
 
 
 def _of_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's, without the prefix."""
+    """The encoder's tensors, without the prefix."""
     return {n.removeprefix(_ENCODER): t for n, t in tensors.items() if n.startswith(_ENCODER)}
 
 
@@ -193,23 +196,21 @@ def value_of(facts: Mapping[str, str], name: str) -> Any:
         raise ValueError(f"what it says of its {name} is damaged ({first_line(error)})") from error
 
 
-def _check_encoder(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raises ValueError where the encoders differ."""
+def _check_encoder(encoder: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where an encoder does not fit the model's own; names have no prefix."""
     for name, tensor in own.items():
-        if not name.startswith("encoder."):
-            continue
-        short = name.removeprefix("encoder.")
-        if name not in found:
-            raise ValueError(f"it is of another model: it lacks {short}")
-        if found[name].shape != tensor.shape:
+        if name not in encoder:
+            raise ValueError(f"it is of another model: it lacks {name}")
+        if encoder[name].shape != tensor.shape:
             raise ValueError(
-                f"it is of another model: {short} is {list(found[name].shape)} there and"
+                f"it is of another model: {name} is {list(encoder[name].shape)} there and"
                 f" {list(tensor.shape)} in this recipe"
             )
-    if broken := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"its {broken[0].removeprefix('encoder.')} is not finite")
-    more = [name for name in found if name.startswith("encoder.") and name not in own]
-    if more:
-        raise ValueError(
-            f"it is of another model: this recipe's has no {more[0].removeprefix('encoder.')}"
-        )
+    _check_finite(encoder)
+    if more := [name for name in encoder if name not in own]:
+        raise ValueError(f"it is of another model: this recipe's has no {more[0]}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"its {broken[0]} is not finite")

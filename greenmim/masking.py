@@ -56,7 +56,7 @@ def random_visible(
 def block_visible(
     rng: np.random.Generator, grid: tuple[int, int], mask_ratio: float, batch: int | None = None
 ) -> np.ndarray:
-    """Hide rectangles of units, one after another, until the number is reached exactly.
+    """Hide rectangles of units one after another; the last is cut so that the count is exact.
 
     Args:
         rng: where the randomness comes from.
@@ -65,8 +65,7 @@ def block_visible(
         batch: number of images with a mask each; None for one mask.
 
     Returns:
-        bool [L] or [batch, L], row-major, True = visible; as many of each row as
-        `random_visible` leaves.
+        bool [L] or [batch, L], row-major, True = visible; `num_visible_units` in each row.
 
     Raises:
         ValueError: as `num_visible_units`.
@@ -87,9 +86,25 @@ def draw_visible(
     batch: int | None = None,
     kind: str = "random",
 ) -> np.ndarray:
-    """`block_visible` where the kind is "block", else `random_visible`, of a grid of units."""
+    """Draw masks of a kind.
+
+    Args:
+        rng: where the randomness comes from.
+        grid: (height, width) of an image in units.
+        mask_ratio: share of hidden units.
+        batch: number of images with a mask each; None for one mask.
+        kind: "random" (`random_visible`) or "block" (`block_visible`).
+
+    Returns:
+        bool [L] or [batch, L], row-major, True = visible.
+
+    Raises:
+        ValueError: another kind, or as `num_visible_units`.
+    """
     if kind == "block":
         return block_visible(rng, grid, mask_ratio, batch)
+    if kind != "random":
+        raise ValueError(f"kind must be random or block, got {kind!r}")
     return random_visible(rng, grid[0] * grid[1], mask_ratio, batch)
 
 
@@ -98,7 +113,7 @@ def _hide_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) ->
     flat = visible.reshape(-1)
     while len(shown := flat.nonzero()[0]) > count:
         excess = len(shown) - count
-        # All of a block at once: a call of the generator takes longer than the rest.
+        # One call for all numbers of a block: a call costs more than the rest.
         size, form, over, *where = rng.random(5).tolist()
         least = min(_BLOCK_UNITS, excess)
         area = least + size * (excess - least)

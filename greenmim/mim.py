@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import UNIT_PIXELS, ModelConfig, model_config
 from .encoders import create_encoder, take_cells
 from .masking import random_visible
-from .planning import Plan, Planner, check_images, ready_plan
+from .planning import Plan, Planner, check_images, checked_plan
 
 UNIT_VALUES = UNIT_PIXELS * UNIT_PIXELS * 3
 
@@ -129,7 +129,7 @@ class GreenMIM(nn.Module):
             plan = self.plan(visible)
         elif visible is not None:
             raise ValueError("visible and plan say the same twice; give one of them")
-        plan = ready_plan(plan, self.planner, images)
+        plan = checked_plan(plan, self.planner, images)
         latent = self.encoder(images, plan)
         if loss_only:
             return MIMOutput(self.training_loss(images, latent, plan), None, latent, plan.visible)
@@ -304,7 +304,7 @@ class GreenMIM(nn.Module):
         check_images(images, self.config.image_hw)
         if plan is None:
             plan = self.plan(np.ones(self.config.num_units, dtype=bool))
-        return self.encoder(images, ready_plan(plan, self.planner, images)).mean(1)
+        return self.encoder(images, checked_plan(plan, self.planner, images)).mean(1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Training computes activations again in the backward pass: less memory, slower.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -17,45 +19,47 @@ _GAP = 2  # pixels between images
 
 
 @torch.no_grad()
-def columns(
+def reconstruction(
     network: GreenMIM, images: torch.Tensor, visible: np.ndarray, paste_visible: bool
-) -> list[torch.Tensor]:
-    """Original, masked and reconstructed images [B, 3, H, W], normalised as the input is.
+) -> torch.Tensor:
+    """Reconstructed images [B, 3, H, W], normalised as the input is.
 
     Args:
-        network: The model.
+        network: The model, in evaluation mode.
         images: float [B, 3, H, W], on the model's device.
-        visible: bool [B, L].
-        paste_visible: Show visible units as they are, and only hidden ones as predicted.
+        visible: bool [B, L], True = visible.
+        paste_visible: Keep the pixels of visible units; only hidden ones are as predicted.
     """
     patches = network.patchify(images)
     prediction = network(images, visible=visible).prediction.to(patches.dtype)
     if network.config.norm_pix_loss:
-        # The model predicts each patch in units of the patch's own contrast: give it back the true
-        # one.
+        # The model predicts each unit in multiples of its own contrast: put the true one back.
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         prediction = prediction * (variance + 1e-6).sqrt() + mean
     if paste_visible:
         keep = torch.from_numpy(visible).to(images.device).unsqueeze(-1)
         prediction = torch.where(keep, patches, prediction)
-    return [images, images, network.unpatchify(prediction)]
+    return network.unpatchify(prediction)
 
 
 def shown(
     network: GreenMIM,
     images: torch.Tensor,
     visible: np.ndarray,
-    mean: list[float],
-    std: list[float],
+    mean: Sequence[float],
+    std: Sequence[float],
     paste_visible: bool = True,
 ) -> list[torch.Tensor]:
-    """`columns` as pixels in 0 to 1 on the CPU, hidden units of the second one grey.
+    """Original, masked and reconstructed images, each float [B, 3, H, W] in 0 to 1, on the CPU.
+
+    Hidden units are grey in the second.
 
     Args:
-        mean, std: What the images were normalised with.
+        network, images, visible, paste_visible: As for `reconstruction`.
+        mean, std: Per channel, what the images were normalised with.
     """
     scale, shift = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
-    found = columns(network, images, visible, paste_visible)
+    found = [images, images, reconstruction(network, images, visible, paste_visible)]
     found = [(column.float().cpu() * scale + shift).clamp(0, 1) for column in found]
     hidden = spread(torch.from_numpy(~visible), *images.shape[2:])
     found[1] = torch.where(hidden, torch.tensor(HIDDEN_GREY), found[1])
@@ -77,12 +81,12 @@ def page(rows: list[torch.Tensor]) -> np.ndarray:
 
 
 class Album:
-    """The same few images of a data set, drawn again and again while a model learns them.
+    """A few images of a data set, drawn again and again while a model learns.
 
     Args:
-        dataset: Where they are from (see `Source.some`); unreadable ones are left out.
-        count: How many.
-        mask: Each image gets a mask of its own of this kind and ratio, always the same.
+        dataset: Where they come from (see `Source.some`); unreadable ones are left out.
+        count: Number of images.
+        mask: Kind and ratio of the masks, one per image, the same each time.
     """
 
     def __init__(self, dataset: AugmentedImages, count: int, mask: MaskConfig) -> None:
@@ -101,7 +105,7 @@ class Album:
         )
 
     def draw(self, network: GreenMIM) -> np.ndarray | None:
-        """A page with the images in a row, masked below, reconstructed below; None without any."""
+        """Rows of originals, masked and reconstructed, uint8 [H', W', 3]; None without images."""
         if not len(self.images):
             return None
         images = self.images.to(network.decoder_embed.weight.device)

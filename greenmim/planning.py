@@ -268,11 +268,11 @@ def check_images(images: Tensor, size: tuple[int, ...]) -> None:
         raise ValueError(f"images must be floating point, got {images.dtype}")
 
 
-def ready_plan(plan: Plan, planner: Planner, images: Tensor) -> Plan:
-    """The plan where the images are.
+def checked_plan(plan: Plan, planner: Planner, images: Tensor) -> Plan:
+    """The plan on the device of the images.
 
     Raises:
-        ValueError: it is of another planner than the model's, or of another number of images.
+        ValueError: it was made for another model, or for another number of images.
     """
     grid, expected = plan.layout.patch_grid, planner.stages[0][0]
     if grid != expected:
@@ -282,6 +282,14 @@ def ready_plan(plan: Plan, planner: Planner, images: Tensor) -> Plan:
         )
     if (len(plan.neighbours) > 0) != planner.has_neighbours:
         raise ValueError("the plan is for another encoder; make it with this model's plan()")
+    # A bias table tells by its rows; Twins has none, and would attend in the wrong windows.
+    windows = [even.window_size for even, _ in plan.partitions]
+    own_windows = [window for _, window, _ in planner.stages]
+    if windows != own_windows:
+        raise ValueError(
+            f"the plan is for windows of {windows} tokens and this model has {own_windows}; make it"
+            " with this model's plan()"
+        )
     if len(plan.visible) not in (1, len(images)):
         raise ValueError(
             f"the masks are for {len(plan.visible)} images and the batch has {len(images)};"

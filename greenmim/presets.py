@@ -78,14 +78,14 @@ def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:
 def preset_table() -> str:
     """List the presets, their commands and sizes; docs/ has a page for each command."""
     rows = []
+    kinds: dict[str, type[RunRecipe]] = {"pretrain": Recipe, "finetune": FinetuneRecipe}
     for name in [*preset_names("pretrain"), *preset_names("finetune")]:
-        values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        kinds: dict[str, type[RunRecipe]] = {"pretrain": Recipe, "finetune": FinetuneRecipe}
+        values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
         epochs = kinds[command_of(name)].epochs
         window = values.get("model", {}).get("window_size", ModelConfig.window_size)
         batch = values.get("data", {}).get("batch_size", DataConfig.batch_size)
         update = batch * values.get("optim", {}).get("accumulate", OptimConfig.accumulate)
         sizes = (window, values.get("epochs", epochs), update)
         rows.append((name, command_of(name), *map(str, sizes)))
-    head = ("preset", "command", "window", "epochs", "images of an update, in each process")
+    head = ("preset", "command", "window", "epochs", "images per update and process")
     return "\n".join(columns([head, *rows]))

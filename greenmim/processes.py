@@ -257,7 +257,7 @@ class Report(NamedTuple):
     grad_norm: float  # before clipping
     unreadable: bool  # whether a process has files to name that it could not read
     stop: bool  # whether a process was asked to stop
-    skipped: bool  # whether the weights were left as they were
+    skipped: bool  # whether it was not finite; a scaler's own skips do not count
 
     @property
     def loss(self) -> float:

@@ -371,9 +371,9 @@ def _check(recipe: RunRecipe) -> None:
         ("optim.weight-decay", optim.weight_decay),
         ("schedule.min-lr", recipe.schedule.min_lr),
         ("data.workers", data.workers),
-        ("seed", recipe.seed),
     ):
         need(0 <= value < math.inf, name, value, "0 or more")
+    need(0 <= recipe.seed < 2**63, "seed", recipe.seed, "0 or more and below 2**63")
     if recipe.cuda_graph and recipe.strategy == "fsdp":
         raise UserError(
             "--cuda-graph does not go with --strategy fsdp, which moves weights between processes"
@@ -390,18 +390,25 @@ def _check(recipe: RunRecipe) -> None:
             " --model.drop-path 0 or leave one of them out."
         )
     hang = recipe.hang_minutes
-    need(hang is None or hang > 0, "hang-minutes", hang, "above 0, or null for no limit")
+    in_range = hang is None or 0 < hang <= 1e6
+    need(in_range, "hang-minutes", hang, "above 0 and at most 1e6, or null for no limit")
     need(recipe.log.wandb != "", "log.wandb", recipe.log.wandb, "the name of a project")
     need(0 <= data.flip <= 1, "data.flip", data.flip, "between 0 and 1")
     low, high = data.crop_scale
-    need(0 < low <= high <= 1, "data.crop-scale", [low, high], "two rising values in 0 to 1")
+    need(
+        0 < low <= high <= 1,
+        "data.crop-scale",
+        [low, high],
+        "two values above 0 and at most 1, the smaller first",
+    )
     low, high = data.crop_ratio
-    need(0 < low <= high, "data.crop-ratio", [low, high], "two rising values above 0")
-    need(min(data.std) > 0, "data.std", list(data.std), "above 0")
+    in_range = 0 < low <= high < math.inf
+    need(in_range, "data.crop-ratio", [low, high], "two values above 0, the smaller first")
+    need(all(map(math.isfinite, data.mean)), "data.mean", list(data.mean), "finite numbers")
+    in_range = all(0 < value < math.inf for value in data.std)
+    need(in_range, "data.std", list(data.std), "above 0")
     in_range = all(0 <= beta < 1 for beta in optim.betas)
     need(in_range, "optim.betas", list(optim.betas), "at least 0 and less than 1")
-    warmup, wanted = (
-        recipe.schedule.warmup_epochs,
-        f"between 0 and the run's {recipe.epochs} epochs",
-    )
+    warmup = recipe.schedule.warmup_epochs
+    wanted = f"between 0 and the run's {recipe.epochs} epochs"
     need(0 <= warmup <= recipe.epochs, "schedule.warmup-epochs", warmup, wanted)

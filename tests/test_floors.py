@@ -96,7 +96,8 @@ FLOORS = [
     ["greenmim.training.train", "greenmim.training.dry_run"],
     ["greenmim.training.slurm"],
     ["greenmim.tools"],
-    ["greenmim.tools.loading", "greenmim.tools.doctor", "greenmim.tools.measured"],
+    ["greenmim.tools.loading"],
+    ["greenmim.tools.doctor", "greenmim.tools.measured"],
     [
         "greenmim.tools.reconstruct",
         "greenmim.tools.evaluate",

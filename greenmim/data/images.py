@@ -151,6 +151,10 @@ def _may_wait(entry: os.DirEntry) -> bool:
         return False
 
 
+# How the reason ends where a damaged file is used as far as it goes.
+REST_IS_USED = "what is left is used"
+
+
 class Source:
     """Images by index, from 0, read in any order unless a kind of source says otherwise.
 

@@ -282,10 +282,10 @@ class TrainingImages(AugmentedImages):
                 yield other
 
     def _is_learned(self, index: int) -> bool:
-        """True also where nobody can say: reading the image tells what is wrong."""
+        """True also where the label cannot be read: reading the image then says why."""
         try:
             return patiently(lambda: self.source.label(index)) in self.classes
-        except Exception:  # as of reading an image
+        except Exception:  # whatever reading an image may raise
             return True
 
     def none_to_read(self) -> str:
@@ -296,6 +296,8 @@ class TrainingImages(AugmentedImages):
 
     def _read(self, index: int, item: Item) -> Sample:
         label = self.source.label(index)
+        if label not in self.classes:  # `_is_learned` could not read it, now it can be read
+            raise OSError(f"its class {label} is not learned")
         sample = super()._read(index, item)
         if self.change is not None:
             # timm draws from the global generators of Python and NumPy.

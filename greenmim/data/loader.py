@@ -252,7 +252,13 @@ class Feed:
     def start(self) -> Iterator[Batch]:
         if self._batches is None:
             others = set(multiprocessing.active_children())
+            # PyTorch's handler would raise the death of a worker wherever the main thread is, even
+            # inside a save. Without it `_wait` finds the death, at its next timeout.
+            main = threading.current_thread() is threading.main_thread()
+            before = signal.getsignal(signal.SIGCHLD) if main else None
             self._batches = iter(self.loader)
+            if before is not None:
+                signal.signal(signal.SIGCHLD, before)
             workers = set(multiprocessing.active_children()) - others
             self._workers = {worker: peak_own_memory(worker.pid) for worker in workers}
         return self._batches
@@ -267,12 +273,11 @@ class Feed:
         """End the loader's processes, in a few seconds those that hang, too."""
         late = threading.Timer(_CLOSE_SECONDS, self._kill)
         late.start()
-        with _children_may_end():
-            self._batches = None  # asks each to end, and waits for it
-            late.cancel()
-            self._kill()
-            for worker in self._workers:
-                worker.join(_CLOSE_SECONDS)
+        self._batches = None  # asks each to end, and waits for it
+        late.cancel()
+        self._kill()
+        for worker in self._workers:
+            worker.join(_CLOSE_SECONDS)
 
     def _kill(self) -> None:
         for worker in self._workers:
@@ -331,15 +336,3 @@ class Feed:
     def take_failures(self) -> list[tuple[str, str]]:
         taken, self.failures = self.failures, []
         return taken
-
-
-@contextlib.contextmanager
-def _children_may_end() -> Iterator[None]:
-    """Inside, the end of a loader process is not the error that PyTorch takes it for."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
-    try:
-        yield
-    finally:
-        if before is not None:  # else it was no handler of Python's
-            signal.signal(signal.SIGCHLD, before)

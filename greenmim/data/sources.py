@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import io
 import itertools
@@ -29,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from greenmim.data.images import (
+    REST_IS_USED,
     Folder,
     Names,
     Source,
@@ -185,14 +187,19 @@ class HuggingFace(Source):
         self.name, _, split = (name, "", "") if os.path.exists(name) else name.partition(":")
         self.split = split or "train"
         try:
-            self._data = self._load()
+            self._length = len(self._data)
         except ImportError as error:
             raise _error(root, "it needs the package datasets: pip install datasets") from error
         except Exception as error:  # its own, the network's, the file system's
             raise _error(root, f"it cannot be loaded: {one_line(error)}") from error
-        self._length = len(self._data)
+        if not self._length:
+            raise _error(root, "there is no image in it")
 
-    def _load(self):
+    @functools.cached_property
+    def _data(self) -> Any:
+        return self._load()
+
+    def _load(self) -> Any:
         """The first columns of images, not decoded, and of classes, if there is one; no others."""
         import datasets
 
@@ -209,7 +216,7 @@ class HuggingFace(Source):
 
     def __getstate__(self) -> dict:
         # Another process, perhaps elsewhere, loads it from its own cache; a fork shares the map.
-        return self.__dict__ | {"_data": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_data"}
 
     def __len__(self) -> int:
         return self._length
@@ -243,8 +250,6 @@ class HuggingFace(Source):
         return iter((self.name, self.split, str(self._data._fingerprint)))
 
     def _row(self, index: int) -> dict:
-        if self._data is None:
-            self._data = self._load()
         return self._data[int(index)]
 
 
@@ -301,7 +306,7 @@ class Shards(Source):
     def _open_shard(self, number: int) -> Shard:
         shard = open_shard(self.urls[number])
         if shard.damage and self._seen is None:
-            self._damaged.append((self.urls[number], f"{shard.damage}; what is left is used"))
+            self._damaged.append((self.urls[number], f"{shard.damage}; {REST_IS_USED}"))
         return shard
 
     def take_damaged(self) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from greenmim.checkpoint import write_atomic
 from greenmim.evaluation.classifiers import knn_pieces
 from greenmim.evaluation.features import Features
 from greenmim.messages import columns
@@ -177,10 +177,5 @@ def draw(accuracy: Accuracy, classes: Iterable[str], title: str, path: Path) -> 
         axes.set_xticks(range(len(names)), rotation=90, **options)
         axes.set_yticks(range(len(names)), **options)
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(beside, dpi=120)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomic(lambda beside: figure.savefig(beside, dpi=120, format="png"), path)
     return True

@@ -78,7 +78,7 @@ def classify_images(
         source = processes.from_main(prepare)
         with processes.agreed():
             network, run, known = load_classifier(checkpoint, ema)
-            names = _classes(source, classes, known, network.num_classes)
+            names = _classes(source, classes, known, network.num_classes, world.is_main)
         chosen = precision_for(precision, processes)
         images = LabelledImages(
             source, read_as_trained(data, run), network.config.image_hw, data.crop
@@ -95,7 +95,7 @@ def classify_images(
             def result() -> dict[str, Any]:
                 tell_of(source, found.failures, found.without_label)
                 if classes is None and known is None:
-                    tell("the checkpoint names no classes: those of the images are taken, in order")
+                    tell("the checkpoint names no classes: the images' are used, in their order")
                 if not found.images:
                     raise UserError(f"--data.root {data.root}: no image with a class can be read.")
                 if found.strangers.total() == found.images:
@@ -158,16 +158,17 @@ def load_picture(
 
 
 def _classes(
-    source: Source, file: str | Path | None, known: list[str] | None, number: int
+    source: Source, file: str | Path | None, known: list[str] | None, number: int, is_main: bool
 ) -> list[str]:
-    """The classes in the order of a classifier's scores, of which there are so many."""
+    """The `number` classes in the order of a classifier's scores; the main process prints notes."""
     if file is not None or known is None:
         names = find_classes(source, str(file) if file else None, "classes")
     else:
         names = known
     if known is not None and names != known and len(names) == len(known):
         what = "in another order" if set(names) == set(known) else "others"
-        tell(f"--classes {file} takes the place of the checkpoint's own classes, which are {what}")
+        if is_main:
+            tell(f"--classes {file} replaces the checkpoint's own classes, which are {what}")
     if len(names) != number:
         raise UserError(
             f"The checkpoint tells {number} classes and"

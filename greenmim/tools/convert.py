@@ -13,7 +13,7 @@ from greenmim.checkpoint import (
     save_safetensors,
 )
 from greenmim.guards import UserError
-from greenmim.tools.loading import check_there, read_weights
+from greenmim.tools.loading import check_output, check_there, read_weights
 
 OUTPUT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -46,12 +46,7 @@ def convert_file(
     """
     input, output = Path(input), Path(output)
     check_there(input)
-    if output.suffix not in OUTPUT_SUFFIXES:
-        raise UserError(f"--output {output} has to end in one of {', '.join(OUTPUT_SUFFIXES)}.")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
+    check_output(output, OUTPUT_SUFFIXES, overwrite)
     content, weights = read_weights(input)
     if command := run_command(content):
         if command == "finetune":

@@ -14,7 +14,7 @@ from greenmim.encoders import encoder_class
 from greenmim.guards import UserError
 from greenmim.initial import safetensors_facts, value_of
 from greenmim.messages import listed
-from greenmim.tools.loading import is_classifier, load_classifier, load_model
+from greenmim.tools.loading import check_output, is_classifier, load_classifier, load_model
 
 
 def export(
@@ -44,12 +44,7 @@ def export(
         UserError: a file is missing, unreadable or there already, or of another model.
     """
     output = Path(output)
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output {output} has to end in .safetensors.")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output} is there already; add --overwrite to replace it.")
+    check_output(output, [".safetensors"], overwrite)
     if safetensors_facts(checkpoint).get("timm"):
         raise UserError(f"{checkpoint} is exported already; it says so in its metadata.")
     if is_classifier(checkpoint):

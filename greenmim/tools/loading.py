@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,24 @@ from greenmim.initial import (
     value_of,
 )
 from greenmim.mim import GreenMIM, create_model
+
+
+def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Raises UserError where a result cannot be written, or would replace what is there.
+
+    Args:
+        output: The file of --output.
+        suffixes: How its name may end.
+        overwrite: Whether it may replace a file.
+    """
+    if output.suffix.lower() not in suffixes:
+        raise UserError(f"--output {output} has to end in {' or '.join(suffixes)}.")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output: {output} is there already; add --overwrite to replace it.")
 
 
 def check_there(path: Path) -> None:

@@ -28,6 +28,7 @@ from greenmim.messages import dashes
 from greenmim.mim import GreenMIM
 from greenmim.processes import Processes
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, ImagesConfig
+from greenmim.tools.loading import check_output
 from greenmim.training.startup import PRECISIONS
 from greenmim_kernels.onednn import use_onednn
 
@@ -105,13 +106,8 @@ def check_options(
         raise UserError(f"--data.crop is {data.crop}; it has to be above 0 and at most 1.")
     if data.batch_size < 1 or data.workers < 0:
         raise UserError("--data.batch-size has to be at least 1, and --data.workers 0 or more.")
-    if output.suffix != ".json":
-        raise UserError(f"--output {output} has to end in .json.")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
-    for file in (output, picture_of(output)):
-        if file.exists() and not overwrite:
-            raise UserError(f"--output: {file} is there already; add --overwrite to replace it.")
+    check_output(output, [".json"], overwrite)
+    check_output(picture_of(output), [".png"], overwrite)
 
 
 def precision_for(name: str, processes: Processes) -> str:
@@ -214,7 +210,8 @@ def write_result(
     title = f"{facts['task']}, top-1 {100 * found.top1:.1f} %"
     try:
         save_text(json.dumps(result, indent=1) + "\n", output)
-        draw(found, classes, title, picture_of(output))
+        if not draw(found, classes, title, picture_of(output)):
+            picture_of(output).unlink(missing_ok=True)  # of an earlier result with fewer classes
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {one_line(error)}.") from error
     return result

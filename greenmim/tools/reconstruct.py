@@ -16,14 +16,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from greenmim.checkpoint import write_atomic
 from greenmim.data.dataset import normalise
 from greenmim.data.decode import named_chatter, open_fitted
 from greenmim.data.sources import PREFIXES, find_source
 from greenmim.guards import UserError, one_line
+from greenmim.launch import World
 from greenmim.masking import random_visible
 from greenmim.pictures import shown
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from greenmim.tools.loading import load_model
+from greenmim.tools.loading import check_output, load_model
+from greenmim.training.startup import choose_device
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
@@ -39,21 +42,23 @@ def reconstruct(
     paste_visible: bool = True,
     limit: int = 12,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    overwrite: bool = False,
 ) -> Path:
     """Draw original, masked and reconstructed images.
 
     Args:
         checkpoint: A run's checkpoint, or any greenmim or official one with a decoder, if the model
             is named.
-        images: Files; or folders, tars, shards and data sets as in `DataConfig.root`, of which the
-            first images are taken, and those that cannot be read are told on stderr.
+        images: Files; or folders, tars, shards and datasets as in `DataConfig.root`, whose first
+            readable images are drawn.
         output: The picture to write; the suffix (.png, .jpg, .webp, .pdf, .svg) says how.
         model: Name of the model, for a checkpoint that does not say.
         seed: Seed of the masks, one per image.
         mask_ratio: Share of hidden units; null takes the run's, or 0.75.
-        paste_visible: Show visible patches as they are, and only hidden ones as predicted.
+        paste_visible: Keep the pixels of visible units; only hidden ones are as predicted.
         limit: Greatest number of images.
         device: Where to run.
+        overwrite: Replace an output that is there already.
 
     Returns:
         The path written.
@@ -62,26 +67,20 @@ def reconstruct(
         UserError: a file is missing or unreadable, or the checkpoint is of another model.
     """
     output = Path(output)
-    if output.suffix.lower() not in PICTURE_SUFFIXES:
-        raise UserError(f"--output {output} has to end in one of {', '.join(PICTURE_SUFFIXES)}.")
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
+    check_output(output, PICTURE_SUFFIXES, overwrite)
     if limit < 1:
         raise UserError(f"--limit is {limit}; it has to be at least 1.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = choose_device(device, World())
     network, run = load_model(checkpoint, model)
     size = network.config.image_hw
     found = _pictures(images, size)
     named = list(itertools.islice(found, limit))
     with contextlib.suppress(UserError):  # what is not drawn need not be readable
         if next(found, None):
-            print(f"drawn are the first {limit}; --limit draws more", file=sys.stderr)
+            print(f"only the first {limit} are drawn; --limit draws more", file=sys.stderr)
     if not named:
-        raise UserError("--images: none of them can be read.")
-    network = network.to(device).eval()
+        raise UserError("--images: none of them can be read; pass image files or their folder.")
+    network = network.to(chosen).eval()
     data = run.get("data", {})
     mean, std = list(data.get("mean", IMAGENET_MEAN)), list(data.get("std", IMAGENET_STD))
     if mask_ratio is None:
@@ -93,7 +92,7 @@ def reconstruct(
         visible = random_visible(rng, network.config.num_units, mask_ratio, batch=len(named))
     except ValueError as error:
         raise UserError(f"--mask-ratio: {error}.") from error
-    columns = shown(network, pictures.to(device), visible, mean, std, paste_visible)
+    columns = shown(network, pictures.to(chosen), visible, mean, std, paste_visible)
     units = network.config.num_units
     hidden = f"{units - int(visible[0].sum())} of {units} units hidden"
     _draw(columns, ("original", hidden, "reconstruction"), [name for name, _ in named], output)
@@ -167,11 +166,8 @@ def _draw(
                 box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
                 name = textwrap.shorten(names[index], 28, placeholder="...")
                 axes.text(0.02, 0.02, name, fontsize=6, transform=axes.transAxes, bbox=box)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    kind = output.suffix.lower().removeprefix(".")
     try:
-        figure.savefig(temporary)
-        os.replace(temporary, output)
+        write_atomic(lambda beside: figure.savefig(beside, format=kind), output)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"--output {output} cannot be written: {one_line(error)}.") from error

@@ -9,7 +9,12 @@ from greenmim.data.sampler import EpochSampler
 from greenmim.guards import user_errors
 from greenmim.recipe import RunRecipe
 from greenmim.training.log import check_trackers
-from greenmim.training.run_folder import RunFolder, find_checkpoint, read_run_checkpoint
+from greenmim.training.run_folder import (
+    RunFolder,
+    check_same_model,
+    find_checkpoint,
+    read_run_checkpoint,
+)
 from greenmim.training.startup import TASKS, precision_of, scaled_rates
 
 
@@ -25,7 +30,8 @@ def dry_run(
     precision = str(precision_of(recipe, device)).removeprefix("torch.")
     task = TASKS[type(recipe)](recipe)
     images = task.find()
-    found = find_checkpoint(RunFolder(recipe.folder), resume, task.command)
+    folder = RunFolder(recipe.folder)
+    found = find_checkpoint(folder, resume, task.command)
     state = found.state
     if found.checkpoint and state is None:
         state = read_run_checkpoint(found.checkpoint, task.command)
@@ -34,13 +40,18 @@ def dry_run(
     with user_errors():
         sampler = EpochSampler.of(recipe, source, 0, processes)
         flops = task.flops()
-    if recipe.init and not found.checkpoint:
+    if state is not None and found.checkpoint:
+        check_same_model(state, recipe, found.checkpoint)
+        task.restore(state)
+    elif recipe.init:
         notes += task.initialise(recipe.init)
+    weights = sum(p.numel() for p in model.parameters())
+    folder.check_room(recipe.checkpoint, task.bytes_per_weight * weights)
     steps = sampler.updates_per_epoch
     lines = [
         f"processes        {processes}, on {device.type} in {precision}"
         + (f", {recipe.strategy}" if processes > 1 else ""),
-        f"parameters       {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
+        f"parameters       {weights / 1e6:.2f} M",
         f"GFLOPs           {flops / 1e9:.2f} per image forward; about"
         f" {3 * flops * sampler.images_per_update / 1e12:.2f} TFLOPs per update",
         f"images           {len(source)} in {recipe.data.root}"

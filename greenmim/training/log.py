@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from greenmim.checkpoint import free_name, save_text
+from greenmim.data.images import REST_IS_USED
 from greenmim.guards import UserError, one_line, silence
 from greenmim.recipe import RunRecipe, flat
 
@@ -155,12 +156,13 @@ class RunLog:
     def unreadable(
         self, failures: Iterable[tuple[str, str]], instead: str = "another image takes its place"
     ) -> None:
-        """Name image files that could not be read, each once, and what is done instead."""
+        """Log image files that could not be read, each once, and what happens instead."""
         for path, reason in failures:
             if path not in self._named:
                 self._named.add(path)
                 self.event("unreadable_image", path=path, reason=reason, count=len(self._named))
-                self.say(f"cannot read {path} ({reason}); {instead}")
+                then = "" if reason.endswith(REST_IS_USED) else f"; {instead}"
+                self.say(f"cannot read {path} ({reason}){then}")
 
     def _show(self, write: Callable[[], object], stream: TextIO | None = None) -> None:
         """To a reader who may have gone: the run goes on, and log.jsonl has it all."""
@@ -195,7 +197,8 @@ def peak_memory_gib(device: torch.device) -> float:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl; a last line cut off by a crash is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    # A power cut may leave any bytes in a line.
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             records.append(json.loads(line))
     return records
@@ -211,7 +214,7 @@ def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    whole = path.read_text(encoding="utf-8")
+    whole = path.read_text(encoding="utf-8", errors="replace")
     left = [record for record in read_log(path) if record.get("step", 0) <= step]
     text = "".join(json.dumps(record) + "\n" for record in left)
     if text != whole:

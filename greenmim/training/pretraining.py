@@ -175,10 +175,13 @@ class Pretraining(Task):
         watch.log.unreadable(found.failures, "it is left out")
         if not watch.processes.world.is_main:
             return True
+        if len(found.labels) < 2:
+            watch.log.say("nearest neighbours were not measured: fewer than two images can be read")
+            return True
         try:
             k = min(NEIGHBOURS, len(found.labels) - 1)
             accuracy = neighbours_accuracy(found, k, watch.processes.device)
-        except Exception as error:  # a full GPU, no image that can be read: it ends no run
+        except Exception as error:  # a full GPU: it ends no run
             watch.log.say(f"nearest neighbours were not measured: {one_line(error)}")
             return True
         shares, images = {"top1": accuracy.top1, "top5": accuracy.top5}, len(found.labels)

@@ -45,10 +45,13 @@ class Profile:
         return self.done == self.first + self.recorded
 
     def close(self) -> None:
-        """Write what was recorded; nothing where it was written."""
+        """Write what was recorded, once."""
         if self._profiler is not None:
             self._try(functools.partial(self._write, self._profiler))
             self._profiler = None
+        elif self.done < self.first and not self._failed:
+            self._failed = True
+            self.say(f"nothing was profiled: the run ended before update {self.first + 1}")
 
     def _start(self) -> None:
         on_gpu = self.device.type == "cuda"
@@ -70,7 +73,8 @@ class Profile:
         self.folder.mkdir(exist_ok=True)
         trace = self.folder / "trace.json.gz"
         profiler.export_chrome_trace(str(trace))
-        told = f"the trace of {self.recorded} updates is {trace} (https://ui.perfetto.dev shows it)"
+        recorded = min(self.done - self.first, self.recorded)
+        told = f"the trace of {recorded} updates is {trace} (https://ui.perfetto.dev shows it)"
         if on_gpu:
             memory = self.folder / "memory.pickle"
             torch.cuda.memory._dump_snapshot(str(memory))

@@ -158,6 +158,7 @@ class RunFolder:
             if moments_folder(file).exists():
                 os.replace(moments_folder(file), aside / moments_folder(file).name)
             os.replace(file, aside / file.name)
+            self.epochs.pop(file, None)  # another checkpoint may get this name
         newest = self.newest_checkpoint()
         if newest is not None:
             self.point_last_to(newest)
@@ -302,6 +303,11 @@ def find_checkpoint(folder: RunFolder, resume: str | None, command: str = "pretr
     path = Path(resume).resolve()
     # A run that starts from another's checkpoint may be killed before it has its own.
     own = path.parent == folder.checkpoints.resolve()
+    if not own and folder.by_step() and folder.owns(path):
+        raise UserError(
+            f"{resume} was set aside; move it and its .optimizer folder back into"
+            f" {folder.checkpoints}, or choose another --work-dir."
+        )
     if not own and (folder.by_step() or (_lost(folder) == "saved" and not folder.owns(path))):
         raise UserError(
             f"--work-dir {folder.path} holds a run that {resume} is not part of; --resume without a"

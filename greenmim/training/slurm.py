@@ -48,7 +48,12 @@ class Piece:
         if result.signal not in _WARNINGS:
             return result.exit_code
         if os.environ.get("SLURM_PROCID") == "0":
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+            job = os.environ["SLURM_JOB_ID"]
+            if subprocess.run(["scontrol", "requeue", job]).returncode:
+                raise UserError(
+                    f"The run is saved, but Slurm does not requeue job {job}: submit it again with"
+                    " --resume."
+                )
         return 0
 
     def where_to_resume(self) -> str:

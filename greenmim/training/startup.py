@@ -199,10 +199,14 @@ def started(run: Run) -> Iterator[RunLog]:
     with folder.lock.held(processes):
         with processes.agreed():  # before the folder looks like a run: they may refuse
             trackers = make_trackers(folder.path, recipe, progress.resumed_at) if main else []
-        processes.from_main(lambda: folder.start(recipe, progress.resumed_at))
-        with processes.agreed():
-            counts = progress.resumed_at, progress.first_step, run.total_steps, progress.shift
-            log = RunLog(folder.log if main else None, trackers, *counts)
+        with contextlib.ExitStack() as unless_logged:
+            for tracker in trackers:
+                unless_logged.callback(tracker.close)
+            processes.from_main(lambda: folder.start(recipe, progress.resumed_at))
+            with processes.agreed():
+                counts = progress.resumed_at, progress.first_step, run.total_steps, progress.shift
+                log = RunLog(folder.log if main else None, trackers, *counts)
+            unless_logged.pop_all()  # the log closes them
         with log, chosen_backend(recipe):
             notes = [*_facts(run), *run.notes]
             for note in notes:

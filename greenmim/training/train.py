@@ -88,6 +88,11 @@ def train(
         run = prepare(recipe, resume, processes, max_steps)
         if run.progress.first_step >= run.last_step:
             newest = run.folder.newest_checkpoint()
+            if newest is None:
+                raise processes.common_error(
+                    f"--resume {resume} is at the end of its {recipe.epochs} epochs; raise --epochs"
+                    " to train further."
+                )
             if world.is_main:
                 whole = run.last_step == run.total_steps
                 length = f"{recipe.epochs} epochs" if whole else f"--max-steps {max_steps}"
@@ -160,6 +165,8 @@ class Trainer:
                         return self.stopped(step)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
+        if self.stop_asked:
+            self.log.say("a signal ended the last measurements; greenmim knn or eval makes them")
         self.say_the_end()
         return Result(0, run.last_step, self.checkpoint)
 
@@ -312,9 +319,10 @@ class Trainer:
                 return Result(EXIT_DIVERGED, step, self.run.folder.newest_checkpoint())
         received = next(filter(None, self.run.processes.gather(self.stop.received)))
         self.log.event("stopped", step=step, signal=received.name)
-        saved = f"saved {self.checkpoint}" if self.checkpoint else "there was nothing to save yet"
-        self.log.say(f"{received.name} received: {saved}; the same command with --resume goes on.")
-        return Result(exit_code_of(received), step, self.checkpoint, received)
+        newest = self.checkpoint or self.run.folder.newest_checkpoint()
+        saved = f"saved {newest}" if newest else "there was nothing to save yet"
+        self.log.say(f"{received.name} received: {saved}; repeat the command with --resume.")
+        return Result(exit_code_of(received), step, newest, received)
 
     def say_the_end(self) -> None:
         run, log = self.run, self.log
@@ -323,8 +331,9 @@ class Trainer:
         whole = run.last_step == run.total_steps
         last, total = log.number(run.last_step), log.number(run.total_steps)
         updates = f"{last}" if whole else f"{last} of {total}"
+        how, epochs = "finished" if whole else "ended by --max-steps", run.epoch(run.last_step)
         log.say(
-            f"{'finished' if whole else 'ended by --max-steps'}: {run.recipe.epochs} epochs,"
+            f"{how}: {epochs:g} epochs,"
             f" {updates} updates, {self.skipped} skipped, {log.num_unreadable} unreadable images;"
             f" checkpoint {self.checkpoint}"
         )
@@ -346,9 +355,10 @@ class Trainer:
         run, done = self.run, [report for report in self.unlogged if not report.skipped]
         seconds = max(now - self.window_start, 1e-9)
         images = len(self.unlogged) * run.sampler.images_per_update
+        norms = [r.grad_norm for r in done if math.isfinite(r.grad_norm)]  # float16 overflows
         values = {
             "loss": statistics.fmean(r.loss for r in done) if done else math.nan,
-            "grad_norm": statistics.fmean(r.grad_norm for r in done) if done else math.nan,
+            "grad_norm": statistics.fmean(norms) if norms else math.nan,
             "lr": run.learning_rate(step),
             "epoch": run.epoch(step),
             "images_per_second": images / seconds,

@@ -344,9 +344,7 @@ def test_attention_alone_is_compiled_with_its_mask(name: str) -> None:
         close(compiled(x, mask), model(x, mask))
     assert counter.frame_count == 1
     close(compiled(x), model(x))
-    with pytest.raises(
-        RuntimeError, match="the mask does not cut windows into segments, or"
-    ):
+    with pytest.raises(RuntimeError, match="the mask does not cut windows into segments, or"):
         compiled(x, segment_mask(3, slots).tril())
 
 

@@ -216,6 +216,13 @@ def test_damaged_files(tmp_path, name):
         torch.save({"model": {"a": 1}}, file)
         with pytest.raises(ValueError, match="holds no state dict"):
             load_state_dict_file(file)
+        itself: list = [torch.zeros(1)]
+        itself.append(itself)
+        many = itself
+        for _ in range(40):  # 2**40 lists, each counted where it is named
+            many = [many, many]
+        torch.save({"model": {"a": torch.zeros(1)}, "more": many}, file)
+        assert list(load_state_dict_file(file)) == ["a"]
         torch.save([1], file)
         with pytest.raises(ValueError, match="holds a list"):
             load_checkpoint(file)

@@ -109,5 +109,7 @@ def test_heads_of_timm_and_of_microsoft(name):
     weights = {f"{name}.weight": torch.zeros(3, 4), f"{name}.bias": torch.ones(3)}
     weight, bias = head_of(weights)
     assert weight is weights[f"{name}.weight"] and bias is weights[f"{name}.bias"]
+    wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}  # as of DDP
+    assert head_of(wrapped) is not None
     del weights[f"{name}.bias"]
     assert head_of(weights) is None

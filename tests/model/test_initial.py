@@ -7,8 +7,9 @@ import timm
 import torch
 
 from greenmim.checkpoint import convert_checkpoint, kind_of
+from greenmim.classifier import Classifier
 from greenmim.config import ModelConfig
-from greenmim.initial import initialise
+from greenmim.initial import initialise, initialise_classifier
 from greenmim.mim import GreenMIM
 
 SIZES = dict(image_size=64, window_size=4, embed_dim=16, depths=(1, 2, 1, 1),
@@ -106,7 +107,7 @@ def test_a_decoder_of_other_sizes_starts_anew(tmp_path):
     before = {n: p.clone() for n, p in fresh.named_parameters() if n.startswith("decoder_")}
     notes = initialise(fresh, written(tmp_path, trained.state_dict()))
     assert (
-        "the decoder starts anew, as the checkpoint's is not whole or has other sizes" in notes[0]
+        "the decoder starts anew, as the checkpoint's has other sizes or is not whole" in notes[0]
     )
     assert same(fresh, trained, "encoder.")
     assert all(torch.equal(p, before[n]) for n, p in fresh.named_parameters() if n in before)
@@ -151,7 +152,28 @@ def test_a_decoder_that_is_not_whole_starts_anew(tmp_path):
     weights = model(1).state_dict()
     del weights["decoder_embed.weight"]
     notes = initialise(model(2), written(tmp_path, weights))
-    assert "the decoder starts anew, as the checkpoint's is not whole" in notes[0]
+    assert (
+        "the decoder starts anew, as the checkpoint's has other sizes or is not whole" in notes[0]
+    )
+
+
+def test_of_a_deeper_decoder_nothing_is_taken(tmp_path):
+    trained, fresh = model(1, decoder_depth=2), model(2)
+    before = fresh.decoder_blocks[0].attn.qkv.weight.clone()
+    notes = initialise(fresh, written(tmp_path, trained.state_dict()))
+    assert "the decoder starts anew, as the checkpoint's has other sizes" in notes[0]
+    assert torch.equal(fresh.decoder_blocks[0].attn.qkv.weight, before)
+    assert same(fresh, trained, "encoder.")
+
+
+def test_only_weights_that_are_taken_have_to_be_finite(tmp_path):
+    weights = model(1).state_dict()
+    weights["decoder_pred.bias"] = weights["decoder_pred.bias"] * torch.nan
+    path = written(tmp_path, weights)
+    with pytest.raises(ValueError, match="its decoder_pred.bias is not finite"):
+        initialise(model(2), path)
+    initialise(model(2, decoder_dim=64), path)
+    initialise_classifier(Classifier(model(2).config, 3), path)
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"PK", b"epochs: 3\n"])

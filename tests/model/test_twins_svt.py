@@ -370,3 +370,6 @@ def test_a_plan_of_another_encoder_is_refused():
     for model, other in ((twins, swin), (swin, twins)):
         with pytest.raises(ValueError, match="the plan is for another encoder"):
             model(images, plan=other.plan(visible))
+    # Without a bias table nothing else would tell.
+    with pytest.raises(ValueError, match=r"windows of \[\(4, 4\), .* this model has \[\(2, 2\)"):
+        twins(images, plan=small(window_size=4).plan(visible))

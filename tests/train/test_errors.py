@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from greenmim.cli import main
-from greenmim.guards import UserError
+from greenmim.guards import UserError, exit_code
 from greenmim.launch import World
+from greenmim.training import startup
+from greenmim.training.run_folder import RunFolder
 
 
 def complaint(capsys, *arguments: str) -> str:
@@ -72,6 +76,10 @@ def test_fewer_images_than_a_batch(tmp_path: Path, tiny: Path, photos: Path, cap
         ("--data.crop-scale", "[0.9,0.1]", "--data.crop-scale"),
         ("--schedule.warmup-epochs", "3", "--schedule.warmup-epochs is 3"),
         ("--optim.lr", "-1", "--optim.lr is -1"),
+        ("--seed", str(2**63), "below 2**63"),
+        ("--hang-minutes", ".inf", "at most 1e6, or null"),
+        ("--data.mean", "[.nan,0,0]", "--data.mean"),
+        ("--data.std", "[1,.inf,1]", "--data.std"),
         ("--optim.betas", "[0.9,1.0]", "--optim.betas"),
         ("--model.image-size", "100", "100"),
         ("--model.num-heads", "[3,2,4,8]", "cannot be split into 3 heads"),
@@ -231,6 +239,60 @@ def test_checkpoint_of_another_run_is_not_mixed_in(
     assert "not part of" in text
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_resumed_run_is_checked_before_it_starts_or_is_submitted(
+    more, finished_run: Path, tiny: Path, photos: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    start = ("--resume", str(finished_run / "checkpoints" / "last.pth"), *more)
+    sizes = ("--model.window-size", "4")
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", *start, *sizes))
+    assert "is of another model: window_size is 2 there and 4 in this recipe" in text
+    monkeypatch.setattr(RunFolder, "_free_bytes", lambda folder: 1000)
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", "--epochs", "3", *start))
+    assert "the run needs room for" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_are_closed_where_a_run_does_not_start(
+    tiny: Path, photos: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    closed = []
+    tracker = SimpleNamespace(close=lambda: closed.append("closed"))
+
+    def refuse(folder, recipe, resumed_at):
+        raise UserError("somebody was faster")
+
+    monkeypatch.setattr(startup, "make_trackers", lambda *_: [tracker])
+    monkeypatch.setattr(RunFolder, "start", refuse)
+    assert "somebody was faster" in complaint(capsys, *pretrain(tiny, photos, tmp_path / "run"))
+    assert closed == ["closed"]
+
+
+def test_a_finished_run_is_no_start_of_another(
+    finished_run: Path, tiny: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    start = ("--resume", str(finished_run / "checkpoints" / "last.pth"))
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", *start))
+    assert "is at the end of its 2 epochs; raise --epochs" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EACCES, "/root/run: no permission; use another path."),
+        (errno.ENAMETOOLONG, "/root/run: this name is too long; use a shorter one."),
+    ],
+)
+def test_paths_that_the_system_refuses(number: int, said: str, capsys) -> None:
+    def work() -> int:
+        raise OSError(number, "refused", "/root/run")
+
+    assert exit_code(work) == 2
+    assert capsys.readouterr().err == f"greenmim: error: {said}\n"
+    with pytest.raises(OSError):  # of something else than a path
+        exit_code(lambda: (_ for _ in ()).throw(OSError(errno.EACCES, "refused")))
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, tiny: Path, monkeypatch) -> None:
     arguments = pretrain(tiny, tmp_path / "nowhere", tmp_path / "run")
     with pytest.raises(Exception, match="no folder"):
@@ -289,6 +351,15 @@ def test_reconstruct(finished_run: Path, photos: Path, tmp_path: Path, capsys) -
     (tmp_path / "bad.png").write_text("no picture")
     assert "bad.png cannot be read" in text(images=str(tmp_path / "bad.png"))
     assert not list(tmp_path.glob("*p.png"))
+    mine = tmp_path / "mine.jpg"
+    shutil.copy(photos / "0.png", mine)
+    before = mine.read_bytes()
+    assert "is there already; add --overwrite" in text(images=str(mine), output="mine.jpg")
+    assert mine.read_bytes() == before
+    (tmp_path / "folder.png").mkdir()
+    assert "folder.png is a folder" in text(output="folder.png")
+    arguments = ("--checkpoint", last, "--images", str(photos), "--output", str(mine))
+    assert main(["reconstruct", *arguments, "--overwrite"]) == 0 and mine.read_bytes() != before
 
 
 def test_convert(finished_run: Path, tmp_path: Path, capsys) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -31,6 +32,7 @@ from greenmim.data.dataset import Finish
 from greenmim.data.images import Source
 from greenmim.data.labelled import LabelledCollate, LabelledImages
 from greenmim.data.sampler import Item
+from greenmim.data.sources import HuggingFace
 from greenmim.evaluation.accuracy import Accuracy, by_class, draw, measure, table
 from greenmim.evaluation.classifiers import knn_pieces, knn_scores, linear_probe
 from greenmim.evaluation.features import extract, load_features
@@ -259,6 +261,13 @@ def test_labels_and_splits_of_hugging_face(tmp_path, monkeypatch):
     assert sorted(labels_of(train)) == ["class0", "class0", "class1", "class1"]
     assert sorted(labels_of(test)) == ["class0", "class1"]
     assert train.fingerprint() != test.fingerprint()
+    # Another process gets it without its rows, and may ask for them in any order.
+    for ask in (lambda source: source.labels(), lambda source: source.classes(),
+                lambda source: source.fingerprint(), labels_of):  # fmt: skip
+        assert ask(pickle.loads(pickle.dumps(train))) == ask(train)
+    monkeypatch.setattr(HuggingFace, "_load", lambda self: [])
+    with pytest.raises(UserError, match="there is no image in it"):
+        source_of(f"hfds/{tmp_path}/hub")
 
 
 def test_a_fingerprint_changes_where_images_do(tmp_path):

@@ -118,7 +118,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(resumable, tmp_pat
         stopped = records(run, "stopped")[-1]
         assert stopped["signal"] == number.name and done < stopped["step"] < 40
         done = stopped["step"]
-        assert f"step_{done:08d}.pth; the same command with --resume" in crew.text()
+        assert f"step_{done:08d}.pth; repeat the command with --resume" in crew.text()
     run_crew(resumable("run", 2, *more), 2, tmp_path / "outputs")
     assert_same_run(tmp_path / "whole", run)
 

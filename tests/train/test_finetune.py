@@ -127,7 +127,7 @@ def test_images_are_measured_as_the_run_s_are(recipe_file, labelled, tmp_path, c
     (tmp_path / "classes.txt").write_text("green\nblue\nred\n")
     order = ["--classes", str(tmp_path / "classes.txt")]
     assert main([*arguments, str(labelled[1]), *order]) == 0
-    assert "takes the place of the checkpoint's own classes" in capsys.readouterr().err
+    assert "replaces the checkpoint's own classes" in capsys.readouterr().err
     assert json.loads(output.read_text())["loss"] != first["loss"]
     assert main([*arguments, str(labelled[1]), "--data.max-pixels", "10"]) == 2
     said = capsys.readouterr().err

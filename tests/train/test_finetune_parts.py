@@ -258,6 +258,27 @@ def training_images(root: Path, **options) -> TrainingImages:
     return TrainingImages(find_source(config), config, SIZE, 0, list(COLOURS))
 
 
+def test_a_label_that_can_be_read_only_later_is_looked_at_again(labelled, monkeypatch):
+    """Of an image that is not learned, whose label could not be read when it was chosen."""
+    images = training_images(labelled[0])
+    monkeypatch.setattr(images.source, "knows_labels", False, raising=False)
+    real, tried = images.source.label, []
+    first = images._index(Item(0, 0, 0, 0))
+
+    def label(index):
+        if index != first:
+            return real(index)
+        tried.append(index)
+        if len(tried) == 1:
+            raise ValueError("a hiccup")
+        return "lion"
+
+    monkeypatch.setattr(images.source, "label", label)
+    sample = images[Item(0, 0, 0, 0)]
+    assert len(tried) == 2 and sample.label in COLOURS and not sample.stop
+    assert "its class lion is not learned" in sample.failures[0][1]
+
+
 def test_augmentation_follows_from_the_place_in_the_epoch(labelled):
     images = training_images(labelled[0])
     plain = training_images(labelled[0], rand_augment=None)

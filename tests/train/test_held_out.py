@@ -164,6 +164,22 @@ def test_two_processes_measure_what_one_does(strategy, resumable, held_out, tmp_
         assert two[step]["loss"] == pytest.approx(row["loss"], rel=1e-4)
 
 
+def test_a_signal_in_the_last_measurement_is_told(
+    tiny, photos, held_out, tmp_path, monkeypatch, capsys
+):
+    real = Sweep.run
+
+    def run(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Sweep, "run", run)
+    more = ("--data.val-root", str(held_out), "--log.val-every-epochs", "9")
+    assert main(command(tiny, photos, tmp_path / "run", *more)) == 0
+    said = capsys.readouterr().out
+    assert "a signal ended the last measurements" in said and "finished: 2 epochs" in said
+
+
 @pytest.mark.parametrize("option", ["--data.val-root", "--data.probe-root"])
 def test_a_signal_ends_the_measurement_and_the_run_is_saved(
     option, tiny, photos, held_out, tmp_path, monkeypatch, capsys
@@ -182,6 +198,18 @@ def test_a_signal_ends_the_measurement_and_the_run_is_saved(
     assert not records(tmp_path / "run", "val") and not records(tmp_path / "run", "knn")
     assert (tmp_path / "run" / "checkpoints" / "step_00000004.pth").exists()
     assert "SIGTERM received: saved" in capsys.readouterr().out
+
+
+def test_neighbours_need_two_images(tiny, photos, tmp_path, capsys):
+    labelled = tmp_path / "labelled" / "cats"
+    labelled.mkdir(parents=True)
+    shutil.copy(photos / "0.png", labelled / "0.png")
+    (tmp_path / "labelled" / "dogs").mkdir()
+    (tmp_path / "labelled" / "dogs" / "1.png").write_bytes(b"no picture")
+    more = ("--data.probe-root", str(tmp_path / "labelled"), "--epochs", "1")
+    assert main(command(tiny, photos, tmp_path / "run", *more)) == 0
+    assert "not measured: fewer than two images can be read" in capsys.readouterr().out
+    assert not records(tmp_path / "run", "knn")
 
 
 def test_a_forced_backend_does_not_count_operations():
@@ -245,7 +273,7 @@ def test_it_ends_after_so_many_updates_and_goes_on_as_if_it_had_not(tiny, photos
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(command(tiny, photos, whole)) == 0
     assert main(command(tiny, photos, parts, "--max-steps", "3")) == 0
-    assert "ended by --max-steps: 2 epochs, 3 of 8 updates" in capsys.readouterr().out
+    assert "ended by --max-steps: 0.75 epochs, 3 of 8 updates" in capsys.readouterr().out
     assert [r["step"] for r in records(parts, "end")] == [3]
     assert (parts / "checkpoints" / "step_00000003.pth").exists()
     assert "max_steps" not in (parts / "config.yaml").read_text()
@@ -274,6 +302,19 @@ def test_a_few_updates_are_profiled(steps, tiny, photos, tmp_path, monkeypatch, 
     steps_of_adamw = [e for e in events if e.get("name", "").startswith("Optimizer.step")]
     assert len(steps_of_adamw) == count
     assert any("group_window_attention" in e.get("name", "") for e in events)
+
+
+def test_a_run_that_ends_early_tells_how_much_was_profiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(profile, "WARM_UP", 3)
+    for done, told in ((1, "nothing was profiled: the run ended before update 4"),
+                       (5, "the trace of 2 updates is ")):  # fmt: skip
+        said = []
+        recorder = profile.Profile(tmp_path, torch.device("cpu"), 20, said.append)
+        for _ in range(done):
+            recorder.step()
+        recorder.close()
+        recorder.close()
+        assert len(said) == 1 and said[0].startswith(told)
 
 
 def test_a_profile_that_fails_ends_no_run(tiny, photos, tmp_path, monkeypatch, capsys):

@@ -256,6 +256,18 @@ def test_slurm_sees_how_a_run_ended(ends, code: int, monkeypatch, capsys) -> Non
     assert told == isinstance(ends, Exception)
 
 
+def test_a_job_that_slurm_does_not_requeue(slurm: Path, monkeypatch, capsys) -> None:
+    (slurm / "scontrol").write_text("#!/bin/bash\nexit 1\n")
+    ended = Result(75, 1, None, signal.SIGUSR2)
+    monkeypatch.setattr(slurm_module, "train", lambda *_: ended)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    with pytest.raises(SystemExit) as left:
+        slurm_module.Piece(Recipe(work_dir="x", data=DataConfig(root="x")), "auto")()
+    assert left.value.code == 2
+    assert "Slurm does not requeue job 42: submit it again" in capsys.readouterr().err
+
+
 def outputs(slurm: Path) -> str:
     return "\n".join(file.read_text()[-2000:] for file in slurm.glob("out_*"))
 

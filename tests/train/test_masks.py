@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from greenmim.checkpoint import load_checkpoint
 from greenmim.cli import main
-from greenmim.masking import block_visible, num_visible_units
+from greenmim.masking import block_visible, draw_visible, num_visible_units, random_visible
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,6 +35,15 @@ def test_blocks_hide_as_many_units_as_random_masks(seed, grid, ratio, batch) -> 
     assert (visible.sum(-1) == count).all()
     again = block_visible(np.random.default_rng(seed), grid, ratio, batch)
     assert np.array_equal(visible, again)
+
+
+def test_kinds_of_masks() -> None:
+    for kind, make in (("random", lambda rng: random_visible(rng, 6, 0.5)),
+                       ("block", lambda rng: block_visible(rng, (2, 3), 0.5))):  # fmt: skip
+        drawn = draw_visible(np.random.default_rng(1), (2, 3), 0.5, kind=kind)
+        assert np.array_equal(drawn, make(np.random.default_rng(1)))
+    with pytest.raises(ValueError, match="kind must be random or block, got 'blocks'"):
+        draw_visible(np.random.default_rng(1), (2, 3), 0.5, kind="blocks")
 
 
 def test_blocks_are_blocks_and_everywhere() -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,18 @@ def test_a_loader_process_that_is_killed_is_told_as_such(photos, monkeypatch) ->
         pytest.raises(UserError, match="A loader process died .*memory"),
     ):
         feed.next()
+
+
+def test_a_loader_process_that_dies_interrupts_nothing(photos, monkeypatch) -> None:
+    """It is told when a batch is waited for, and not in the middle of a save, say."""
+    in_workers(monkeypatch, lambda: time.sleep(60))
+    with feeding(photos, workers=1) as feed:
+        feed.start()
+        (worker,) = feed._workers
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(0.5)  # a handler would run here
+        with pytest.raises(UserError, match="A loader process died .*memory"):
+            feed.next()
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("it is killed by signal")])

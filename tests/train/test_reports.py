@@ -6,16 +6,19 @@ import errno
 import io
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from greenmim.data.images import REST_IS_USED
 from greenmim.data.sampler import EpochSampler
 from greenmim.guards import UserError
 from greenmim.launch import World
-from greenmim.processes import Processes, Reports
+from greenmim.processes import Processes, Report, Reports
 from greenmim.recipe import DataConfig, Recipe
-from greenmim.training.log import LogFile, RunLog, make_trackers, read_log
+from greenmim.training.log import LogFile, RunLog, cut_log, make_trackers, read_log
+from greenmim.training.train import Trainer
 
 CPU = torch.device("cpu")
 
@@ -138,6 +141,43 @@ def test_what_others_write_into_a_log_stays(tmp_path: Path, monkeypatch) -> None
     assert [r["step"] for r in read_log(path)] == [1, 11, 12, 2, 13, 3, 4]
     path.unlink()  # by the user
     assert ours.write("train", {"step": 5}) is None and ours.close() is None
+
+
+def test_a_log_that_a_power_cut_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(
+        b'{"event": "train", "step": 1}\n\xff\xfe\x00{"event": "train"}\n{"step": 3}\n'
+    )
+    assert [r["step"] for r in read_log(path)] == [1, 3]
+    assert [r["step"] for r in cut_log(path, 2)] == [1]
+    assert path.read_text() == '{"event": "train", "step": 1}\n'
+
+
+def test_what_is_said_of_files_that_cannot_be_read(tmp_path: Path, capsys) -> None:
+    failures = [("a.png", "cut short"), ("b.tar", f"cut short; {REST_IS_USED}")]
+    with RunLog(tmp_path / "log.jsonl", [], 0, 0, 10) as log:
+        for _ in range(2):
+            log.unreadable(failures)
+    text = capsys.readouterr().out
+    assert text.count("cannot read a.png (cut short); another image takes its place\n") == 1
+    assert text.count("cannot read b.tar (cut short; what is left is used)\n") == 1
+
+
+def test_the_norm_in_the_log_is_of_updates_that_had_one() -> None:
+    """A scaler skips those that overflowed by itself, and their norm is infinite."""
+    rows = []
+    run = SimpleNamespace(
+        sampler=SimpleNamespace(images_per_update=2), learning_rate=float, epoch=float, flops=1.0,
+        processes=SimpleNamespace(world=World(), device=torch.device("cpu")),
+    )  # fmt: skip
+    for norms, expected in (((1.0, math.inf, 3.0), 2.0), ((math.inf,), math.nan)):
+        reports = [Report(n, [1.0], norm, False, False, False) for n, norm in enumerate(norms)]
+        trainer = SimpleNamespace(
+            run=run, unlogged=reports, window_start=0.0, window_waited=0.0, skipped=0,
+            _loader_bytes=lambda: 0, log=SimpleNamespace(train=lambda _, row: rows.append(row)),
+        )  # fmt: skip
+        Trainer._log_window(trainer, 1, 1.0, 0.0)
+        assert rows[-1]["grad_norm"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_log_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:

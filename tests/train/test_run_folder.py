@@ -111,6 +111,9 @@ def test_resumed_with_a_larger_batch_nothing_is_lost(
     assert main([*argv[:-5], "--resume", older, *argv[-4:]]) == 0
     aside = folder.checkpoints / "set_aside_1"
     assert sorted(p.name for p in aside.glob("*.pth")) == ["step_00000011.pth", "step_00000012.pth"]
+    later = str(aside / "step_00000011.pth")
+    assert main([*argv[:-5], "--resume", later, *argv[-4:]]) == 2
+    assert "was set aside; move it and its .optimizer folder back" in capsys.readouterr().err
     assert list(losses(copy)) == list(range(1, 13)) and 12 in folder.by_step()
 
 

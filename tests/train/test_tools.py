@@ -59,7 +59,7 @@ def test_same_seed_same_picture(last: str, photos: Path, tmp_path: Path, capsys)
             output,
         ]
         assert main([*arguments, "--seed", seed, "--limit", "2"]) == 0
-        assert "drawn are the first 2; --limit draws more\n" in capsys.readouterr().err
+        assert "only the first 2 are drawn; --limit draws more\n" in capsys.readouterr().err
     a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
@@ -120,20 +120,20 @@ def test_a_perfect_prediction_gives_the_original_back(
     object.__setattr__(model.config, "norm_pix_loss", norm_pix)
     images = torch.randn(2, 3, 96, 64)
     visible = np.array([[1, 0, 0, 1, 0, 1], [0, 1, 0, 0, 1, 1]], dtype=bool)
-    original, _, rebuilt = pictures.columns(Oracle(model), images, visible, paste)
-    torch.testing.assert_close(rebuilt, original, atol=1e-5, rtol=0)
+    rebuilt = pictures.reconstruction(Oracle(model), images, visible, paste)
+    torch.testing.assert_close(rebuilt, images, atol=1e-5, rtol=0)
 
 
 def test_pasting_shows_visible_patches_as_they_are(last: str) -> None:
     model, _ = module.load_model(last)
     images = torch.randn(1, 3, 96, 64)
     visible = np.array([[1, 0, 0, 1, 0, 1]], dtype=bool)
-    original, _, pasted = pictures.columns(model, images, visible, True)
-    _, _, plain = pictures.columns(model, images, visible, False)
+    pasted = pictures.reconstruction(model, images, visible, True)
+    plain = pictures.reconstruction(model, images, visible, False)
     spread = pictures.spread(torch.from_numpy(visible), 96, 64).expand(1, 3, 96, 64)
-    assert torch.equal(pasted[spread], original[spread])
+    assert torch.equal(pasted[spread], images[spread])
     assert torch.equal(pasted[~spread], plain[~spread])
-    assert not torch.allclose(plain[spread], original[spread])
+    assert not torch.allclose(plain[spread], images[spread])
     assert spread[0, 0, 0, 0] and not spread[0, 0, 0, 40] and spread[0, 0, 40, 40]
 
 
