@@ -5,7 +5,7 @@
   every block has a ``relative_position_index`` buffer; of a Twins, strided convolutions have their
   input channels last.
 - timm: an encoder as in timm, without decoder; files of Microsoft's Swins and Meituan's Twins are
-  read as such.
+  read as this kind.
 
 The head of a classifier is left out of what is converted.
 """
@@ -34,11 +34,11 @@ from .guards import first_line
 KINDS = ("official", "timm", "greenmim")
 MERGE_ORDERS = ("swin", "row-major")
 _ENCODER, _HEAD, _RUN = "encoder.", "head.", "greenmim."
-# Derived from the sizes, and rebuilt where a kind has them.
+# Buffers that follow from the sizes: dropped on reading, rebuilt for the kind that has them.
 _BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 # What official files hold beside tensors and plain values: the command line they were made with.
 _PLAIN_CLASSES: list[Any] = [argparse.Namespace, pathlib.PosixPath]
-# Found in a name, and whose files have such names; the first counts.
+# A pattern in a name, and whose files have such names; the first match counts.
 _MAKERS = (
     (r"^encoder\.mask_token|^decoder\.0\.", "SimMIM's, of which only the encoder's would be read"),
     (r"^(swin|swinv2|donut)\.|^encoder\.layers\.\d+\.blocks\.\d+\.layernorm", "transformers' Swin"),
@@ -54,7 +54,7 @@ _MAKERS = (
     (r"^layers\.3\.downsample", "timm's Swin (kind 'timm')"),
 )
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
-# What a run's checkpoint has, and what readers of any rely on.
+# Fields of a run's checkpoint with their types, and those that every reader needs.
 _RUN_FIELDS: dict[str, Any] = {
     "version": (int, str), "greenmim": str, "step": int, "epoch": (int, float),
     "updates": int, "steps_per_epoch": int,
@@ -62,7 +62,7 @@ _RUN_FIELDS: dict[str, Any] = {
     "moments": dict, "recipe": dict, "classes": list,
 }  # fmt: skip
 _ALWAYS = ("step", "epoch", "steps_per_epoch", "model", "recipe")
-# What file systems say that have no fsync for a folder: FUSE, some network file systems.
+# Errors of file systems that cannot fsync a folder: FUSE, some network file systems.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
@@ -84,7 +84,8 @@ def convert_checkpoint(
         A new dict; tensors that need no change are those of `state_dict`.
 
     Raises:
-        ValueError: unknown kind or order, or a state dict that is not of kind `source`.
+        ValueError: unknown kind or order, a state dict that is not of kind `source`, or a model
+            that `target` does not have (as "official" a SwinV2, or windows that are not square).
     """
     for name, value, allowed in (
         ("source", source, KINDS),
@@ -107,7 +108,7 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
     """Which of `KINDS` a state dict is.
 
     Raises:
-        ValueError: none of them; says whose it looks like.
+        ValueError: it is none of them; the message says whose it looks like.
     """
     tensors = plain_names(state_dict)
     for kind in KINDS:
@@ -116,11 +117,11 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
         except ValueError:
             continue
         return kind
-    raise ValueError(f"this is not a state dict of a known kind, but like {_maker(tensors)}")
+    raise ValueError(f"this state dict is of no known kind; it looks like {_maker(tensors)}")
 
 
 def plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel puts before every name, and torch.compile into it."""
+    """Tensors without the prefixes of DistributedDataParallel and torch.compile in their names."""
     return {
         name.replace("_orig_mod.", "").removeprefix("module."): tensor
         for name, tensor in state_dict.items()
@@ -130,7 +131,7 @@ def plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(
     tensors: dict[str, Tensor], source: str
 ) -> tuple[type[VisibleEncoder], dict[str, Tensor], dict[str, Tensor]]:
-    """The class of the encoder, its weights as that has them, and the decoder."""
+    """The encoder's class, its weights under that class's names, and the decoder's weights."""
     tensors = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _BUFFERS}
     if source == "timm":
         encoder = {n: t for n, t in tensors.items() if not n.startswith(_HEAD)}
@@ -148,7 +149,8 @@ def _read(
             raise ValueError(f"holds {strangers[0]!r}")
     except ValueError as error:
         raise ValueError(
-            f"this is not a state dict of kind {source!r}: it {error}, like {_maker(tensors)}"
+            f"this is not a state dict of kind {source!r}: it {error}; it looks like"
+            f" {_maker(tensors)}"
         ) from error
     return network, encoder, decoder
 
@@ -169,7 +171,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, 
 
     Args:
         path: a .safetensors file, or one written by ``torch.save``.
-        lazily: leave tensors of the latter on the disk until they are used.
+        lazily: map a file of ``torch.save`` into memory: tensors are read when they are used.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -188,22 +190,24 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False) -> dict[str, 
     except OSError:
         raise
     except MemoryError as error:
-        raise ValueError(f"{path} asks for more memory than there is") from error
+        raise ValueError(f"{path} needs more memory than this machine has") from error
     except Exception as error:  # pickle, zip and torch raise anything on a damaged file
         refused = _REFUSED.search(str(error))
         if refused:
             raise ValueError(
-                f"{path} holds a {refused[1]}, and only tensors and plain values are read, for a"
-                " pickle can run code; save its state dict alone"
+                f"{path} holds a {refused[1]}, and only tensors and plain values are read, as a"
+                " pickle can run code; save only the model's state dict"
             ) from error
         why = first_line(error)
         why = "" if "weights_only" in why else f": {why}"  # which is torch's advice, not a reason
         raise ValueError(f"{path} is damaged or no checkpoint{why}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not a checkpoint; save a model's state dict"
+        )
     problem = _tensor_problem(content, path.stat().st_size) or _field_problem(content)
     if problem:
-        raise ValueError(f"{path} is damaged: {problem}")
+        raise ValueError(f"{path} is damaged: {problem}; use another checkpoint")
     return content
 
 
@@ -260,8 +264,10 @@ def _field_problem(content: dict[str, Any]) -> str | None:
 
 
 def _size_problem(content: dict[str, Any]) -> str | None:
-    """Whether a run's network would be larger than the weights there are for it: their sizes are
-    believed only so far as the file has them."""
+    """Whether a run's sizes ask for more weights than its file has.
+
+    No small file may make a huge network.
+    """
     try:
         config = ModelConfig.of_saved(content["recipe"]["model"])
     except (ValueError, TypeError, KeyError) as error:
@@ -275,15 +281,14 @@ def _size_problem(content: dict[str, Any]) -> str | None:
 
 
 def run_command(content: Mapping[str, Any]) -> str | None:
-    """The command whose run wrote a checkpoint with this content, "pretrain" or "finetune"; None
-    of any other file."""
+    """The command whose run wrote this content, "pretrain" or "finetune"; None for other files."""
     name = content.get("format")
     is_run = isinstance(name, str) and name.startswith(_RUN)
     return str(name).removeprefix(_RUN) if is_run else None
 
 
 def load_state_dict_file(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The model's state dict in a checkpoint file, wherever in it that is.
+    """The model's state dict in a checkpoint file, under whichever of the usual keys.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -295,7 +300,7 @@ def load_state_dict_file(path: str | os.PathLike) -> dict[str, Tensor]:
 def find_state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
     """The model's state dict in what :func:`load_checkpoint` gave for `path`.
 
-    Where a fine-tuning run kept an average of its weights, it is that.
+    These are the averaged weights, where a fine-tuning run kept some.
 
     Raises:
         ValueError: there is none.
@@ -304,11 +309,11 @@ def find_state_dict(content: Mapping[str, Any], path: str | os.PathLike) -> dict
         if isinstance(inner, Mapping) and inner:
             if all(isinstance(n, str) and isinstance(t, Tensor) for n, t in inner.items()):
                 return dict(inner)
-    raise ValueError(f"{path} holds no state dict under 'model', 'state_dict' or at its top")
+    raise ValueError(f"{path} holds no state dict under 'ema', 'model', 'state_dict' or at its top")
 
 
 def save_atomic(content: Any, path: str | os.PathLike) -> None:
-    """``torch.save`` so that the file is there whole or not at all, also after a power cut.
+    """``torch.save``, so that the file is there whole or not at all, even after a power cut.
 
     Args:
         content: what to save.
@@ -320,7 +325,7 @@ def save_atomic(content: Any, path: str | os.PathLike) -> None:
     """
 
     def write(beside: pathlib.Path) -> None:
-        with open(beside, "wb") as file:  # of Python: torch's own loses what went wrong
+        with open(beside, "wb") as file:  # Python's: torch's own hides why a write failed
             torch.save(content, file)
 
     write_atomic(write, pathlib.Path(path))
@@ -383,9 +388,12 @@ def free_name(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def sync_folder(path: pathlib.Path) -> None:
-    """Bring the names in a folder to the disk: after it, a power cut does not undo a rename.
+    """Flush the names in a folder to the disk, so that a power cut does not undo a rename.
 
-    On a file system that does this for files only there is nothing to do.
+    It does nothing on file systems that flush files only.
+
+    Raises:
+        OSError: the folder cannot be opened or flushed.
     """
     folder = os.open(path, os.O_RDONLY)
     try:

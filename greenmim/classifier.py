@@ -1,7 +1,7 @@
 """A classifier: the encoder with everything visible, and a linear layer on the mean of its tokens.
 
-It is timm's network with a head, number for number where grids are multiples of the window, with
-attention by the fused operator.
+It equals timm's network with a head where grids are multiples of the window (a Twins up to two
+epsilons, see `encoders.twins_svt`); attention is the fused operator.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .planning import Plan, Planner, check_images, checked_plan
 
 
 class Classifier(nn.Module):
-    """Scores of classes.
+    """An encoder with a linear head: class scores of images.
 
     The state dict holds the encoder as ``encoder.`` + timm's keys, and ``head.fc``.
 
     Args:
-        config: sizes of the encoder; those of the decoder mean nothing here.
-        num_classes: K.
+        config: sizes of the encoder; the decoder's are not used.
+        num_classes: number of classes K, at least 1.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
@@ -38,14 +38,15 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head["fc"].bias)
 
     def plan(self) -> Plan:
-        """The plan of any batch, on the CPU; made ahead it can be given to every pass."""
+        """The plan with everything visible, on the CPU; one serves every forward pass."""
         return self.planner(np.ones(self.config.num_units, dtype=bool))
 
     def forward(self, images: Tensor, plan: Plan | None = None) -> Tensor:
-        """Scores before the softmax.
+        """Class scores (logits).
 
         Args:
-            images: float [B, 3, H, W] of the model's size, normalised as the data is.
+            images: float [B, 3, H, W] of the model's size, normalised with the data's mean and
+                standard deviation.
             plan: `self.plan()` made ahead; this form compiles with ``fullgraph=True``.
 
         Returns:
@@ -61,11 +62,11 @@ class Classifier(nn.Module):
         return self.head["fc"](self.encoder(images, plan).mean(1))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training computes activations again in the backward pass: less memory, slower."""
+        """Recompute activations in the backward pass of training: less memory, more time."""
         self.encoder.set_grad_checkpointing(enable)
 
     def blocks(self) -> Iterator[VisibleBlock]:
-        """The parts that are alike, in order."""
+        """The transformer blocks, in order."""
         return self.encoder.visible_blocks()
 
     def no_weight_decay(self) -> set[str]:
@@ -74,13 +75,17 @@ class Classifier(nn.Module):
         return of_encoder | {"head.fc.bias"}
 
     def to_timm(self) -> dict[str, Tensor]:
-        """Its state dict as timm's network with a head has it."""
+        """The state dict under timm's names, with the head."""
         encoder = convert_checkpoint(self.state_dict(), source="greenmim", target="timm")
         head = self.head["fc"].state_dict()
         return encoder | {f"{self.encoder.timm_head}.{name}": head[name] for name in head}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Which parameters are of which layer, for timm's layer decay: as in timm's own."""
+        """Patterns that tell a parameter's layer, for timm's layer-wise learning-rate decay.
+
+        Args:
+            coarse: one layer per stage, not per block.
+        """
 
         def inside(pattern: str) -> str:
             return pattern.replace("^", r"^encoder\.")

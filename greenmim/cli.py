@@ -1,4 +1,4 @@
-"""The command line: `greenmim pretrain` and `finetune`, what looks at their results, and tools."""
+"""The command line: training (`pretrain`, `finetune`), evaluation and tools."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from greenmim.presets import check_recipe_file, preset_table, resolve_config
 from greenmim.recipe import Recipe, RunRecipe
 
 EXIT_CODES = (
-    "exit codes: 0 done; 2 bad input, told in one line; 3 stopped because losses were not finite;"
-    " 4 another process of the run died or hung; 75 stopped by SIGTERM, SIGHUP, SIGUSR1 or"
-    " SIGUSR2 after saving, repeat the command with --resume; 130 the same after Ctrl-C; 1 an error"
-    " of greenmim itself, with its traceback"
+    "exit codes: 0 finished; 1 an internal error, with its traceback; 2 bad input or a full disk,"
+    " explained in one line; 3 stopped because losses or gradients were not finite; 4 another"
+    " process of the run died or hung; 75 stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 and saved,"
+    " repeat the command with --resume; 130 the same after Ctrl-C"
 )
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (see `EXIT_CODES`).
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program name; None means `sys.argv[1:]`.
     """
     typed = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in typed or os.environ.get("GREENMIM_DEBUG", "0") not in ("", "0")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("greenmim: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # of `| head`, which has seen enough; a run looks after itself
+    except BrokenPipeError:  # `| head` closed stdout; a run handles that itself (`RunLog`)
         asked, _ = messages.asked_for_help(typed)
         is_run = bool(arguments) and arguments[0] in RUNS
         if is_run and not asked and "--dry_run" not in arguments:
@@ -95,7 +95,8 @@ def _run(arguments: list[str], typed: list[str], debug: bool) -> int:
 
 
 def _told_once(text: str) -> UserError:
-    error = UserError(text)  # which all processes of a run find
+    """A UserError that every process of a run finds: only one of them prints it."""
+    error = UserError(text)
     error.quiet = not speaks()
     return error
 
@@ -109,7 +110,7 @@ def _underscores(argument: str) -> str:
 
 
 def _config_first(arguments: list[str]) -> list[str]:
-    """The command, its --config, and the rest: a file would override the options before it."""
+    """Moves --config to the front: a file would override the options before it."""
     if not arguments or arguments[0] not in RUNS:
         return arguments
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -124,7 +125,10 @@ def _parser(**options: Any) -> ArgumentParser:
 
 
 def build_parser(command: str = "pretrain") -> tuple[ArgumentParser, ArgumentParser, Callable]:
-    """The whole parser, and a command's own with its function; the others have no options yet."""
+    """The whole parser, and one command's own parser and function.
+
+    The other commands are listed without options: their imports are slow, or may be missing.
+    """
     parser = _parser(
         prog="greenmim",
         version=greenmim.__version__,
@@ -150,7 +154,7 @@ RUNS: dict[str, tuple[type[RunRecipe], str]] = {
         "Fine-tune the encoder of a checkpoint (--init) to classify images in class folders.",
     ),
 }
-# Options that are no part of a recipe: a run's next command need not repeat them.
+# Options of one command, not of the recipe: config.yaml does not have them.
 OF_A_CALL = ("config", "resume", "max_steps", "profile", "mask_per_image", "dry_run", "launcher")
 
 
@@ -165,8 +169,8 @@ class _Preset(ActionConfigFile):
             ActionConfigFile.apply_config(parser, cfg, dest, file)
         except (argparse.ArgumentError, UserError):
             raise
-        except Exception as error:  # YAML's own types raise anything
-            raise UserError(f"--config {file} is no recipe: {one_line(error)}.") from error
+        except Exception as error:  # PyYAML's constructors raise anything
+            raise UserError(f"--config {file} is not a recipe: {one_line(error)}.") from error
 
 
 def _run_command(command: str) -> tuple[ArgumentParser, Callable]:
@@ -181,13 +185,13 @@ def _run_command(command: str) -> tuple[ArgumentParser, Callable]:
     parser.of_command = command  # type: ignore[attr-defined]  # for `_Preset`
     texts = {
         "config": "a preset or a YAML file; options override its values",
-        "resume": "go on with the run in --work-dir (or start it), or from this checkpoint",
-        "launcher": "slurm submits the run as a job, with the options that follow; torchrun and"
-        " srun need none",
-        "dry_run": "say what would run and what it would cost",
-        "max_steps": "end after so many updates, with a checkpoint; the schedule stays as it is",
-        "profile": "record a few updates: a trace, and on a GPU their memory, in the work dir",
-        "mask_per_image": "the same as --mask.per-image true",
+        "resume": "continue the run in --work-dir (or start it), or continue from CHECKPOINT",
+        "launcher": "slurm submits the run as a job, with the Slurm options; not needed under"
+        " torchrun or srun",
+        "dry_run": "check everything, print what would run and what it costs, and write nothing",
+        "max_steps": "stop after N updates in all, with a checkpoint; the schedule is unchanged",
+        "profile": "record a trace of a few updates, on a GPU also their memory, in the work dir",
+        "mask_per_image": "short for --mask.per-image true",
     }
     add = parser.add_argument
     add("--config", action=_Preset, metavar="NAME_OR_FILE", help=texts["config"])
@@ -229,19 +233,21 @@ def _train(kind: type[RunRecipe], parser: ArgumentParser, options: Namespace) ->
     except (UserError, ValueError) as error:  # the recipe's own checks and the model's
         raise _told_once(str(error)) from error
     except TypeError as error:  # a line of YAML that names a group of options and gives none
-        raise _told_once(f"A group of the recipe's options has no values ({error}).") from error
+        raise _told_once(
+            f"A group of options in the recipe is empty ({error}); give it values or remove it."
+        ) from error
     if options.get("mask_per_image") and isinstance(recipe, Recipe):
         recipe.mask.per_image = True
     max_steps, profile = options.max_steps, options.profile
     if max_steps is not None and max_steps < 1:
         raise _told_once(f"--max-steps is {max_steps}; it has to be at least 1.")
     if options.launcher == "none" and not options.dry_run:
-        # What it raises, torchrun shows as the cause; what `record` gives is what `train` does.
+        # `record` reports what is raised to torchrun, and returns what `train` returns.
         return record(train)(recipe, options.resume, max_steps, profile).exit_code  # type: ignore[union-attr]
 
     world = World.from_environment()
     job = SlurmJob(**of_job) if options.launcher == "slurm" else None
-    # A login node need not have the GPUs of the job, nor who asks what a run on one would be.
+    # Not checked here: a login node has no GPU, and a --cuda-graph dry run may be on a laptop.
     on_gpu = (job is not None or recipe.cuda_graph) and recipe.device != "cpu"
     device = torch.device("cuda") if on_gpu else choose_device(recipe.device, world)
     try:
@@ -256,7 +262,7 @@ def _train(kind: type[RunRecipe], parser: ArgumentParser, options: Namespace) ->
     return 0
 
 
-# ---- tools: each is imported where it is asked for, as another's needs may be missing -----------
+# ---- tools: imported only when called, as another's packages may be missing ----------------------
 
 
 def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, Callable]:
@@ -266,10 +272,13 @@ def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, C
         "images": {
             "nargs": "+",
             "required": True,
-            "help": "Image files, or what --data.root names.",
+            "help": "Image files, folders, tars, shards or datasets.",
         },
-        "source": {"choices": KINDS, "help": "What the input is; a run's need not be named."},
-        "overwrite": {"action": "store_true", "help": "Replace an output that is there."},
+        "source": {
+            "choices": KINDS,
+            "help": "Kind of the input; not needed for a run's checkpoint.",
+        },
+        "overwrite": {"action": "store_true", "help": "Replace an output that is there already."},
     }
     parser.add_function_arguments(tool, as_group=False, skip=set(by_hand))
     for name in by_hand.keys() & inspect.signature(tool).parameters.keys():
@@ -279,7 +288,7 @@ def _tool(usage: str, tool: Callable, tell: Callable) -> tuple[ArgumentParser, C
     def run(_: ArgumentParser, options: Namespace) -> int:
         end_of_imports()
         result = tool(**vars(parser.instantiate(options)))
-        if result is not None:  # one process of several speaks
+        if result is not None:  # only the main process has a result
             print(tell(result, options))
         return 0
 
@@ -349,14 +358,17 @@ def _doctor() -> tuple[ArgumentParser, Callable]:
 
 
 COMMANDS = {
-    "pretrain": ("pre-train a Swin on a folder of images", lambda: _run_command("pretrain")),
-    "finetune": ("fine-tune its encoder to classify images", lambda: _run_command("finetune")),
+    "pretrain": ("pre-train an encoder on images", lambda: _run_command("pretrain")),
+    "finetune": (
+        "fine-tune a pre-trained encoder to classify images",
+        lambda: _run_command("finetune"),
+    ),
     "reconstruct": ("draw original, masked and reconstructed images", _reconstruct),
-    "knn": ("classify images by their nearest neighbours' features", _knn),
-    "probe": ("classify images by a linear layer on their features", _probe),
-    "eval": ("classify images by a fine-tuned classifier", _eval),
-    "export": ("write encoder or classifier as a file that timm loads", _export),
-    "convert": ("convert checkpoints: official, greenmim, timm", _convert),
-    "presets": ("list the recipes that --config may name", _presets),
-    "doctor": ("say what is installed and which backends work", _doctor),
+    "knn": ("evaluate an encoder by k nearest neighbours", _knn),
+    "probe": ("evaluate an encoder by a linear probe", _probe),
+    "eval": ("evaluate a fine-tuned classifier", _eval),
+    "export": ("write the encoder or classifier as a file that timm loads", _export),
+    "convert": ("convert checkpoints between official, greenmim and timm", _convert),
+    "presets": ("list the presets for --config", _presets),
+    "doctor": ("report what is installed and which backends work", _doctor),
 }

@@ -1,4 +1,4 @@
-"""What a model is: sizes, and the names of the published ones."""
+"""Sizes of a model, and the named models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 UNIT_PIXELS = 32
 PATCH_PIXELS = 4
 NUM_STAGES = 4
-# A file's few bytes, such as the number of a block in a weight's name, must not ask for more.
-_MOST = {
+# Limits, so that a damaged or hostile file cannot ask for a network that fills the memory.
+_LIMITS = {
     "image_size": 2**14, "window_size": 2**10, "embed_dim": 2**14, "depths": 1000,
     "decoder_dim": 2**16, "decoder_depth": 1000,
 }  # fmt: skip
@@ -21,20 +21,20 @@ _MOST = {
 
 @dataclasses.dataclass(frozen=True)
 class EncoderTraits:
-    """An encoder, as far as sizes and plans depend on it.
+    """What sizes and plans depend on in an encoder.
 
     Args:
-        class_name: in the file of its name in encoders/.
-        fields: of `ModelConfig`, those that mean something to this encoder and not to all.
-        shifts: odd blocks have shifted windows, windows are as large as the grid at most, and each
-            stage has twice the channels of the one before.
-        least_window: side of the smallest window.
-        has_neighbours: plans tell which visible tokens are beside each other.
+        class_name: its class, in the file of encoders/ that has the encoder's name.
+        fields: fields of `ModelConfig` that this encoder has and others do not.
+        is_swin: whether odd blocks shift their windows, no window is larger than its grid, and each
+            stage doubles the channels.
+        least_window: side of the smallest window it can have, in tokens.
+        has_neighbours: whether plans list the neighbours of each visible token.
     """
 
     class_name: str
     fields: tuple[str, ...] = ()
-    shifts: bool = True
+    is_swin: bool = True
     least_window: int = 1
     has_neighbours: bool = False
 
@@ -45,8 +45,8 @@ ENCODERS = {
     "twins_svt": EncoderTraits(
         "TwinsSVTEncoder",
         ("sr_ratios", "pos_conv_residual"),
-        shifts=False,
-        least_window=2,  # timm takes one of 1 for global attention
+        is_swin=False,
+        least_window=2,  # timm reads a window of 1 as global attention
         has_neighbours=True,
     ),
 }
@@ -62,27 +62,28 @@ class ModelConfig:
     Args:
         image_size: pixels, one side or (height, width); multiples of 32.
         window_size: side M of a window, in tokens.
-        embed_dim: channels of stage 1, which each stage doubles; or of each of the four stages,
-            where an encoder takes others.
+        embed_dim: channels of stage 1, doubled by each later stage; for twins_svt also one number
+            per stage.
         depths: blocks of each of the four stages.
         num_heads: attention heads of each of the four stages.
         norm_eps: epsilon of every LayerNorm (published: 1e-6; timm's own Swin: 1e-5).
-        drop_path: stochastic depth rate of the last block, growing from 0.
+        drop_path: stochastic depth rate of the encoder's last block; it grows from 0 at the first.
         decoder_dim: channels of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
-        norm_pix_loss: whether the target of a unit is normalised by its own mean and deviation.
+        norm_pix_loss: normalise the target of each unit by its own mean and standard deviation.
         encoder: swin, swinv2 or twins_svt.
-        pretrained_window_sizes: of swinv2, the side of each stage's windows in training before,
-            where it was another: positions keep their meaning; 0 for the same.
-        sr_ratios: of twins_svt, sides of the cells that are a key of global attention, in each
-            stage; powers of two, at most the 8, 4, 2 and 1 tokens along a unit.
-        pos_conv_residual: of twins_svt, whether positional convolutions begin as timm's, which add
-            their input; those that were published do not. Only fresh weights differ by it: to add
-            the input is to add 1 to the middle weight, which conversion to and from timm does.
+        pretrained_window_sizes: for swinv2, the side of each stage's windows in earlier training,
+            so that relative positions keep their meaning; 0 where it was the same.
+        sr_ratios: for twins_svt, the side in tokens of the cells that are one key of global
+            attention, per stage; powers of two, at most 8, 4, 2 and 1 (the tokens along a unit).
+        pos_conv_residual: for twins_svt, start the positional convolutions as timm's, which add
+            their input; the published ones do not. Only fresh weights differ: to add the input is
+            to add 1 to the middle weight, and conversion to and from timm takes care of that.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: an unknown encoder, a field that the encoder does not have, or sizes that do not
+            fit together.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -102,7 +103,7 @@ class ModelConfig:
     pos_conv_residual: bool = False
 
     def __post_init__(self) -> None:
-        # YAML brings lists and NumPy its own integers; a frozen dataclass is set this way.
+        # YAML gives lists, NumPy its own integers; a frozen dataclass can only be set this way.
         sides = check_image_size(self.image_size)
         pair = isinstance(self.image_size, (tuple, list))
         object.__setattr__(self, "image_size", sides if pair else sides[0])
@@ -122,17 +123,19 @@ class ModelConfig:
         default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         for name in {name for traits in ENCODERS.values() for name in traits.fields}:
             if name not in self.traits.fields and getattr(self, name) != default[name]:
-                raise ValueError(f"the encoder {self.encoder} has no {name}")
-        for name, most in _MOST.items():
+                raise ValueError(f"the encoder {self.encoder} has no {name}; leave it out")
+        for name, most in _LIMITS.items():
             value = getattr(self, name)
             if max(value if isinstance(value, tuple) else (value,)) > most:
                 raise ValueError(f"{name} must be at most {most}, got {value}")
-        if self.traits.shifts and isinstance(self.embed_dim, tuple):
-            raise ValueError(f"the encoder {self.encoder} takes one embed_dim, which it doubles")
+        if self.traits.is_swin and isinstance(self.embed_dim, tuple):
+            raise ValueError(
+                f"the encoder {self.encoder} takes one embed_dim; later stages double it"
+            )
         if self.window_size < self.traits.least_window:
             raise ValueError(
-                f"the encoder {self.encoder} has windows of at least {self.traits.least_window}"
-                " tokens a side"
+                f"the encoder {self.encoder} needs windows of at least {self.traits.least_window}"
+                f" tokens a side, got {self.window_size}"
             )
         for ratio, most in zip(self.sr_ratios, default["sr_ratios"], strict=True):
             if ratio & (ratio - 1) or ratio > most:
@@ -150,7 +153,8 @@ class ModelConfig:
         for stage, (dim, heads) in enumerate(zip(self.stage_dims, self.num_heads, strict=True), 1):
             if dim % heads:
                 raise ValueError(
-                    f"the {dim} channels of stage {stage} cannot be split into {heads} heads"
+                    f"the {dim} channels of stage {stage} cannot be split into {heads} heads;"
+                    " change embed_dim or num_heads"
                 )
         if self.decoder_dim % 4 or self.decoder_dim % self.decoder_heads:
             raise ValueError(
@@ -160,10 +164,10 @@ class ModelConfig:
 
     @classmethod
     def of_saved(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """From what a run saved: what it did not know yet, or left open, is as by default.
+        """The configuration that a run saved; what it lacks, or holds as None, gets its default.
 
         Args:
-            values: fields by name; others are left alone.
+            values: fields by name; other names are ignored.
 
         Raises:
             ValueError: sizes that do not fit together.
@@ -173,7 +177,7 @@ class ModelConfig:
 
     @property
     def traits(self) -> EncoderTraits:
-        """What sizes and plans depend on of the encoder."""
+        """The encoder's entry in `ENCODERS`."""
         return ENCODERS[self.encoder]
 
     @property
@@ -203,13 +207,13 @@ class ModelConfig:
     def stage_windows(
         self, image_size: int | Sequence[int] | None = None
     ) -> tuple[tuple[tuple[int, int], tuple[int, int], tuple[int, int]], ...]:
-        """(token grid, window, shift of odd blocks), each (height, width), for every stage.
+        """(token grid, window, shift of odd blocks), each (height, width) in tokens, per stage.
 
-        Where windows are shifted: per axis, with a grid no larger than M, the window is the grid
-        and the shift 0.
+        In a Swin, per axis: where the grid is no longer than M, the window is the grid and the
+        shift 0.
 
         Args:
-            image_size: pixels, one side or (height, width); None takes the model's.
+            image_size: pixels, one side or (height, width); None for the model's own.
 
         Raises:
             ValueError: a side is not a positive multiple of 32.
@@ -220,7 +224,7 @@ class ModelConfig:
             grid = tuple(side // (PATCH_PIXELS * 2**stage) for side in sides)
             window: tuple[int, ...] = (self.window_size,) * 2
             shift: tuple[int, ...] = (0, 0)
-            if self.traits.shifts:
+            if self.traits.is_swin:
                 shift = tuple(window[0] // 2 if side > window[0] else 0 for side in grid)
                 window = tuple(min(window[0], side) for side in grid)
             stages.append((grid, window, shift))
@@ -246,7 +250,7 @@ def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _channels(embed_dim: int | Sequence[int]) -> int | tuple[int, ...]:
-    """One number where each stage doubles it."""
+    """One number where each stage doubles it, so that equal sizes compare equal."""
     if not isinstance(embed_dim, (tuple, list)):
         return _integer(embed_dim, "embed_dim", 1)
     dims = _integers(embed_dim, "embed_dim", 1)
@@ -279,7 +283,7 @@ _TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
 _SMALL = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}
 _BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
 _LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
-# None was published with GreenMIM; epsilon is timm's and Microsoft's.
+# No SwinV2 was published with GreenMIM; epsilon is that of timm and Microsoft.
 _V2 = {"encoder": "swinv2", "image_size": 256, "window_size": 8, "norm_eps": 1e-5}
 # Chu et al., NeurIPS 2021 (arXiv 2104.13840).
 _TWINS = {"encoder": "twins_svt"}
@@ -310,7 +314,7 @@ MODELS: dict[str, dict] = {
 
 
 def models_like(config: ModelConfig, fields: Sequence[str]) -> list[str]:
-    """Named models with the encoder of a configuration and the same values of these fields."""
+    """Names in `MODELS` with the encoder of a configuration and its values of these fields."""
     return [
         name
         for name, values in MODELS.items()
@@ -323,6 +327,10 @@ def models_like(config: ModelConfig, fields: Sequence[str]) -> list[str]:
 
 def model_config(name: str, **overrides) -> ModelConfig:
     """The configuration of a named model, with some values changed.
+
+    Args:
+        name: one of `MODELS`.
+        overrides: fields of `ModelConfig` to change.
 
     Raises:
         ValueError: unknown name (the nearest ones are named) or sizes that do not fit together.

@@ -1,7 +1,7 @@
 """The recipe of a fine-tuning run: an encoder learns to classify labelled images.
 
-The defaults are the published recipe of Swin-B (Huang et al., NeurIPS 2022, arXiv 2205.13515), with
-SimMIM's augmentation and reference batch (Xie et al., CVPR 2022, arXiv 2111.09886), which it takes.
+The defaults are the published recipe of Swin-B (Huang et al., NeurIPS 2022, arXiv 2205.13515). It
+uses SimMIM's augmentation and reference batch (Xie et al., CVPR 2022, arXiv 2111.09886).
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from greenmim.recipe import ImagesConfig, OptimConfig, RunRecipe, ScheduleConfig
 
 @dataclass
 class EncoderConfig:
-    """The encoder; what is null is as in the checkpoint of --init.
+    """Sizes of the encoder; null takes a value from the checkpoint of --init.
 
     Args:
         image_size: Pixels, one side or (height, width); multiples of 32.
         window_size: Side of a window, in tokens; tables of other windows are interpolated.
-        embed_dim: Channels of stage 1, which each stage doubles; or of each stage.
+        embed_dim: Channels of stage 1, doubled by each later stage; or of each stage.
         depths: Blocks of each of the four stages.
         num_heads: Attention heads of each of the four stages.
         norm_eps: Epsilon of every LayerNorm.
         drop_path: Stochastic depth rate of the last block, growing from 0.
         encoder: swin, swinv2 or twins_svt.
-        pretrained_window_sizes: Of swinv2, the side of each stage's windows in training before.
-        sr_ratios: Of twins_svt, sides of the cells that are a key of global attention.
+        pretrained_window_sizes: For swinv2, the side of each stage's windows in earlier training.
+        sr_ratios: For twins_svt, the side in tokens of the cells that are one key of global
+            attention.
     """
 
     image_size: int | tuple[int, int] | None = None
@@ -50,7 +51,7 @@ class EncoderConfig:
         return {name: value for name, value in values if value is not None}
 
     def model_config(self) -> ModelConfig:
-        """The sizes; UserError where one is null or they do not fit together."""
+        """The sizes as a `ModelConfig`; UserError where one is null or they do not fit together."""
         for name in ("embed_dim", "depths", "num_heads"):
             if getattr(self, name) is None:
                 raise UserError(
@@ -63,7 +64,7 @@ class EncoderConfig:
             raise UserError(f"{error}.") from error
 
     def filled(self, sizes: dict[str, Any]) -> EncoderConfig:
-        """With what is null taken from others."""
+        """A copy whose null values are taken from `sizes`."""
         names = {f.name for f in dataclasses.fields(self)}
         known = {name: value for name, value in sizes.items() if name in names}
         return EncoderConfig(**(known | self.given()))
@@ -76,11 +77,12 @@ class LabelledImagesConfig(ImagesConfig):
     Args:
         root: Folder with a folder for each class; or, by a prefix: tar/FILE_OR_FOLDER with folders,
             wds/SHARDS with .cls, hfds/DATASET[:SPLIT] with a column of classes.
-        val_root: The same of held-out images, whose accuracy is measured (see
-            log.val_every_epochs); null measures none.
-        classes: File with a class in each line, in the order of the scores; null takes those of the
-            images, in alphabetical order. Shards do not tell theirs. Images of others are left out.
-        rand_augment: RandAugment as timm writes it; null leaves it out.
+        val_root: Held-out images, named in the same way, whose accuracy is measured (see
+            log.val_every_epochs); null for none.
+        classes: File with one class per line, in the order of the scores; null takes those of the
+            images, in alphabetical order. Shards need the file. Images of other classes are left
+            out.
+        rand_augment: timm's string for RandAugment; null leaves it out.
         erase: Probability that a rectangle of an image becomes noise.
     """
 
@@ -92,14 +94,14 @@ class LabelledImagesConfig(ImagesConfig):
 
 @dataclass
 class MixConfig:
-    """How images and their classes are mixed, by timm's Mixup, and smoothed.
+    """Mixing of images and labels (timm's Mixup), and label smoothing.
 
     Args:
         mixup: Alpha of mixup (Beta distribution); 0 never blends.
         cutmix: Alpha of cutmix; 0 never pastes.
         prob: Probability that a batch is mixed at all.
         switch_prob: Probability of cutmix where both are on.
-        smoothing: Share of the target that all classes have alike.
+        smoothing: Label smoothing: share of the target spread evenly over all classes.
     """
 
     mixup: float = 0.8
@@ -111,10 +113,10 @@ class MixConfig:
 
 @dataclass
 class FinetuneOptimConfig(OptimConfig):
-    """AdamW with a learning rate that falls from layer to layer.
+    """AdamW with layer-wise learning-rate decay.
 
     Args:
-        layer_decay: Factor of the learning rate from one layer to the one before it; 1 for none.
+        layer_decay: Learning rate of a layer as a share of the next layer's; 1 for none.
     """
 
     base_lr: float = 1.25e-3
@@ -135,9 +137,9 @@ class FinetuneRecipe(RunRecipe):
     Args:
         init: Weights that a new run starts from: the encoder's in a checkpoint of this package, an
             official one, timm's or Microsoft's. Tables of other windows are interpolated.
-        ema_decay: Greatest decay of the moving average of the weights, which is measured and saved
+        ema_decay: Largest decay of the moving average of the weights, which is measured and saved
             beside them. timm's warm-up keeps it to 1 - (1 + updates)^(-2/3): 0.99 after 1,000,
-            0.9996 after 125,000. null keeps none.
+            0.9996 after 125,000. null keeps no average.
         mix: How images are mixed.
     """
 
@@ -175,12 +177,13 @@ class FinetuneRecipe(RunRecipe):
 
 
 def check_rand_augment(text: str) -> None:
-    """Raises UserError where timm does not take it."""
+    """Raises UserError for a string that timm cannot read."""
     from timm.data.auto_augment import rand_augment_transform
 
     try:
         rand_augment_transform(text, {})
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
-            f"--data.rand-augment is {text!r}; it has to be such as rand-m9-mstd0.5-inc1, or null."
+            f"--data.rand-augment is {text!r}; give timm's form, such as rand-m9-mstd0.5-inc1, or"
+            " null."
         ) from error

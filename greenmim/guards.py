@@ -81,6 +81,9 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     return f"This needs {error.name}, which is not installed: pip install 'greenmim[train]'."
 
 
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def exit_code(work: Callable[[], int], debug: bool = False) -> int:
     """The exit code of a program's work; an error for people is a line on stderr and its code.
 
@@ -96,8 +99,8 @@ def exit_code(work: Callable[[], int], debug: bool = False) -> int:
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 what = "this name is too long; use a shorter one"
-            elif error.errno == errno.EACCES and error.filename is not None:
-                what = "no permission; use another path"
+            elif error.errno in _NO_PERMISSION and isinstance(error.filename, str):
+                what = f"{error.strerror}; use another path (--debug shows what for)"
             else:
                 raise
             raise UserError(f"{error.filename}: {what}.") from error

@@ -35,21 +35,21 @@ _FIXED = "decoder_pos_embed"
 def initialise(
     model: GreenMIM, path: str | Path, weights: Mapping[str, Tensor] | None = None
 ) -> list[str]:
-    """Bring the weights of a checkpoint into a model.
+    """Load the weights of a checkpoint into a model.
 
     Args:
-        model: On the CPU; its window and image size may be others than the checkpoint's.
+        model: On the CPU; its windows and image size may differ from the checkpoint's.
         path: A checkpoint of this package (of a run, or exported), an official one, timm's or
             Microsoft's, with Swin's order of patch merging.
-        weights: The state dict in it, where it was read before.
+        weights: The file's state dict, if it was read already.
 
     Returns:
-        What people should know, a line each: what was taken, what was interpolated, what is new.
+        Lines for the user: what was taken, what was interpolated, what is new.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or its encoder is of another model; the first difference is
-            named. The model is as it was.
+            named. The model is then unchanged.
     """
     weights = load_state_dict_file(path) if weights is None else weights
     own = model.state_dict()
@@ -71,7 +71,7 @@ def initialise(
 def initialise_classifier(
     model: Classifier, path: str | Path, weights: Mapping[str, Tensor] | None = None
 ) -> list[str]:
-    """As `initialise`, of a classifier: its encoder alone, whatever head there is."""
+    """As `initialise`, for a classifier: only the encoder is taken."""
     weights = load_state_dict_file(path) if weights is None else weights
     kind, found, resized = _fitted(weights, model)
     encoder = {name: tensor for name, tensor in found.items() if name.startswith(_ENCODER)}
@@ -82,8 +82,8 @@ def initialise_classifier(
 def _fitted(
     weights: Mapping[str, Tensor], model: GreenMIM | Classifier
 ) -> tuple[str, dict[str, Tensor], list[str]]:
-    """The kind of a checkpoint, its weights with our names and an encoder of the model's sizes,
-    and lines on what was interpolated for that."""
+    """The kind of a checkpoint, its weights under our names with the encoder fitted to the model,
+    and lines on what was interpolated."""
     kind = kind_of(weights)
     found = convert_checkpoint(weights, source=kind, target="greenmim")
     found.pop(_FIXED, None)
@@ -100,7 +100,10 @@ def _of_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sizes_in(path: str | Path | None) -> dict[str, Any]:
-    """What a checkpoint tells of its model's sizes, as `ModelConfig` has them; {} without a path.
+    """Sizes of a checkpoint's model, as far as it tells them, as `ModelConfig` names them.
+
+    Args:
+        path: The file; None gives {}.
 
     Raises:
         FileNotFoundError, ValueError: as `initialise`.
@@ -114,27 +117,32 @@ def sizes_in(path: str | Path | None) -> dict[str, Any]:
 
 
 def continued(config: ModelConfig, before: Mapping[str, Any]) -> ModelConfig:
-    """The configuration of a model that starts from weights.
+    """A configuration adapted to the weights that a model starts from.
+
+    A SwinV2's weights do not tell its windows; a file of them alone changes nothing.
 
     Args:
         config: What was asked for.
-        before: What is known of the weights' model, as `sizes_in` gives it.
+        before: What is known of the weights' model, as from `sizes_in`.
 
     Raises:
-        ValueError: they have another encoder, or another number of heads where no weight tells.
+        ValueError: another encoder, or another number of heads where no weight tells it.
     """
     if not before:
         return config
     encoder = before.get("encoder", ModelConfig.encoder)
     if encoder != config.encoder:
-        raise ValueError(f"it has the encoder {encoder}, and this recipe {config.encoder}")
+        raise ValueError(
+            f"it has the encoder {encoder}, and this recipe {config.encoder};"
+            f" pass --model.encoder {encoder}"
+        )
     if not {"window_size", "num_heads"} <= before.keys():
         return config
     return encoder_class(encoder).continued(config, ModelConfig.of_saved(before))
 
 
 def with_usual(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes as `sizes_in` gives them, and what they do not tell, as it most often is."""
+    """Sizes as from `sizes_in`; what they leave open is as in the published models."""
     if "embed_dim" not in sizes:
         return dict(sizes)
     return {**encoder_class(sizes.get("encoder", ModelConfig.encoder)).usual(sizes), **sizes}
@@ -145,11 +153,11 @@ def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelC
 
     Args:
         weights: A state dict of any kind that `initialise` takes.
-        facts: What its file says, as `safetensors_facts`.
+        facts: What its file says, as from `safetensors_facts`.
 
     Raises:
-        ValueError: it is of no encoder that is known here, or nobody knows how large its images or
-            windows are, or how many heads there are.
+        ValueError: no known encoder, or neither weights nor file tell its windows, image size or
+            heads.
     """
     sizes = with_usual(_sizes_of(weights, facts))
     for name, what in (("window_size", "how large its windows are"), ("num_heads", "its heads")):
@@ -162,7 +170,7 @@ def config_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> ModelC
 
 
 def _sizes_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[str, Any]:
-    """What is known of them: `greenmim export` writes how large images and windows were."""
+    """Sizes that weights and file tell; `greenmim export` writes those of images and windows."""
     kind = kind_of(weights)
     encoder = _of_encoder(convert_checkpoint(weights, source=kind, target="greenmim"))
     name = encoder_of(encoder)
@@ -176,7 +184,7 @@ def _sizes_of(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[s
 
 
 def safetensors_facts(path: str | Path) -> dict[str, str]:
-    """What an exported file says of itself; {} of another file."""
+    """Metadata of a safetensors file, strings by name; {} for any other file."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -185,10 +193,10 @@ def safetensors_facts(path: str | Path) -> dict[str, str]:
 
 
 def value_of(facts: Mapping[str, str], name: str) -> Any:
-    """What `safetensors_facts` says under a name, None where it says nothing.
+    """A value of `safetensors_facts`, decoded from JSON; None where it is missing.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is not JSON.
     """
     try:
         return json.loads(facts.get(name, "null"))

@@ -104,17 +104,17 @@ SHORTEST_JOB_HOURS = 0.25
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What to ask of Slurm for a run; no part of its recipe.
+    """Resources to request from Slurm; not part of the recipe.
 
     Args:
-        nodes: Machines.
-        gpus_per_node: GPUs of each, and processes on it.
-        partition: Partition; null takes the cluster's default.
-        hours: Time limit of one piece of the run; at its end the job goes back into the queue.
-        cpus_per_gpu: CPU cores for each process, for its loader workers.
-        account: Account to charge, where the cluster wants one.
-        qos: Quality of service, where the cluster wants one.
-        sbatch: Any other options of sbatch by their names, such as '{"mem": "200G"}'.
+        nodes: Number of machines.
+        gpus_per_node: GPUs per machine; one process runs on each.
+        partition: Partition; null uses the cluster's default.
+        hours: Time limit of one job; before it ends the run saves, and the job is requeued.
+        cpus_per_gpu: CPU cores per process, for its loader workers.
+        account: Account to charge, where the cluster requires one.
+        qos: Quality of service, where the cluster requires one.
+        sbatch: Other options of sbatch by name, such as '{"mem": "200G"}'.
     """
 
     nodes: int = 1
@@ -133,8 +133,8 @@ class SlurmJob:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it has to be above 0.")
         if self.hours < SHORTEST_JOB_HOURS:
             raise UserError(
-                f"--hours is {self.hours}; it has to be at least {SHORTEST_JOB_HOURS}: a job too"
-                " short to start, get on and save would go back into the queue for ever."
+                f"--hours is {self.hours}; it has to be at least {SHORTEST_JOB_HOURS}: a shorter"
+                " job could make no progress before it is requeued."
             )
 
     @property

@@ -27,12 +27,12 @@ UNIT_VALUES = UNIT_PIXELS * UNIT_PIXELS * 3
 
 
 class MIMOutput(NamedTuple):
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
         loss: scalar, mean squared error over hidden units; 0 where nothing is hidden.
-        prediction: [B, L, 3072], pixels of every unit: row, column, channel; None where only the
-            loss was asked for.
+        prediction: [B, L, 3072], values of every unit by row, column, channel, normalised as
+            :meth:`GreenMIM.target` is; None with `loss_only`.
         latent: [B, n_vis, C4], visible units after the encoder's final norm, row-major.
         visible: bool [P, L], True = visible; P = 1 for one mask per batch, or B.
     """
@@ -49,7 +49,8 @@ class GreenMIM(nn.Module):
     B images of H x W pixels have L = H W / 32^2 units, of which n_vis are visible; C4 are the
     encoder's channels at its last stage, and 3072 = 32 x 32 x 3 the values of a unit.
 
-    The state dict holds the encoder as ``encoder.`` + timm's keys, and the decoder as published.
+    The state dict holds the encoder as ``encoder.`` + timm's keys, and the decoder under its
+    published names.
 
     Args:
         config: sizes of the model.
@@ -108,17 +109,18 @@ class GreenMIM(nn.Module):
         """Reconstruct images from their visible units.
 
         Args:
-            images: float [B, 3, H, W], normalised as the data is.
+            images: float [B, 3, H, W], normalised with the data's mean and standard deviation.
             visible: bool unit grid [L] or [B, L], row-major, True = visible. None draws one mask
                 for the batch from PyTorch's global generator.
-            mask_ratio: share of hidden units, where `visible` is drawn.
-            plan: `self.plan(visible)` made ahead, in place of `visible`; this form compiles with
-                ``fullgraph=True`` and moves to the images' device if it is elsewhere.
-            loss_only: for training: predict hidden units alone, which is all that the loss needs.
+            mask_ratio: share of hidden units; used only where the mask is drawn.
+            plan: `self.plan(visible)`, made ahead, in place of `visible`; it is moved to the
+                images' device. This form compiles with ``fullgraph=True``.
+            loss_only: predict hidden units only, which is all that the loss needs.
 
         Raises:
-            ValueError: images or mask of the wrong shape, no visible unit, counts that differ
-                between images, a plan made for another model, or both `visible` and `plan`.
+            ValueError: images or mask of the wrong shape or dtype, no visible unit, a mask_ratio
+                outside [0, 1), counts that differ between images, a plan made for another model or
+                number of images, or both `visible` and `plan`.
         """
         check_images(images, self.config.image_hw)
         if plan is None:
@@ -128,7 +130,7 @@ class GreenMIM(nn.Module):
                 visible = random_visible(rng, self.config.num_units, mask_ratio)
             plan = self.plan(visible)
         elif visible is not None:
-            raise ValueError("visible and plan say the same twice; give one of them")
+            raise ValueError("both visible and plan were given; give one of them")
         plan = checked_plan(plan, self.planner, images)
         latent = self.encoder(images, plan)
         if loss_only:
@@ -137,7 +139,7 @@ class GreenMIM(nn.Module):
         return MIMOutput(self.loss(images, prediction, plan), prediction, latent, plan.visible)
 
     def decode(self, latent: Tensor, plan: Plan) -> Tensor:
-        """Pixels of all units; each latent goes to its own place.
+        """Values of all units, normalised as :meth:`target` is; each latent is put in its place.
 
         Args:
             latent: [B, n_vis, C4], as the encoder gives it for `plan`.
@@ -158,7 +160,7 @@ class GreenMIM(nn.Module):
         """The loss of :meth:`decode`'s prediction, computed for the hidden units alone; a scalar.
 
         What the decoder does with a token depends on its position embedding, not on its place in
-        the sequence, so hidden units can stand behind the visible ones.
+        the sequence, so hidden units can follow the visible ones.
 
         Args:
             images: float [B, 3, H, W].
@@ -176,14 +178,14 @@ class GreenMIM(nn.Module):
         return F.mse_loss(prediction, self.target(images, plan.hidden_index))
 
     def _predict(self, x: Tensor, last: int | None = None) -> Tensor:
-        """Decoder tokens [B, L, width] -> pixels of all, or of the `last` units [B, last, 3072]."""
+        """Decoder tokens [B, L, width] -> [B, L, 3072], or [B, last, 3072] of the last tokens."""
         for number, block in enumerate(self.decoder_blocks, 1):
             count = last if number == len(self.decoder_blocks) else None
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, count, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, count)
-        if last is not None:  # where there is no block that left out the others
+        if last is not None:  # a decoder without blocks still has all tokens here
             x = x[:, x.shape[1] - last :]
         return self.decoder_pred(self.decoder_norm(x))
 
@@ -197,7 +199,7 @@ class GreenMIM(nn.Module):
         """
         hidden = plan.visible.logical_not()
         count = len(images) * (plan.visible.shape[1] - plan.unit_index.shape[1])
-        # Not a division by zero where nothing is hidden or the batch is empty: the sum is 0 then.
+        # Where nothing is hidden or the batch is empty, the sum is 0 and so would be the count.
         return (self.errors(images, prediction) * hidden).sum() / max(count, 1)
 
     def errors(self, images: Tensor, prediction: Tensor) -> Tensor:
@@ -211,11 +213,14 @@ class GreenMIM(nn.Module):
         return (prediction.to(target.dtype) - target).square().mean(-1)
 
     def target(self, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """What to predict: pixels of units, at least in float32, normalised with ``norm_pix_loss``.
+        """Pixels of the units to predict, at least in float32.
+
+        With ``norm_pix_loss`` each unit is normalised by its own mean and unbiased variance (He et
+        al., MAE, CVPR 2022, arXiv 2111.06377).
 
         Args:
             images: float [B, 3, H, W].
-            index: int64 [P, n], the units; None takes all.
+            index: int64 [P, n], the units; None for all.
 
         Returns:
             [B, n, 3072], or [B, L, 3072].
@@ -276,8 +281,8 @@ class GreenMIM(nn.Module):
         )
         if ours != theirs:
             raise ValueError(
-                f"images of {size[0]} x {size[1]} px have windows of {theirs} tokens and the model,"
-                f" made for {self.config.image_hw}, of {ours}; create it with that image_size"
+                f"images of {size[0]} x {size[1]} px need windows of {theirs} tokens, and this"
+                f" model has {ours}; create it with image_size={size}"
             )
         height, width = planner.unit_grid
         plan = planner(np.ones(height * width, dtype=bool)).to(images.device, non_blocking=True)
@@ -307,22 +312,22 @@ class GreenMIM(nn.Module):
         return self.encoder(images, checked_plan(plan, self.planner, images)).mean(1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Training computes activations again in the backward pass: less memory, slower.
+        """Recompute activations in the backward pass of training: less memory, more time.
 
         Args:
-            enable: whether it does.
+            enable: whether to.
         """
         self.encoder.set_grad_checkpointing(enable)
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: the encoder's, 1-d, tokens, positions."""
+        """Names without weight decay: 1-d parameters, tokens, positions, and the encoder's own."""
         own = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
         of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return own | of_encoder | {"mask_token", "decoder_pos_embed"}
 
     def blocks(self) -> Iterator[nn.Module]:
-        """The parts that are alike, encoder's and decoder's, in order."""
+        """The transformer blocks of encoder and decoder, in order."""
         return itertools.chain(self.encoder.visible_blocks(), self.decoder_blocks)
 
 
@@ -368,7 +373,7 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 class DecoderBlock(Block):
-    """timm's ViT block, able to give only some of its tokens, but without a mask."""
+    """timm's ViT block without attention masks; it can compute its last tokens only."""
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:  # type: ignore[override]
         """x [B, L, C] -> [B, L, C], or [B, last, C]: the last tokens, which attend to all."""

@@ -5,10 +5,10 @@ which units are visible: a step given its plan does not wait for the host, and c
 is one piece of memory, so that it reaches a device, or the fixed inputs of a CUDA graph, in one
 copy.
 
-Inside the encoder the visible tokens stand unit by unit, the units row-major, and within a unit so
-that the four children of a token of the next stage stand together, in Swin's order (0,0), (1,0),
-(0,1), (1,1). Patch merging is then a change of shape and moves nothing. At stage 4, where a token
-is a unit, that order is row-major.
+Inside the encoder visible tokens are ordered by unit, units row-major. Within a unit the four
+children of each token of the next stage are adjacent, in Swin's order (0,0), (1,0), (0,1), (1,1).
+Patch merging is then a change of shape that moves nothing. At stage 4, where a token is a unit,
+that order is row-major.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CHILDREN = ((0, 0), (1, 0), (0, 1), (1, 1))
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Where a tensor lies in a plan's memory."""
+    """Where a tensor lies in a plan's memory; `start` and `end` are in bytes."""
 
     start: int
     dtype: torch.dtype
@@ -55,8 +55,10 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where everything of a plan lies; names as in :class:`Plan`. The tensors of its partitions
-    are regions; patch_grid is (H, W) of the images' patches."""
+    """Where each tensor of a :class:`Plan` lies, under the same names.
+
+    Tensors of the partitions are regions; patch_grid is (height, width) of the images in patches.
+    """
 
     visible: Region
     unit_index: Region
@@ -67,7 +69,7 @@ class Layout:
     patch_grid: tuple[int, int]
 
     def regions(self) -> tuple[Region, ...]:
-        """All of them; the same for plans of the same shapes."""
+        """Every region, in a fixed order; equal for plans of equal shapes."""
         parts = [part for pair in self.partitions for part in pair]
         inner: Iterator[Any] = (region for part in parts for region in part.tensors)
         own = self.visible, self.unit_index, self.hidden_index, self.patch_index
@@ -78,8 +80,8 @@ class Plan:
     """The visible tokens of a batch at every stage. P = 1 (one mask for the batch) or B.
 
     Args:
-        memory: uint8 [bytes], the values; all tensors are views of it.
-        layout: where they lie in it.
+        memory: uint8 [bytes], which all tensors are views of.
+        layout: where each tensor lies in it.
 
     Attributes:
         visible: bool [P, L], True = visible.
@@ -87,10 +89,10 @@ class Plan:
         hidden_index: int64 [P, L - n_vis], the hidden units in row-major order.
         patch_index: int64 [P, N1], the visible patches in the flattened patch grid, in the order of
             the encoder.
-        partitions: for each stage, those of its even blocks and of its odd (shifted) blocks; one
-            object twice where nothing is shifted. They number tokens in the order of the encoder.
-        neighbours: for each stage, which visible tokens are beside each other, in that order (see
-            `grid_neighbours`); () for an encoder that does not ask.
+        partitions: per stage, that of its even blocks and that of its odd (shifted) blocks; the
+            same object twice where nothing is shifted. Tokens are numbered in the encoder's order.
+        neighbours: per stage, int32 [P, N, 9], the neighbours of each visible token in the
+            encoder's order (see `grid_neighbours`); () for an encoder that needs none.
     """
 
     def __init__(self, memory: Tensor, layout: Layout) -> None:
@@ -127,7 +129,7 @@ def _map_partitions(partitions, change):
 def _packed(
     tensors: dict[str, Tensor], partitions, neighbours: list[Tensor], patch_grid: tuple[int, int]
 ) -> Plan:
-    """A plan of these values."""
+    """A plan that holds these values in one piece of memory."""
     sources: list[tuple[Region, Tensor]] = []
 
     def reserve(tensor: Tensor) -> Region:
@@ -144,7 +146,7 @@ def _packed(
         patch_grid=patch_grid,
     )
     memory = torch.zeros(sources[-1][0].end, dtype=torch.uint8)
-    content = memory.numpy()  # NumPy copies small arrays in less time
+    content = memory.numpy()  # NumPy copies small arrays faster than PyTorch
     for target, tensor in sources:
         values = np.ascontiguousarray(tensor.numpy()).reshape(-1)
         content[target.start : target.end] = values.view(np.uint8)
@@ -152,11 +154,16 @@ def _packed(
 
 
 class Planner:
-    """Makes plans for a model; small, picklable, without weights: made for data loader workers.
+    """Makes plans for a model; small and picklable, for data loader workers.
 
     Args:
         config: the model's configuration.
-        image_size: pixels of the images to plan for; the model's own if None.
+        image_size: pixels of the images to plan for; None for the model's own.
+
+    Attributes:
+        unit_grid: (height, width) of the images in units.
+        stages: (token grid, window, shift of odd blocks) per stage, each (height, width) in tokens.
+        has_neighbours: whether plans list the neighbours of each visible token.
 
     Raises:
         ValueError: `image_size` is not made of multiples of 32.
@@ -183,8 +190,8 @@ class Planner:
         for grid, window, shift in self.stages:
             scale = grid[0] // self.unit_grid[0]
             tokens = blocks.repeat(scale, 1).repeat(scale, 2)  # [P, H, W]
-            # Where the tokens of the row-major order stand in the encoder's; the number after the
-            # last is for the -1 of padding.
+            # numbers[:, r] is the encoder's number of the r-th token in row-major order. The last
+            # column, -1, is what the index -1 of padding finds.
             numbers = np.full((len(units), tokens[0].sum() + 1), -1, dtype=np.int32)
             numbers[:, :-1] = self.positions(units, scale).argsort(1)
             even = self._partition(tokens, window, (0, 0), numbers)
@@ -218,7 +225,7 @@ class Planner:
         return number.reshape(len(units), -1)
 
     def _check(self, visible: np.ndarray | Tensor) -> np.ndarray:
-        """bool [P, L], a copy of its own."""
+        """The mask as bool [P, L], copied."""
         if isinstance(visible, Tensor):
             visible = visible.cpu().numpy()
         visible = np.asarray(visible)
@@ -236,7 +243,7 @@ class Planner:
         if counts.min() != counts.max():
             raise ValueError(
                 f"image {counts.argmin()} has {counts.min()} visible units and image"
-                f" {counts.argmax()} {counts.max()}; all images of a batch need as many"
+                f" {counts.argmax()} {counts.max()}; give every image of a batch the same number"
             )
         return np.array(visible, ndmin=2)
 
@@ -244,7 +251,7 @@ class Planner:
     def _partition(
         tokens: np.ndarray, window: tuple[int, int], shift: tuple[int, int], numbers: np.ndarray
     ) -> GroupPartition:
-        """The partition of a grid whose r-th token, row-major, is called numbers[:, r]."""
+        """The partition of a grid, renumbered: its r-th token, row-major, is numbers[:, r]."""
         capacity = partition_capacity(tokens.shape[1:], window, shift, numbers.shape[1] - 1)
         # A grid for the whole batch has no batch axis in the partition's contract.
         part = group_partition(
@@ -256,7 +263,7 @@ class Planner:
 
 
 def check_images(images: Tensor, size: tuple[int, ...]) -> None:
-    """Raises ValueError unless they are [B, 3, *size], floating point."""
+    """Raises ValueError unless images are floating point [B, 3, H, W] with (H, W) = `size`."""
     if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != size:
         raise ValueError(
             f"images must be [B, 3, {size[0]}, {size[1]}] for this model,"
@@ -306,11 +313,11 @@ def _indices(units: np.ndarray) -> np.ndarray:
 
 
 def _renumbered(neighbours: Tensor, numbers: np.ndarray) -> np.ndarray:
-    """Neighbours [P, N, 9] of tokens of which the r-th, row-major, is called numbers[:, r]."""
+    """Neighbours [P, N, 9] in row-major order, renumbered to the encoder's order by `numbers`."""
     images = np.arange(len(numbers))[:, None]
-    called = np.empty(neighbours.shape, dtype=np.int32)
-    called[images, numbers[:, :-1]] = numbers[images[..., None], neighbours.numpy()]
-    return called
+    renumbered = np.empty(neighbours.shape, dtype=np.int32)
+    renumbered[images, numbers[:, :-1]] = numbers[images[..., None], neighbours.numpy()]
+    return renumbered
 
 
 @functools.cache

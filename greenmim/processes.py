@@ -1,8 +1,8 @@
-"""The processes of a run: how they meet, and what they tell each other.
+"""The processes of a run: how they join, and what they exchange.
 
-Who died or hangs is left to those who know best: torchrun and ``srun --kill-on-bad-exit=1`` end the
-others, Gloo and NCCL end a wait that is too long. With one process everything here does nothing, so
-a run reads the same for any number of them.
+Dead or hung processes are found by others: torchrun and ``srun --kill-on-bad-exit=1`` end the rest,
+Gloo and NCCL time out. With one process everything here is a no-op, so a run reads the same for any
+number of them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from greenmim.guards import PeerError, UserError, first_line
 from greenmim.launch import World, set_meeting_point
 
 T = TypeVar("T")
-# How long a process waits to say that a collective failed: the launcher, which sees who died, has
-# the first word, and often ends this process meanwhile.
+# Seconds to wait before reporting a failed collective: the launcher, which knows who died, reports
+# first, and often ends this process meanwhile.
 LAUNCHER_SECONDS = 2.0
 # Updates between sending a report and reading it.
 LAG = 2
-_MINUTES_PER_YEAR = 525_600.0  # in the place of no limit
+_MINUTES_PER_YEAR = 525_600.0  # stands for no limit
 _OF_A_COLLECTIVE = re.compile(
     r"gloo|nccl|connection|broken pipe|socket|timed? ?out|process group", re.IGNORECASE
 )
@@ -41,20 +41,20 @@ class AgreedError(UserError):
 
 
 class Processes:
-    """The processes of a run as one of them sees them; a context manager.
+    """Joins the processes of a run, and leaves them; a context manager.
 
     Args:
-        world: Which of them this is.
-        device: Where this process computes, or what finds it on entry and raises a UserError where
-            it cannot. CUDA tensors go through NCCL, CPU tensors through Gloo.
-        hang_minutes: How long a collective waits for a process; None for ever.
+        world: Rank of this process, and the number of processes.
+        device: Device of this process, or a function that gives it on entry and may raise a
+            UserError. CUDA tensors go through NCCL, CPU tensors through Gloo.
+        hang_minutes: Timeout of a collective; None waits for ever.
 
     Raises:
-        UserError: on entry, when the others do not come, or one of them has no device.
-        PeerError: on leaving, in place of the error of a collective that another's death broke.
+        UserError: on entry, if a process does not join or has no usable device.
+        PeerError: on exit, in place of the error of a collective that another's death broke.
     """
 
-    joined = False  # whether this process ever had others
+    joined = False  # whether this process ever joined others
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Processes:
         return self
 
     def _join(self, problem: str | None) -> str | None:
-        """Make a group with the others; why one of them cannot take part, in all alike."""
+        """Join the process group; returns why a process cannot take part, the same in all."""
         on_gpu = problem is None and self.device.type == "cuda"
         rank, size = self.world.rank, self.world.size
         Processes.joined = True
@@ -109,7 +109,8 @@ class Processes:
                 self.sum_(torch.zeros((), device=self.device))  # NCCL's own errors come here
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"Process {rank} of {size} cannot meet the others: {first_line(error)}"
+                f"Process {rank} of {size} cannot meet the others: {first_line(error)}; check that"
+                " all are started and can reach MASTER_ADDR (GLOO_SOCKET_IFNAME names the network)."
             ) from error
         if problem:
             dist.destroy_process_group()
@@ -120,7 +121,7 @@ class Processes:
             return
         if error is None or isinstance(error, AgreedError):
             try:
-                # None goes before the main process has closed its files: srun would end it.
+                # Nobody leaves before the main process has closed its files: srun would end it.
                 self.gather(None)
                 dist.destroy_process_group()
                 _let_main_speak(error)
@@ -131,14 +132,14 @@ class Processes:
             time.sleep(LAUNCHER_SECONDS)
             raise PeerError(
                 f"Process {self.world.rank} waited in vain for another one, which died or hangs"
-                f" ({first_line(error)}); its own output or the launcher's says why."
+                f" ({first_line(error)}); see that process's output, or the launcher's."
             ) from error
 
     def _meet(self) -> dist.Store:
-        """A store that these processes share, and nobody before them.
+        """A store that only the processes of this start share.
 
-        torchrun's outlives those that it restarts, and would tell where they could be reached. So
-        each calls with a number of its own, which the main process answers with the name of a part.
+        torchrun's store outlives the processes that it restarts, and still holds dead addresses. So
+        each process registers a random number, which the main one answers with a new prefix.
         """
         set_meeting_point()
         rank, size, mine = self.world.rank, self.world.size, secrets.token_hex(8)
@@ -152,7 +153,7 @@ class Processes:
         others, end = set(range(1, size)), time.monotonic() + self._timeout.total_seconds()
         while others:
             if time.monotonic() > end:
-                raise RuntimeError(f"process {min(others)} did not come")
+                raise RuntimeError(f"process {min(others)} did not join")
             for other in list(others):
                 if store.check([f"call/{other}"]):
                     store.set(f"answer/{store.get(f'call/{other}').decode()}", mine)
@@ -162,7 +163,7 @@ class Processes:
         return dist.PrefixStore(mine, store)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """`make()` in the main process; what it gives, or its UserError, in all. A collective."""
+        """Call `make` in the main process; its result or UserError reaches all. A collective."""
         if self.alone:
             return make()
         box: list = [None, None]
@@ -229,13 +230,13 @@ class Processes:
 
 
 def _let_main_speak(error: UserError | None) -> None:
-    # The first process that ends with a code may have the launcher end the rest.
+    # The launcher ends all when one exits with an error: the main process prints first.
     if error is not None and error.quiet:
         time.sleep(LAUNCHER_SECONDS)
 
 
 def _why_not(facts: list[tuple[str | None, str, str]]) -> str | None:
-    """Why processes that say (problem, device, host) cannot start together."""
+    """Why processes with these (problem, device, host) cannot start together; None if they can."""
     for rank, (problem, _, host) in enumerate(facts):
         if problem:
             return f"Process {rank} on {host}: {problem}" if rank else problem
@@ -244,20 +245,20 @@ def _why_not(facts: list[tuple[str | None, str, str]]) -> str | None:
         return None
     which = [f"{kind} in process {rank} on {host}" for kind, (rank, host) in kinds.items()]
     return (
-        f"The processes do not have the same device: {' and '.join(which)}; --device cuda says why"
-        " there is no GPU, --device cpu takes none anywhere."
+        f"The processes do not have the same device: {' and '.join(which)}; --device cuda tells why"
+        " a GPU is missing, --device cpu uses none."
     )
 
 
 class Report(NamedTuple):
     """One update as all processes saw it."""
 
-    step: int  # updates done with it
+    step: int  # number of the update, from 1
     losses: list[float]  # of every micro-batch of the global batch, in its order
     grad_norm: float  # before clipping
-    unreadable: bool  # whether a process has files to name that it could not read
+    unreadable: bool  # whether a process met files that it could not read
     stop: bool  # whether a process was asked to stop
-    skipped: bool  # whether it was not finite; a scaler's own skips do not count
+    skipped: bool  # whether it was not finite; overflows of a scaler only below 1
 
     @property
     def loss(self) -> float:
@@ -265,7 +266,7 @@ class Report(NamedTuple):
         return math.nan if self.skipped else math.fsum(self.losses) / len(self.losses)
 
     def bad_micro_batches(self) -> list[int]:
-        """Those whose loss is not finite; all of them where only the gradient was not."""
+        """Micro-batches whose loss is not finite; all where only the gradient norm is not."""
         bad = [i for i, loss in enumerate(self.losses) if not math.isfinite(loss)]
         return bad or list(range(len(self.losses)))
 
@@ -273,9 +274,9 @@ class Report(NamedTuple):
 class Reports:
     """What the processes tell each other after every update, read LAG updates later.
 
-    One small vector, summed over the processes on the device. Whether it is finite decides there,
-    for all processes alike, whether the update is skipped; the host reads it when it has long
-    arrived, so that nothing waits. All read the same at the same update, and so decide the same.
+    It is one small vector, summed on the device. Whether it is finite decides there, the same for
+    all processes, whether the update is skipped. The host reads it LAG updates later, so nothing
+    waits; all read the same at the same update, and so decide the same.
 
     Args:
         processes: The processes of the run, on whose device the losses are.
@@ -302,9 +303,9 @@ class Reports:
         Args:
             step, grad_norm, unreadable, stop: As in `Report`, of this process.
             losses: Scalar losses of this process's micro-batches, in order.
-            scale: What a gradient scaler multiplied the loss with, a scalar on the device. It finds
-                the scale by norms that are not finite, and such an update counts as skipped only
-                where the scale is below 1 and can be the reason no more.
+            scale: The gradient scaler's scale, a scalar on the device; None without one. It finds
+                its scale by overflows. They count as skipped only below 1, where the scale can no
+                longer be the cause.
 
         Returns:
             Whether to skip the update, a boolean scalar on the device, the same in all processes.
@@ -313,7 +314,7 @@ class Reports:
         vector = torch.zeros(count + 3, device=self.processes.device)
         vector[world.rank : count : world.size] = torch.stack(losses).float()
         vector[count] = grad_norm / world.size
-        # Filled by kernels that carry the number: no copy from the host.
+        # `fill_` passes the number to a kernel: no copy from the host.
         vector[count + 1].fill_(float(unreadable))
         vector[count + 2].fill_(float(stop))
         self.processes.sum_(vector)

@@ -28,22 +28,22 @@ class ImagesConfig:
     Args:
         root: Folder of images, nested in any way. Or, by a prefix: tar/FILE_OR_FOLDER, wds/SHARDS,
             hfds/DATASET[:SPLIT].
-        val_root: The same of held-out images, which are measured with (see log.val_every_epochs);
-            null measures none.
+        val_root: Held-out images to measure with, named in the same way (see
+            log.val_every_epochs); null for none.
         batch_size: Images per process and per forward pass.
         repeats: How often an epoch goes through the images, each time with other crops; for small
-            data sets.
-        num_samples: Images in all shards of wds/; null takes the info file's, or counts.
+            datasets.
+        num_samples: Number of images in all shards of wds/; null reads their info file, or counts.
         workers: Loader processes; 0 loads in the main process.
         crop_scale: Least and greatest share of the image's area in a random crop.
         crop_ratio: Least and greatest width / height of a random crop, before it is resized.
         flip: Probability of a horizontal flip.
-        decode: How JPEGs are decoded: full, or reduced (at a fraction of the size where the crop is
-            large enough). The crops are the same.
-        max_pixels: Pixels of an image, above which it is not read: a small file can hold a picture
-            that fills the memory.
-        augment_on_device: Flip and normalise on the device: images travel there in 8 bits. null
-            does so on a GPU.
+        decode: How JPEGs are decoded: full, or reduced, which decodes to a fraction of the size
+            where the crop is large enough. Both make the same crops.
+        max_pixels: Images with more pixels are not read: a small file can unpack to a picture that
+            fills the memory.
+        augment_on_device: Flip and normalise on the device, so that images are sent there in 8
+            bits; null does so on a GPU only.
         mean: Mean of each RGB channel, in 0 to 1.
         std: Standard deviation of each RGB channel, in 0 to 1.
     """
@@ -58,7 +58,8 @@ class ImagesConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     decode: Literal["full", "reduced"] = "reduced"
-    max_pixels: int = 120_000_000  # phones have 108 million; four bytes of each and more
+    # Phone cameras reach 108 million; each pixel takes 4 bytes or more.
+    max_pixels: int = 120_000_000
     augment_on_device: bool | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -71,10 +72,10 @@ class DataConfig(ImagesConfig):
     Args:
         root: Folder of images, nested in any way; class folders are fine and ignored. Or, by a
             prefix: tar/FILE_OR_FOLDER, wds/SHARDS, hfds/DATASET[:SPLIT].
-        val_root: The same of held-out images, whose loss is measured with the same masks each time
-            (see log.val_every_epochs); null measures none.
-        probe_root: The same of labelled images, which are classified by their nearest neighbours
-            among one another (see log.probe_every_epochs); null measures none.
+        val_root: Held-out images, named in the same way, whose loss is measured with the same masks
+            each time (see log.val_every_epochs); null for none.
+        probe_root: Labelled images, named in the same way; each is classified by its nearest
+            neighbours among the others (see log.probe_every_epochs); null for none.
     """
 
     probe_root: str | None = None
@@ -86,8 +87,8 @@ class MaskConfig:
 
     Args:
         ratio: Share of the 32-px units that is hidden.
-        kind: random hides units anywhere; block hides rectangles of them, to the same number.
-        per_image: One mask per image; false is one per batch and process, as in the paper.
+        kind: random hides single units; block hides rectangles, the same number of units in all.
+        per_image: Draw one mask per image; false draws one per batch and process, as in the paper.
     """
 
     ratio: float = 0.75
@@ -100,14 +101,14 @@ class OptimConfig:
     """AdamW.
 
     Args:
-        base_lr: Peak learning rate at base_batch images per update; scaled linearly to the real
+        base_lr: Peak learning rate at base_batch images per update; scaled linearly to the actual
             number.
         base_batch: Images per update that base_lr (and schedule.min_lr) are meant for.
-        lr: Peak learning rate as it is, without scaling; replaces base_lr.
+        lr: Peak learning rate, not scaled; null derives it from base_lr.
         betas: AdamW's betas.
         eps: AdamW's epsilon.
         weight_decay: Weight decay; biases, norms, position tables and tokens have none.
-        clip: Greatest gradient norm; null clips nothing.
+        clip: Largest gradient norm; null does not clip.
         accumulate: Forward and backward passes per update.
     """
 
@@ -140,11 +141,11 @@ class CheckpointConfig:
     """When the run is saved and what is kept. A checkpoint is always written at the end.
 
     Args:
-        every_epochs: Save after this many epochs.
-        every_steps: Save after this many updates as well; null for epochs only.
-        keep_last: Checkpoints kept, the newest first.
-        keep_every_epochs: Checkpoints of these epochs are never removed; null removes all but
-            keep_last.
+        every_epochs: Epochs between two checkpoints.
+        every_steps: Updates between two checkpoints, in addition; null for epochs only.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every_epochs: Also keep every checkpoint whose epoch is a multiple of this; null keeps
+            the newest only.
     """
 
     every_epochs: int = 1
@@ -161,8 +162,7 @@ class RunLogConfig:
         every_steps: Updates between two log lines; each line averages the loss over them.
         tensorboard: Write TensorBoard event files beside log.jsonl.
         wandb: Project of Weights & Biases to log to as well (needs the package wandb).
-        val_every_epochs: Measure with the images of data.val_root after this many epochs, and at
-            the end.
+        val_every_epochs: Epochs between measurements with data.val_root; the run ends with one.
     """
 
     every_steps: int = 20
@@ -176,11 +176,11 @@ class LogConfig(RunLogConfig):
     """What is written while training.
 
     Args:
-        pictures_every_epochs: Draw reconstructions of some of the images after this many epochs,
-            and at the end; null draws none.
+        pictures_every_epochs: Epochs between drawings of reconstructions; the run ends with one;
+            null draws none.
         pictures: Number of images drawn.
-        probe_every_epochs: Classify the images of data.probe_root after this many epochs, and at
-            the end.
+        probe_every_epochs: Epochs between classifications of data.probe_root; the run ends with
+            one.
     """
 
     pictures_every_epochs: int | None = 10
@@ -195,29 +195,28 @@ class RunRecipe:
     Args:
         work_dir: Folder of the run: config.yaml, log.jsonl, TensorBoard events, checkpoints.
         init: Weights that a new run starts from: a checkpoint of this package, an official one,
-            timm's or Microsoft's; the encoder's alone, or all. Tables of other windows are
+            timm's or Microsoft's. A decoder of other sizes starts anew. Tables of other windows are
             interpolated.
-        epochs: Passes over the data (each data.repeats times the folder).
+        epochs: Passes over the data; each goes through the images data.repeats times.
         seed: Seed of weights, masks, crops and order.
-        device: Where to train; auto takes CUDA when there is one.
+        device: Where to train; auto uses CUDA if there is a GPU.
         precision: Autocast type; auto is bf16 on CUDA and fp32 on the CPU.
-        strategy: Over several processes, ddp keeps a copy of the model in each, fsdp (FSDP2) a
-            slice of weights, gradients and moments.
-        activation_checkpointing: Compute activations again in the backward pass: less memory, more
+        strategy: How processes share the model: ddp keeps a copy in each, fsdp (FSDP2) a shard of
+            weights, gradients and moments.
+        activation_checkpointing: Recompute activations in the backward pass: less memory, more
             time.
         compile: Compile the training step's model with torch.compile.
-        recompute_pointwise: With compile: compute GELU, norms and the weights' casts again in the
-            backward pass instead of keeping what products take of them; a third less is kept, and
-            no product or attention runs twice.
-        cuda_graph: Record the passes of a step as a CUDA graph and replay it; takes the host's
-            launches out of the step. Not with fsdp.
-        backend: Kernels: auto, or one of those that `greenmim doctor` lists.
+        recompute_pointwise: With compile, recompute GELU, norms and casts of weights in the
+            backward pass instead of keeping them: a third less is kept, and no matrix product or
+            attention runs twice.
+        cuda_graph: Record the passes of a step as a CUDA graph and replay it, so that kernels are
+            not launched one by one. Not with fsdp.
+        backend: Kernel backend: auto, or one that `greenmim doctor` lists.
         threads: CPU threads of the training process; null leaves the choice to PyTorch.
         max_skipped: Stop after this many updates in a row with a loss or gradient that is not
             finite.
-        hang_minutes: With several processes: end the run when one waits so long for another, be
-            it for an update, a save or a picture (the limit of Gloo's and NCCL's collectives); null
-            waits for ever.
+        hang_minutes: With several processes, end the run when one has waited this many minutes for
+            another (the timeout of Gloo's and NCCL's collectives); null waits for ever.
         model: The network.
         data: The images.
         optim: The optimiser.
@@ -302,7 +301,7 @@ def _plain(value: Any) -> Any:
 
 
 def need(ok: bool, name: str, value: Any, wanted: str) -> None:
-    """Raises UserError of an option unless its value is `ok`."""
+    """Raises UserError, naming an option and what it has to be, unless `ok`."""
     if not ok:
         raise UserError(f"--{name} is {value!r}; it has to be {wanted}.")
 
@@ -319,12 +318,12 @@ def _check_mask(recipe: Recipe) -> None:
     try:
         hidden = units - num_visible_units(units, ratio)
     except ValueError as error:
-        raise UserError(str(error)) from error
-    need(hidden > 0, "mask.ratio", ratio, f"so large that one of the {units} units is hidden")
+        raise UserError(f"--mask.ratio: {error}.") from error
+    need(hidden > 0, "mask.ratio", ratio, f"large enough to hide at least one of the {units} units")
 
 
 def _check_given(values: Any, prefix: str = "") -> None:
-    """An option without a value, as a line of YAML can be, is None whatever its type."""
+    """Raises UserError for an option that a line of YAML leaves without a value."""
     for entry in dataclasses.fields(values):
         value, name = getattr(values, entry.name), prefix + entry.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
@@ -377,12 +376,12 @@ def _check(recipe: RunRecipe) -> None:
     if recipe.cuda_graph and recipe.strategy == "fsdp":
         raise UserError(
             "--cuda-graph does not go with --strategy fsdp, which moves weights between processes"
-            " within a step; take --strategy ddp, or --compile alone."
+            " within a step; use --strategy ddp, or --compile alone."
         )
     if recipe.recompute_pointwise and not recipe.compile:
         raise UserError(
-            "--recompute-pointwise is an option of the compiler: add --compile true, or take"
-            " --activation-checkpointing true."
+            "--recompute-pointwise needs the compiler: add --compile true, or use"
+            " --activation-checkpointing true instead."
         )
     if recipe.cuda_graph and recipe.activation_checkpointing and recipe.model.drop_path > 0:
         raise UserError(

@@ -147,9 +147,8 @@ def use_onednn(model: nn.Module, block_class: type[nn.Module] | None = None) -> 
     if not available():
         return
     for module in list(model.modules()):
-        if (
-            type(module) is nn.Linear and module.weight.numel()
-        ):  # the operators refuse an empty weight
+        # The operators refuse an empty weight.
+        if type(module) is nn.Linear and module.weight.numel():
             module.__class__ = OneDNNLinear
     for module in list(model.modules()):
         if type(module) is Mlp and _is_plain(module):

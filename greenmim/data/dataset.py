@@ -182,6 +182,10 @@ class Sample(NamedTuple):
     label: str | None = None  # its class, where that was asked for and is known
 
 
+class NotWanted(Exception):
+    """An image that is no candidate after all."""
+
+
 class AugmentedImages(Dataset):
     """Augmented images of a source, of `image_size` (height, width) in px, looked up by `Item`."""
 
@@ -218,6 +222,8 @@ class AugmentedImages(Dataset):
                 sample = patiently(functools.partial(self._read, candidate, item))
                 failures += self.source.take_damaged()
                 return sample._replace(failures=tuple(failures))
+            except NotWanted:
+                continue
             except Exception as error:  # decoders raise anything on a broken file
                 path = self.source.path(candidate)
                 if why := hopeless(error):
@@ -230,7 +236,7 @@ class AugmentedImages(Dataset):
             f"No image can be read: {len(failures)} in a row under {self.source.root} failed;"
             f" the first is {failures[0][0]} ({failures[0][1]})."
         )
-        # Whoever takes it looks at `stop` first.
+        # `stop` is checked before anything else is used.
         return Sample(item, None, False, tuple(failures), stop)  # type: ignore[arg-type]
 
     def _candidates(self, item: Item) -> Iterator[int]:

@@ -46,12 +46,12 @@ SWAPPED = (5, 6, 7, 8)  # height and width
 
 @contextlib.contextmanager
 def opened(file: str | os.PathLike | io.BytesIO, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """A picture that is open, not loaded yet.
+    """Open a picture without loading its pixels.
 
     Raises:
         OSError: more than `most` pixels. Others from Pillow: corrupt, truncated or no image.
     """
-    # From twice as many on it refuses by itself.
+    # Above twice its limit Pillow refuses by itself.
     if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < most:
         Image.MAX_IMAGE_PIXELS = most
     try:
@@ -61,7 +61,7 @@ def opened(file: str | os.PathLike | io.BytesIO, most: int = MAX_PIXELS) -> Iter
             yield image
     except Image.DecompressionBombError:
         raise OSError(
-            f"it has more than {most / 1e6:g} million pixels, the limit (--data.max-pixels)"
+            f"it has more than {most / 1e6:g} million pixels; raise --data.max-pixels to read it"
         ) from None
 
 
@@ -70,7 +70,7 @@ _chatter: set[bytes] = set()
 
 @contextlib.contextmanager
 def named_chatter(name: Callable[[], str]) -> Iterator[None]:
-    """What decoders in C write to stderr inside comes with a file's name, each text once.
+    """Print what C decoders write to stderr inside with a file's name, each text once.
 
     Args:
         name: Called where there is such text.
@@ -107,12 +107,12 @@ def open_rgb(file: str | Path | io.BytesIO, most: int = MAX_PIXELS) -> Image.Ima
 
 
 def white_of(image: Image.Image) -> int:
-    """The value that is white in a loaded picture of more than 8 bits; 255 for others.
+    """The value of white in a loaded picture of more than 8 bits; 255 otherwise.
 
-    Negative where the values run the other way, with 0 for white.
+    Negative where 0 is white.
 
     Raises:
-        OSError: a number of its pixels means no brightness, or nobody says which.
+        OSError: its numbers have no defined brightness.
     """
     tags = getattr(image, "tag_v2", {})  # of TIFF alone
     if 2 in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)):

@@ -58,7 +58,7 @@ def first_folder(name: str) -> str | None:
 
 
 def ignored_note(where: str, ignored: Counter[str]) -> list[str]:
-    """A line on what is in a place and is not read, counted by its kind; none where all is."""
+    """A note that counts by kind what is there and not read; [] without such files."""
     if not ignored:
         return []
     kinds = ignored.most_common()
@@ -71,11 +71,11 @@ def ignored_note(where: str, ignored: Counter[str]) -> list[str]:
 
 
 def no_image(where: str, notes: list[str]) -> str:
-    """That there is no image in a place; `notes` say what is there."""
+    """The message that there is no image in a place; `notes` say what is there."""
     there = "".join(f" ({note})" for note in notes)
     return (
-        f"there is no image in {where}{there}; its name ends in .jpg, .png or another suffix of"
-        " what Pillow reads"
+        f"there is no image in {where}{there}; image files end in .jpg, .png or another suffix that"
+        " Pillow reads"
     )
 
 
@@ -83,10 +83,10 @@ def find_images(root: str | Path, ignored: Counter[str] | None = None) -> Names:
     """Every image file under a folder, at any depth, as sorted paths relative to it.
 
     Linked folders are followed, each once. Hidden files and folders are left out, and so are pipes,
-    sockets and devices, whatever their name: to open one may wait for ever.
+    sockets and devices, whatever their names: opening one may block for ever.
 
     Args:
-        ignored: What is there and no image is counted here, by its kind.
+        ignored: Counts files that are no images, by kind.
 
     Raises:
         UserError: no such folder, no image in it, or a folder in it cannot be listed.
@@ -159,9 +159,9 @@ class Source:
     """Images by index, from 0, read in any order unless a kind of source says otherwise.
 
     Attributes:
-        root: What it was asked for by.
-        shards: int64 [number of shards], images of each, where neighbours are to be read together;
-            None where any order is as good.
+        root: What the option named.
+        shards: int64 [number of shards], images of each, where reading neighbours together is
+            cheaper; None otherwise.
         knows_labels: Whether labels are known before images are read (see `labels`).
     """
 
@@ -177,7 +177,7 @@ class Source:
         raise NotImplementedError
 
     def open(self, index: int) -> str | io.BytesIO:
-        """A file's path, or its bytes in a file; raises anything if it cannot be read."""
+        """The file's path, or its bytes; raises anything if it cannot be read."""
         raise NotImplementedError
 
     def label(self, index: int) -> str | None:
@@ -185,19 +185,19 @@ class Source:
         raise NotImplementedError
 
     def files(self) -> Iterable[str]:
-        """Local files and other names that say, with the files' times, what the images are."""
+        """Local files and other names that, with the files' times, identify the images."""
         raise NotImplementedError
 
     def expect(self, readers: int) -> None:
-        """Told before reading: so many readers of the order a process will serve side by side."""
+        """Called before reading: how many readers of the order this process serves at once."""
 
     def at(self, position: int, turn: int) -> int:
-        """Index of the image at a position below the length, in the pass number `turn`, from 0."""
+        """Index of the image at a position of the epoch, in pass `turn` over the data, from 0."""
         return position
 
-    def stand_in(self, index: int, step: int) -> int:
-        """The index to try as number `step` in the place of one that cannot be read: the next."""
-        return (index + step) % len(self)
+    def stand_in(self, index: int, attempt: int) -> int:
+        """Index of replacement `attempt` for an unreadable image; the next ones by default."""
+        return (index + attempt) % len(self)
 
     def some(self, count: int) -> list[int]:
         """Indices of a few images to look at: evenly spaced ones."""
@@ -205,16 +205,16 @@ class Source:
         return [index * len(self) // count for index in range(count)]
 
     def labels(self) -> list[str | None] | None:
-        """Those of all images, where no image has to be read for them; else None."""
+        """The labels of all images, if no image has to be read for them; else None."""
         return [self.label(index) for index in range(len(self))]
 
     def classes(self) -> list[str] | None:
-        """All classes in their order, where it is known."""
+        """All classes in their order; None where they are not known."""
         labels = self.labels()
         return None if labels is None else sorted({label for label in labels if label is not None})
 
     def fingerprint(self) -> str:
-        """Differs where images or their labels may: by place, reader, number, files' times."""
+        """Changes when images or labels may: place, reader, number of images, times of files."""
         place = os.path.abspath(self.root) if os.path.exists(self.root) else self.root
         shards = None if self.shards is None else self.shards.tolist()
         found = hashlib.sha256(repr((type(self).__name__, place, len(self), shards)).encode())
@@ -226,11 +226,11 @@ class Source:
         return found.hexdigest()
 
     def notes(self) -> list[str]:
-        """What people should know before a run, once its first image was read."""
+        """Notes for people before a run, once its first image was read."""
         return []
 
     def take_damaged(self) -> list[tuple[str, str]]:
-        """(path, reason) of what was found damaged and is used as far as it goes, told once."""
+        """(path, reason) of damaged files that are used as far as they go; each once."""
         return []
 
 
@@ -295,15 +295,15 @@ class Selected(Source):
 
 # ---- errors of reading --------------------------------------------------------------------------
 
-# Seconds to wait before a file is tried again that the system had an error with.
+# Seconds before each retry of a file with which the system had an error.
 PAUSES = (0.1, 0.5, 2.0)
 _FULL = "a disk is full: make room, or set TMPDIR to a larger one"
 _MANY = "too many files are open: raise the limit (ulimit -n), or lower --data.workers"
 _MEMORY = "memory ran out: lower --data.workers or --data.batch-size"
-# No other file would fare better.
+# Every other file would fail too.
 _HOPELESS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.ENOMEM: _MEMORY}
 _HOPELESS |= {errno.EMFILE: _MANY, errno.ENFILE: _MANY}
-# Asked again at once, the system would say the same.
+# Trying again at once would give the same.
 _DEFINITE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _DEFINITE |= {errno.EACCES, errno.EPERM}
 
@@ -313,7 +313,7 @@ class Unavailable(OSError):
 
 
 def hopeless(error: Exception) -> str | None:
-    """Why no other file would fare better and what to do; None where one may."""
+    """Why every other file would fail too, and what to do; None otherwise."""
     if isinstance(error, OSError):
         return _HOPELESS.get(error.errno or 0)
     # PyTorch has no class for it.
@@ -323,7 +323,7 @@ def hopeless(error: Exception) -> str | None:
 
 
 def patiently(call: Callable[[], T]) -> T:
-    """`call()`, a few times where the system has an error: networks have hiccups.
+    """Call it, with a few retries after errors of the system: networks have hiccups.
 
     Pillow's own errors are OSErrors without a number; they are of the file and come again.
     """

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import auto_augment
 from torchvision.transforms.v2 import functional as F
 
-from greenmim.data.dataset import AugmentedImages, Crop, Finish, Sample
+from greenmim.data.dataset import AugmentedImages, Crop, Finish, NotWanted, Sample
 from greenmim.data.held_out import HeldOutImages
 from greenmim.data.images import Folder, Selected, Source, hopeless, patiently
 from greenmim.data.loader import Collate, copied_shared
@@ -26,13 +26,13 @@ from greenmim.messages import dashes, listed
 from greenmim.planning import Plan, Planner
 from greenmim.recipe import ImagesConfig, MaskConfig
 
-# Side of the middle that is taken, as a share of the largest part: 224 of 256 pixels.
+# Side of the centre crop, as a share of the largest one: 224 of 256 pixels.
 CROP = 0.875
 # The label of an image that cannot be read; of one without a class it is None.
 UNREADABLE = ""
 # Images whose classes are looked at, to find out whether there are any.
 _LOOKED_AT = 20
-# Draws for an image of a class that is learned, before all are looked at one after the other.
+# Random draws for an image of a learned class, before all are tried in order.
 _DRAWN = 1000
 
 
@@ -40,13 +40,13 @@ def find_labelled(config: ImagesConfig, option: str, least: int = 2) -> Source:
     """What an option of a recipe's `data` names, with classes.
 
     Raises:
-        UserError: as `find_source`; or the first images that were looked at have no class, or
-            nobody needs to look to know that there are less than `least`.
+        UserError: as `find_source`; or the first images have no class, or there are fewer than
+            `least` classes, where that is known.
     """
     name = dashes(option)
     try:
         source = find_source(config, option)
-    except UserError as error:  # of a number that counts images of data.root in a run alone
+    except UserError as error:  # --data.num-samples is of a run's data.root only
         text = str(error).replace("pass --data.num-samples", "put their info file beside them")
         raise UserError(text) from error
     labels: set[str | None] = set()
@@ -76,12 +76,12 @@ def find_labelled(config: ImagesConfig, option: str, least: int = 2) -> Source:
 class LabelledImages(HeldOutImages):
     """A source's images and labels without augmentation, looked up by `Item`.
 
-    An image that cannot be read is blank and labelled so: none stands in, as it would count twice.
+    An image that cannot be read is blank and labelled UNREADABLE: a replacement would count twice.
 
     Args:
-        source, config, image_size: As of `AugmentedImages`.
-        crop: Side of the middle that is taken, as a share of the largest part of its shape.
-        most: So many of them at most, evenly spaced; None takes all.
+        source, config, image_size: As for `AugmentedImages`.
+        crop: Side of the centre crop, as a share of the largest one.
+        most: At most this many images, evenly spaced; None takes all.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LabelledImages(HeldOutImages):
         return Crop(top, left, high, wide, flip=False)
 
     def check_readable(self) -> list[str]:
-        """As of `AugmentedImages`; a few images are tried."""
+        """As for `AugmentedImages`, but a few images are tried."""
         reasons = []
         for index in self.source.some(_LOOKED_AT):
             try:
@@ -139,7 +139,7 @@ class LabelledImages(HeldOutImages):
 
 
 class LabelledCollate(Collate):
-    """Stacks images, with everything visible."""
+    """Stacks images and labels, with everything visible."""
 
     def __init__(self, planner: Planner, finish: Finish | None) -> None:
         super().__init__(planner, MaskConfig(), 0, finish)
@@ -154,21 +154,21 @@ class LabelledCollate(Collate):
 
 
 def find_classes(source: Source, file: str | None, option: str = "data.classes") -> list[str]:
-    """The classes of a classifier, in the order of its scores: those in a file, or of images.
+    """The classes in the order of a classifier's scores: from a file, or of the images.
 
     Args:
         source: The images.
-        file: What an option names.
-        option: Which one.
+        file: The file that the option names, or None.
+        option: The option's name, for messages.
 
     Raises:
-        UserError: the file is not there or has none; or nobody knows what classes the images have.
+        UserError: the file is missing or has too few classes; or the images' are not known.
     """
     if file is None:
         if (found := source.classes()) is None:
             raise UserError(
-                f"--{option} is missing: {source.root} does not tell which classes there are;"
-                " write a file with one in each line."
+                f"--{option} is missing: {source.root} does not list its classes; write a file with"
+                " one class per line."
             )
         return found
     try:  # Windows begins such files with a mark; names of folders need not be UTF-8
@@ -184,10 +184,10 @@ def find_classes(source: Source, file: str | None, option: str = "data.classes")
 
 
 def of_classes(source: Source, classes: Collection[str]) -> tuple[Source, list[str]]:
-    """The images of a source that are of some classes, where that is known before they are read.
+    """The images of a source that are of some classes, where labels are known without reading.
 
     Returns:
-        The source of those; lines for people on the others and on classes without an image.
+        Their source; notes on the others, and on classes without an image.
 
     Raises:
         UserError: there is none.
@@ -200,8 +200,8 @@ def of_classes(source: Source, classes: Collection[str]) -> tuple[Source, list[s
     if not len(taken):
         raise UserError(
             f"No image in {source.root} is of a class that is learned"
-            f" ({some_of(names)}), they are of {some_of(there)}; name a folder with folders of"
-            " these names, or put --data.classes right."
+            f" ({some_of(names)}), they are of {some_of(there)}; use a folder with folders of"
+            " these names, or fix --data.classes."
         )
     missing = [name for name in classes if name not in there]
     notes = [f"{source.root} has no image of {some_of(missing)}"] if missing else []
@@ -227,12 +227,14 @@ def _posterize(picture: Image.Image, bits: int, **options: object) -> Image.Imag
 
 
 class TrainingImages(AugmentedImages):
-    """Augmented images with their classes. Of a source that does not tell labels before images are
-    read, another image, drawn by chance, takes the place of one whose class is not learned.
+    """Augmented images with their classes.
+
+    Where labels are unknown before reading, an image of a class that is not learned is replaced by
+    another one, drawn at random.
 
     Args:
-        source, config, image_size, seed: As of `AugmentedImages`.
-        classes: What is learned.
+        source, config, image_size, seed: As for `AugmentedImages`.
+        classes: The classes that are learned.
     """
 
     config: LabelledImagesConfig
@@ -262,19 +264,19 @@ class TrainingImages(AugmentedImages):
         notes = super().check_readable()
         if not self.source.knows_labels:
             notes.append(
-                f"{self.source.root} does not tell classes before images are read: others take the"
-                " place of images whose class is not learned"
+                f"{self.source.root} does not tell classes before images are read: images of"
+                " classes that are not learned are replaced by others"
             )
         return notes
 
     def _candidates(self, item: Item) -> Iterator[int]:
-        if self.source.knows_labels:  # and has images of these classes alone
+        if self.source.knows_labels:  # `of_classes` has left images of these classes only
             yield from super()._candidates(item)
             return
         index = self._index(item)
         if self._is_learned(index):
             yield index
-        # Not the next one of these classes: after a row of others it would come again and again.
+        # Not the next learned one: after a run of others the same image would come again and again.
         rng = random.Random(torch_seed(self.seed, STAND_IN, item.epoch, item.position))
         drawn = (rng.randrange(len(self)) for _ in range(_DRAWN))
         for position in itertools.chain(drawn, range(len(self))):
@@ -297,7 +299,7 @@ class TrainingImages(AugmentedImages):
     def _read(self, index: int, item: Item) -> Sample:
         label = self.source.label(index)
         if label not in self.classes:  # `_is_learned` could not read it, now it can be read
-            raise OSError(f"its class {label} is not learned")
+            raise NotWanted
         sample = super()._read(index, item)
         if self.change is not None:
             # timm draws from the global generators of Python and NumPy.

@@ -38,18 +38,22 @@ _ADVICE = (
     "raise its limit (docker run --shm-size or --ipc=host), or lower --data.workers or"
     " --data.batch-size"
 )
-# A wait for a batch looks so often whether the run was asked to stop.
+# Seconds of waiting for a batch between two looks whether to stop.
 _POLL_SECONDS = 2
 _CLOSE_SECONDS = 3.0
 _DIED = re.compile(r"DataLoader worker \(pid.*(exited unexpectedly|is killed by signal)")
+_NO_MEMORY = (
+    "most often memory ran out: lower --data.workers, or raise a container's limits of memory and"
+    " /dev/shm"
+)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images and the plan of their masks; both None where there is a reason to stop.
+    """Images and the plan of their masks; both None where `stop` is set.
 
-    The reason is text, for an error loses its sentence between processes.
+    It is text, as an error loses its message between processes.
     """
 
     # float32 [B, 3, H, W], or uint8 with flips still to be done, channels last in memory
@@ -57,8 +61,8 @@ class Batch:
     plan: Plan
     failures: tuple[tuple[str, str], ...]  # (path, reason) of files that could not be read
     flips: torch.Tensor | None = None  # bool [B], which images to flip; None where all is done
-    stop: str | None = None  # why the run cannot go on
-    labels: tuple[str | None, ...] = ()  # as of the samples
+    stop: str | None = None  # why the run cannot continue
+    labels: tuple[str | None, ...] = ()  # classes of the images, where they were asked for
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
@@ -79,7 +83,7 @@ class Batch:
 class Collate:
     """Stacks samples, draws the masks and plans them: the host's work of a step, in the loader.
 
-    The end of the augmentation, `finish`, is left to the device where it is None.
+    `finish` None leaves the last steps of augmentation to the device.
     """
 
     def __init__(self, planner: Planner, mask: MaskConfig, seed: int, finish: Finish | None):
@@ -93,7 +97,7 @@ class Collate:
                 return self._batch(samples, failures)
         except UserError as error:
             stop = str(error)
-        # Whoever takes it looks at `stop` first.
+        # `stop` is checked before anything else is used.
         return Batch(None, None, failures, stop=stop)  # type: ignore[arg-type]
 
     def _batch(self, samples: list[Sample], failures: tuple[tuple[str, str], ...]) -> Batch:
@@ -114,7 +118,7 @@ class Collate:
         return Batch(images, plan, failures, flips, labels=labels)
 
     def visible(self, items: list[Item]) -> np.ndarray:
-        """Visible units of some images: bool [L] of all, or [B, L] of each."""
+        """Visible units of a micro-batch: bool [L] for all images, or [B, L], one row each."""
         mask, first = self.mask, items[0]
         rng = generator(self.seed, MASK, first.step, first.micro_batch)
         batch = len(items) if mask.per_image else None
@@ -125,6 +129,7 @@ class Collate:
         return Plan(copied_shared(plan.memory), plan.layout)
 
     def batch_bytes(self, count: int) -> int:
+        """Shared memory of a batch of so many images, in bytes."""
         pixels = count * 3 * math.prod(side * UNIT_PIXELS for side in self.planner.unit_grid)
         images = pixels * (1 if self.finish is None else 4)
         return images + self._plan([Item(0, 0, 0, 0)] * count).memory.nbytes
@@ -179,7 +184,7 @@ def make_loader(
 
 
 def check_shared_memory(loader: DataLoader, processes: int) -> None:
-    """Raises UserError where batches of so many processes of this machine do not fit in there."""
+    """Raises UserError where the batches of so many processes do not fit in shared memory."""
     if not loader.num_workers:
         return
     # Each worker makes batches ahead, and the main process still holds the one before.
@@ -193,8 +198,8 @@ def check_shared_memory(loader: DataLoader, processes: int) -> None:
     free = found.f_bavail * found.f_frsize
     if found.f_blocks and free < needed:  # a limit of 0 blocks is none
         raise UserError(
-            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB of shared memory left and batches on their"
-            f" way from the loader processes take {needed / 1e6:.0f} MB; {_ADVICE}."
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB of shared memory left, and the batches of the"
+            f" loader processes take {needed / 1e6:.0f} MB; {_ADVICE}."
         )
 
 
@@ -223,16 +228,22 @@ def peak_own_memory(process: int | None) -> int:
     return 0
 
 
+def _without_pytorchs(handler: Any) -> Any:
+    """A handler of SIGCHLD that interrupts nothing, and lets the ends of children be seen."""
+    is_pytorchs = getattr(handler, "__module__", "").startswith("torch.")
+    return signal.SIG_DFL if is_pytorchs or handler == signal.SIG_IGN else handler
+
+
 class Feed:
     """The batches of a loader, with the time spent waiting for them and the files that failed.
 
-    `finish` is the end of the augmentation, on the device; None where the loader does it. The
-    loader's processes start with `start`, or the first `next`.
+    `finish` is as for `Collate`, on the device. The loader's processes start with `start`, or with
+    the first `next`.
 
     Attributes:
-        give_up: Asked again and again while a batch does not come: whether to wait no longer.
+        give_up: Called while a batch does not come; True ends the wait.
         waited: Seconds spent waiting so far.
-        failures: (path, reason) of files that could not be read, each once, until they are taken.
+        failures: (path, reason) of unreadable files, each once, since the last `take_failures`.
     """
 
     def __init__(
@@ -243,7 +254,7 @@ class Feed:
         self.waited = 0.0
         self.failures: list[tuple[str, str]] = []
         self._named: set[str] = set()
-        # Copies have a stream of their own: they run beside the update before.
+        # Copies have a stream of their own, so that they overlap the previous update.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: Iterator[Batch] | None = None
         # Bytes of each at its start: what it shares with this process.
@@ -258,7 +269,7 @@ class Feed:
             before = signal.getsignal(signal.SIGCHLD) if main else None
             self._batches = iter(self.loader)
             if before is not None:
-                signal.signal(signal.SIGCHLD, before)
+                signal.signal(signal.SIGCHLD, _without_pytorchs(before))
             workers = set(multiprocessing.active_children()) - others
             self._workers = {worker: peak_own_memory(worker.pid) for worker in workers}
         return self._batches
@@ -270,7 +281,7 @@ class Feed:
         )
 
     def close(self) -> None:
-        """End the loader's processes, in a few seconds those that hang, too."""
+        """End the loader's processes; those that hang within a few seconds."""
         late = threading.Timer(_CLOSE_SECONDS, self._kill)
         late.start()
         self._batches = None  # asks each to end, and waits for it
@@ -285,9 +296,10 @@ class Feed:
                 worker.kill()
 
     def next(self) -> Batch | None:
-        """The next batch, on the device, as the model takes it; None where waiting was given up.
+        """The next batch on the device; None where `give_up` said so.
 
-        UserError where no image can be read any more, or a loader process died.
+        Raises:
+            UserError: no image can be read any more, or a loader process died.
         """
         batches = self.start()
         asked = time.perf_counter()
@@ -317,10 +329,12 @@ class Feed:
                 # Not what a worker raised, which says "Caught ... in DataLoader worker".
                 if not _DIED.match(str(error)):
                     raise
+                codes = [worker.exitcode for worker in self._workers if worker.exitcode]
+                killed = {-signal.SIGKILL, -signal.SIGBUS}.intersection(codes)
+                why = _NO_MEMORY if killed or not codes else "its own output may say why"
                 raise UserError(
-                    f"A loader process died ({' '.join(str(error).split())}); most often memory"
-                    " ran out: lower --data.workers, or raise the limit of /dev/shm in a"
-                    " container."
+                    f"A loader process died ({' '.join(str(error).split())}; exit code"
+                    f" {', '.join(map(str, codes)) or 'unknown'}); {why}."
                 ) from error
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -26,16 +26,18 @@ READERS, WINDOW = 8, 1024
 
 
 def generator(seed: int, stream: int, *key: int) -> np.random.Generator:
+    """A NumPy generator for one place in a run: same arguments, same numbers."""
     return np.random.default_rng((seed, stream, *key))
 
 
 def torch_seed(seed: int, stream: int, *key: int) -> int:
+    """A seed of PyTorch for one place in a run, in [0, 2**63)."""
     sequence = np.random.SeedSequence((seed, stream, *key))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Item(NamedTuple):
-    """One image: update in the run and micro-batch in it (from 0), epoch, position in the epoch."""
+    """One image: its update and micro-batch, from 0; its epoch; its position in the epoch."""
 
     step: int
     micro_batch: int
@@ -44,7 +46,7 @@ class Item(NamedTuple):
 
 
 class MicroBatches(Sampler[list[Item]]):
-    """Those of one process; `accumulate` of them are an update."""
+    """The micro-batches of one process; `accumulate` of them make an update."""
 
     accumulate = 1
 
@@ -53,16 +55,16 @@ class EpochSampler(MicroBatches):
     """Yields the micro-batches of one process, from a given update of the run to its end.
 
     An epoch is a new order of `num_images * repeats` positions, cut into global batches of
-    `world_size * accumulate` micro-batches of `batch_size` images; what is left at its end, less
-    than a global batch, is dropped. Process r computes the micro-batches r, r + world_size and so
+    `world_size * accumulate` micro-batches of `batch_size` images; an incomplete last global batch
+    is dropped. Process r computes the micro-batches r, r + world_size and so
     on: a global batch does not depend on how many processes share it.
 
     Args:
-        num_images: Images in the data set, which an epoch goes through `repeats` times.
+        num_images: Images in the dataset, which an epoch goes through `repeats` times.
         batch_size: Images per micro-batch.
         accumulate: Micro-batches of a process per update.
         rank, world_size: This process and the number of processes.
-        first_update: Update to start from.
+        first_update: Update to start from, from 0.
         shards: int [number of shards], images of each, to read neighbours together (see
             `shard_order`); None for any order.
 

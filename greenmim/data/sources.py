@@ -326,10 +326,10 @@ class Shards(Source):
     def at(self, position: int, turn: int) -> int:
         return position + turn * len(self) if self.assumed else position
 
-    def stand_in(self, index: int, step: int) -> int:
+    def stand_in(self, index: int, attempt: int) -> int:
         """From the next shard: if one image cannot be read, its whole shard may be lost."""
         turn, position = divmod(index, len(self))
-        return turn * len(self) + (position + step * self._stride) % len(self)
+        return turn * len(self) + (position + attempt * self._stride) % len(self)
 
     def some(self, count: int) -> list[int]:
         """The first ones: they are in one shard."""

@@ -47,12 +47,11 @@ class SwinV2Encoder(ShiftedWindowEncoder, SwinTransformerV2):  # type: ignore[mi
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, pretrained_window_sizes=config.pretrained_window_sizes)
         for name, buffer in self.named_buffers():
-            # Older versions of timm divide by the window's side less 1.
             if name.endswith("relative_coords_table") and not buffer.is_meta:
                 if not buffer.isfinite().all():
                     raise ValueError(
-                        "this timm gives NaN for a SwinV2 with windows one token wide; install"
-                        " timm>=1.0.31, or take a larger image_size"
+                        "this timm divides by zero where a window, or a pretrained window, is one"
+                        " token wide; install timm>=1.0.31"
                     )
 
     @staticmethod

@@ -1,8 +1,7 @@
 """What every encoder on visible tokens has: its blocks, its passes, the names of its weights.
 
-An encoder is one file here and one entry in `config.ENCODERS`: a class that has timm's own beside
-this base, so that its parameters and state dict are timm's. What the rest of the package wants to
-know, it asks this base.
+An encoder is one file here and one entry in `config.ENCODERS`. Its class inherits from timm's too,
+so that parameters and state dict are timm's. The rest of the package uses only this interface.
 """
 
 from __future__ import annotations
@@ -25,10 +24,9 @@ from ..planning import Plan
 
 
 class VisibleBlock(nn.Module):
-    """A block called with the visible tokens and the partition of its windows; a base beside
-    timm's, whose parts it calls.
+    """A block on visible tokens and the partition of its windows; a base beside timm's block.
 
-    A module of its own, so that what wraps modules (FSDP, torch.compile) can wrap a block.
+    It is a module, so that FSDP and torch.compile can wrap it.
     """
 
     grad_checkpointing = False
@@ -36,12 +34,13 @@ class VisibleBlock(nn.Module):
     def forward(self, x: Tensor, part: GroupPartition) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
         if self.grad_checkpointing and self.training:
-            # The only thing random is stochastic depth; without it no generator's state need be
-            # kept, which a CUDA graph could not repeat.
+            # Only stochastic depth is random; without it the generator's state is not saved, which
+            # a CUDA graph could not restore.
             random = isinstance(self.drop_path1, DropPath)
             run = self._run
-            if not torch.compiler.is_compiling():  # which takes the backend as a constant
-                # On a GPU the backward pass has a thread of its own, where no backend is forced.
+            if not torch.compiler.is_compiling():  # there the backend is a constant
+                # On a GPU the backward pass runs in another thread, which `use_backend` does not
+                # reach.
                 run = functools.partial(self._run_by, backend_in_force())
             return checkpoint(run, x, part, use_reentrant=False, preserve_rng_state=random)
         return self._run(x, part)
@@ -51,7 +50,7 @@ class VisibleBlock(nn.Module):
             return self._run(x, part)
 
     def _run(self, x: Tensor, part: GroupPartition) -> Tensor:
-        """With the norms before attention and MLP."""
+        """Pre-norm: norms before attention and MLP."""
         x = x + self.drop_path1(self._attend(self.norm1(x), part))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -62,9 +61,9 @@ class VisibleBlock(nn.Module):
 class VisibleEncoder(nn.Module):
     """An encoder: images and a plan in, visible tokens out."""
 
-    # timm's name of a classifier's head, and its epsilon of the blocks' norms.
+    # timm's name of the classifier's head, and timm's default epsilon of the blocks' norms.
     timm_head, timm_norm_eps = "head.fc", 1e-5
-    # Its class of blocks, if they are what `greenmim_kernels.onednn` makes one node of autograd.
+    # The class of blocks that `greenmim_kernels.onednn` runs as one autograd node; None for none.
     one_node_block: type[VisibleBlock] | None = None
 
     def forward(self, images: Tensor, plan: Plan) -> Tensor:
@@ -80,12 +79,12 @@ class VisibleEncoder(nn.Module):
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks compute their activations again in the backward pass to save memory."""
+        """Recompute activations in the backward pass of training: less memory, more time."""
         for block in self.visible_blocks():
             block.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: those with one axis, and timm's."""
+        """Names of parameters without weight decay: 1-d ones, and those that timm names."""
         one_axis = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
         return one_axis | set(super().no_weight_decay())  # type: ignore[misc]  # timm's
 
@@ -93,59 +92,60 @@ class VisibleEncoder(nn.Module):
 
     @classmethod
     def claims(cls, names: Collection[str]) -> bool:
-        """Whether a state dict with these names is of such an encoder, of whatever kind."""
+        """Whether these names belong to a state dict of this encoder, of any kind."""
         raise NotImplementedError
 
     @classmethod
     def to_own(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-        """A state dict of a kind (see `checkpoint`) as this class has it, with timm's names.
+        """A state dict of kind `source` (see `checkpoint`) under this class's names.
 
         Raises:
-            ValueError: it is none of that kind; the text goes on after "it".
+            ValueError: it is not of that kind; the message continues "it".
         """
         raise NotImplementedError
 
     @classmethod
     def to_timm(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One of this class as timm's has it: the same, where nothing is said."""
+        """A state dict of this class under timm's names and conventions; unchanged by default."""
         return dict(tensors)
 
     @classmethod
     def to_official(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One of this class as the published checkpoints have it.
+        """A state dict of this class as in the published checkpoints.
 
         Raises:
-            ValueError: none was published, or not of such sizes.
+            ValueError: no such model was published.
         """
         raise NotImplementedError
 
     @classmethod
     def to_swin_order(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Patch merging of weights published before 2023, of this class, in Swin's order."""
-        raise ValueError("only weights of a Swin have another order of patch merging")
+        """Weights of this class published before 2023, patch merging reordered as Swin's."""
+        raise ValueError(
+            "only weights of a Swin have another order of patch merging; leave merge_order out"
+        )
 
     @classmethod
     def sizes(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What weights of this class tell of their `ModelConfig`.
+        """Fields of `ModelConfig` that weights of this class tell.
 
         Raises:
-            ValueError: they are not whole, or of sizes that there are not; goes on after "it" or
+            ValueError: they are incomplete, or of impossible sizes; the message begins with "it" or
                 "its".
         """
         raise NotImplementedError
 
     @classmethod
     def usual(cls, sizes: Mapping[str, Any]) -> dict[str, Any]:
-        """What weights of such `sizes` do not tell, as it most often is; nothing, by default."""
+        """Sizes that such weights do not tell, as in the published models; {} by default."""
         return {}
 
     @classmethod
     def continued(cls, config: ModelConfig, before: ModelConfig) -> ModelConfig:
-        """The configuration of a model that starts from the weights of another, which may have had
-        other windows.
+        """`config` adapted to weights trained with `before`, which may have had other windows.
 
         Raises:
-            ValueError: they differ in what no weight tells.
+            ValueError: they differ in something that no weight tells.
         """
         return config
 
@@ -153,12 +153,12 @@ class VisibleEncoder(nn.Module):
     def fitted(
         cls, tensors: Mapping[str, Tensor], config: ModelConfig, own: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """Weights of this class for other windows, and lines for people on what changed.
+        """Weights of this class fitted to other windows, and lines for the user on what changed.
 
         Args:
-            tensors: what a checkpoint has.
-            config: of the encoder that is to have them.
-            own: its state dict.
+            tensors: the checkpoint's.
+            config: of the model that takes them.
+            own: state dict of that model's encoder.
         """
         return dict(tensors), []
 
@@ -169,8 +169,12 @@ class VisibleEncoder(nn.Module):
 
 
 def embed_patches(embed: nn.Module, images: Tensor, patch_index: Tensor) -> Tensor:
-    """timm's patch embedding of visible patches alone -> tokens [B, N1, C]: hidden ones cost
-    nothing."""
+    """timm's patch embedding of the visible patches only -> tokens [B, N1, C].
+
+    Args:
+        images: float [B, 3, H, W].
+        patch_index: int64 [P, N1], places in the flattened patch grid.
+    """
     side = PATCH_PIXELS
     patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
     patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, H/4, W/4, 3, 4, 4], a view
@@ -179,7 +183,7 @@ def embed_patches(embed: nn.Module, images: Tensor, patch_index: Tensor) -> Tens
 
 
 def take_cells(grid: Tensor, index: Tensor) -> Tensor:
-    """Some cells of a grid [B, H, W, ...] -> [B, N, ...], without a copy of the others.
+    """Cells of a grid [B, H, W, ...] -> [B, N, ...]; the others are not copied.
 
     Args:
         index: int64 [P, N], places in the flattened grid; P = 1 for all images alike, or B.

@@ -63,7 +63,7 @@ class Sweep:
         on_gpu = device.type == "cuda"
         loader = make_loader(self.images, sampler, self.collate, self.workers, on_gpu)
         feed = Feed(loader, device, self.finish)
-        # One process alone need not wait for a loader that hangs; others would wait for it.
+        # A single process may give up on a loader that hangs; several have to stop together.
         feed.give_up = lambda: processes.alone and stop()
         learning = model.training
         model.eval()

@@ -74,7 +74,7 @@ def knn(
 
     def classify(train: Tensor, labels: Tensor, values: Tensor, answers: Tensor, classes: int):
         if k > len(train):
-            raise UserError(f"--k is {k} and {len(train)} images can vote; take a smaller one.")
+            raise UserError(f"--k is {k}, and only {len(train)} images can vote; lower it.")
         pieces = knn_pieces(train, labels, values, classes, k, temperature)
         return measure(pieces, answers), {"k": k, "temperature": temperature}
 
@@ -103,10 +103,10 @@ def probe(
         checkpoint: A run's checkpoint, or an encoder: exported, official, timm's or Microsoft's.
         data: The images.
         output: A .json file; a picture of what is taken for what is drawn beside it.
-        lr: Learning rates, all tried at once; a tenth of the labelled images chooses.
+        lr: Learning rates, tried together; a tenth of the labelled images chooses one.
         epochs: Passes over the features.
-        images_per_update: Of the probe, not of the encoder.
-        seed: Of the order, and of which images choose.
+        images_per_update: Images per update of the probe.
+        seed: Seed of the order, and of which images choose.
         features: Folder where features are kept for the next command; null takes `features` beside
             the output.
         device: Where to run.

@@ -86,7 +86,7 @@ def metadata(
     }
     own = ("num_heads", *config.traits.fields)
     facts |= {name: json.dumps(getattr(config, name)) for name in own}
-    if config.traits.shifts:
+    if config.traits.is_swin:
         facts["merge_order"] = "swin"
     if classes:
         facts["classes"] = json.dumps(classes)

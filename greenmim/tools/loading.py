@@ -27,22 +27,28 @@ from greenmim.initial import (
 from greenmim.mim import GreenMIM, create_model
 
 
-def check_output(output: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+def check_output(
+    output: Path, suffixes: Sequence[str], overwrite: bool, *beside: Path, any_case: bool = False
+) -> None:
     """Raises UserError where a result cannot be written, or would replace what is there.
 
     Args:
         output: The file of --output.
         suffixes: How its name may end.
-        overwrite: Whether it may replace a file.
+        overwrite: Whether it may replace files.
+        beside: Other files that are written with it.
+        any_case: Whether suffixes may be in capitals.
     """
-    if output.suffix.lower() not in suffixes:
-        raise UserError(f"--output {output} has to end in {' or '.join(suffixes)}.")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file in it.")
+    if (output.suffix.lower() if any_case else output.suffix) not in suffixes:
+        one = "one of " * (len(suffixes) > 1)
+        raise UserError(f"--output {output} has to end in {one}{', '.join(suffixes)}.")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output} cannot be written: there is no folder {output.parent}.")
-    if output.exists() and not overwrite:
-        raise UserError(f"--output: {output} is there already; add --overwrite to replace it.")
+    for file in (output, *beside):
+        if file.is_dir():
+            raise UserError(f"--output: {file} is a folder; use another name.")
+        if file.exists() and not overwrite:
+            raise UserError(f"--output: {file} is there already; add --overwrite to replace it.")
 
 
 def check_there(path: Path) -> None:

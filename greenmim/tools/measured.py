@@ -33,7 +33,7 @@ from greenmim.training.startup import PRECISIONS
 from greenmim_kernels.onednn import use_onednn
 
 N = TypeVar("N", GreenMIM, Classifier)
-# Named on stderr of those that cannot be read.
+# The most unreadable files that are named on stderr.
 _NAMED = 10
 
 
@@ -46,8 +46,8 @@ class ClassifiedData:
             wds/SHARDS with .cls, hfds/DATASET[:SPLIT] with a column of classes.
         batch_size: Images per process and per forward pass.
         workers: Loader processes; 0 loads in the main process.
-        crop: Side of the middle of each image that is taken, as a share of the largest that fits.
-        max_pixels: Pixels of an image, above which it is not read.
+        crop: Side of the centre crop, as a share of the largest one.
+        max_pixels: Images with more pixels are not read.
     """
 
     root: str | None = None
@@ -62,7 +62,7 @@ class LabelledData(ClassifiedData):
     """Labelled images, to learn from and to classify.
 
     Args:
-        val_root: The same of the images to classify.
+        val_root: The images to classify, named in the same way.
     """
 
     val_root: str | None = None
@@ -76,7 +76,7 @@ def said(result: dict[str, Any], output: str | Path) -> str:
     elif result["task"] == "probe":
         facts.append(f"learning rate {result['lr']:g}")
     shares = [f"top-1 {100 * result['top1']:.2f} %"]
-    if result["classes"] > 5:  # of fewer, one of five is always right
+    if result["classes"] > 5:  # of five or fewer one of the top five is always right
         shares.append(f"top-5 {100 * result['top5']:.2f} %")
     lines = [
         table(result["by_class"]),
@@ -94,7 +94,7 @@ def picture_of(output: str | Path) -> Path:
 def check_options(
     data: ClassifiedData, output: Path, overwrite: bool, positive: dict[str, float]
 ) -> None:
-    """Raises UserError for what is wrong before anything is read; `positive` holds options."""
+    """Raises UserError for bad options before anything is read; `positive` must be above 0."""
     for name, value in positive.items():
         if not value > 0:
             raise UserError(f"--{name} is {value}; it has to be above 0.")
@@ -106,8 +106,7 @@ def check_options(
         raise UserError(f"--data.crop is {data.crop}; it has to be above 0 and at most 1.")
     if data.batch_size < 1 or data.workers < 0:
         raise UserError("--data.batch-size has to be at least 1, and --data.workers 0 or more.")
-    check_output(output, [".json"], overwrite)
-    check_output(picture_of(output), [".png"], overwrite)
+    check_output(output, [".json"], overwrite, picture_of(output))
 
 
 def precision_for(name: str, processes: Processes) -> str:

@@ -67,7 +67,7 @@ def reconstruct(
         UserError: a file is missing or unreadable, or the checkpoint is of another model.
     """
     output = Path(output)
-    check_output(output, PICTURE_SUFFIXES, overwrite)
+    check_output(output, PICTURE_SUFFIXES, overwrite, any_case=True)
     if limit < 1:
         raise UserError(f"--limit is {limit}; it has to be at least 1.")
     chosen = choose_device(device, World())
@@ -170,4 +170,5 @@ def _draw(
     try:
         write_atomic(lambda beside: figure.savefig(beside, format=kind), output)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {one_line(error)}.") from error
+        why = error.strerror or one_line(error)
+        raise UserError(f"--output {output} cannot be written: {why}.") from error

@@ -13,6 +13,7 @@ from greenmim.training.run_folder import (
     RunFolder,
     check_same_model,
     find_checkpoint,
+    progress_of,
     read_run_checkpoint,
 )
 from greenmim.training.startup import TASKS, precision_of, scaled_rates
@@ -43,6 +44,9 @@ def dry_run(
     if state is not None and found.checkpoint:
         check_same_model(state, recipe, found.checkpoint)
         task.restore(state)
+        own = folder.owns(found.checkpoint)
+        *changed, _ = progress_of(state, recipe, sampler, found.checkpoint, own).notes
+        notes += changed
     elif recipe.init:
         notes += task.initialise(recipe.init)
     weights = sum(p.numel() for p in model.parameters())

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from greenmim.checkpoint import free_name, save_text
+from greenmim.checkpoint import free_name, save_text, write_atomic
 from greenmim.data.images import REST_IS_USED
 from greenmim.guards import UserError, one_line, silence
 from greenmim.recipe import RunRecipe, flat
@@ -28,15 +28,15 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{post
 
 
 class RunLog:
-    """Writes one run's log. `train` lines hold the figures of the updates since the line before.
+    """Writes one run's log. A `train` line averages the updates since the line before.
 
     Every `step` here is in the schedule's count; what is written counts all updates ever done.
 
     Args:
         path: log.jsonl, which is appended to; UserError where it cannot be. None: nothing is
             written or printed, as in all processes but the main one.
-        trackers: Told the same figures, and closed.
-        resumed_at, shift: As in `Progress`; later lines of an earlier try are set aside.
+        trackers: Get the same values, and are closed at the end.
+        resumed_at, shift: As in `Progress`; lines of an earlier attempt after it are set aside.
         first_step, total_steps: Updates already done, and of the whole run.
     """
 
@@ -62,10 +62,10 @@ class RunLog:
             self._file = LogFile(path)
         except OSError as error:
             raise UserError(
-                f"{path} could not be written: {error.strerror or error}; checkpoints are"
-                " whole: make room or mend the folder, then repeat the command with --resume."
+                f"{path} could not be written: {error.strerror or error}; checkpoints are intact:"
+                " free disk space or fix the folder, then repeat the command with --resume."
             ) from error
-        self._named = {r["path"] for r in records if r["event"] == "unreadable_image"}
+        self._named = {str(r.get("path")) for r in records if r["event"] == "unreadable_image"}
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -73,7 +73,7 @@ class RunLog:
             self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format=BAR)
 
     def number(self, step: int) -> int:
-        """Updates ever done after `step` of the schedule's updates."""
+        """Updates ever done when `step` of the schedule's are."""
         return step + self.shift
 
     @property
@@ -92,35 +92,37 @@ class RunLog:
             self.say(f"{len(self._file.waiting)} lines could not be written to {self._file.path}")
 
     def say(self, text: str) -> None:
-        """A line for the reader."""
+        """Print a line."""
         if self._bar is not None:
             self._show(functools.partial(self._bar.write, text))
         elif self._file is not None:
             self._show(lambda: print(text, flush=True))
 
     def say_once(self, text: str) -> None:
-        """A line for the reader that would come again and again."""
+        """Print a line, but only once."""
         if text not in self._said:
             self._said.add(text)
             self.say(text)
 
     def event(self, name: str, **values: Any) -> None:
-        """A line for machines, in log.jsonl."""
+        """Append a record to log.jsonl."""
         if self._file is None:
             return
         if "step" in values:
             values["step"] = self.number(values["step"])
         before, self._trouble = self._trouble, self._file.write(name, values)
         if self._trouble and not before:
-            self.say(f"{self._file.path} could not be written: {self._trouble}; its lines wait")
+            self.say(
+                f"{self._file.path} could not be written: {self._trouble}; its lines wait in memory"
+            )
 
     def step_done(self) -> None:
-        """One update is done."""
+        """Advance the progress bar."""
         if self._bar is not None:
             self._show(functools.partial(self._bar.update, 1), sys.stderr)
 
     def train(self, step: int, values: dict[str, float]) -> None:
-        """The figures after `step` updates."""
+        """Log the values of a `train` line, after `step` updates."""
         self.event("train", step=step, **values)
         self._each_tracker(lambda tracker: tracker.scalars(self.number(step), "train", values))
         speed = f"{values['images_per_second']:.1f} img/s"
@@ -143,7 +145,7 @@ class RunLog:
     def measured(
         self, name: str, step: int, epoch: float, found: dict[str, float], text: str, **facts: int
     ) -> None:
-        """What was measured besides training after `step` updates, and the same for people."""
+        """Log values measured after `step` updates; `text` is the line for people."""
         self.event(name, step=step, epoch=epoch, **found, **facts)
         self._each_tracker(lambda tracker: tracker.scalars(self.number(step), name, found))
         total = self.number(self.total_steps)
@@ -165,7 +167,7 @@ class RunLog:
                 self.say(f"cannot read {path} ({reason}){then}")
 
     def _show(self, write: Callable[[], object], stream: TextIO | None = None) -> None:
-        """To a reader who may have gone: the run goes on, and log.jsonl has it all."""
+        """Print; if the terminal or pipe is gone, the run continues, and log.jsonl is complete."""
         try:
             write()
         except OSError as error:
@@ -195,38 +197,41 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line cut off by a crash is left out."""
+    """The records of a log.jsonl; lines that a crash or a power cut damaged are left out."""
     records = []
-    # A power cut may leave any bytes in a line.
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("event"), str):
+                if isinstance(record.get("step", 0), (int, float)):
+                    records.append(record)
     return records
 
 
 def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Take out what a broken-off try logged after update `step`, that the run goes on from.
+    """Remove what an interrupted attempt logged after update `step`, where the run resumes.
 
-    The whole is set aside, as log.1.jsonl and so on; an OSError leaves all as it was.
+    The whole log is kept as log.1.jsonl and so on. An OSError leaves the log unchanged.
 
     Returns:
         The records that are left.
     """
     if not path.exists():
         return []
-    whole = path.read_text(encoding="utf-8", errors="replace")
+    whole = path.read_bytes()
     left = [record for record in read_log(path) if record.get("step", 0) <= step]
     text = "".join(json.dumps(record) + "\n" for record in left)
-    if text != whole:
-        save_text(whole, free_name(path.parent, f"{path.stem}.{{}}{path.suffix}"))
+    if text.encode() != whole:
+        aside = free_name(path.parent, f"{path.stem}.{{}}{path.suffix}")
+        write_atomic(lambda beside: beside.write_bytes(whole), aside)
         save_text(text, path)
     return left
 
 
 class LogFile:
-    """Appends records to log.jsonl; raises OSError at the start alone.
+    """Appends records to log.jsonl; only the constructor raises OSError.
 
-    A disk that takes no more does not end a run: records wait here for the next try.
+    A full disk does not end a run: records wait here, and are written with the next one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -236,7 +241,7 @@ class LogFile:
         self._end = self._file.tell()
 
     def write(self, event: str, values: dict[str, Any]) -> str | None:
-        """Append a record; why it, and what waits, could not be written, if so."""
+        """Append a record; returns why it could not be written, or None."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()  # JSON has no NaN
@@ -246,18 +251,18 @@ class LogFile:
         return self.write_waiting()
 
     def close(self) -> str | None:
-        """Try a last time; as `write_waiting`."""
+        """Try once more, and close; returns as `write_waiting`."""
         problem = self.write_waiting()
         if self._file is not None:
             self._file.close()
         return problem
 
     def write_waiting(self) -> str | None:
-        """Try again what waits; why it could not be written, if so."""
+        """Write what waits; returns why that failed, or None."""
         data = "".join(self.waiting).encode()
         try:
             if self._file is None:
-                # Opened anew: after a network file system's errors only that helps.
+                # Opened anew: after an error on a network file system the old handle stays broken.
                 self._file = self.path.open("a+b", buffering=0)
                 self._file.seek(self._end)
                 got_through = self._file.read()
@@ -313,8 +318,8 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases, the same one again after a resume.
 
-    Its own count of steps only rises, and a resumed run may go back behind it; so updates are a
-    figure of their own, which the curves are drawn over.
+    W&B's own step may only grow, and a resumed run goes back. So updates are logged as a metric,
+    which is the x-axis.
     """
 
     name = "Weights & Biases"
@@ -355,13 +360,13 @@ class WandB:
 
 
 def check_trackers(recipe: RunRecipe) -> None:
-    """Raises UserError where a tracker is asked for whose package is not here."""
+    """Raises UserError where a tracker's package is not installed."""
     if recipe.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("--log.wandb needs the package wandb: pip install wandb.")
 
 
 def make_trackers(folder: Path, recipe: RunRecipe, resumed_at: int) -> list[TensorBoard | WandB]:
-    """The trackers that a recipe asks for, in its folder; the one that may refuse comes first.
+    """The trackers of a recipe; the one most likely to refuse comes first.
 
     Raises:
         UserError: one of them cannot be used.

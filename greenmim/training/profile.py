@@ -33,7 +33,7 @@ class Profile:
         self.done, self.recorded = 0, min(RECORDED, updates)
         self.first = max(0, min(WARM_UP, updates - self.recorded))  # of them, from 0
         self._profiler: torch.profiler.profile | None = None
-        self._failed = False
+        self._failed = self._closed = False
         if self.first == 0:
             self._try(self._start)
 
@@ -46,12 +46,19 @@ class Profile:
 
     def close(self) -> None:
         """Write what was recorded, once."""
-        if self._profiler is not None:
+        if self._failed or self._closed:
+            return
+        self._closed = True
+        if self.done <= self.first:
+            self._try(self._stop)
+            self.say(f"nothing was profiled: the run ended after {self.done} updates")
+        elif self._profiler is not None:
             self._try(functools.partial(self._write, self._profiler))
-            self._profiler = None
-        elif self.done < self.first and not self._failed:
-            self._failed = True
-            self.say(f"nothing was profiled: the run ended before update {self.first + 1}")
+
+    def _stop(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._forget_memory()
 
     def _start(self) -> None:
         on_gpu = self.device.type == "cuda"
@@ -74,7 +81,8 @@ class Profile:
         trace = self.folder / "trace.json.gz"
         profiler.export_chrome_trace(str(trace))
         recorded = min(self.done - self.first, self.recorded)
-        told = f"the trace of {recorded} updates is {trace} (https://ui.perfetto.dev shows it)"
+        updates = f"{recorded} update{'s' * (recorded != 1)}"
+        told = f"the trace of {updates} is {trace} (https://ui.perfetto.dev shows it)"
         if on_gpu:
             memory = self.folder / "memory.pickle"
             torch.cuda.memory._dump_snapshot(str(memory))
@@ -96,4 +104,4 @@ class Profile:
             self._failed = True
             with contextlib.suppress(Exception):
                 self._forget_memory()
-            self.say(f"nothing is profiled, for it failed: {one_line(error)}")
+            self.say(f"profiling failed: {one_line(error)}")

@@ -1,12 +1,12 @@
-"""The folder of a run, and its checkpoints: written, removed, found, read, gone on from.
+"""The work dir of a run, and its checkpoints: saved, removed, found, read, resumed from.
 
-A checkpoint is a file `step_N.pth` and a folder `step_N.optimizer`. The folder is written first and
-the file is renamed into place last: a checkpoint is whole where its file is, whatever killed the
-run. The folder holds the optimiser's moments, to which every process writes what it has, and of
-which any other number of processes reads its part, whatever the strategy.
+A checkpoint is a file `step_N.pth` and a folder `step_N.optimizer`. The folder is written first,
+and the file is renamed into place last: a checkpoint is complete where its file is, whatever killed
+the run. The folder holds the optimiser's moments. Every process writes its part; any other number
+of processes, under either strategy, reads them.
 
-N counts the updates ever done. It grows whatever happens to the schedule's own count, which starts
-anew at the same point of the schedule when a run goes on with another number of updates per epoch.
+N counts the updates ever done, and only grows. The schedule's own count is converted when a run
+resumes with another number of updates per epoch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from greenmim.training.log import read_log
 
 RUN_VERSION = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Parts of a recipe that change no number of a run.
+# Recipe values whose change is not reported at a resume.
 UNIMPORTANT = ("work_dir", "init", "log", "checkpoint", "data.val_root", "data.probe_root")
 _MOMENTS_FOLDER = re.compile(r"step_\d+\.optimizer")
 _LEFT_OVER = re.compile(r"\.(step_\d+\.pth|last)\.\d+")
@@ -59,7 +59,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.pth"
         self.lock = FolderLock(self.path)
-        self.epochs: dict[Path, float] = {}  # of checkpoints that were looked into
+        self.epochs: dict[Path, float] = {}  # of checkpoints that were read so far
         self._found: set[int] | None = None
 
     def by_step(self) -> dict[int, Path]:
@@ -81,7 +81,7 @@ class RunFolder:
     def check_usable(self) -> None:
         """Raises UserError where the folder cannot be made and written to; writes nothing.
 
-        `start` refuses when checkpoints have come or gone since.
+        `start` refuses if checkpoints appear or vanish after this.
         """
         parent = self._nearest()
         if not parent.is_dir():
@@ -90,19 +90,19 @@ class RunFolder:
             raise UserError(f"--work-dir {self.path} cannot be written: no permission in {parent}.")
         self._found = set(self.by_step())
 
-    def check_room(self, keep: CheckpointConfig, one: int) -> None:
-        """Raises UserError where the disk has no room for checkpoints of `one` bytes each."""
+    def check_room(self, keep: CheckpointConfig, num_bytes: int) -> None:
+        """Raises UserError where the disk cannot hold checkpoints of `num_bytes` each."""
         free = self._free_bytes()
-        # The new one is whole before the oldest is removed.
+        # The new one is complete before the oldest is removed.
         most = keep.keep_last + 1
-        if free is None or free >= most * one:
+        if free is None or free >= most * num_bytes:
             return
         more = max(most - num_removable(self, keep), 1)
-        if free < more * one:
+        if free < more * num_bytes:
             raise UserError(
-                f"--work-dir {self.path}: a checkpoint takes {one / 1e6:.0f} MB, the run needs room"
-                f" for {more} and the disk has {free / 1e6:.0f} MB left; make room, choose another"
-                " folder or a lower --checkpoint.keep-last."
+                f"--work-dir {self.path}: a checkpoint takes {num_bytes / 1e6:.0f} MB, the run"
+                f" needs room for {more} and the disk has {free / 1e6:.0f} MB left; free some,"
+                " choose another folder or a lower --checkpoint.keep-last."
             )
 
     def _free_bytes(self) -> int | None:
@@ -116,7 +116,7 @@ class RunFolder:
     def start(self, recipe: RunRecipe, resumed_at: int) -> None:
         """Make the folder and save the resolved recipe.
 
-        Checkpoints beyond update `resumed_at`, of a course that the run leaves, are set aside.
+        Checkpoints after update `resumed_at`, which the run leaves behind, are set aside.
 
         Raises:
             UserError: the system refuses, or another command was here since `check_usable`.
@@ -127,7 +127,7 @@ class RunFolder:
         if self._found is not None and set(self.by_step()) != self._found:
             raise UserError(
                 f"Another command wrote checkpoints in --work-dir {self.path} while this one"
-                " started; repeat it."
+                " started; repeat the command."
             )
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -135,9 +135,9 @@ class RunFolder:
             self._set_aside(resumed_at)
 
     def point_last_to(self, path: Path) -> str | None:
-        """Point last.pth, which is for people, to a checkpoint; why it could not be, if so.
+        """Point last.pth to a checkpoint; returns why that failed, or None.
 
-        Nothing here needs it, and some file systems have no links.
+        It is for people: no code needs it, and some file systems have no links.
         """
         link = self.checkpoints / f".last.{os.getpid()}"
         try:
@@ -145,7 +145,7 @@ class RunFolder:
             link.symlink_to(path.name)
             os.replace(link, self.last)
         except OSError as error:
-            return f"{self.last} could not be made to point to the newest one: {error.strerror}"
+            return f"{self.last} could not be linked to the newest checkpoint: {error.strerror}"
         return None
 
     def _set_aside(self, resumed_at: int) -> None:
@@ -183,24 +183,24 @@ def save(
     processes: Processes,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Path, str | None]:
-    """Write a checkpoint of `state["updates"]`, point last.pth to it, remove the oldest ones.
+    """Write the checkpoint of `state["updates"]`, link last.pth to it, remove the oldest ones.
 
-    A collective; the file holds what the main process gives. `keep` None removes nothing; `say` is
-    given what went wrong without harm.
+    A collective; the file holds the main process's `state`. `keep` None removes nothing; `say` gets
+    problems that do no harm.
 
     Returns:
-        The checkpoint, and in all processes alike why it could not be written (disk full, folder
-        gone), if so; older ones are untouched then.
+        The checkpoint, and why it could not be written (disk full, folder gone) or None, the same
+        in all processes. Older checkpoints are then untouched.
 
     Raises:
-        UserError: the folder is no longer this run's.
+        UserError: another command has taken the folder.
     """
     path = folder.checkpoints / f"step_{state['updates']:08d}.pth"
     moments = moments_folder(path)
 
     def commit() -> None:
         sync_folder(moments)
-        # Fails where another machine wrote its part elsewhere.
+        # Fails where another machine wrote its part to another file system.
         whole = {**state, "moments": sharded_sizes(moments)}
         folder.lock.check_ours()  # the moments may have taken long
         save_atomic(whole, path)
@@ -226,13 +226,13 @@ def save(
 
 
 def num_removable(folder: RunFolder, keep: CheckpointConfig) -> int:
-    """How many checkpoints newer ones will replace."""
+    """Number of checkpoints that newer ones will replace."""
     files = folder.by_step().values()
     return sum(not _is_milestone(folder, file, keep.keep_every_epochs) for file in files)
 
 
 def _problem(work: Callable[[], object]) -> str | None:
-    """Why the system refused some work, if it did."""
+    """Do some work; returns why the system refused it, or None."""
     try:
         work()
     except OSError as error:
@@ -275,7 +275,7 @@ def _remove_left_overs(folder: RunFolder) -> None:
 
 
 class Found(NamedTuple):
-    """Where a run goes on from: None for a new one; the content, where it was read already."""
+    """Where a run resumes from, None for a new run; its content, if it was read already."""
 
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
@@ -283,18 +283,18 @@ class Found(NamedTuple):
 
 
 def find_checkpoint(folder: RunFolder, resume: str | None, command: str = "pretrain") -> Found:
-    """Where a command's run goes on from.
+    """Where a command's run resumes from.
 
     Raises:
         UserError: `resume` and what is in the folder do not agree.
     """
     folder.check_usable()
     if resume is None:
-        # What ended before its first save, for want of memory perhaps, is begun anew.
+        # A run that ended before its first save is started anew.
         unknown = folder.config.exists() and not folder.log.exists()
         if folder.by_step() or unknown or _lost(folder):
             raise UserError(
-                f"--work-dir {folder.path} already holds a run; add --resume to go on with it, or"
+                f"--work-dir {folder.path} already holds a run; add --resume to continue it, or"
                 " choose another folder."
             )
         return Found()
@@ -303,15 +303,16 @@ def find_checkpoint(folder: RunFolder, resume: str | None, command: str = "pretr
     path = Path(resume).resolve()
     # A run that starts from another's checkpoint may be killed before it has its own.
     own = path.parent == folder.checkpoints.resolve()
-    if not own and folder.by_step() and folder.owns(path):
+    is_aside = path.is_file() and path.parent.name.startswith("set_aside_")
+    if folder.by_step() and folder.owns(path) and is_aside:
         raise UserError(
-            f"{resume} was set aside; move it and its .optimizer folder back into"
-            f" {folder.checkpoints}, or choose another --work-dir."
+            f"{resume} was set aside when the run went back to an earlier one; to continue from it,"
+            " choose another --work-dir."
         )
     if not own and (folder.by_step() or (_lost(folder) == "saved" and not folder.owns(path))):
         raise UserError(
             f"--work-dir {folder.path} holds a run that {resume} is not part of; --resume without a"
-            " path goes on with that run, or choose another folder."
+            " path continues that run, or choose another folder."
         )
     return Found(path if path.is_file() else Path(resume))
 
@@ -331,7 +332,7 @@ def _newest_whole(folder: RunFolder, command: str) -> Found:
     if lost == "saved":
         raise UserError(
             f"--work-dir {folder.path} holds a run whose checkpoints are gone: put them back into"
-            f" {folder.checkpoints} (also from set_aside folders in it), or choose another folder."
+            f" {folder.checkpoints} (set_aside folders there may have them), or choose another."
         )
     if lost:
         raise UserError(
@@ -342,7 +343,7 @@ def _newest_whole(folder: RunFolder, command: str) -> Found:
 
 
 def _lost(folder: RunFolder) -> str | None:
-    """What a folder without checkpoints says of some that were there, if it does."""
+    """What the log says of checkpoints that are no longer there, if anything."""
     records = read_log(folder.log) if folder.log.exists() else []
     saved = any(record["event"] == "checkpoint" for record in records)
     if saved or any(folder.checkpoints.glob("set_aside_*/*.pth")):
@@ -363,33 +364,34 @@ def read_run_checkpoint(path: str | Path, command: str = "pretrain") -> dict[str
     if run_command(state) != command:
         advice = "; --init starts from its encoder" if command == "finetune" else ""
         raise UserError(
-            f"{path} was not written by `greenmim {command}`; a run cannot go on from it{advice}."
+            f"{path} was not written by `greenmim {command}`; a run cannot resume from it{advice}."
         )
     if state.get("version") != RUN_VERSION:
         raise UserError(
-            f"{path} has the format {state.get('version')} of another version of greenmim"
-            f" ({state.get('greenmim')}), and this one goes on from format {RUN_VERSION} only;"
-            " install that version."
+            f"{path} has format {state.get('version')} of greenmim {state.get('greenmim')}, and"
+            f" this version resumes from format {RUN_VERSION} only; install that version."
         )
     if missing := [name for name in ("images_per_update", "skipped") if name not in state]:
-        raise UserError(f"{path} is damaged: it lacks its {missing[0]}.")
-    # As `--resume` follows links, so do the moments beside.
+        raise UserError(f"{path} is damaged: it lacks its {missing[0]}; resume from an older one.")
+    # --resume may name a link, such as last.pth; the moments are beside its target.
     moments = moments_folder(path.resolve())
     if not (moments / ".metadata").is_file():
-        raise UserError(f"{path} lacks the optimiser's state {moments.name} beside it; copy both.")
+        raise UserError(
+            f"{path} lacks the optimiser's state {moments.name} beside it; copy the folder too."
+        )
     for name, size in state.get("moments", {}).items():
         file = moments / name
         if not file.is_file() or file.stat().st_size != size:
             there = f"{file.stat().st_size} bytes" if file.is_file() else "not there"
             raise UserError(
                 f"The optimiser's state of {path} is damaged: {moments.name}/{name} is {there},"
-                f" it was {size} bytes."
+                f" it was {size} bytes; resume from an older one."
             )
     return state
 
 
 def check_same_model(state: dict[str, Any], recipe: RunRecipe, path: Path) -> None:
-    """Raises UserError for the checkpoint of another model, and names the first difference."""
+    """Raises UserError for the checkpoint of another model; names the first difference."""
     saved = state["recipe"]["model"], recipe.to_dict()["model"]
     there, here = map(ModelConfig.of_saved, saved)
     for field in dataclasses.fields(recipe.model):
@@ -397,21 +399,22 @@ def check_same_model(state: dict[str, Any], recipe: RunRecipe, path: Path) -> No
         if before != now:
             raise UserError(
                 f"The checkpoint {path} is of another model: {field.name} is {before} there and"
-                f" {now} in this recipe."
+                f" {now} in this recipe; set --model.{field.name.replace('_', '-')} to that, or"
+                " start a new run without --resume."
             )
 
 
 def restore_moments(
     model: nn.Module, optimizer: torch.optim.AdamW, checkpoint: Path, processes: Processes
 ) -> None:
-    """Bring the optimiser's state back; UserError where it cannot be read. A collective."""
+    """Load the optimiser's state; UserError where it cannot be read. A collective."""
     folder = moments_folder(checkpoint)
 
     def told(problem: str) -> str:
         why = f"The optimiser's state of {checkpoint} cannot be read: {problem}"
         return f"{why}; name an older checkpoint with --resume."
 
-    with processes.agreed():  # what one alone does not see would keep the others waiting
+    with processes.agreed():  # a file that one process cannot see would leave the others waiting
         if problem := _problem(lambda: sharded_sizes(folder)):
             raise UserError(told(problem))
     if problem := _problem(lambda: read_moments(model, optimizer, folder, processes.alone)):
@@ -419,7 +422,7 @@ def restore_moments(
 
 
 class Progress(NamedTuple):
-    """How far a run is."""
+    """How far a run has come."""
 
     first_step: int = 0  # updates done, in the schedule's count
     shift: int = 0  # updates ever done, less first_step
@@ -431,7 +434,11 @@ class Progress(NamedTuple):
 def progress_of(
     state: dict[str, Any], recipe: RunRecipe, sampler: EpochSampler, checkpoint: Path, own: bool
 ) -> Progress:
-    """How far a run is that goes on from a checkpoint, which may be the folder's `own`."""
+    """How far a run has come, by the checkpoint it resumes from; `own` if it is the folder's.
+
+    Raises:
+        UserError: another run's checkpoint is at the end of this one.
+    """
     step, per_epoch, images = state["step"], state["steps_per_epoch"], state["images_per_update"]
     updates, notes = state.get("updates", step), []
     if images != sampler.images_per_update:
@@ -445,6 +452,11 @@ def progress_of(
             f"an epoch has {sampler.updates_per_epoch} updates now, {per_epoch} in the checkpoint;"
             " the run goes on at the same place of the schedule, epoch"
             f" {step / sampler.updates_per_epoch:.2f}"
+        )
+    if not own and step >= sampler.total_updates:
+        raise UserError(
+            f"{checkpoint} is at or beyond the end of {recipe.epochs} epochs; raise --epochs to"
+            " train further."
         )
     before, now = flat(state["recipe"]), flat(recipe.to_dict())
     # An option that the version before did not have stands as that version worked.

@@ -1,4 +1,4 @@
-"""A run made ready: what is wrong with the input is found before anything is written."""
+"""Making a run ready: all input is checked before anything is written."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Run:
     sampler: EpochSampler
     feed: Feed
     progress: Progress  # at the start
-    notes: list[str]  # what the user should know, one line each
-    flops: float  # of an image: forward and twice as many backward
+    notes: list[str]  # for the user, one line each
+    flops: float  # per image, forward and backward; 0 outside the main process
     last_step: int  # where this call ends: that of the schedule, or of --max-steps
 
     @property
@@ -79,7 +79,7 @@ class Run:
 
     @functools.cached_property
     def rates(self) -> tuple[float, float, str]:
-        """As `scaled_rates`."""
+        """Peak and final learning rate, and a line that says where they come from."""
         return scaled_rates(self.recipe, self.sampler.images_per_update)
 
     def epoch(self, step: int) -> float:
@@ -87,7 +87,7 @@ class Run:
         return step / self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Of the update number `step`, from 1."""
+        """The learning rate of update `step`, from 1."""
         peak, final, _ = self.rates
         warmup, epochs = self.recipe.schedule.warmup_epochs, self.recipe.epochs
         epoch = (step - 1) / self.steps_per_epoch
@@ -100,7 +100,8 @@ def prepare(
     """Check the recipe against this machine and build the run; writes nothing. A collective.
 
     Args:
-        recipe, resume, max_steps: As of `train`.
+        recipe, resume, max_steps: As for `train`.
+        processes: The processes of the run, joined.
 
     Raises:
         UserError: any bad input.
@@ -111,10 +112,10 @@ def prepare(
         precision = precision_of(recipe, device)
         check_trackers(recipe)
         with chosen_backend(recipe):
-            pass  # it is here
+            pass  # raises where it cannot be used
     folder, state = RunFolder(recipe.folder), None
 
-    # The main process looks for all: what is found may change from one moment to the next.
+    # Only the main process looks: files may come and go between two looks.
     def look() -> tuple[dict[str, Any], Found]:
         nonlocal state
         images = task.find()
@@ -193,20 +194,22 @@ def prepare(
 
 @contextlib.contextmanager
 def started(run: Run) -> Iterator[RunLog]:
-    """Hold the run's folder, write what a run begins with, and open its log. A collective."""
+    """Lock the work dir, write config.yaml and open the log. A collective."""
     recipe, folder, processes, progress = run.recipe, run.folder, run.processes, run.progress
     main = processes.world.is_main
     with folder.lock.held(processes):
         with processes.agreed():  # before the folder looks like a run: they may refuse
             trackers = make_trackers(folder.path, recipe, progress.resumed_at) if main else []
-        with contextlib.ExitStack() as unless_logged:
-            for tracker in trackers:
-                unless_logged.callback(tracker.close)
+        try:
             processes.from_main(lambda: folder.start(recipe, progress.resumed_at))
             with processes.agreed():
                 counts = progress.resumed_at, progress.first_step, run.total_steps, progress.shift
                 log = RunLog(folder.log if main else None, trackers, *counts)
-            unless_logged.pop_all()  # the log closes them
+        except BaseException:
+            for tracker in trackers:  # otherwise the log closes them
+                with contextlib.suppress(Exception):
+                    tracker.close()
+            raise
         with log, chosen_backend(recipe):
             notes = [*_facts(run), *run.notes]
             for note in notes:
@@ -233,7 +236,12 @@ def learning_rate(
 ) -> float:
     """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine to `final`.
 
-    The published schedule (Huang et al., NeurIPS 2022, arXiv 2205.13515), set before every update.
+    Source: the published schedule (Huang et al., NeurIPS 2022, arXiv 2205.13515).
+
+    Args:
+        epoch: Epochs done, from 0.
+        peak, final: Rates after the warm-up and at the end.
+        warmup_epochs, epochs: Length of the warm-up and of the run.
     """
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
@@ -244,7 +252,7 @@ def learning_rate(
 
 
 def scaled_rates(recipe: RunRecipe, images_per_update: int) -> tuple[float, float, str]:
-    """Peak and final learning rate for the real number of images per update, and their origin."""
+    """Peak and final learning rate for this many images per update, and where they come from."""
     optim, minimum = recipe.optim, recipe.schedule.min_lr
     if optim.lr is not None:
         return optim.lr, minimum, f"learning rate {optim.lr:.3g} (as given), final {minimum:.3g}"
@@ -258,7 +266,7 @@ def scaled_rates(recipe: RunRecipe, images_per_update: int) -> tuple[float, floa
 
 
 def choose_device(name: str, world: World) -> torch.device:
-    """The device of this process, by `Recipe.device`: of several GPUs that of its local rank.
+    """The device of this process: "auto", "cpu" or "cuda"; of several GPUs, by its local rank.
 
     Raises:
         UserError: there is no such device.
@@ -269,7 +277,7 @@ def choose_device(name: str, world: World) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            "--device cuda: PyTorch sees no CUDA GPU here; `greenmim doctor` says more."
+            "--device cuda: PyTorch sees no CUDA GPU; see `greenmim doctor`, or use --device cpu."
         )
     count = torch.cuda.device_count()
     # Slurm may show every process its own GPU alone; NCCL refuses one GPU for two processes.
@@ -277,26 +285,26 @@ def choose_device(name: str, world: World) -> torch.device:
     if index >= count:
         raise UserError(
             f"Process {world.rank} is number {index} of its machine, which has {count} GPUs; start"
-            f" {count} processes per machine."
+            f" at most {count} processes per machine."
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def chosen_backend(recipe: RunRecipe) -> contextlib.AbstractContextManager[None]:
-    """The recipe's kernels; "auto" leaves the choice to the variable GREENMIM_BACKEND."""
+    """A context that uses the recipe's backend; "auto" leaves it to GREENMIM_BACKEND."""
     return contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
 
 
 def precision_of(recipe: RunRecipe, device: torch.device) -> torch.dtype:
-    """What a recipe computes in on a device; UserError where it cannot."""
+    """The autocast dtype of a recipe; UserError where the device cannot do it."""
     name = recipe.precision
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs CUDA; on the CPU take fp32 or bf16.")
+        raise UserError("--precision fp16 needs CUDA; use fp32 or bf16 on the CPU.")
     if name == "fp16" and recipe.strategy == "fsdp":
-        raise UserError("--precision fp16 does not go with --strategy fsdp; take bf16.")
+        raise UserError("--precision fp16 does not go with --strategy fsdp; use bf16.")
     if recipe.cuda_graph and device.type == "cpu":
         raise UserError("--cuda-graph needs a CUDA GPU; leave it out on the CPU.")
     return PRECISIONS[name]
@@ -305,7 +313,7 @@ def precision_of(recipe: RunRecipe, device: torch.device) -> torch.dtype:
 def _facts(run: Run) -> list[str]:
     recipe, sampler, size = run.recipe, run.sampler, run.processes.world.size
     precision = str(run.precision).removeprefix("torch.")
-    left_out = f"{sampler.left_out}, others each epoch" if sampler.left_out else "none"
+    left_out = f"{sampler.left_out}, different ones each epoch" if sampler.left_out else "none"
     spread = f", {size} processes ({recipe.strategy})" if size > 1 else ""
     return [
         f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters on"

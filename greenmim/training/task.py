@@ -1,4 +1,4 @@
-"""What a run trains. The loop (`train.Trainer`) asks its task for all that is not every run's."""
+"""What a run trains: all that differs between pre-training and fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from greenmim.processes import Processes
 from greenmim.recipe import RunRecipe
 from greenmim.training.log import RunLog
 
-# What is done beside training, every so many epochs and at the end: it is called with the number of
-# updates done, and gives False where a process was told to stop meanwhile.
+# Work beside training, every so many epochs and at the end: called with the number of updates done.
+# It returns False where a process was told to stop meanwhile.
 Aside = tuple[int, Callable[[int], bool]]
-# The end of the augmentation: in the loader, and on the device.
+# The last steps of augmentation, in the loader and on the device; one of the two is None.
 Finishes = tuple[Finish | None, Finish | None]
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What it takes to look at a run."""
+    """What periodic work needs of a run."""
 
     log: RunLog
     processes: Processes
@@ -38,23 +38,22 @@ class Watch:
     steps_per_epoch: int
 
     def measured(self, name: str, step: int, found: dict[str, float], text: str, **facts: int):
-        """Log what was found after `step` updates; `text` says it to people."""
+        """Log what was measured after `step` updates; `text` is the line for people."""
         self.log.measured(name, step, step / self.steps_per_epoch, found, text, **facts)
 
 
 def started_from(
     config: ModelConfig, init: str | None, sizes: dict[str, Any], state: dict[str, Any] | None
 ) -> ModelConfig:
-    """The configuration of a run's model, by that of the weights it starts from.
+    """The configuration of a run's model, completed from the weights that it starts from.
 
     Args:
         config: What was asked for.
         init, sizes: The checkpoint of --init, and what is known of its model.
-        state: The checkpoint that the run goes on from, which counts then.
+        state: Content of the checkpoint that the run resumes from; it takes precedence.
 
     Raises:
-        UserError: --init has another encoder, or other heads. Of a run that goes on
-            `check_same_model` tells.
+        UserError: --init has another encoder or other heads. (`check_same_model` checks `state`.)
     """
     try:
         return continued(config, state["recipe"]["model"] if state else sizes)
@@ -65,18 +64,18 @@ def started_from(
 
 
 class Task(ABC):
-    """A network that learns from images; one in each process of a run.
+    """A network and how it learns from images; one in each process of a run.
 
-    Before a run it is called in this order: `find`, in the main process alone, whose answer all
-    get, `build`, `initialise` or `restore`, `placed`, `make_sweeps`.
+    Before the loop: `find` (in the main process only, and sent to all), `build`, `initialise` or
+    `restore`, `placed`, `make_sweeps`.
 
     Attributes:
-        command: That of the command line; checkpoints are of the format greenmim.COMMAND.
-        recipe: The run's; what it left to a checkpoint is known after `build`.
+        command: The command's name; the format of its checkpoints is greenmim.COMMAND.
+        recipe: The run's; `build` fills in what it left to a checkpoint.
         model: The network, after `build`.
         dataset: Images to learn from, after `build`.
-        sweeps: Images to measure with, after `make_sweeps`.
-        bytes_per_weight: Of a checkpoint.
+        sweeps: Evaluations, after `make_sweeps`.
+        bytes_per_weight: Bytes of a checkpoint per parameter.
     """
 
     command: str
@@ -93,15 +92,15 @@ class Task(ABC):
 
     @abstractmethod
     def find(self) -> dict[str, Any]:
-        """Where the images are, by option, "data.root" first; UserError where there are none."""
+        """Image sources by option, "data.root" first, and classes; UserError without images."""
 
     @abstractmethod
     def build(self, found: dict[str, Any], state: dict[str, Any] | None) -> list[str]:
-        """Make network and data set; what people should know, a line each.
+        """Make the network and the dataset; returns notes for people, a line each.
 
         Args:
-            found: What `find` gave.
-            state: Of the checkpoint that the run goes on from, if it does.
+            found: What `find` returned.
+            state: Content of the checkpoint that the run resumes from, or None.
 
         Raises:
             UserError: any bad input.
@@ -109,39 +108,42 @@ class Task(ABC):
 
     @abstractmethod
     def facts(self, found: dict[str, Any]) -> list[str]:
-        """Lines on what would be trained, after `build`."""
+        """Lines of a dry run on what would be trained; after `build`."""
 
     @abstractmethod
     def flops(self) -> float:
-        """Floating-point operations of an image's forward pass; nothing that is repeated counts."""
+        """Floating-point operations of one image's forward pass; recomputation does not count."""
 
     @abstractmethod
     def initialise(self, checkpoint: str) -> list[str]:
-        """Start from the weights of --init; lines for people. UserError where they do not fit."""
+        """Load the weights of --init; returns notes. UserError where they do not fit."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint of such a run."""
+        """Load the weights of a run's checkpoint; UserError where it is damaged."""
         try:
             self.model.load_state_dict(state["model"])
         except (RuntimeError, TypeError) as error:  # of other weights than its recipe says
-            raise UserError(f"The run's checkpoint is damaged: {one_line(error)[:300]}") from error
+            raise UserError(
+                f"The run's checkpoint is damaged: {one_line(error)[:300]}; name an older one with"
+                " --resume."
+            ) from error
 
     def placed(self, processes: Processes) -> None:  # noqa: B027
-        """The model is on its device, and not spread over the processes yet."""
+        """Called with the model on its device, before DDP or FSDP wraps it."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimiser; `lr_scale` is a factor of a group's learning rate."""
+        """Parameter groups for AdamW; a group's `lr_scale` multiplies its learning rate."""
 
     @abstractmethod
     def collate(self, finish: Finish | None) -> Collate:
-        """What makes batches; `finish` as of `Collate`."""
+        """The collate function of training; `finish` as for `Collate`."""
 
     @abstractmethod
     def make_sweeps(
         self, found: dict[str, Any], finishes: Finishes, processes: Processes
     ) -> list[str]:
-        """Prepare what is measured with; lines for people. A collective."""
+        """Prepare the evaluations; returns notes for people. A collective."""
 
     # ---- in the loop
 
@@ -159,12 +161,12 @@ class Task(ABC):
         """The loss of a micro-batch; `wrapped_model` is what to call in place of the model."""
 
     def updated(self, step: int) -> None:  # noqa: B027
-        """Update number `step`, from 1, is done."""
+        """Called after update `step`, from 1."""
 
     def state(self, keep: bool) -> dict[str, Any]:
-        """What a checkpoint has beside the weights; {} without `keep`. A collective."""
+        """More entries of a checkpoint; {} unless `keep`. A collective."""
         return {}
 
     @abstractmethod
     def asides(self, watch: Watch) -> list[Aside]:
-        """What is done beside training."""
+        """The periodic work of a run."""

@@ -38,12 +38,12 @@ from greenmim.training.task import Watch
 
 # A run ends when so many checkpoints in a row could not be written.
 FAILED_SAVES = 3
-# What a run does about memory that ran out.
+# Advice where memory runs out.
 SMALLER = (
-    "lower --data.batch-size and raise --optim.accumulate by as much, which leaves the update as it"
-    " is, or take --activation-checkpointing true"
+    "lower --data.batch-size and raise --optim.accumulate by the same factor, which keeps the"
+    " update the same, or set --activation-checkpointing true"
 )
-# So many images of a skipped update are named in log.jsonl.
+# The most files of a skipped update that log.jsonl names.
 NAMED_FILES = 64
 
 
@@ -53,7 +53,7 @@ class Result:
 
     exit_code: int  # 0; 75 or 130 after a signal (saved, to be resumed); 3 (losses not finite)
     step: int  # updates done
-    checkpoint: Path | None  # the newest one
+    checkpoint: Path | None  # the newest one, if any
     signal: signal.Signals | None = None  # what stopped the run, if it was stopped
 
 
@@ -67,15 +67,16 @@ def train(
 
     Args:
         recipe: The run.
-        resume: None starts a new run; "auto" goes on from the newest checkpoint of the work dir,
+        resume: None starts a new run; "auto" resumes from the newest checkpoint of the work dir,
             or starts where there is none yet (a scheduler can repeat one command); else the path
             of a checkpoint.
         max_steps: End after so many updates of the run, with a checkpoint; the schedule stays that
-            of all epochs. None goes on to their end.
+            of all epochs. None trains to their end.
         profile: Record a few updates in the work dir (see `Profile`).
 
     Raises:
-        UserError: bad input; nothing was written. Or the disk is full: old checkpoints are whole.
+        UserError: bad input, and nothing was written; or a full disk, and older checkpoints are
+            intact.
         PeerError: another process of the run died.
     """
     world = World.from_environment()
@@ -90,8 +91,8 @@ def train(
             newest = run.folder.newest_checkpoint()
             if newest is None:
                 raise processes.common_error(
-                    f"--resume {resume} is at the end of its {recipe.epochs} epochs; raise --epochs"
-                    " to train further."
+                    f"--resume {resume} has {run.progress.first_step} updates already, and"
+                    f" --max-steps is {max_steps}; raise it."
                 )
             if world.is_main:
                 whole = run.last_step == run.total_steps
@@ -99,8 +100,8 @@ def train(
                 print(f"The run in {recipe.work_dir} is finished ({length}): {newest}")
             return Result(0, run.progress.first_step, newest)
         with started(run) as log:
-            # Left after the processes are: when one of them dies, torchrun sends SIGTERM to the
-            # others, which are then finding out which one it was.
+            # Left after the processes: when one dies, torchrun sends SIGTERM to the others, which
+            # are still finding out which one.
             stop = outside.enter_context(StopSignal())
             with contextlib.closing(run.feed), told_of_memory(processes.device, SMALLER):
                 with recorded(run, log) if profile else contextlib.nullcontext() as recorder:
@@ -115,7 +116,7 @@ class Trainer:
     ) -> None:
         self.run, self.log, self.stop, self.profile = run, log, stop, profile
         processes = run.processes
-        # One process alone need not wait for a loader that hangs; others would wait for it.
+        # A single process may give up on a loader that hangs; several have to stop together.
         run.feed.give_up = lambda: processes.alone and stop.received is not None
         run.feed.start()
         self.reports = Reports(processes, run.recipe.optim.accumulate)
@@ -139,7 +140,7 @@ class Trainer:
                 return self.stopped(step - 1)
             self.log.step_done()
             if self.profile is not None and self.profile.step():
-                self.read_reports(step)  # what it takes is no time of theirs
+                self.read_reports(step)  # writing the profile is not their time
                 with self.not_training():
                     self.profile.close()
 
@@ -154,7 +155,7 @@ class Trainer:
                 self.save(step, final=end or self.stop_asked)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
-            if due:  # a signal that came meanwhile has got its save
+            if due:  # a signal that came during the save needs no second one
                 self.stop_asked |= any(run.processes.gather(self.stop.received is not None))
             if self.stop_asked and not last:
                 return self.stopped(step)
@@ -165,15 +166,15 @@ class Trainer:
                         return self.stopped(step)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, run.folder.newest_checkpoint())
-        if self.stop_asked:
-            self.log.say("a signal ended the last measurements; greenmim knn or eval makes them")
+        if self.stop_asked and self.asides:
+            self.log.say("a signal ended the last measurements and pictures")
         self.say_the_end()
         return Result(0, run.last_step, self.checkpoint)
 
     def update(self, step: int) -> bool:
         """Forward and backward passes of the global batch, and one step of the optimiser.
 
-        False where a signal ended the wait for a batch: the weights are those of the step before.
+        Returns False where a signal ended the wait for a batch; the weights are unchanged.
         """
         run, recipe, scaler = self.run, self.run.recipe, self.run.scaler
         optimizer, rate = run.optimizer, run.learning_rate(step)
@@ -185,7 +186,7 @@ class Trainer:
             if batch is None:
                 return False
             number = run.sampler.micro_batch(index)
-            # For stochastic depth, the one thing that a forward pass draws, and what inputs draw.
+            # For stochastic depth, the only draw of a forward pass, and for what `inputs` draws.
             torch.manual_seed(torch_seed(recipe.seed, FORWARD, step - 1, number))
             inputs = run.task.inputs(batch, step - 1, number)
             losses.append(run.passes.forward_backward(inputs, index))
@@ -200,8 +201,8 @@ class Trainer:
         )
         self.clock.append((time.perf_counter(), run.feed.waited))
         if not scaler.is_enabled():
-            # Where this is 1 the fused AdamW leaves weights and moments as they are: an update is
-            # skipped without the host knowing of it. A scaler sets it from what it found itself.
+            # At 1 the fused AdamW leaves weights and moments unchanged: an update is skipped
+            # without the host knowing. A scaler sets it from the overflows that it found.
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # it looks for it
         scaler.step(optimizer)
         scaler.update()
@@ -210,7 +211,7 @@ class Trainer:
         return True
 
     def read_reports(self, up_to: int) -> None:
-        """Read the reports of the updates up to one, and log what they say."""
+        """Read the reports of the updates up to one, and log them."""
         run, every = self.run, self.run.recipe.log.every_steps
         for report in self.reports.read(up_to):
             seconds, waited = self.clock.popleft()
@@ -229,21 +230,21 @@ class Trainer:
                 return
 
     def save(self, step: int, final: bool = False) -> None:
-        """Write a checkpoint; everything before it is read and logged first.
+        """Write a checkpoint, once all reports before it are read and logged.
 
-        From a skipped update on it waits until one is applied again: what made it skip may be in
-        the weights already, and older checkpoints go as new ones come. The `final` one does not
-        wait: it takes no older one's place, and is not written where a weight is not finite.
+        After a skipped update it waits until one is applied: the weights may be bad already, and
+        each save removes an older checkpoint. A `final` one does not wait: it removes none, and is
+        not written where a weight is not finite.
 
         Raises:
-            UserError: it could not be written, and this was the `final` one or one of many: until
-                then, the run goes on and tries again when the next one is due.
+            UserError: it could not be written, and is `final` or the third failure in a row. After
+                other failures the run continues, and tries again at the next save.
         """
         run, log = self.run, self.log
         self.read_reports(step)
         trouble = self.skipped_in_a_row > 0
         self.save_owed = trouble and not final
-        if final and trouble and not self.diverged and not self._sound():
+        if final and trouble and not self.diverged and not self._weights_are_finite():
             self._diverge(step)
         if self.save_owed or self.diverged:
             return
@@ -265,17 +266,17 @@ class Trainer:
             return
         self.failed_saves += 1
         log.event("not_saved", step=step, path=str(path), reason=problem)
-        told = f"The checkpoint {path} could not be written: {problem}; older ones are whole"
+        told = f"The checkpoint {path} could not be written: {problem}; older ones are intact"
         if final or self.failed_saves == FAILED_SAVES:
             raise run.processes.common_error(
-                f"{told}: make room or mend the folder, then repeat the command with --resume."
+                f"{told}: free disk space or fix the folder, then repeat the command with --resume."
             )
-        log.say(f"{told}. The run goes on and tries again when the next one is due.")
+        log.say(f"{told}. The run continues, and tries again at the next save.")
 
     def _state(self, step: int) -> dict[str, Any]:
         """What a checkpoint's file holds after `step` updates of the schedule. A collective.
 
-        There is no state of random generators in it: what is random follows from the step.
+        It needs no generator state: all random numbers follow from the seed and the step.
         """
         run = self.run
         return {
@@ -295,8 +296,8 @@ class Trainer:
         }
 
     def aside(self, step: int, work: Callable[[int], bool]) -> None:
-        """Do after an update what is no training; not where the run is to end as diverged."""
-        self.read_reports(step)  # what it takes is no time of theirs
+        """Do periodic work after an update, unless the run has diverged."""
+        self.read_reports(step)  # the work is not their time
         if not self.diverged:
             with self.not_training():
                 self.stop_asked |= not work(step)
@@ -306,14 +307,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def not_training(self) -> Iterator[None]:
-        """What is done inside is no time of the updates that the next line of the log is on."""
+        """Time spent inside does not count in the speed that the next log line gives."""
         start = time.perf_counter()
         yield
         self.window_start += time.perf_counter() - start
 
     def stopped(self, step: int) -> Result:
         """The end of a run that a signal stopped."""
-        if self.saved < step:  # it stopped between updates, or could not save
+        if self.saved < step:  # something was learned since the last save
             self.save(step, final=True)
             if self.diverged:
                 return Result(EXIT_DIVERGED, step, self.run.folder.newest_checkpoint())
@@ -351,7 +352,7 @@ class Trainer:
         return bool(every and step % (every * self.run.steps_per_epoch) == 0)
 
     def _log_window(self, step: int, now: float, waited: float) -> None:
-        """A line on the updates since the line before; `now` and `waited` were after the last."""
+        """Log the updates since the last line; `now` and `waited` (s) are after the last one."""
         run, done = self.run, [report for report in self.unlogged if not report.skipped]
         seconds = max(now - self.window_start, 1e-9)
         images = len(self.unlogged) * run.sampler.images_per_update
@@ -362,7 +363,7 @@ class Trainer:
             "lr": run.learning_rate(step),
             "epoch": run.epoch(step),
             "images_per_second": images / seconds,
-            # Of one process: what its device could do at most is for all to look up.
+            # Per process, to be compared with its device's peak.
             "model_tflops": run.flops * images / seconds / run.processes.world.size / 1e12,
             "data_wait": min((waited - self.window_waited) / seconds, 1.0),
             "peak_memory_gib": peak_memory_gib(run.processes.device),
@@ -373,7 +374,7 @@ class Trainer:
         self.unlogged, self.window_start, self.window_waited = [], now, waited
 
     def _loader_bytes(self) -> int:
-        """Of all loader processes: those of training stay while others are at work."""
+        """Peak bytes of all loader processes: those of training stay during an evaluation."""
         others = max((sweep.loader_bytes for sweep in self.run.task.sweeps), default=0)
         return self.run.feed.memory() + others
 
@@ -388,8 +389,8 @@ class Trainer:
             facts = {"micro_batches": numbers, "images": len(items), "files": files}
             log.event("skipped", step=report.step, **facts)
             log.say(
-                f"update {log.number(report.step)} was skipped: its loss or gradient is not finite"
-                f" ({len(items)} images, the first {files[0]}; more in log.jsonl)"
+                f"update {log.number(report.step)} was skipped: its loss or gradient was not finite"
+                f" ({len(items)} images, first {files[0]}; see log.jsonl)"
             )
         if self.skipped_in_a_row >= run.recipe.max_skipped:
             self._diverge(report.step)
@@ -398,15 +399,15 @@ class Trainer:
         self.diverged = True
         self.log.event("diverged", step=step, skipped=self.skipped)
         count, newest = self.skipped_in_a_row, self.run.folder.newest_checkpoint()
-        again = f"; {newest} is from before it, --resume goes on there" if newest else ""
+        again = f"; {newest} is from before it, --resume continues there" if newest else ""
         self.log.say(
             f"stopped after update {self.log.number(step)}: the loss or gradient of the last"
-            f" {f'{count} updates' if count > 1 else 'update'} was not finite. To go on, lower the"
-            " learning rate (--optim.base-lr or --optim.lr), clip (--optim.clip 1), or use"
+            f" {f'{count} updates' if count > 1 else 'update'} was not finite. To continue, lower"
+            " the learning rate (--optim.base-lr or --optim.lr), clip (--optim.clip 1), or use"
             f" --precision bf16 or fp32{again}."
         )
 
-    def _sound(self) -> bool:
+    def _weights_are_finite(self) -> bool:
         """Whether all weights are finite. A collective."""
         own = (p.to_local() if isinstance(p, DTensor) else p for p in self.run.model.parameters())
         return all(self.run.processes.gather(all(bool(p.isfinite().all()) for p in own)))
@@ -426,11 +427,11 @@ def recorded(run: Run, log: RunLog) -> Iterator[Profile | None]:
 
 @contextlib.contextmanager
 def told_of_memory(device: torch.device, advice: str) -> Iterator[None]:
-    """Memory that runs out inside is a UserError, which says what to do."""
+    """Turn an out-of-memory error inside into a UserError with `advice`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # The allocator of a GPU has an error of its own, that of the CPU and libraries have not.
+        # CUDA's allocator has its own error class; other errors are known by their text.
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
             words in str(error) for words in ("out of memory", "can't allocate memory")
         ):

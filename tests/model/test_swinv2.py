@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import timm
 import torch
-from timm.models.swin_transformer_v2 import window_partition
+from timm.models.swin_transformer_v2 import SwinTransformerV2, window_partition
 
 from greenmim import GreenMIM, ModelConfig, convert_checkpoint, create_model
 from greenmim.checkpoint import kind_of
@@ -143,7 +144,7 @@ def test_windows_before(size, window, before, had, own, expected):
         continued(config, {"image_size": 64, "window_size": 4})
 
 
-def test_windows_of_one_token():
+def test_windows_of_one_token(monkeypatch):
     """timm before 1.0.31 divides by zero there: it says so, or works."""
     try:
         model = small(image_size=32)
@@ -151,6 +152,15 @@ def test_windows_of_one_token():
         assert "install timm>=1.0.31" in str(error)
     else:
         assert model(torch.randn(1, 3, 32, 32).double(), mask_ratio=0.0).latent.isfinite().all()
+    real = SwinTransformerV2.__init__
+
+    def with_nan(self, *arguments, **options):
+        real(self, *arguments, **options)
+        self.layers[0].blocks[0].attn.relative_coords_table.fill_(math.nan)
+
+    monkeypatch.setattr(SwinTransformerV2, "__init__", with_nan)
+    with pytest.raises(ValueError, match="install timm>=1.0.31"):
+        small()
 
 
 def test_a_mask_per_image_is_each_image_alone():

@@ -13,7 +13,7 @@ import torch
 from greenmim.cli import main
 from greenmim.guards import UserError, exit_code
 from greenmim.launch import World
-from greenmim.training import startup
+from greenmim.training import run_folder, startup
 from greenmim.training.run_folder import RunFolder
 
 
@@ -246,11 +246,43 @@ def test_a_resumed_run_is_checked_before_it_starts_or_is_submitted(
     start = ("--resume", str(finished_run / "checkpoints" / "last.pth"), *more)
     sizes = ("--model.window-size", "4")
     text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", *start, *sizes))
-    assert "is of another model: window_size is 2 there and 4 in this recipe" in text
+    assert "is of another model: window_size is 2 there and 4 in this recipe; set --model" in text
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", *start))
+    assert "is at or beyond the end of 2 epochs; raise --epochs" in text
+    epochs = ("--epochs", "3")
     monkeypatch.setattr(RunFolder, "_free_bytes", lambda folder: 1000)
-    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", "--epochs", "3", *start))
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", *epochs, *start))
     assert "the run needs room for" in text
+    monkeypatch.undo()
+    real = run_folder.load_checkpoint
+
+    def damaged(path, lazily=False):
+        state = real(path, lazily)
+        state["model"].popitem()
+        return state
+
+    monkeypatch.setattr(run_folder, "load_checkpoint", damaged)
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", *epochs, *start))
+    assert "The run's checkpoint is damaged: " in text and "name an older one" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_one_of_several_processes_tells_what_a_dry_run_found(
+    tiny: Path, photos: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    for rank in ("0", "1"):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        assert main(pretrain(tiny, tmp_path / "nowhere", tmp_path / "run", "--dry-run")) == 2
+        assert ("no folder" in capsys.readouterr().err) == (rank == "0")
+
+
+def test_more_updates_than_asked_for(
+    finished_run: Path, tiny: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    start = ("--resume", str(finished_run / "checkpoints" / "last.pth"), "--epochs", "9")
+    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", *start, "--max-steps", "3"))
+    assert "has 8 updates already, and --max-steps is 3; raise it" in text
 
 
 def test_trackers_are_closed_where_a_run_does_not_start(
@@ -268,18 +300,10 @@ def test_trackers_are_closed_where_a_run_does_not_start(
     assert closed == ["closed"]
 
 
-def test_a_finished_run_is_no_start_of_another(
-    finished_run: Path, tiny: Path, photos: Path, tmp_path: Path, capsys
-) -> None:
-    start = ("--resume", str(finished_run / "checkpoints" / "last.pth"))
-    text = complaint(capsys, *pretrain(tiny, photos, tmp_path / "run", *start))
-    assert "is at the end of its 2 epochs; raise --epochs" in text
-
-
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (errno.EACCES, "/root/run: no permission; use another path."),
+        (errno.EACCES, "/root/run: refused; use another path (--debug shows what for)."),
         (errno.ENAMETOOLONG, "/root/run: this name is too long; use a shorter one."),
     ],
 )
@@ -358,6 +382,8 @@ def test_reconstruct(finished_run: Path, photos: Path, tmp_path: Path, capsys) -
     assert mine.read_bytes() == before
     (tmp_path / "folder.png").mkdir()
     assert "folder.png is a folder" in text(output="folder.png")
+    assert main(["reconstruct", "--checkpoint", last, "--images", str(photos), "--output",
+                 str(tmp_path / "CAPITALS.PNG")]) == 0  # fmt: skip
     arguments = ("--checkpoint", last, "--images", str(photos), "--output", str(mine))
     assert main(["reconstruct", *arguments, "--overwrite"]) == 0 and mine.read_bytes() != before
 
@@ -371,7 +397,8 @@ def test_convert(finished_run: Path, tmp_path: Path, capsys) -> None:
         )
 
     assert "no checkpoint" in text(input=str(tmp_path / "no.pth"))
-    assert "has to end in" in text(output="o.onnx")
+    for name in ("o.onnx", "o.SAFETENSORS"):  # would be a pickle
+        assert "has to end in one of .safetensors, .pth, .pt" in text(output=name)
     assert "no folder" in text(output="nowhere/o.pth")
     assert "not --source official" in text("--source", "official")
     assert "mxnet" in text("--target", "mxnet")

@@ -33,6 +33,7 @@ from greenmim.data.images import Source
 from greenmim.data.labelled import LabelledCollate, LabelledImages
 from greenmim.data.sampler import Item
 from greenmim.data.sources import HuggingFace
+from greenmim.evaluation import accuracy
 from greenmim.evaluation.accuracy import Accuracy, by_class, draw, measure, table
 from greenmim.evaluation.classifiers import knn_pieces, knn_scores, linear_probe
 from greenmim.evaluation.features import extract, load_features
@@ -325,7 +326,10 @@ def test_features_are_kept(options, counted, tmp_path, capsys):
     (tmp_path / "found.json").unlink()
     assert main(["knn", *options, "--k", "3"]) == 2  # its picture
     assert "found.png is there already" in capsys.readouterr().err
-    assert main(again) == 0 and len(counted) == 2
+    with pytest.MonkeyPatch.context() as few:
+        few.setattr(accuracy, "_DRAWN", 1)  # classes of a picture
+        assert main(again) == 0 and not (tmp_path / "found.png").exists()
+    assert main(again) == 0 and len(counted) == 2 and (tmp_path / "found.png").exists()
     assert found(tmp_path) == first
     kept = sorted((tmp_path / "features").iterdir())
     kept[0].write_bytes(kept[0].read_bytes()[:-5])
@@ -428,7 +432,7 @@ def test_a_shard_that_is_down_is_named(options, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["--k", "19"], "--k is 19 and 18 images can vote; take a smaller one."),
+        (["--k", "19"], "--k is 19, and only 18 images can vote; lower it."),
         (["--data.root", "{one}"], "--data.root {one}: all its images are of one class, red"),
         (["--k", "0"], "--k is 0; it has to be above 0."),
         (["--data.root", "{flat}"], "--data.root {flat}: its images have no classes"),

@@ -22,6 +22,7 @@ from tuning import command, complaint, newest
 
 from greenmim.checkpoint import load_checkpoint
 from greenmim.cli import main
+from greenmim.data.images import Source
 from greenmim.data.labelled import CROP, LabelledImages
 from greenmim.data.sampler import Item
 from greenmim.data.sources import find_source
@@ -31,7 +32,7 @@ from greenmim.finetune_recipe import (
 )
 from greenmim.guards import UserError
 from greenmim.recipe import DataConfig
-from greenmim.tools.classify import load_picture
+from greenmim.tools.classify import _classes, load_picture
 from greenmim.tools.loading import load_classifier
 from greenmim.training.finetuning import Finetuning
 
@@ -128,10 +129,12 @@ def test_images_are_measured_as_the_run_s_are(recipe_file, labelled, tmp_path, c
     order = ["--classes", str(tmp_path / "classes.txt")]
     assert main([*arguments, str(labelled[1]), *order]) == 0
     assert "replaces the checkpoint's own classes" in capsys.readouterr().err
+    names = _classes(Source(), order[1], ["red", "blue", "green"], 3, is_main=False)
+    assert names == ["green", "blue", "red"] and not capsys.readouterr().err
     assert json.loads(output.read_text())["loss"] != first["loss"]
     assert main([*arguments, str(labelled[1]), "--data.max-pixels", "10"]) == 2
     said = capsys.readouterr().err
-    assert said.count("the limit (--data.max-pixels)") == 9
+    assert said.count("raise --data.max-pixels to read it") == 9
     assert "no image with a class can be read" in said
     more[1] = str(val / "red" / "broken")
     (val / "red" / "broken" / "a").mkdir(parents=True)

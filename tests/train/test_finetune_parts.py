@@ -276,7 +276,7 @@ def test_a_label_that_can_be_read_only_later_is_looked_at_again(labelled, monkey
     monkeypatch.setattr(images.source, "label", label)
     sample = images[Item(0, 0, 0, 0)]
     assert len(tried) == 2 and sample.label in COLOURS and not sample.stop
-    assert "its class lion is not learned" in sample.failures[0][1]
+    assert not sample.failures  # it could be read
 
 
 def test_augmentation_follows_from_the_place_in_the_epoch(labelled):
@@ -344,7 +344,7 @@ def test_where_labels_come_after_images_others_take_their_place(tmp_path):
     files |= {"2.png": encoded(4), "2.cls": b"blue", "3.png": encoded(6)}
     write_tar(tmp_path / "0.tar", files)
     images = training_images(f"wds/{tmp_path}/0.tar")
-    assert any("take the place" in note for note in images.check_readable())
+    assert any("are replaced by others" in note for note in images.check_readable())
     sample = images[Item(0, 0, 0, 1)]
     assert sample.label in ("red", "blue") and not sample.failures
     assert torch.equal(images[Item(0, 0, 0, 1)].image, sample.image)

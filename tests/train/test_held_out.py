@@ -33,6 +33,7 @@ from greenmim.recipe import DataConfig, MaskConfig, Recipe
 from greenmim.tools.loading import load_model
 from greenmim.training import profile
 from greenmim.training.pretraining import Pretraining
+from greenmim.training.train import Trainer
 from greenmim_kernels import use_backend
 
 SIZE = (96, 64)  # of the tiny run's images
@@ -178,6 +179,12 @@ def test_a_signal_in_the_last_measurement_is_told(
     assert main(command(tiny, photos, tmp_path / "run", *more)) == 0
     said = capsys.readouterr().out
     assert "a signal ended the last measurements" in said and "finished: 2 epochs" in said
+    more = ("--log.pictures-every-epochs", "null", "--max-steps", "1")
+    monkeypatch.setattr(
+        Trainer, "save", lambda self, *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert main(command(tiny, photos, tmp_path / "other", *more)) == 0
+    assert "a signal ended" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--data.val-root", "--data.probe-root"])
@@ -297,7 +304,7 @@ def test_a_few_updates_are_profiled(steps, tiny, photos, tmp_path, monkeypatch, 
     assert main(command(tiny, photos, work, "--profile", "--max-steps", str(steps))) == 0
     count = min(steps, profile.RECORDED)
     trace = work / "profile" / "trace.json.gz"
-    assert f"the trace of {count} updates is {trace}" in capsys.readouterr().out
+    assert f"the trace of {count} update{'s' * (count > 1)} is {trace}" in capsys.readouterr().out
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     steps_of_adamw = [e for e in events if e.get("name", "").startswith("Optimizer.step")]
     assert len(steps_of_adamw) == count
@@ -306,7 +313,9 @@ def test_a_few_updates_are_profiled(steps, tiny, photos, tmp_path, monkeypatch, 
 
 def test_a_run_that_ends_early_tells_how_much_was_profiled(monkeypatch, tmp_path):
     monkeypatch.setattr(profile, "WARM_UP", 3)
-    for done, told in ((1, "nothing was profiled: the run ended before update 4"),
+    for done, told in ((1, "nothing was profiled: the run ended after 1 updates"),
+                       (3, "nothing was profiled: the run ended after 3 updates"),
+                       (4, "the trace of 1 update is "),
                        (5, "the trace of 2 updates is ")):  # fmt: skip
         said = []
         recorder = profile.Profile(tmp_path, torch.device("cpu"), 20, said.append)
@@ -323,7 +332,7 @@ def test_a_profile_that_fails_ends_no_run(tiny, photos, tmp_path, monkeypatch, c
     )
     assert main(command(tiny, photos, tmp_path / "run", "--profile")) == 0
     said = capsys.readouterr().out
-    assert "nothing is profiled, for it failed: " in said and "taken" in said
+    assert "profiling failed: " in said and "taken" in said
     assert "finished: 2 epochs, 8 updates" in said
 
 

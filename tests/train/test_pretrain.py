@@ -505,7 +505,8 @@ def test_a_run_that_diverges_keeps_its_sound_checkpoints(
     assert names == ["step_00000006.pth", "step_00000008.pth"]
     records = read_log(tmp_path / "run" / "log.jsonl")
     assert [r["step"] for r in records if r["event"] == "checkpoint"] == [2, 5, 6, 8]
-    assert "step_00000008.pth is from before it, --resume goes on there" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step_00000008.pth is from before it, --resume continues there" in said
 
 
 def test_a_stop_at_a_skipped_update_is_saved_and_removes_nothing(

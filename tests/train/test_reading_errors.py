@@ -17,6 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from test_augment import feed_of, loader_of
 from test_errors import complaint, pretrain
+from torch.utils.data._utils import signal_handling
 from train_pictures import picture
 
 from greenmim.data import dataset as dataset_module
@@ -234,16 +235,34 @@ def test_a_loader_process_that_is_killed_is_told_as_such(photos, monkeypatch) ->
         feed.next()
 
 
-def test_a_loader_process_that_dies_interrupts_nothing(photos, monkeypatch) -> None:
+@pytest.mark.parametrize("before", ["default", "ignored", "pytorch"])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, r"exit code -9\); most often memory ran out"),
+        (signal.SIGSEGV, r"exit code -11\); its own output may say why"),
+    ],
+)
+def test_a_loader_process_that_dies_interrupts_nothing(
+    before, number, said, photos, monkeypatch
+) -> None:
     """It is told when a batch is waited for, and not in the middle of a save, say."""
     in_workers(monkeypatch, lambda: time.sleep(60))
-    with feeding(photos, workers=1) as feed:
-        feed.start()
-        (worker,) = feed._workers
-        os.kill(worker.pid, signal.SIGKILL)
-        time.sleep(0.5)  # a handler would run here
-        with pytest.raises(UserError, match="A loader process died .*memory"):
-            feed.next()
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    handler = {"default": signal.SIG_DFL, "ignored": signal.SIG_IGN}.get(before, signal.SIG_DFL)
+    found = signal.signal(signal.SIGCHLD, handler)
+    if before == "pytorch":
+        signal_handling._set_SIGCHLD_handler()
+    try:
+        with feeding(photos, workers=1) as feed:
+            feed.start()
+            (worker,) = feed._workers
+            os.kill(worker.pid, number)
+            time.sleep(0.5)  # a handler would run here
+            with pytest.raises(UserError, match=f"A loader process died .*{said}"):
+                feed.next()
+    finally:
+        signal.signal(signal.SIGCHLD, found)
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("it is killed by signal")])

@@ -148,7 +148,7 @@ def test_a_log_that_a_power_cut_damaged(tmp_path: Path) -> None:
     path.write_bytes(
         b'{"event": "train", "step": 1}\n\xff\xfe\x00{"event": "train"}\n{"step": 3}\n'
     )
-    assert [r["step"] for r in read_log(path)] == [1, 3]
+    assert [r["step"] for r in read_log(path)] == [1]
     assert [r["step"] for r in cut_log(path, 2)] == [1]
     assert path.read_text() == '{"event": "train", "step": 1}\n'
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from signal import SIGTERM
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from greenmim.training.run_folder import (
     write_moments,
 )
 from greenmim.training.slurm import Piece
+from greenmim.training.train import Trainer
 
 ALONE = Processes(World(), torch.device("cpu"))
 KILLED = 9
@@ -113,8 +115,32 @@ def test_resumed_with_a_larger_batch_nothing_is_lost(
     assert sorted(p.name for p in aside.glob("*.pth")) == ["step_00000011.pth", "step_00000012.pth"]
     later = str(aside / "step_00000011.pth")
     assert main([*argv[:-5], "--resume", later, *argv[-4:]]) == 2
-    assert "was set aside; move it and its .optimizer folder back" in capsys.readouterr().err
+    assert "was set aside when the run went back" in capsys.readouterr().err
+    none = str(folder.checkpoints / "typo" / "step_00000011.pth")
+    assert main([*argv[:-5], "--resume", none, *argv[-4:]]) == 2
+    assert "is not part of" in capsys.readouterr().err
     assert list(losses(copy)) == list(range(1, 13)) and 12 in folder.by_step()
+
+
+def test_a_log_with_damaged_lines_is_resumed(copy: Path, tiny: Path, photos: Path, capsys) -> None:
+    log, before = copy / "log.jsonl", losses(copy)
+    lines = [b"null", b"3", b"[]", b'{"step": 3}', b'{"event": "train", "step": null}',
+             b'{"event": "unreadable_image"}', b"\xff\xfe"]  # fmt: skip
+    whole = log.read_bytes() + b"\n".join(lines) + b"\n"
+    log.write_bytes(whole)
+    assert main(command(tiny, photos, copy, "--resume", "--epochs", "3")) == 0
+    assert losses(copy).keys() == set(range(1, 13))
+    assert {step: losses(copy)[step] for step in before} == before
+    assert (copy / "log.1.jsonl").read_bytes() == whole
+
+
+def test_a_run_that_is_stopped_before_its_next_save_names_the_last_one(
+    copy: Path, tiny: Path, photos: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(Trainer, "update", lambda self, step: os.kill(os.getpid(), SIGTERM))
+    assert main(command(tiny, photos, copy, "--resume", "--epochs", "3")) == 75
+    said = capsys.readouterr().out
+    assert "SIGTERM received: saved" in said and "step_00000008.pth; repeat the command" in said
 
 
 def test_resumed_with_a_smaller_batch_milestones_stay(copy: Path, tiny: Path, photos: Path) -> None:
@@ -204,7 +230,7 @@ def test_a_folder_that_changed_since_it_was_looked_at(copy: Path) -> None:
     folder, before = RunFolder(copy), (copy / "config.yaml").read_bytes()
     folder.check_usable()
     save(RunFolder(copy), 9, CheckpointConfig(keep_last=9))
-    with pytest.raises(UserError, match="while this one started; repeat it"):
+    with pytest.raises(UserError, match="while this one started; repeat the command"):
         folder.start(recipe, 8)
     assert (copy / "config.yaml").read_bytes() == before and 9 in folder.by_step()
 
@@ -335,7 +361,9 @@ def test_a_file_system_without_links_and_sync_of_folders(
     argv = command(tiny, photos, run, "--checkpoint.every-steps", "1", "--resume")
     assert main([*argv, "--epochs", "1"]) == 0
     text = capsys.readouterr().out
-    assert text.count("could not be made to point") == 1 and "Operation not permitted" in text
+    assert (
+        text.count("could not be linked to the newest") == 1 and "Operation not permitted" in text
+    )
     assert main(argv) == 0 and "resumed after update 4" in capsys.readouterr().out
     assert not (run / "checkpoints" / "last.pth").is_symlink()
 
@@ -355,6 +383,16 @@ def test_an_old_checkpoint_that_stays_is_told_once(
     text = capsys.readouterr().out
     assert text.count("run/checkpoints could not be removed: Permission denied") == 1
     assert len(RunFolder(tmp_path / "run").by_step()) == 8
+
+
+def test_epochs_of_checkpoints_that_were_set_aside_are_forgotten(copy: Path) -> None:
+    """Another checkpoint may get the name of one of them."""
+    folder = RunFolder(copy)
+    first, *later = sorted(folder.by_step().values())
+    folder.epochs = dict.fromkeys((first, *later), 1.0)
+    step = min(folder.by_step())
+    folder.start(Recipe(work_dir=str(copy), data=DataConfig(root="x")), step)
+    assert later and list(folder.epochs) == [first]
 
 
 def test_moments_that_were_set_aside_alone_are_not_lost(copy: Path, monkeypatch) -> None:
@@ -410,7 +448,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_counts(
     run = tmp_path / "run"
     assert main(command(tiny, photos, run, "--checkpoint.every-steps", "1")) == 0
     text = capsys.readouterr().out
-    assert text.count("Stale file handle; older ones are whole. The run goes on") == 4
+    assert text.count("Stale file handle; older ones are intact. The run continues") == 4
     assert [r["step"] for r in records(run, "not_saved")] == [1, 2, 4, 5]
     assert [r["step"] for r in records(run, "checkpoint")] == [3, 6, 7, 8]
     assert losses(run) == losses(finished_run)
@@ -447,7 +485,7 @@ def bad_moments(rank: int) -> None:
 def test_all_processes_go_on_after_a_save_that_failed_in_one(resumable, tmp_path: Path) -> None:
     with Crew(resumable("run", 2), 2, tmp_path, setup=bad_moments) as crew:
         assert crew.wait() == [0, 0], crew.text() + crew.text(1)
-    assert "Disk quota exceeded; older ones are whole. The run goes on" in crew.text()
+    assert "Disk quota exceeded; older ones are intact. The run continues" in crew.text()
     assert [r["step"] for r in records(tmp_path / "run", "checkpoint")] == [4]
 
 
@@ -463,7 +501,7 @@ def test_a_log_that_stays_broken_does_not_end_a_run(
     run = tmp_path / "run"
     assert main(command(tiny, photos, run)) == 0
     text = capsys.readouterr().out
-    assert text.count("log.jsonl could not be written: Disk full; its lines wait") == 1
+    assert text.count("log.jsonl could not be written: Disk full; its lines wait in memory") == 1
     written = len(read_log(run / "log.jsonl"))
     assert f"{12 - written} lines could not be written to {run / 'log.jsonl'}" in text
     assert RunFolder(run).newest_checkpoint().name == "step_00000008.pth"
