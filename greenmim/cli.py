@@ -188,7 +188,7 @@ def _run_command(command: str) -> tuple[ArgumentParser, Callable]:
         "resume": "continue the run in --work-dir (or start it), or continue from CHECKPOINT",
         "launcher": "slurm submits the run as a job, with the Slurm options; not needed under"
         " torchrun or srun",
-        "dry_run": "check everything, print what would run and what it costs, and write nothing",
+        "dry_run": "only check, and print what would run at what cost",
         "max_steps": "stop after N updates in all, with a checkpoint; the schedule is unchanged",
         "profile": "record a trace of a few updates, on a GPU also their memory, in the work dir",
         "mask_per_image": "short for --mask.per-image true",
