@@ -9,14 +9,8 @@ from greenmim.data.sampler import EpochSampler
 from greenmim.guards import user_errors
 from greenmim.recipe import RunRecipe
 from greenmim.training.log import check_trackers
-from greenmim.training.run_folder import (
-    RunFolder,
-    check_same_model,
-    find_checkpoint,
-    progress_of,
-    read_run_checkpoint,
-)
-from greenmim.training.startup import TASKS, precision_of, scaled_rates
+from greenmim.training.run_folder import RunFolder, find_checkpoint, read_run_checkpoint
+from greenmim.training.startup import TASKS, precision_of, restore, scaled_rates
 
 
 def dry_run(
@@ -42,10 +36,7 @@ def dry_run(
         sampler = EpochSampler.of(recipe, source, 0, processes)
         flops = task.flops()
     if state is not None and found.checkpoint:
-        check_same_model(state, recipe, found.checkpoint)
-        task.restore(state)
-        own = folder.owns(found.checkpoint)
-        *changed, _ = progress_of(state, recipe, sampler, found.checkpoint, own).notes
+        *changed, _ = restore(task, state, found.checkpoint, sampler, folder).notes
         notes += changed
     elif recipe.init:
         notes += task.initialise(recipe.init)

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,9 +138,7 @@ def prepare(
             sampler = EpochSampler.of(recipe, task.dataset.source, world.rank, world.size)
             model.set_grad_checkpointing(recipe.activation_checkpointing)
         if state is not None and checkpoint is not None:
-            check_same_model(state, recipe, checkpoint)
-            task.restore(state)
-            progress = progress_of(state, recipe, sampler, checkpoint, folder.owns(checkpoint))
+            progress = restore(task, state, checkpoint, sampler, folder)
             sampler.first_update = progress.first_step
         elif recipe.init:
             notes += task.initialise(recipe.init)
@@ -190,6 +189,19 @@ def prepare(
         recipe, task, processes, folder, precision, model, optimizer, scaler, autocast, passes,
         sampler, feed, progress, [*notes, *progress.notes], flops, last_step,
     )  # fmt: skip
+
+
+def restore(
+    task: Task, state: dict[str, Any], checkpoint: Path, sampler: EpochSampler, folder: RunFolder
+) -> Progress:
+    """Load a checkpoint's weights into a built task; returns how far its run has come.
+
+    Raises:
+        UserError: it holds another model, or another run's that is at the end of this one.
+    """
+    check_same_model(state, task.recipe, checkpoint)
+    task.restore(state)
+    return progress_of(state, task.recipe, sampler, checkpoint, folder.owns(checkpoint))
 
 
 @contextlib.contextmanager
