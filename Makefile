@@ -1,19 +1,20 @@
-# Two commands for a fresh machine (Linux, Python 3.10 to 3.13 with venv, g++):
+# Commands for a fresh machine (Linux, Python 3.10 to 3.13 with venv, g++):
 #
 #   make demo    pre-train a small GreenMIM on real photographs on the CPU
 #   make test    run the tests
 #   make bench   measure what this machine can; see benchmarks/README.md
 #   make lint    style, types and spelling
 #   make docs    the API reference, in build/docs
+#   make dist    an sdist and a wheel for this kind of processor, checked, in dist/
+#   make clean   remove what was compiled
 #
 # and, on a machine with an NVIDIA GPU,
 #
-#   make gpu-check         five minutes: build, are the kernels right, a first table of their times
+#   make gpu-check         five minutes after set-up: build, are the kernels right, a first table
 #   make gpu-check-more    eight more: what failed, tuning, steps, counters, sanitizers
-#   make dist              an sdist and a wheel for this kind of processor, checked, in dist/
 #   make gpu-check-steps   eight more: steps of all encoders, the convolution, other shapes, swap
 #
-# Both set up a virtual environment first. Variables:
+# All set up a virtual environment first. Variables:
 #
 #   PYTHON=python3.12   interpreter that makes the environment
 #   VENV=.venv          where the environment is
@@ -40,9 +41,11 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 ifeq ($(strip $(VENV)),)
 RUN := $(PYTHON)
 READY :=
+TOOLS :=
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
 endif
 
 .PHONY: help demo test bench gpu-check gpu-check-more gpu-check-steps dist dist-files lint docs clean
@@ -64,6 +67,11 @@ $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,demo]"
 	@touch $@
 
+# What gpu-check needs: it builds the kernels itself, for the GPU that is there alone.
+$(VENV)/.tools: $(VENV)/.torch
+	$(RUN) -m pip install --quiet "setuptools>=77" ninja numpy "timm>=1.0.22" pytest pytest-xdist pytest-benchmark hypothesis
+	@touch $@
+
 demo: $(READY)
 	$(RUN) -m examples.demo --out $(OUT) $(ARGS)
 
@@ -77,13 +85,13 @@ bench: $(READY)
 	$(RUN) -m benchmarks.steps
 	$(RUN) -m benchmarks.report
 
-gpu-check: $(READY)
+gpu-check: $(TOOLS)
 	$(RUN) -m benchmarks.gpu_check first $(ARGS)
 
-gpu-check-more: $(READY)
+gpu-check-more: $(TOOLS)
 	$(RUN) -m benchmarks.gpu_check second $(ARGS)
 
-gpu-check-steps: $(READY)
+gpu-check-steps: $(TOOLS)
 	$(RUN) -m benchmarks.gpu_check third $(ARGS)
 
 # Of the sdist, not of this folder; libraries that come with torch stay there.
@@ -110,5 +118,6 @@ lint: $(READY)
 docs: $(READY)
 	$(RUN) -m pdoc --docformat google -o build/docs greenmim_kernels greenmim_kernels.integrations greenmim.mim greenmim.config greenmim.planning greenmim.checkpoint
 
+# An environment without the modules is not ready. What dist/ holds may be there nowhere else.
 clean:
-	rm -rf build dist *.egg-info greenmim_kernels/*.so
+	rm -rf build *.egg-info greenmim_kernels/*.so $(READY)

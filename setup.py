@@ -173,7 +173,9 @@ def main() -> None:
 
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     older_glibc = ["-include", str(ROOT / "csrc" / "glibc_2_28.h")] if manylinux else []
-    cxx = [*optimise, "-fvisibility=hidden", "-Wall", "-Wno-psabi", *older_glibc]
+    # Messages name files as in the repository, wherever it was built.
+    relative = f"-ffile-prefix-map={ROOT}=."
+    cxx = [*optimise, "-fvisibility=hidden", "-Wall", "-Wno-psabi", relative, *older_glibc]
     modules = [
         Extension(
             "greenmim_kernels._C_partition",
@@ -208,7 +210,10 @@ def main() -> None:
             )
         )
     if wanted := os.environ.get("MODULES", "").split():
-        modules = [module for module in modules if module.name.split(".")[-1] in wanted]
+        known = {module.name.split(".")[-1]: module for module in modules}
+        if unknown := [name for name in wanted if name not in known]:
+            stop(f"MODULES names {', '.join(unknown)}; this builds {', '.join(known)}.")
+        modules = [module for name, module in known.items() if name in wanted]
     setup(
         ext_modules=modules,
         cmdclass={"build_ext": BuildExtension},

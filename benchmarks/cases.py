@@ -14,7 +14,7 @@ import torch
 
 from greenmim_kernels.testing import Case
 
-from .peers import ATTENTION, FLEX, OPERATORS, PEERS, Peer
+from .peers import ATTENTION, FLEX, NAIVE, OPERATORS, PEERS, Peer
 from .traffic import PASSES
 
 # Channels at stage 1 over head dim 32; doubled at every stage.
@@ -124,7 +124,7 @@ def _as_trained(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
     """The same on partitions with capacity; the others of the peers do not see empty groups."""
     return [
         _problem("stages", device, swin("swin-b", stage, batch, dtype=dtype, capacity=True),
-                 names=(*OURS, "naive"))
+                 names=(*OURS, *NAIVE))
         for stage in STAGES
     ]  # fmt: skip
 
@@ -132,7 +132,7 @@ def _as_trained(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
 def _table(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
     """What is known in two minutes: ours and naive first, then FlexAttention, which compiles."""
     exact = [swin("swin-b", stage, batch, dtype=dtype) for stage in STAGES]
-    ours = [_problem("stages", device, case, names=(*OURS, "naive")) for case in exact]
+    ours = [_problem("stages", device, case, names=(*OURS, *NAIVE)) for case in exact]
     flex = [_problem("stages", device, case, names=FLEX) for case in exact]
     return ours + _as_trained(device, batch, dtype) + flex
 
@@ -151,7 +151,7 @@ def _rest(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
         )
         for problem in operators
     ]
-    beside = (*OURS, "naive", "padded-sdpa", "varlen")
+    beside = (*OURS, *NAIVE, "padded-sdpa", "varlen")
     for problem in _shapes(device, batch, dtype):
         peers = tuple(peer for peer in problem.peers if peer.name in beside)
         found.append(dataclasses.replace(problem, peers=peers, passes=("both",)))
@@ -189,7 +189,7 @@ def _shapes(device: str, batch: int, dtype: torch.dtype) -> list[Problem]:
             ("swin-b", 1, {"dtype": torch.float16}),
             ("swin-b", 3, {"dtype": torch.float32}),
         ]
-    names = () if device == "cuda" else (*OURS, "naive", "padded-sdpa")
+    names = () if device == "cuda" else (*OURS, *NAIVE, "padded-sdpa")
     if device == "cpu":
         varied = [one for one in varied if one[2].get("mask_ratio") is None]
     return [

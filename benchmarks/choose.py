@@ -6,7 +6,7 @@
 Every class runs Swin-B's first stage at batch 128 on a partition with capacity, forward and
 backward, in CUDA graphs, under both backends in turn; the one with the smaller median is taken. The
 table is written whole after every class, Swin's first; a class where a backend fails, or where they
-differ, is left as it was.
+differ, is left as it was, with the name of the device that it was measured on if that is another.
 """
 
 from __future__ import annotations
@@ -116,20 +116,22 @@ def main(argv: list[str] | None = None) -> int:
     file = folder_of(device) / "choose.json"
     rows = earlier(file, environment).get("classes", {})
     table = automatic.table()
-    chosen = dict(table["classes"]) if table["device"] == device else {}
-    failed = False
+    elsewhere = {} if table["device"] == device else {"device": table["device"]}
+    chosen = {name: {**elsewhere, **row} for name, row in table["classes"].items()}
+    failed = measured = False
     for name in names:
         if time.monotonic() > until:
             print(f"{name:<28}not reached", flush=True)
             continue
         try:
             rows[name] = chosen[name] = measure(name, options.batch, milliseconds)
+            measured = True
         except Exception as error:  # a kernel's, a compiler's, or the two differ
             rows[name], failed = {"reason": first_line(error)[:200]}, True
         print(f"{name:<28}{rows[name]}", flush=True)
         content = {"environment": environment, "batch": options.batch, "classes": rows}
         write_json(file, content)
-        if chosen:
+        if measured:
             write_json(automatic.TABLE, {"device": device, "classes": chosen})
     return int(failed)
 

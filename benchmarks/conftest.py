@@ -1,7 +1,8 @@
 """Options of the operator benchmarks, and the file that their rows go to.
 
 pytest-benchmark runs and prints them; the rows, with what it does not know (limits, checks,
-reasons), are written to benchmarks/results/<device>/operators.json after every one, whole.
+reasons), are written to benchmarks/results/<device>/operators.json after every one, whole, beside
+what it has of other selections from the same place.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, help="of the CPU")
     group.addoption("--rounds", type=int, default=15, help="samples of a row")
     group.addoption("--minutes", type=float, default=1e9, help="measure nothing after these")
-    group.addoption("--add", action="store_true", help="keep what the file has of other rows")
-    group.addoption("--out", type=pathlib.Path, help="file of the rows; 'none' writes nothing")
+    group.addoption("--anew", action="store_true", help="drop what the file has of other rows")
+    group.addoption(
+        "--out", type=pathlib.Path, help="file of the rows; 'none' writes nothing, as tiny does"
+    )
 
 
 def device() -> str:
@@ -47,6 +50,12 @@ class Entry:
     problem: Problem
     peer: Peer
     which: str
+
+    def row(self) -> dict:
+        """What is known without inputs, which take their time: by what rows are told apart."""
+        one = self.problem
+        values = (one.study, one.operator, one.model, str(one.case), self.peer.name, self.which)
+        return dict(zip(ROW, values, strict=True))
 
     def __str__(self) -> str:
         return f"{self.problem}-{self.peer.name}-{self.which}"
@@ -79,8 +88,11 @@ class Results:
         dtypes += [torch.float16] if device() == "cuda" else []
         scale = 0.1 if options.selection == "tiny" else 1.0
         self.rates: Rates = measure_rates(device(), dtypes, scale)
-        self.file = options.out or folder_of(environment["device"]) / "operators.json"
-        kept = earlier(self.file, environment, of_any_commit=True) if options.add else {}
+        usual = folder_of(environment["device"]) / "operators.json"
+        if options.selection == "tiny":  # sizes that say nothing
+            usual = pathlib.Path("none")
+        self.file = options.out or usual
+        kept = {} if options.anew else earlier(self.file, environment, of_any_commit=True)
         self.content = {
             "environment": environment,
             "selection": kept.get("selection", options.selection),

@@ -108,11 +108,11 @@ def changed_since(commit: str | None, paths: tuple[str, ...] = MEASURED_CODE) ->
     """
     if commit is None:
         return None
-    done = subprocess.run(
-        ["git", "diff", "--quiet", commit, "HEAD", "--", *paths],
-        cwd=ROOT,
-        capture_output=True,
-    )
+    command = ["git", "diff", "--quiet", commit, "HEAD", "--", *paths]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    except OSError:  # no git
+        return None
     return {0: False, 1: True}.get(done.returncode)
 
 

@@ -13,8 +13,8 @@ pytest-benchmark, hypothesis and the CUDA toolkit; pytest-xdist is used where it
 
     make gpu-check ARGS=--dry-run              # what would run, and for how long
     GPU_CHECK_PARTS=stress-triton make gpu-check   # only these
-    GPU_CHECK_MINUTES=20 make gpu-check        # more time for each part; what does not fit into
-                                               # less than usual is left out, and said
+    GPU_CHECK_MINUTES=20 make gpu-check        # more time for each part, where one ran out of it;
+                                               # what does not fit into less is left out, and said
     OUT=somewhere make gpu-check               # the results there as well, in two files
 """
 
@@ -43,14 +43,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from . import tables
-from .environment import RESULTS, ROOT, describe, first_line, folder_of, write_json
+from .environment import RESULTS, ROOT, describe, driver, first_line, folder_of, write_json
 
 GRACE = 10.0  # seconds from SIGINT to SIGKILL
 START = 10.0  # seconds until the first part starts, and for the last lines
 # Exit code of a part that had nothing to do, for the reason in its last line.
 SKIPPED_CODE = 77
 PASSED, FAILED, SKIPPED, NOT_REACHED = "passed", "failed", "skipped", "not reached"
-OUT_OF_TIME = f"{FAILED}: ran out of time"
+OUT_OF_TIME = "ran out of time"  # earlier files: "failed: ran out of time"
 # Files that parts change beside their results.
 WRITTEN = (
     "greenmim_kernels/automatic_table.json",
@@ -180,10 +180,10 @@ THIRD = (
          125, ("warm", "tests-convolution", "long-groups-triton")),
     Part("steps",
          (*STEPS, "base-224", "--variant", LESS, "simmim-compiled", UNCOMPILED,
-          "naive, planning in the step"),
+          "naive, planning in the step", "naive, rows spread"),
          100, ("steps-encoders",)),
     Part("operators",
-         (*PYTEST, "benchmarks", "--selection", "rest", "--add", "--minutes", "{minutes}"), 60,
+         (*PYTEST, "benchmarks", "--selection", "rest", "--minutes", "{minutes}"), 60,
          ("steps",)),
     Part("swap", (*SWAP, "timm-swin-b-224"), 30, ("operators",)),
 )  # fmt: skip
@@ -294,7 +294,7 @@ def check(
         with lock:
             table[part.name] = row
             print(f"{part.name:<18}{row['state']}  {row.get('seconds', '')}", flush=True)
-            if row["state"].startswith(FAILED):
+            if is_bad(row):
                 print("\n".join(row["said"]), flush=True)
             try:
                 save(table)
@@ -318,16 +318,21 @@ def check(
     return table
 
 
+def is_bad(row: dict) -> bool:
+    """Whether a part of a table failed, or did not come to its end."""
+    return row.get("state", "").startswith((FAILED, OUT_OF_TIME))
+
+
 def again(earlier: dict[str, dict]) -> tuple[Part, ...]:
     """What failed in a first call and does not measure: stress, tests that did not pass."""
     found = []
     for part in FIRST:
         row = earlier.get(part.name, {})
         repeated = part.name.partition("-")[0] in ("stress", "tests", "conformance")
-        if not repeated or not row.get("state", "").startswith(FAILED):
+        if not repeated or not is_bad(row):
             continue
         arguments = part.arguments
-        if row["state"] == OUT_OF_TIME:  # what it did not reach, too
+        if row["state"].endswith(OUT_OF_TIME):  # what it did not reach, too
             arguments = (*arguments, *(f"--deselect={name}" for name in row.get("passed", ())))
         elif failed := row.get("failed"):
             arguments = (*PYTEST, *failed)
@@ -363,7 +368,8 @@ def plan(parts: tuple[Part, ...]) -> dict[str, tuple[float, float]]:
 
 
 def chosen(parts: tuple[Part, ...], names: str) -> tuple[Part, ...]:
-    """The parts named, with commas between, and the modules they wait for; all if empty.
+    """The parts named, with commas between, and the modules that they wait for, also through parts
+    that are left out; all if empty.
 
     Raises:
         ValueError: a name that is not a part.
@@ -374,17 +380,39 @@ def chosen(parts: tuple[Part, ...], names: str) -> tuple[Part, ...]:
         raise ValueError(
             f"GPU_CHECK_PARTS names {', '.join(unknown)}; the parts are {', '.join(known)}"
         )
-    waited_for = {name for part in parts if part.name in wanted for name in part.after}
-    builds = [part for part in BUILDS if part.name in waited_for]
+    needed = set(wanted)
+    for part in reversed(parts):  # none waits for a later one
+        needed |= set(part.after) if part.name in needed else set()
+    builds = [part for part in BUILDS if part.name in needed]
     return tuple(p for p in parts if p.name in wanted or not wanted or p in builds)
 
 
 def calls_so_far(folder: pathlib.Path) -> dict[str, dict]:
-    """The tables of earlier calls on this device, else on any: a fault is one elsewhere too."""
-    for file in (folder / "gpu_check.json", *sorted(RESULTS.glob("*/gpu_check.json"))):
-        if file.exists():
-            return json.loads(file.read_text())["calls"]
+    """The tables of earlier calls on this device."""
+    file = folder / "gpu_check.json"
+    return json.loads(file.read_text())["calls"] if file.exists() else {}
+
+
+def first_parts(folder: pathlib.Path) -> dict[str, dict]:
+    """The table of the first call on this device, else on any: a fault is one elsewhere too."""
+    for one in (folder, *sorted(RESULTS.iterdir())):
+        if "first" in (calls := calls_so_far(one)):
+            return calls["first"]["parts"]
     return {}
+
+
+def why_no_gpu() -> str | None:
+    """One sentence that says why there is no GPU to check; None if there is one."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA: install a CUDA build of it"
+    if (number := driver()) is None:
+        return "no NVIDIA driver was found: it needs a machine with an NVIDIA GPU"
+    return (
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU with driver {number}:"
+        " see nvidia-smi, and whether the driver is new enough for this CUDA"
+    )
 
 
 def pack(folder: pathlib.Path, out: pathlib.Path) -> None:
@@ -428,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
     folder, usual = folder_of(device), CALLS[options.call][1]
     calls = calls_so_far(folder)
     try:
-        parts = parts_of(options.call, calls.get("first", {}).get("parts", {}))
+        parts = parts_of(options.call, first_parts(folder))
         parts = chosen(parts, os.environ.get("GPU_CHECK_PARTS", ""))
         minutes = float(os.environ.get("GPU_CHECK_MINUTES", usual))
     except ValueError as error:
@@ -442,25 +470,24 @@ def main(argv: list[str] | None = None) -> int:
             more = f" (without {left_out} that passed)" if left_out else ""
             print(f"{name:<20}{begin:4.0f} to {finish:3.0f} s  python {' '.join(words)}{more}")
         return 0
+    if problem := why_no_gpu():
+        print(f"gpu-check: {problem}.", file=sys.stderr)
+        return 2
     out = os.environ.get("OUT")
 
     def save(table: dict) -> None:
-        if not has_gpu:
-            return  # nothing that is worth a file
         environment = describe(torch.get_num_threads(), "cuda")
         calls[options.call] = {"environment": environment, "parts": table}
         write_json(folder / "gpu_check.json", {"environment": environment, "calls": calls})
         if out:
             pack(folder, pathlib.Path(out))
 
-    variables = {}
-    if has_gpu:  # for this GPU alone, which takes a fifth of the time of all architectures
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        variables = {"TORCH_CUDA_ARCH_LIST": capability}
-        if not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None:
-            from torch.utils.cpp_extension import CUDA_HOME  # where toolkits usually are
+    # For this GPU alone, which takes a fifth of the time of all architectures.
+    variables = {"TORCH_CUDA_ARCH_LIST": ".".join(map(str, torch.cuda.get_device_capability()))}
+    if not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None:
+        from torch.utils.cpp_extension import CUDA_HOME  # where toolkits usually are
 
-            variables["CUDA_HOME"] = CUDA_HOME or ""
+        variables["CUDA_HOME"] = CUDA_HOME or ""
     programs = tempfile.TemporaryDirectory(prefix="greenmim_programs_")
     variables["GREENMIM_PROGRAMS"] = programs.name
     # Where this runs in the background it may be ignored, and parts would inherit that.
@@ -468,15 +495,19 @@ def main(argv: list[str] | None = None) -> int:
     # Ended, it ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stretch = max(1.0, minutes / usual)
-    table = check(parts, minutes - START / 60, has_gpu, save, stretch, **variables)
+    table = check(parts, minutes - START / 60, True, save, stretch, **variables)
     print(f"\n{device}, torch {torch.__version__}")
     try:
-        print(figures(folder) if has_gpu else "")
+        print(figures(folder))
     except Exception as error:  # the table of parts is worth more
         print(f"no figures: {first_line(error)}")
     for name, row in table.items():
         print(f"  {name:<20} {row['state']:<28} {row.get('seconds', ''):>8}")
-    return int(any(row["state"].startswith(FAILED) for row in table.values()))
+    if any(row["state"].endswith((OUT_OF_TIME, "no time left")) for row in table.values()):
+        print(
+            f"GPU_CHECK_MINUTES={2 * minutes:.0f} before the same command: more time for each part"
+        )
+    return int(any(map(is_bad, table.values())))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from greenmim import GreenMIM
 from greenmim_kernels import GroupPartition
 from greenmim_kernels.partition import table_rows
 
-from .naive import NaiveGroupAttention
+from .naive import NaiveGroupAttention, SpreadGroupAttention, indexed, selected
 
 SIDE = 32  # pixels of a unit
 
@@ -48,20 +48,27 @@ class NaivePlan(NamedTuple):
 
 
 class NaiveGreenMIM(nn.Module):
-    """The published step with the parameters of `model`."""
+    """The published step with the parameters of `model`.
 
-    def __init__(self, model: GreenMIM) -> None:
+    Args:
+        spread: with what `SpreadGroupAttention` does otherwise, in all gathers.
+    """
+
+    def __init__(self, model: GreenMIM, spread: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.attention = SpreadGroupAttention if spread else NaiveGroupAttention
+        self.rows = selected if spread else indexed
 
     def plan(self, visible: Tensor) -> NaivePlan:
         """Plan a mask, bool [L] on the device of the step; asks the device for its counts."""
         config, device = self.model.config, visible.device
         coords, attentions = self._coords(visible), []
         for number, (grid, window, shift) in enumerate(config.stage_windows()):
-            pair = [_attention(coords[number], grid, window, (0, 0))]
-            pair.append(_attention(coords[number], grid, window, shift) if any(shift) else pair[0])
-            attentions.append(pair)
+            pair = [self._attention(coords[number], grid, window, (0, 0))]
+            if any(shift):
+                pair.append(self._attention(coords[number], grid, window, shift))
+            attentions.append([pair[0], pair[-1]])
         children = []
         for (grid, _, _), fine, coarse in zip(
             config.stage_windows(), coords, coords[1:], strict=False
@@ -77,6 +84,10 @@ class NaiveGreenMIM(nn.Module):
             children=children,
             order=shuffled.argsort(),
         )
+
+    def _attention(self, *windows) -> tuple[NaiveGroupAttention, GroupPartition]:
+        part = _partition(*windows)
+        return self.attention(part), part
 
     def _coords(self, visible: Tensor) -> list[Tensor]:
         """Of each stage, where its visible tokens are: int64 [N, 2], row-major."""
@@ -95,10 +106,10 @@ class NaiveGreenMIM(nn.Module):
 
     def _encode(self, images: Tensor, plan: NaivePlan) -> Tensor:
         encoder = self.model.encoder
-        x = encoder.patch_embed(images).flatten(1, 2)[:, plan.patches]
+        x = self.rows(encoder.patch_embed(images).flatten(1, 2), plan.patches)
         for number, stage in enumerate(encoder.layers):
             if number > 0:
-                cells = torch.cat([x[:, index] for index in plan.children[number - 1]], -1)
+                cells = torch.cat([self.rows(x, index) for index in plan.children[number - 1]], -1)
                 x = self._merge(stage.downsample, cells)
             for index, block in enumerate(stage.blocks):
                 x = self._block(block, x, *plan.attentions[number][index % 2])
@@ -122,7 +133,8 @@ class NaiveGreenMIM(nn.Module):
         x = model.decoder_embed(latent)
         hidden = len(plan.visible) - x.shape[1]
         mask_tokens = model.mask_token.expand(len(x), hidden, -1)
-        x = torch.cat([x, mask_tokens.to(x.dtype)], 1)[:, plan.order] + model.decoder_pos_embed
+        x = self.rows(torch.cat([x, mask_tokens.to(x.dtype)], 1), plan.order)
+        x = x + model.decoder_pos_embed
         for block in model.decoder_blocks:
             x = block(x)
         return model.decoder_pred(model.decoder_norm(x))
@@ -212,7 +224,7 @@ class NaiveGreenMIMTwins(NaiveGreenMIM):
         encoder, config = self.model.encoder, self.model.config
         for number, embed in enumerate(encoder.patch_embeds):
             if number == 0:
-                x = embed.proj(images).flatten(2).transpose(1, 2)[:, plan.places[0]]
+                x = self.rows(embed.proj(images).flatten(2).transpose(1, 2), plan.places[0])
             else:
                 # Swin's order goes down the columns first.
                 weight = embed.proj.weight.transpose(2, 3)
@@ -232,9 +244,8 @@ class NaiveGreenMIMTwins(NaiveGreenMIM):
                     x = self._position(encoder.pos_block[number], x, plan.places[number], grid)
         return encoder.norm(x)
 
-    @staticmethod
-    def _of_cells(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        cells = x[:, index.t()].flatten(2)
+    def _of_cells(self, x: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        cells = self.rows(x, index.t()).flatten(2)
         return F.linear(cells, weight.permute(0, 2, 3, 1).flatten(1), bias)
 
     def _global(self, attention: nn.Module, x: Tensor, cells: Tensor | None) -> Tensor:
@@ -246,11 +257,12 @@ class NaiveGreenMIMTwins(NaiveGreenMIM):
         k, v = attention.kv(keys).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    @staticmethod
-    def _position(block: nn.Module, x: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _position(
+        self, block: nn.Module, x: Tensor, places: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
         dense = x.new_zeros(len(x), grid[0] * grid[1], x.shape[2]).index_copy(1, places, x)
         dense = block.proj(dense.unflatten(1, grid).permute(0, 3, 1, 2))
-        return dense.permute(0, 2, 3, 1).flatten(1, 2)[:, places]
+        return self.rows(dense.permute(0, 2, 3, 1).flatten(1, 2), places)
 
 
 def _positions(coords: Tensor, grid: tuple[int, int], at: Tensor) -> Tensor:
@@ -261,9 +273,9 @@ def _positions(coords: Tensor, grid: tuple[int, int], at: Tensor) -> Tensor:
     return places[row, column]
 
 
-def _attention(
+def _partition(
     coords: Tensor, grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
-) -> tuple[NaiveGroupAttention, GroupPartition]:
+) -> GroupPartition:
     """Windows of the visible tokens at coords [N, 2], packed as published."""
     first = torch.tensor([(m - s) % m for m, s in zip(window, shift, strict=True)])
     size = torch.tensor(window)
@@ -287,7 +299,7 @@ def _attention(
     for number, group in enumerate(groups):
         index[0, number, : len(group)] = group
     taken, used = index.clamp(min=0).long(), index >= 0
-    part = GroupPartition(
+    return GroupPartition(
         token_index=index,
         window_id=torch.where(used, window_id[taken], -1).int(),
         query_row=(place + (table_rows(window) - 1) // 2)[taken].int(),
@@ -297,7 +309,6 @@ def _attention(
         window_size=window,
         window_slots=window[0] * window[1],
     )
-    return NaiveGroupAttention(part), part
 
 
 def knapsacks(counts: list[int], slots: int) -> list[list[int]]:

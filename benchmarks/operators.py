@@ -298,8 +298,8 @@ def captured(passes: list[Pass]) -> tuple[list[Call], Call]:
 def timed_row(row: dict, timing: Timing, prepared: Prepared, rates: Rates, bench: Bench) -> dict:
     """The row with its time, the least time, and the fraction of it that is reached.
 
-    `fraction` is least time / median: 1 is a device copy of the same bytes or, where `bound` says
-    "matrix", a large matrix product of the same operations.
+    `fraction` is least time / median: 1 is the rate of the fastest of a copy, a multiplication in
+    place and AdamW on the same bytes or, where `bound` says "matrix", that of a large product.
     """
     work = work_of(bench.problem.operator, bench.inputs, row["pass"])
     floor, bound = rates.floor(work.bytes, work.flops, row["dtype"])

@@ -22,12 +22,13 @@ from greenmim_kernels import GroupPartition
 from greenmim_kernels.testing import Inputs
 
 from .convolution import CONVOLUTION, dense, gathered
-from .naive import NaiveGroupAttention
+from .naive import NaiveGroupAttention, SpreadGroupAttention
 
 Function = Callable[[Tensor, "Tensor | None"], Tensor]
 ATTENTION = ("group_window_attention", "block_diagonal_attention")
 COPIES = ("group_gather", "group_scatter")
 OPERATORS = (*ATTENTION, *COPIES, CONVOLUTION)
+NAIVE = ("naive", "naive-spread")
 FLEX_BLOCKS = (16, 32, 64, 128)
 FLEX = tuple(f"flex-{block}" for block in FLEX_BLOCKS)
 
@@ -130,10 +131,12 @@ def three_operators(operator: str, inputs: Inputs) -> Function:
     return attention
 
 
-def naive(operator: str, inputs: Inputs) -> Function:
+def naive(
+    operator: str, inputs: Inputs, kind: type[NaiveGroupAttention] = NaiveGroupAttention
+) -> Function:
     """The eager path; 16-bit types run as they do in practice, under autocast."""
     try:
-        attention = NaiveGroupAttention(inputs.part)
+        attention = kind(inputs.part)
     except ValueError as error:
         raise Unable(str(error)) from None
     device, dtype = inputs.qkv.device.type, inputs.qkv.dtype
@@ -381,7 +384,9 @@ PEERS = (
     Peer("three-operators", "our gather, attention and scatter one after the other",
          WINDOW, three_operators, "auto"),
     Peer("naive", "grouped masked attention in eager PyTorch", WINDOW, naive),
-    Peer("naive-compiled", "the same through torch.compile", WINDOW, naive_compiled,
+    Peer("naive-spread", "the same, with masked pairs spread over the bias table, and index_select",
+         WINDOW, functools.partial(naive, kind=SpreadGroupAttention)),
+    Peer("naive-compiled", "naive through torch.compile", WINDOW, naive_compiled,
          compiles=True),
     Peer("padded-sdpa", "each window padded to M x M, SDPA with a dense bias",
          WINDOW, padded_windows),

@@ -11,14 +11,16 @@ from .tables import STUDIES, growth, measured_rows, stage_name
 NAMES = {
     "greenmim-cpp": "GreenMIM (C++)", "greenmim-cuda": "GreenMIM (CUDA)",
     "greenmim-triton": "GreenMIM (Triton)", "three-operators": "GreenMIM, not fused",
-    "naive": "naive (eager)", "naive-compiled": "naive (compiled)",
+    "naive": "naive (eager)", "naive-spread": "naive (spread)",
+    "naive-compiled": "naive (compiled)",
     "padded-sdpa": "padded windows, SDPA", "flex": "FlexAttention",
     "varlen": "varlen, no bias", "xformers": "xFormers, no bias",
 }  # fmt: skip
 # Colours that people with any colour vision tell apart (Okabe and Ito).
 COLOURS = {
     "greenmim-cpp": "#009E73", "greenmim-cuda": "#009E73", "greenmim-triton": "#56B4E9",
-    "three-operators": "#8FD3BF", "naive": "#E69F00", "naive-compiled": "#D55E00",
+    "three-operators": "#8FD3BF", "naive": "#E69F00", "naive-spread": "#F0E442",
+    "naive-compiled": "#D55E00",
     "padded-sdpa": "#CC79A7", "flex": "#0072B2", "varlen": "#999999", "xformers": "#555555",
 }  # fmt: skip
 FINDINGS_COLOURS = ("#999999", "#009E73", "#D55E00", "#0072B2", "#CC79A7")

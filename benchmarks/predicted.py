@@ -32,6 +32,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -398,7 +399,8 @@ def page() -> str:
         "# What the attention kernels should take\n",
         "Written by `python -m benchmarks.predicted` from shapes and static figures; its first"
         " lines say how. Nothing here is measured.\n",
-        f"Swin-B, window 7, three quarters hidden, bfloat16, an H100 ({COPY / 1e12:.1f} TB/s);"
+        f"Swin-B, window 7, three quarters hidden, bfloat16, an H100 ({COPY / 1e12:.1f} TB/s),"
+        " issue rates counted on an H200;"
         f" Triton {TRITON}. Microseconds, and in brackets the share of a device copy of the same"
         " bytes. *Capacity*: the partitions of a training step.\n",
         "| batch | stage | partition | pass | copy | cuda | triton |",
@@ -439,7 +441,10 @@ def page() -> str:
 
 
 def beside(result: dict) -> list[dict]:
-    """Rows of an operators.json of a GPU that are predicted: stage, milliseconds of both."""
+    """Rows of an operators.json that are predicted: stage, milliseconds of both. Of GPUs for which
+    the issue rates hold, those of compute capability 9.0 with all their processors."""
+    if not re.search(r"\bG?H[12]00\b", result["environment"]["device"]):
+        return []
     found, copy = [], result["rates"]["copy_bytes_per_second"]
     for row in result["rows"]:
         backend = row.get("peer", "").removeprefix("greenmim-")
@@ -451,6 +456,7 @@ def beside(result: dict) -> list[dict]:
             and row["dtype"] == "bfloat16"
             and row["pass"] in PASSES
             and not row["per_image"]
+            and not row["shifted"]
         )
         if is_predicted:
             problem = Problem(row["stage"], row["batch"], bool(row.get("capacity")))

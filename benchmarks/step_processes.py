@@ -155,7 +155,11 @@ class StepProcess:
 
     def __init__(self, problem: Problem, variant: Variant, expected: pathlib.Path) -> None:
         self._child = Child(_serve, problem, variant, expected, torch.get_num_threads())
-        self.row: dict = self._child.hear()
+        try:
+            self.row: dict = self._child.hear()
+        except Ended:
+            self._child.close()
+            raise
 
     def __call__(self, steps: int = 1) -> list[tuple[float, int]]:
         """Of so many steps: seconds, and pages of memory that the system gave meanwhile."""

@@ -49,8 +49,9 @@ LONGEST = 40  # kernels that are listed
 # Of kernels' names; "pointwise" is the compiler's, with norms and sums of columns among it.
 GPU_KINDS = {
     "pointwise, compiled": ("triton_",),
+    # Before products: FlashAttention's kernels name cutlass, too.
+    "attention": ("flash", "fmha", "sdpa", "attention", "table_gradient", "softmax", "add_rows"),
     "products": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitK", "convolve"),
-    "attention": ("attention", "table_gradient", "softmax", "add_rows"),
     "norms": ("layer_norm", "LayerNorm", "GammaBeta"),
     "GELU": ("gelu", "Gelu"),
     "optimiser": ("multi_tensor", "fused_adam", "FusedAdam", "foreach", "lpnorm", "norm_kernel"),

@@ -93,9 +93,9 @@ class Output(NamedTuple):
 class Naive(nn.Module):
     """The naive step under the interface of the passes; plans within it, or ahead of it."""
 
-    def __init__(self, model: GreenMIM, plan_within: bool) -> None:
+    def __init__(self, model: GreenMIM, plan_within: bool, spread: bool = False) -> None:
         super().__init__()
-        self.naive = NAIVE[model.config.encoder](model)
+        self.naive = NAIVE[model.config.encoder](model, spread)
         self.plan_within = plan_within
 
     def prepare(self, visible: Tensor) -> object:
@@ -123,7 +123,7 @@ class Variant:
 
     Attributes:
         backend: of the kernels; None where there are none.
-        kind: ours, naive, naive-planning or dense.
+        kind: ours, naive, naive-planning, naive-spread or dense.
         recompute: pointwise work in the backward pass (see `greenmim.training.passes`).
         keeps_memory: on a CPU, as the trainer does (see `greenmim_kernels.host_memory`).
         onednn: on a CPU, for linear layers, as the trainer does.
@@ -162,6 +162,7 @@ def variants(device: str) -> list[Variant]:
     found = [
         naive,
         Variant("naive, planning in the step", "naive-planning"),
+        Variant("naive, rows spread", "naive-spread"),
         Variant(f"{first}-graphed", "ours", first, compiled=True, graphed=True),
         Variant("simmim", "dense"),
         Variant(less, "ours", first, compiled=True, graphed=True, recompute=True),
@@ -190,8 +191,8 @@ class Step:
             forward = self.model = Dense(problem.config).to(device)
         else:
             self.model = GreenMIM(problem.config).to(device)
-            plans = variant.kind == "naive-planning"
-            forward = self.model if variant.kind == "ours" else Naive(self.model, plans)
+            kinds = (variant.kind == kind for kind in ("naive-planning", "naive-spread"))
+            forward = self.model if variant.kind == "ours" else Naive(self.model, *kinds)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 # SwinV2's norms begin as zeros, and no gradient comes through them.

@@ -212,20 +212,38 @@ def _in_turn(
     """On a CPU other work comes and goes: the variants take turns, and share what it costs."""
     with contextlib.ExitStack() as stack:
         ready: list[tuple[StepProcess, Variant, list[tuple[float, float]]]] = []
+        lost: list[dict] = []
+
+        def timed(one: tuple, count: int) -> list[tuple[float, int]]:
+            """Of so many steps; of a process that died none, and the others go on without it."""
+            try:
+                return one[0](count)
+            except Ended as error:
+                ready.remove(one)
+                lost.append({**one[0].row, "reason": str(error)})
+                return []
+
         for variant, file in chosen:
-            process = stack.enter_context(contextlib.closing(StepProcess(problem, variant, file)))
+            try:
+                process = StepProcess(problem, variant, file)
+            except Ended as error:
+                yield {**first_row(problem, variant), "reason": str(error)}
+                continue
+            stack.enter_context(contextlib.closing(process))
             if "reason" in process.row:
                 yield process.row
             else:
                 ready.append((process, variant, []))
-        for process, _, _ in ready:
-            process(WARM_UP)
+        for one in list(ready):
+            timed(one, WARM_UP)
         order = random.Random(0)
         for _ in range(rounds):
-            for process, _, samples in order.sample(ready, len(ready)):
+            for one in order.sample(ready, len(ready)):
                 time.sleep(PAUSE)
-                taken, pages = zip(*process(TURN)[1:], strict=True)
-                samples.append((statistics.mean(taken), statistics.mean(pages)))
+                if found := timed(one, TURN)[1:]:
+                    taken, pages = zip(*found, strict=True)
+                    one[2].append((statistics.mean(taken), statistics.mean(pages)))
+        yield from lost
         seconds = {v.name: [taken for taken, _ in samples] for _, v, samples in ready}
         for process, variant, samples in ready:
             own, pages = seconds[variant.name], [pages for _, pages in samples]

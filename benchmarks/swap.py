@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import pathlib
 import statistics
 import sys
 import time
@@ -27,7 +28,15 @@ from torch import Tensor, nn
 
 from greenmim_kernels.integrations import fuse_window_attention
 
-from .environment import describe, folder_of, version_of, write_json
+from .environment import (
+    describe,
+    earlier,
+    folder_of,
+    put,
+    rows_with_commits,
+    version_of,
+    write_json,
+)
 from .measure import no_garbage_collection
 
 Make = Callable[[], nn.Module]
@@ -264,6 +273,22 @@ def measured(found: dict[str, Variant], device: str, rounds: int) -> Iterator[di
         }
 
 
+ROW = ("problem", "batch", "precision", "compiled", "pass")
+
+
+def kept_rows(file: pathlib.Path, result: dict) -> list[dict]:
+    """Rows of earlier runs in the same place, with the same versions of their libraries."""
+    kept = earlier(file, result["environment"], of_any_commit=True)
+    then, now = kept.get("libraries", {}), result["libraries"]
+    known = PROBLEMS | GPU_PROBLEMS
+    libraries = {name: problem.library for name, problem in known.items()}
+    return [
+        row
+        for row in rows_with_commits(kept)
+        if (library := libraries.get(row["problem"])) and then[library] == now.get(library)
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problem", nargs="+", choices=[*PROBLEMS, *GPU_PROBLEMS])
@@ -283,10 +308,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     precision = torch.float32 if options.device == "cpu" else torch.bfloat16
     known = PROBLEMS if options.device == "cpu" else PROBLEMS | GPU_PROBLEMS
-    result = {"environment": describe(options.threads, options.device), "rows": []}
+    result: dict = {"environment": describe(options.threads, options.device)}
     libraries = sorted({problem.library for problem in known.values()})
     result["libraries"] = {name: version_of(name) for name in libraries}
     file = folder_of(result["environment"]["device"]) / "swap.json"
+    result["rows"] = kept_rows(file, result)
     for name in options.problem or known:
         problem = (PROBLEMS | GPU_PROBLEMS)[name]
         if result["libraries"][problem.library] is None:
@@ -301,7 +327,8 @@ def main(argv: list[str] | None = None) -> int:
                 "compiled": options.compile,
                 **row,
             }
-            result["rows"].append(row)
+            row |= {name: result["environment"][name] for name in ("commit", "dirty")}
+            put(result["rows"], row, ROW)
             times = ", ".join(f"{key} {one['ms']:.1f} ms" for key, one in row["times"].items())
             print(f"{name}, {row['pass']}: {times}; {row['faster']:.2f}x", flush=True)
         if not options.no_save:

@@ -140,7 +140,8 @@ def steps_table(result: dict) -> str:
             ])
         )  # fmt: skip
     timed = [row for row in result["rows"] if "images_per_second" in row]
-    lines.append(measured_at(result, timed, lambda row: f"{row['model']}, {row['variant']}"))
+    if said := measured_at(result, timed, lambda row: f"{row['model']}, {row['variant']}"):
+        lines.append("\nA ratio between rows of two commits is one between two sessions.\n" + said)
     return "".join(lines)
 
 
@@ -151,7 +152,10 @@ def measured_at(result: dict, rows: list[dict], name_of: Callable[[dict], str]) 
         commit = row.get("commit", result["environment"]["commit"])
         if commit != result["environment"]["commit"]:
             commits.setdefault(commit, {})[name_of(row)] = None
-    return "".join(f"\nMeasured at {c[:9]}: {'; '.join(names)}.\n" for c, names in commits.items())
+    return "".join(
+        f"\nMeasured at {c[:9] if c else 'an unknown commit'}: {'; '.join(names)}.\n"
+        for c, names in commits.items()
+    )
 
 
 def kernels_table(result: dict) -> str:
@@ -188,7 +192,8 @@ def swap_table(result: dict) -> str:
                 f"{row['faster_p20']:.2f} to {row['faster_p80']:.2f}",
             ])
         )  # fmt: skip
-    return "".join(lines)
+    named = measured_at(result, result["rows"], lambda row: f"{row['problem']}, {row['pass']}")
+    return "".join(lines) + named
 
 
 def profile_table(result: dict) -> str:

@@ -159,6 +159,19 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (not name.endswith("-32-16bit"), "-64-" not in name))
 
 
+def best_of(rows: list[dict], shipped: launch.Launch) -> tuple[dict, str]:
+    """The row to take, which is the shipped launch's unless another gains enough, and a word on it.
+
+    How many programs are resident is not chosen, and differs between GPUs.
+    """
+    names = ("warps", "stages", "block")
+    for row in rows:
+        is_shipped = "ms" in row and all(row[name] == getattr(shipped, name) for name in names)
+        if is_shipped and rows[0]["ms"] > (1 - LEAST_GAIN) * row["ms"]:
+            return row, "as shipped"
+    return rows[0], ""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of a class's name")
@@ -192,13 +205,10 @@ def main(argv: list[str] | None = None) -> int:
             results[name] = rows = tune(name, options.batch)
         except Exception as error:  # the shipped launch itself fails
             results[name] = rows = [{"refused": first_line(error)[:140]}]
-        shipped = dataclasses.asdict(best[name])
-        same = [row for row in rows if shipped.items() <= row.items() and "ms" in row]
-        if same and rows[0]["ms"] > (1 - LEAST_GAIN) * same[0]["ms"]:
-            print(f"{name:<28}{same[0]['ms']:>9.4f} ms  as shipped", flush=True)
-        elif "ms" in rows[0]:
-            best[name] = launch.Launch(**{k: rows[0][k] for k in dataclasses.asdict(best[name])})
-            print(f"{name:<28}{rows[0]['ms']:>9.4f} ms  {best[name]}", flush=True)
+        row, said = best_of(rows, best[name])
+        if "ms" in row:
+            best[name] = launch.Launch(**{k: row[k] for k in dataclasses.asdict(best[name])})
+            print(f"{name:<28}{row['ms']:>9.4f} ms  {said or best[name]}", flush=True)
         else:
             failed = True
             print(f"{name:<28}not tuned: {rows[0]['refused']}", flush=True)

@@ -23,14 +23,23 @@ inline void check_indices(const Tensor& indices, int64_t dim, const char* name) 
 // P, the first axis, is 1 or the batch size.
 inline void check_batch(const Tensor& indices, int64_t batch, const char* name) {
   STD_TORCH_CHECK(
-      indices.size(0) == 1 || indices.size(0) == batch, name, " holds ", indices.size(0),
-      " partitions for a batch of ", batch, "; pass 1 or one per image");
+      indices.size(0) == 1 || indices.size(0) == batch, "the first axis of ", name,
+      " must be 1 or the batch size, ", batch, ", got ", indices.size(0));
+}
+
+// There is a slot for every token; otherwise the result would have rows that nothing writes.
+inline void check_room(const Tensor& token_index, int64_t num_tokens) {
+  const int64_t slots = token_index.size(1) * token_index.size(2);
+  STD_TORCH_CHECK(
+      token_index.size(0) == 0 || num_tokens <= slots, "token_index has ", slots,
+      " slots, too few for the ", num_tokens, " tokens of an image");
 }
 
 inline void check_gather(const Tensor& x, const Tensor& token_index) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, N, C], got ", x.dim(), " axes");
   check_indices(token_index, 3, "token_index");
   check_batch(token_index, x.size(0), "token_index");
+  check_room(token_index, x.size(1));
 }
 
 inline void check_scatter(const Tensor& x, const Tensor& token_index, int64_t num_tokens) {
@@ -41,6 +50,7 @@ inline void check_scatter(const Tensor& x, const Tensor& token_index, int64_t nu
       x.size(1) == token_index.size(1) && x.size(2) == token_index.size(2),
       "x and token_index must have the same groups and slots");
   STD_TORCH_CHECK(num_tokens >= 0, "num_tokens must not be negative, got ", num_tokens);
+  check_room(token_index, num_tokens);
 }
 
 // Sizes of a convolution of visible tokens, checked.
@@ -123,7 +133,10 @@ inline AttentionShape check_attention(
   const Tensor &qkv = x.q, &window_id = part.window_id;
   AttentionShape shape{};
   const int64_t axes = part.token_index && x.is_packed() ? 3 : 4;
-  STD_TORCH_CHECK(qkv.dim() == axes, "qkv must have ", axes, " axes, got ", qkv.dim());
+  STD_TORCH_CHECK(
+      x.k.has_value() == x.v.has_value(), "pass both k and v, or neither, with all three in q");
+  STD_TORCH_CHECK(
+      qkv.dim() == axes, x.is_packed() ? "qkv" : "q", " must have ", axes, " axes, got ", qkv.dim());
   check_indices(window_id, 3, "window_id");
   shape.batch = qkv.size(0);
   check_batch(window_id, shape.batch, "window_id");
@@ -141,6 +154,7 @@ inline AttentionShape check_attention(
   if (part.token_index) {
     check_like(*part.token_index, "token_index");
     shape.rows = qkv.size(1);
+    check_room(*part.token_index, shape.rows);
   } else {
     STD_TORCH_CHECK(
         x.is_packed() && qkv.size(1) == shape.groups && qkv.size(2) == shape.slots,
@@ -155,8 +169,8 @@ inline AttentionShape check_attention(
         "qkv must hold 3 x num_heads x head_dim values, got ", width, " for ", heads, " heads");
     shape.head_dim = width / 3 / heads;
   } else {
-    bool alike = x.v.has_value();
-    for (const Tensor* other : {&*x.k, x.v ? &*x.v : &qkv}) {
+    bool alike = true;
+    for (const Tensor* other : {&*x.k, &*x.v}) {
       alike = alike && other->dim() == 4 && other->scalar_type() == qkv.scalar_type() &&
               other->device() == qkv.device();
       for (int64_t axis = 0; alike && axis < 4; ++axis)
@@ -198,9 +212,9 @@ struct Strides {
 inline Strides strides_of(const QueryKeyValue& x, int which, const AttentionShape& shape) {
   const Tensor& tensor = which == 0 || x.is_packed() ? x.q : which == 1 ? *x.k : *x.v;
   if (!x.is_packed()) return {&tensor, 0, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-  // Gathered groups are contiguous.
-  return {&tensor, which * shape.channels, tensor.stride(0), tensor.stride(tensor.dim() - 2),
-          shape.head_dim};
+  // Packed tensors are contiguous by now. Strides are computed: PyTorch's are any for an axis of size 1.
+  const int64_t row = 3 * shape.channels;
+  return {&tensor, which * shape.channels, shape.rows * row, row, shape.head_dim};
 }
 
 inline bool on_one_device(const Tensor& x, const Tensor& y) {

@@ -241,6 +241,10 @@ def _train(kind: type[RunRecipe], parser: ArgumentParser, options: Namespace) ->
     max_steps, profile = options.max_steps, options.profile
     if max_steps is not None and max_steps < 1:
         raise _told_once(f"--max-steps is {max_steps}; it has to be at least 1.")
+    if options.launcher == "slurm" and World.from_environment().size > 1:
+        raise _told_once(
+            "--launcher slurm starts the processes itself; call it without torchrun or srun."
+        )
     if options.launcher == "none" and not options.dry_run:
         # `record` reports what is raised to torchrun, and returns what `train` returns.
         return record(train)(recipe, options.resume, max_steps, profile).exit_code  # type: ignore[union-attr]

@@ -36,6 +36,15 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cells).rstrip() for cells in padded]
 
 
+def drawable(name: str, most: int) -> str:
+    """A file's or folder's name in a picture, cut to so many letters; it may hold what is no text.
+
+    Matplotlib must not look for mathematics in it: `parse_math=False`.
+    """
+    text = name.encode(errors="replace").decode()
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def dashes(name: str) -> str:
     """An option as it is usually typed, by its key: data.batch_size as --data.batch-size."""
     return "--" + name.removeprefix("--").replace("_", "-")

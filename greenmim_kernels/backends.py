@@ -341,4 +341,8 @@ def _cuda_has_room(
 def _cuda_fits(device: int, dtype: torch.dtype, *sizes: int) -> bool:
     library = ctypes.CDLL(str(library_file("_C_cuda")))
     element = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
-    return bool(library.greenmim_cuda_fits(device, element, *map(ctypes.c_int64, sizes)))
+    found = library.greenmim_cuda_fits(device, element, *map(ctypes.c_int64, sizes))
+    if found < 0:
+        library.greenmim_cuda_fits_problem.restype = ctypes.c_char_p
+        raise RuntimeError(library.greenmim_cuda_fits_problem().decode())
+    return bool(found)

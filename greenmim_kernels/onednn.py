@@ -181,9 +181,10 @@ def _is_inactive(path: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether hooks of the module's own are to be called; global ones are not looked for."""
+    """Whether hooks are to be called: the module's own, or of all modules."""
     forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    own = forward or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or torch.nn.modules.module._has_any_global_hook())
 
 
 def _fit(x: Tensor, *layers: nn.Module) -> bool:

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from typing import NoReturn
 
-from setup import CUDA_ARCHITECTURES, STABLE_ABI, toolkit, toolkit_problem
+from setup import CUDA_ARCHITECTURES, STABLE_ABI, architectures, toolkit, toolkit_problem
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAME, PYTHON_NAME, VERSION = "greenmim-kernels", "greenmim_kernels", 0
@@ -142,8 +142,10 @@ def write_project(project: pathlib.Path) -> None:
     """Everything that kernel-builder reads."""
     names = tracked()
     if project.exists():
-        # Only what this script has made is removed.
-        if any(project.iterdir()) and not (project / "build.toml").exists():
+        # Only what this script has made is removed: others' projects have a build.toml, too.
+        told = project / "build.toml"
+        is_ours = told.is_file() and f'name = "{NAME}"' in told.read_text().splitlines()
+        if any(project.iterdir()) and not is_ours:
             stop(f"{project} holds other files: give an empty folder, or one that is not there.")
         shutil.rmtree(project)
     package = project / "torch-ext" / PYTHON_NAME
@@ -210,8 +212,8 @@ def build(project: pathlib.Path, backend: str) -> pathlib.Path:
         home = toolkit()
         if problem := toolkit_problem(home, torch.version.cuda):
             stop(f"{problem}.")
-        # torch reads both when its build helpers are imported.
-        os.environ["CUDA_HOME"], os.environ["TORCH_CUDA_ARCH_LIST"] = home, CUDA_ARCHITECTURES
+        # torch reads both when its build helpers are imported; an older nvcc does not know all.
+        os.environ["CUDA_HOME"], os.environ["TORCH_CUDA_ARCH_LIST"] = home, architectures(home)
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         stop("there is no C++ compiler: install g++, or name one in CXX.")
     from setuptools import Distribution
@@ -264,7 +266,7 @@ def write_metadata(folder: pathlib.Path, name: str, backend: str) -> None:
     }
     facts: dict[str, object] = {"type": backend}
     if backend == "cuda":
-        facts["archs"] = CAPABILITIES
+        facts["archs"] = os.environ["TORCH_CUDA_ARCH_LIST"].split(";")  # those of this build
     metadata = {
         "id": name,
         "name": NAME,

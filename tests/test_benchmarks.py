@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import costs, environment, loader, peers, plots, report, tables
+from benchmarks import conftest, costs, environment, loader, peers, plots, report, swap, tables
 from benchmarks.cases import SELECTIONS, select
 from benchmarks.convolution import conv_inputs
 from benchmarks.measure import Rates, Sampler, Timing, measure
+from benchmarks.naive import NaiveGroupAttention, SpreadGroupAttention
 from benchmarks.operators import Bench, extra_bytes, timed_row
 from benchmarks.peers import PEERS, Unable
 from benchmarks.traffic import work_of
@@ -168,6 +169,33 @@ def test_every_peer_of_a_cpu_is_right_or_says_why_not(operator):
             bench.check(peer, with_gradients=True)
         except Unable as reason:
             assert peer.name in ("varlen", "xformers"), (peer.name, reason)
+
+
+@pytest.mark.parametrize("capacity", [False, True])
+def test_the_spread_naive_path_adds_little_to_one_row(capacity):
+    """Pairs that do not count, of absent tokens too, take all rows of the table in turn."""
+    case = Case(stage=1, batch=1, num_heads=1, capacity=capacity)
+    bench = Bench(dataclasses.replace(tiny(), case=case), "cpu")
+    part = bench.inputs.part
+    most = {
+        kind: int(kind(part).bias_index.bincount(minlength=part.table_rows).max())
+        for kind in (NaiveGroupAttention, SpreadGroupAttention)
+    }
+    # What is left is near the mean.
+    pairs = part.token_index.numel() * part.group_size
+    assert most[NaiveGroupAttention] > pairs / 2
+    assert most[SpreadGroupAttention] < 5 * pairs / part.table_rows
+    for name in peers.NAIVE:
+        bench.check(peer_named(name), with_gradients=True)
+
+
+def test_naive_peers_stand_beside_ours_where_the_naive_path_does():
+    for selection in ("short", "table", "rest"):
+        for problem in select(selection, "cuda"):
+            names = {peer.name for peer in problem.peers}
+            if problem.study in ("stages", "shapes") and "naive" in names:
+                assert "naive-spread" in names, str(problem)
+    assert set(peers.NAIVE) <= set(plots.COLOURS) & set(plots.NAMES)
 
 
 def test_extra_memory_is_what_is_held_beyond_the_results():
@@ -342,7 +370,7 @@ def test_nothing_is_reduced_of_pictures_that_are_no_larger(tmp_path, monkeypatch
     assert max(widths) == 500 and 451 in widths  # one is smaller, and stays so
 
 
-def test_the_need_is_half_the_floor_of_a_step():
+def test_the_need_is_that_of_a_step_at_twice_its_least_time():
     (told,) = re.findall(r"(\d+) images per second", costs.TABLE.read_text())
     assert loader.needed() == pytest.approx(int(told) / 2, rel=1e-3)
 
@@ -383,6 +411,62 @@ def test_the_suite_runs_as_it_is_called(tmp_path):
     assert [row["peer"] for row in rows] == ["greenmim-cpp", "varlen"]
     assert rows[0]["checked"] and rows[0]["ms"] > 0 and 0 < rows[0]["fraction"] < 2
     assert "CUDA only" in rows[1]["reason"] and "ms" not in rows[1]
+    # Another selection keeps them, and one without time says so, taking no figure's place.
+    command[command.index("-k") + 1] = "stages and not per_image and both and (cpp or naive-spread)"
+    done = subprocess.run([*command, "--minutes", "0"], cwd=environment.ROOT, capture_output=True)
+    assert done.returncode == 0
+    now = json.loads(file.read_text())
+    assert [row["peer"] for row in now["rows"]] == ["greenmim-cpp", "varlen", "naive-spread"]
+    assert now["rows"][0]["ms"] == rows[0]["ms"] and "commit" in now["rows"][0]
+    late = now["rows"][2]
+    assert late["reason"] == "no time was left" and not late["checked"]
+    assert "| naive-spread | 1 | no time was left |" in tables.reasons_table(now)
+    assert tables.stages_table(now) and report.compare(now, now) == []
+
+
+def test_tiny_sizes_are_written_where_they_are_asked_for_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(conftest, "folder_of", lambda device: tmp_path)
+    monkeypatch.setattr(conftest, "measure_rates", lambda *_: RATES)
+    monkeypatch.setattr(conftest, "keep_freed_memory", lambda: None)
+    for selection in ("tiny", "short"):
+        options = SimpleNamespace(
+            threads=None, minutes=1, rounds=1, selection=selection, out=None, anew=False
+        )
+        results = conftest.Results(SimpleNamespace(option=options))
+        results.add(dict.fromkeys(conftest.ROW, "x"))
+        assert (tmp_path / "operators.json").exists() == (selection == "short")
+
+
+def test_swaps_that_are_not_measured_again_stay(tmp_path):
+    file, where = tmp_path / "swap.json", {"device": "X", "commit": "1" * 40, "dirty": False}
+    rows = [{"problem": name} for name in ("timm-swin-t-224", "monai-swinvit-64", "gone")]
+    then = {"environment": where, "libraries": {"timm": "1", "monai": "1"}, "rows": rows}
+    file.write_text(json.dumps(then))
+    now = {"environment": {**where, "commit": "2" * 40}, "libraries": {"timm": "1", "monai": "2"}}
+    (row,) = swap.kept_rows(file, now)  # of the versions that are there
+    assert row == {"problem": "timm-swin-t-224", "commit": "1" * 40, "dirty": False}
+    assert swap.kept_rows(tmp_path / "none.json", now) == []
+
+
+def test_rows_without_a_commit_are_told(monkeypatch):
+    found = result(commit=None)
+    found["rows"][0]["commit"] = "1" * 40
+    assert "Measured at 111111111: naive" not in tables.measured_at(found, found["rows"], str)
+    found = result()
+    found["rows"][0]["commit"] = None
+    said = tables.measured_at(found, found["rows"], lambda row: row["peer"])
+    assert said == "\nMeasured at an unknown commit: greenmim-cpp.\n"
+    monkeypatch.setenv("PATH", "")
+    assert environment.changed_since("1" * 40) is None  # no git
+
+
+def test_steps_are_compared_too():
+    row = {"model": "m", "variant": "v", "images_per_second": 10.0, "p20": 9.9, "p80": 10.1}
+    slow = row | {"images_per_second": 5.0, "p20": 4.9, "p80": 5.1}
+    assert report.compare({"rows": [row]}, {"rows": [slow]}) == ["m v: 2.00 times the time"]
+    assert report.compare({"rows": [slow]}, {"rows": [row]}) == []
+    gone = {"model": "m", "variant": "v", "reason": "it died"}
+    assert report.compare({"rows": [row]}, {"rows": [gone]}) == ["m v: it died"]
 
 
 @pytest.mark.parametrize(
@@ -429,3 +513,26 @@ def test_the_readme_s_table_of_results_that_are_not_whole(tmp_path):
     table = report.summary_table(tmp_path)
     assert "| 50.00 ms | 2.00 ms (FlexAttention) | **1.00 ms** | 50x |" in table
     assert "training step, images/s | 2 | 1 (SimMIM) | **3** | 1.5x |" in table
+    # Ratios to the faster naive path, and a word where there is one alone.
+    assert table.count("¹") == 2 and "docs/benchmarks.md#in-plain-words" in table
+    files["a/operators.json"]["rows"].append({**stage, "peer": "naive-spread", "ms": 12.0})
+    rows = files["b/steps.json"]["rows"]
+    rows[0]["joules_per_image"] = rows[1]["joules_per_image"] = rows[2]["joules_per_image"] = 4.0
+    rows[1]["commit"] = "2" * 40
+    more = {"images_per_second": 9.0, "joules_per_image": 1.0}
+    rows += [{**step, **more, "variant": name} for name in ("triton-graphed", "cuda-compiled")]
+    rows.append({**step, "variant": "naive, rows spread", "images_per_second": 2.5})
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    table = report.summary_table(tmp_path)
+    assert "| 12.00 ms | 2.00 ms (FlexAttention) | **1.00 ms** | 12x |" in table
+    assert "¹" not in table
+    assert "training step, images/s | 2.5 | 1 (SimMIM) | **3** | 1.2x |" in table
+    # Energy is that of a way that the table has.
+    assert "energy of an image |" not in table  # not known of the spread path
+    rows[-1]["joules_per_image"] = 4.0
+    (tmp_path / "b/steps.json").write_text(json.dumps(files["b/steps.json"]))
+    table = report.summary_table(tmp_path)
+    assert "energy of an image | 4.000 J | 4.000 J (SimMIM) | **4.000 J** | 1x less |" in table
+    assert "X: the steps are of several commits" in table
+    assert "cuda 222222222" in table and "simmim 111111111" in table

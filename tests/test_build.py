@@ -49,6 +49,10 @@ def test_switches_are_printed():
     [
         ({"USE_CUDA": "yes"}, "USE_CUDA must be one of auto, 0, 1, got 'yes'."),
         ({"DEBUG": "2"}, "DEBUG must be one of 0, 1, got '2'."),
+        (
+            {"USE_CUDA": "0", "MODULES": "_C typo"},
+            "MODULES names typo; this builds _C_partition, _C.",
+        ),
     ],
 )
 def test_a_wrong_switch_is_one_sentence(environment, message):
@@ -142,3 +146,22 @@ def test_the_sources_build_against_the_oldest_torch():
     for file in sorted((ROOT / "csrc").rglob("*.*")):
         found = [name for name in newer if name in file.read_text()]
         assert not found, f"{file} uses {found}: take TORCH_ERROR_CODE_CHECK"
+
+
+def test_what_is_cleaned_is_built_again(tmp_path):
+    """By `make test` after `make clean`, which leaves what was made to be given away."""
+
+    def lines(target: str, environment: str = ".venv") -> list[str]:
+        command = ["make", "-n", target, f"VENV={environment}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    (cleaned,) = lines("clean")
+    assert ".venv/.ready" in cleaned.split() and "dist" not in cleaned.split()
+    assert not any(word.endswith(".ready") for word in lines("clean", "")[0].split())
+    # What builds by itself needs no build before.
+    for target in ("gpu-check", "gpu-check-more", "gpu-check-steps"):
+        done = lines(target, str(tmp_path / "new"))
+        assert any("pip install" in line and "hypothesis" in line for line in done)
+        assert not any("--editable" in line for line in done), done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 import os
 import pathlib
 import shutil
@@ -142,6 +143,11 @@ def test_it_removes_what_it_has_made_alone(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="holds other files"):
         hub.write_project(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+    # Another project of kernel-builder's.
+    (tmp_path / "build.toml").write_text('[general]\nname = "thesis"\n')
+    with pytest.raises(SystemExit, match="holds other files"):
+        hub.write_project(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
     hub.write_project(tmp_path / "hub")
     (tmp_path / "hub" / "csrc" / "old.cpp").touch()
     # What stops it stops it before it removes anything.
@@ -152,6 +158,24 @@ def test_it_removes_what_it_has_made_alone(tmp_path, monkeypatch):
     assert (tmp_path / "hub" / "csrc" / "old.cpp").exists()
     hub.write_project(tmp_path / "hub")
     assert not (tmp_path / "hub" / "csrc" / "old.cpp").exists()
+
+
+def test_a_build_has_the_architectures_that_nvcc_knows(tmp_path, monkeypatch):
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(hub, "toolkit", lambda: str(nvcc.parent.parent))
+    monkeypatch.setattr(hub, "toolkit_problem", lambda *_: None)
+    monkeypatch.setattr(hub.shutil, "which", lambda _: None)  # it stops before it compiles
+    for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.setenv(name, "")  # taken back at the end
+    with pytest.raises(SystemExit, match="no C"):
+        hub.build(tmp_path, "cuda")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;8.6;9.0+PTX"
+    hub.write_metadata(tmp_path, "name", "cuda")
+    told = json.loads((tmp_path / "metadata.json").read_text())
+    assert told["backend"]["archs"] == ["8.0", "8.6", "9.0+PTX"]
 
 
 # --- layers -------------------------------------------------------------------------------------

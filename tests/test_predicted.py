@@ -94,13 +94,19 @@ def test_measured_stands_beside_predicted():
     row = {
         "peer": "greenmim-cuda", "operator": "group_window_attention", "study": "stages",
         "dtype": "bfloat16", "pass": "forward", "per_image": False, "stage": 1, "batch": 128,
-        "capacity": True, "shifted": True, "ms": 0.08, "case": "",
+        "capacity": True, "shifted": False, "ms": 0.08, "case": "",
     }  # fmt: skip
-    others = [{**row, "peer": "naive"}, {**row, "dtype": "float32"}, {**row, "pass": "both"}]
-    rates = {"copy_bytes_per_second": 4e12}
-    result = {"rates": rates, "rows": [row, *others, {"peer": "greenmim-triton"}]}
+    changes = {"peer": "naive"}, {"dtype": "float32"}, {"pass": "both"}, {"shifted": True}
+    others = [{**row, **change} for change in changes]
+    result = {
+        "environment": {"device": "NVIDIA H100 80GB HBM3"},
+        "rates": {"copy_bytes_per_second": 4e12},
+        "rows": [row, *others, {"peer": "greenmim-triton"}],
+    }
     (found,) = predicted.beside(result)
     expected = predicted.microseconds("cuda", Problem(1, 128, True), "forward", 4e12)
     assert found["predicted_ms"] == pytest.approx(expected / 1e3)
     assert f"{80 / expected:.2f} |" in predicted.beside_table(result)
-    assert predicted.beside_table({"rates": rates, "rows": others}) == ""
+    assert predicted.beside_table({**result, "rows": others}) == ""
+    for device in ("NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA GeForce RTX 4090", "AMD EPYC"):
+        assert predicted.beside({**result, "environment": {"device": device}}) == [], device

@@ -12,6 +12,7 @@ import torch
 from benchmarks import naive_model, step_processes, step_profile, steps
 from benchmarks.environment import earlier, put, write_json
 from benchmarks.measure import Rates
+from benchmarks.naive import SpreadGroupAttention
 from benchmarks.step_processes import (
     Ended,
     StepProcess,
@@ -71,6 +72,23 @@ def test_all_variants_have_the_reference_s_gradients_and_train(problem, request)
     assert len(weights) == 4
     for other in weights[1:]:  # AdamW's first steps are of the gradient's sign: 1e-4 each
         assert (other - weights[0]).abs().mean() < 2e-6
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+def test_the_spread_naive_step_is_the_naive_step(problem):
+    naive, spread = (
+        Step(problem, Variant(kind, kind), "cpu") for kind in ("naive", "naive-spread")
+    )
+    for step in (naive, spread):
+        step.loss()
+    for name, parameter in naive.trained.items():
+        torch.testing.assert_close(spread.trained[name].grad, parameter.grad, msg=name)
+    for pair in (
+        spread.inputs[0][1].base.attentions
+        if problem is PROBLEM_TWINS
+        else (spread.inputs[0][1].attentions)
+    ):
+        assert all(isinstance(one, SpreadGroupAttention) for one, _ in pair)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -223,6 +241,35 @@ def test_the_first_step_of_a_turn_is_not_counted(monkeypatch):
     assert rows[0]["page_faults"] == 6
 
 
+def test_a_variant_that_dies_leaves_the_others_their_samples(monkeypatch):
+    """Before it is ready, warming up, or between two turns."""
+
+    class Process:
+        def __init__(self, problem, variant, file):
+            self.row, self.turns = {"parameters": 1, "variant": variant.name}, 0
+            self.last = {"begins": 0, "warms": 1, "turns": 2}.get(variant.name, 99)
+            self()
+
+        def __call__(self, count=1):
+            self.turns += 1
+            if self.turns > self.last:
+                raise Ended("it died")
+            return [(2.0, 5)] * count
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(steps, "StepProcess", Process)
+    monkeypatch.setattr(steps, "PAUSE", 0)
+    chosen = [(Variant(name), None) for name in ("begins", "naive", "warms", "turns", "cpp")]
+    rows = {row["variant"]: row for row in steps._in_turn(PROBLEM, chosen, 3, RATES)}
+    assert set(rows) == {"begins", "naive", "warms", "turns", "cpp"}
+    for name in ("begins", "warms", "turns"):
+        assert rows[name]["reason"] == "it died" and "seconds" not in rows[name]
+    for name in ("naive", "cpp"):
+        assert rows[name]["rounds"] == 3 and rows[name]["to_naive"]["median"] == 1
+
+
 def test_ratios_are_taken_round_by_round():
     # The second round is slow for both.
     ratio = steps.spread_of_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
@@ -345,6 +392,7 @@ def test_the_variants_of_a_gpu_are_all_there():
     assert {"naive", "naive, planning in the step", "simmim", "cuda", "cuda-compiled",
             "cuda-graphed", "triton-graphed", "reference"} <= set(found)  # fmt: skip
     assert dataclasses.asdict(found["cuda-graphed"])["graphed"]
+    assert found["naive, rows spread"].kind == "naive-spread"
     assert [v.name for v in found.values() if v.recompute] == ["cuda-graphed, pointwise recomputed"]
 
 
@@ -360,3 +408,10 @@ def test_a_profile_sorts_the_operators_by_kind(monkeypatch):
     assert step_profile.kind_of("greenmim::group_window_attention_backward") == "attention"
     assert step_profile.kind_of("aten::gelu_backward") == "GELU"
     assert step_profile.kind_of("aten::empty") == step_profile.REST
+    kernels = {
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<cutlass::bfloat16_t>>": 1.0,
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": 2.0,
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>": 4.0,
+    }
+    found = step_profile.by_kind({name: {"ms": ms} for name, ms in kernels.items()})
+    assert found["attention"] == 3.0 and found["products"] == 4.0

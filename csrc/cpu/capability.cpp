@@ -14,11 +14,11 @@ std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     usable.push_back(&kernels_avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    usable.push_back(&kernels_avx2);
+  if (has_avx2) usable.push_back(&kernels_avx2);
 #endif
   usable.push_back(&kernels_default);
   return usable;
@@ -60,7 +60,7 @@ GREENMIM_EXPORT const char* greenmim_cpu_capability() {
 }
 
 GREENMIM_EXPORT const char* greenmim_cpu_capability_problem() {
-  static std::string problem;
+  static thread_local std::string problem;
   try {
     greenmim::cpu::kernels();
     problem.clear();

@@ -132,7 +132,10 @@ struct Problem {
       const int64_t last = std::lower_bound(work.begin(), work.end() - 1, end) - work.begin();
       if (first == last) return;
       std::unique_ptr<void, Deleter> scratch(
-          ::operator new(scratch_bytes, std::align_val_t(64)));
+          ::operator new(scratch_bytes, std::align_val_t(64), std::nothrow));
+      STD_TORCH_CHECK(
+          scratch != nullptr, "no memory for ", scratch_bytes, " bytes of scratch: windows have up to ",
+          windows.largest, " slots");
       for (int64_t i = first; i < last; i++) {
         const int64_t block = i / heads, head = i % heads;
         const int64_t window_block = block / image_blocks, image_block = block % image_blocks;
@@ -240,9 +243,10 @@ std::tuple<Tensor, Tensor> forward(const Problem& problem) {
   problem.zero_outside(out);
   // Never used, but an output must not hold what memory held before.
   problem.zero_outside(lse, shape.heads);
+  void *out_data = out.mutable_data_ptr(), *lse_data = lse.mutable_data_ptr();
   problem.run(kernels().forward, nullptr, nullptr, [&](WindowTask& task) {
-    task.out = out.mutable_data_ptr();
-    task.lse = lse.mutable_data_ptr();
+    task.out = out_data;
+    task.lse = lse_data;
   });
   return {out, lse};
 }
@@ -304,11 +308,13 @@ Gradients backward(
   };
   Tensor table = partial(need_table, problem.column_rows);
   Tensor pad = partial(need_pad, 2 * shape.head_dim);
+  // Read only: asked for as mutable, a copy-on-write tensor would be copied, which no thread may do.
+  void* lse_data = const_cast<void*>(lse.const_data_ptr());
   problem.run(
       kernels().backward, need_table ? table.mutable_data_ptr() : nullptr,
       need_pad ? pad.mutable_data_ptr() : nullptr, [&](WindowTask& task) {
         task.grad_out = grad_out.const_data_ptr();
-        task.lse = lse.mutable_data_ptr();
+        task.lse = lse_data;
         if (!need_qkv) return;
         task.grad_q = problem.rows_of(grads.x, 0);
         task.grad_k = problem.rows_of(grads.x, 1);

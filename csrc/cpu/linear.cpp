@@ -25,7 +25,7 @@ constexpr int64_t kElementsPerThread = 1 << 13;
 
 template <class Work>
 void for_strips(int64_t rows, int64_t columns, const Work& work) {
-  const Kernels& chosen = kernels();  // throws where there are none, which no thread may
+  const Kernels& chosen = kernels();  // here: parallel_for would wrap its error
   const int64_t strips = (columns + kStripColumns - 1) / kStripColumns;
   const int64_t grain = kElementsPerThread / std::max<int64_t>(1, rows * kStripColumns);
   torch::stable::parallel_for(
@@ -150,7 +150,7 @@ void check(const Tensor& tensor, int64_t columns, const char* name) {
 
 void check_rows(const Tensor& tensor, const Tensor& x, const char* name) {
   const bool same = tensor.sizes().slice(0, tensor.dim() - 1).equals(x.sizes().slice(0, x.dim() - 1));
-  STD_TORCH_CHECK(same, name, " and x must have as many rows");
+  STD_TORCH_CHECK(same, name, " and x must agree in all axes but the last");
 }
 
 void check_weight(const Tensor& weight, const char* name) {
@@ -169,8 +169,9 @@ void check_mlp(const Tensor& x, const Tensor& weight1, const Tensor& weight2) {
 // oneDNN reads a bias as dense, whatever its strides.
 std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t size, const char* name) {
   if (!bias) return std::nullopt;
-  STD_TORCH_CHECK(bias->dim() == 1, name, " must be [O], got ", bias->dim(), " axes");
-  check(*bias, size, name);
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == size && bias->scalar_type() == ScalarType::Float, name,
+      " must be float32 of shape [", size, "]");
   return torch::stable::contiguous(*bias);
 }
 

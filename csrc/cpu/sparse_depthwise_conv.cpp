@@ -109,10 +109,11 @@ Tensor sparse_depthwise_conv(
   if (bias_any) bias_any = torch::stable::contiguous(*bias_any);
   const std::vector<char> rows = rows_of_taps(weight, false);
   Tensor out = torch::stable::empty_like(x);
+  void* out_data = out.mutable_data_ptr();
   run(x, shape, neighbours, kernels().conv, [&](ConvTask& task, int64_t) {
     task.weight = rows.data();
     task.bias = bias_any ? bias_any->const_data_ptr() : nullptr;
-    task.out = out.mutable_data_ptr();
+    task.out = out_data;
   });
   return out;
 }
@@ -133,10 +134,11 @@ std::tuple<Tensor, Tensor, Tensor> sparse_depthwise_conv_backward(
   Tensor grad_bias = sized(need_bias, {shape.channels});
   const int64_t task_bytes = (kTaps + 1) * shape.channels * int64_t(weight.element_size());
   std::vector<char> partial(need_weight || need_bias ? size_t(kConvTasks * task_bytes) : 0);
+  void* grad_x_data = need_x ? grad_x.mutable_data_ptr() : nullptr;
   run(x, shape, neighbours, kernels().conv_backward, [&](ConvTask& task, int64_t number) {
     task.weight = rows.data();
     task.grad_out = grad_out.const_data_ptr();
-    if (need_x) task.out = grad_x.mutable_data_ptr();
+    task.out = grad_x_data;
     if (!partial.empty()) task.sums = partial.data() + number * task_bytes;
   });
   const auto add = [&](auto* grad_weight, auto* grad_bias) {

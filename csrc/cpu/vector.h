@@ -104,13 +104,16 @@ GREENMIM_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
 // A float16 has five bits of exponent and ten of fraction: shifted to a float's place its exponent is
-// short by 127 - 15, which a multiplication adds for normal and subnormal numbers alike.
+// short by 127 - 15. A subnormal one is a number of 2^-24. No float is subnormal on the way: a thread
+// may flush these to zero (torch.set_flush_denormal).
 template <class A>
 GREENMIM_INLINE Vec<float> load_storage(const float16* p) {
   const Bits half = __builtin_convertvector(*(const HalfBits*)p, Bits);
-  const Vec<float> number = (Vec<float>)((half & 0x7fff) << 13) * 0x1p112f;
+  const Bits size = half & 0x7fff, is_subnormal = (Bits)(size < 0x400);
+  const Bits subnormal = (Bits)(__builtin_convertvector(size, Vec<float>) * 0x1p-24f);
+  const Bits number = (is_subnormal & subnormal) | (~is_subnormal & ((size << 13) + (112u << 23)));
   const Bits special = (Bits)((half & 0x7c00) == 0x7c00);  // infinite, or NaN
-  return (Vec<float>)((Bits)number | (special & 0x7f800000) | ((half & 0x8000) << 16));
+  return (Vec<float>)(number | (special & 0x7f800000) | ((half & 0x8000) << 16));
 }
 template <class A>
 GREENMIM_INLINE void store_storage(float16* p, Vec<float> value) {

@@ -68,9 +68,6 @@ inline void find_places(
 inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_t table_rows) {
   const int32_t *token_index = part.token_index, *window_id = part.window_id;
   const int64_t partitions = part.partitions, groups = part.groups, slots = part.slots;
-  STD_TORCH_CHECK(
-      partitions == 0 || num_rows <= groups * slots, "the partition holds ", groups * slots,
-      " tokens at the most, the image ", num_rows);
   Windows windows;
   for (auto* list : {&windows.rows, &windows.query_place, &windows.key_place})
     list->reserve(partitions * groups * slots);
@@ -84,7 +81,7 @@ inline Windows find_windows(const PartitionSlots& part, int64_t num_rows, int64_
     const auto row_of = [&](int64_t slot) {
       const int64_t row = token_index == nullptr ? slot - p * groups * slots : token_index[slot];
       STD_TORCH_CHECK(
-          row >= 0 && row < num_rows, "token_index names token ", row, " of ", num_rows);
+          row >= 0 && row < num_rows, "token_index holds ", row, ", but an image has ", num_rows, " tokens");
       STD_TORCH_CHECK(!seen[row], "token_index names token ", row, " twice");
       seen[row] = 1;
       tokens++;

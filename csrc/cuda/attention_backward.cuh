@@ -219,6 +219,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 2)
           lse = lse_of(after);
         }
         load_lse(next_step);
+        __syncwarp();  // ldmatrix takes whole warps
       }
       start_load(stage ^ 1, next_step);
       [[maybe_unused]] const float* column = slots.table + (step - first_step) * slots.column;

@@ -217,6 +217,12 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
     load_left(Memory::kQuery, Memory::kGradOut);
     Wide<D> grad_query;
     clear<D>(grad_query);
+    // The output is rounded, and delta with it: rows of dS then add up to `off` and not to zero, which a
+    // large logit scale multiplies. P k takes it away again.
+    constexpr bool kRounded = sizeof(T) == 2;
+    [[maybe_unused]] Wide<D> applied_p;
+    if constexpr (kRounded) clear<D>(applied_p);
+    [[maybe_unused]] float off[2] = {};
     float own_lse[2], own_delta[2];
     {
       const RowDelta<T, D> delta(
@@ -250,6 +256,7 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
               p[n][e] = probability(
                   p[n][e], half == 0 ? query_upper : query_lower, keys[8 * n + e % 2], own_lse[half]);
               dp[n][e] = p[n][e] * (dp[n][e] - own_delta[half]);
+              if constexpr (kRounded) off[half] += dp[n][e];
             }
             if (a.partial != nullptr) {
               float2* two = reinterpret_cast<float2*>(
@@ -257,10 +264,19 @@ __global__ void __launch_bounds__(32 * kMostStrips, 1)
               *two = float2{two->x + dp[n][2 * half], two->y + dp[n][2 * half + 1]};
             }
           }
-        if (a.grad_q.data != nullptr) P::apply(grad_query, typename P::Rounded(dp), applied_key, j);
+        if (a.grad_q.data == nullptr) continue;
+        P::apply(grad_query, typename P::Rounded(dp), applied_key, j);
+        if constexpr (kRounded) P::apply(applied_p, typename P::Rounded(p), applied_key, j);
       }
     }
     if (a.grad_q.data == nullptr) continue;
+    if constexpr (kRounded) {
+      const float sum[2] = {quad_sum(off[0]), quad_sum(off[1])};
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) grad_query[n][e] -= sum[e / 2] * applied_p[n][e];
+    }
     write(grad_query, a.scale, a.grad_q);
 
     // Step::OwnKeys

@@ -8,9 +8,13 @@
 #include "table_gradient.cuh"
 #include "tensors.h"
 
+#include <exception>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 namespace greenmim::cuda {
 
@@ -29,14 +33,13 @@ Tensor summed(const Tensor& partial) {
 
 namespace {
 
-// Bytes of an access to rows of this head dimension: only heads of 16, 32 and 64 elements are whole
-// numbers of the largest ones.
+// Bytes of an access: 16 where a head fills its tile (16, 32 or 64 elements) or is float32, else 8.
 int64_t alignment_of(const Tensor& x, int64_t head_dim) {
   const bool is_whole = head_dim == 16 || head_dim == 32 || head_dim == 64;
   return is_whole || x.element_size() == 4 ? 16 : 8;
 }
 
-// As it is where accesses of so many bytes can start at every head of it; a view may start anywhere.
+// x itself if every head starts at a multiple of `bytes`, else a copy; a view may start anywhere.
 Tensor ready(const Tensor& x, int64_t bytes, bool any_strides = false) {
   const int64_t element = int64_t(x.element_size());
   const int64_t last = x.dim() - 1;
@@ -54,6 +57,11 @@ Tensor ready(const Tensor& x, int64_t bytes, bool any_strides = false) {
   Tensor copy = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
   torch::stable::copy_(copy, x);
   return copy;
+}
+
+Device device_of(int index) {
+  return {attribute(cudaDevAttrMultiProcessorCount, index),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
 }
 
 struct Problem {
@@ -112,7 +120,7 @@ struct Problem {
 
   Rows* own(int which) { return which == 0 ? &a.q : which == 1 ? &a.k : &a.v; }
 
-  // Kernels count the bytes between rows, and between images, in 32 bits.
+  // Kernels count the bytes between heads, rows and images in 32 bits. An axis of one has no next element.
   Rows rows_of(const QueryKeyValue& tensors, int which) const {
     const Strides s = strides_of(tensors, which, shape);
     return rows_of(*s.tensor, s.first, s.image, s.row, s.head);
@@ -120,9 +128,12 @@ struct Problem {
   Rows rows_of(
       const Tensor& tensor, int64_t first, int64_t image, int64_t row, int64_t head) const {
     const int64_t element = int64_t(tensor.element_size());
+    image = shape.batch > 1 ? image : 0;
+    row = shape.rows > 1 ? row : 0;
+    head = shape.heads > 1 ? head : 0;
     for (const int64_t step : {image, row, head})
       STD_TORCH_CHECK(
-          step * element < int64_t(1) << 32, "q, k and v of an image must be smaller than 4 GB");
+          step * element < int64_t(1) << 32, "an image of q, k, v or the output must span less than 4 GB");
     char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
     return {data + first * element, unsigned(image), unsigned(row), unsigned(head)};
   }
@@ -141,9 +152,7 @@ struct Problem {
 
   template <class T>
   void plan_of(Pass pass) {
-    const int device = x.q.get_device_index();
-    const Device facts{attribute(cudaDevAttrMultiProcessorCount, device),
-                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+    const Device facts = device_of(x.q.get_device_index());
     STD_TORCH_CHECK(
         plan_attention<T>(a, int(shape.head_dim), pass, facts), "groups of ", a.slots, " slots and a"
         " bias table of ", a.table_rows, " rows do not fit a multiprocessor of this GPU, of which a"
@@ -303,11 +312,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_window_attention_backwa
           grads.table, grads.pad};
 }
 
-// Whether a multiprocessor of a device has room for such a problem, in both passes.
+// Whether both passes of such a problem fit the device's shared memory and registers.
 bool fits(int device, ScalarType type, int64_t head_dim, int64_t slots, int64_t table_rows) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  if (slots < 1 || slots > kMost || table_rows > kMost) return false;
   const Guard guard(device);
-  const Device facts{attribute(cudaDevAttrMultiProcessorCount, device),
-                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+  const Device facts = device_of(device);
   float something = 0;
   int token = 0;
   Attention a{};
@@ -340,12 +350,22 @@ GREENMIM_LIBRARY_IMPL(CUDA, m) {
          TORCH_BOX(&greenmim::cuda::group_window_attention_backward));
 }
 
-// For Python, through ctypes. `element`: 0 float32, 1 bfloat16, 2 float16.
+// For Python, through ctypes, which no exception may reach. `element`: 0 float32, 1 bfloat16, 2 float16.
+// Below zero if the device could not be asked: greenmim_cuda_fits_problem says why.
+static thread_local std::string problem_of_fits;
 extern "C" __attribute__((visibility("default"))) int greenmim_cuda_fits(
     int device, int element, int64_t head_dim, int64_t slots, int64_t table_rows) {
   using greenmim::ScalarType;
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  return greenmim::cuda::fits(device, types[element], head_dim, slots, table_rows);
+  try {
+    return greenmim::cuda::fits(device, types[element], head_dim, slots, table_rows);
+  } catch (const std::exception& error) {
+    problem_of_fits = error.what();
+    return -1;
+  }
+}
+extern "C" __attribute__((visibility("default"))) const char* greenmim_cuda_fits_problem() {
+  return problem_of_fits.c_str();
 }
 
 // What the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST; empty where another build keeps it.

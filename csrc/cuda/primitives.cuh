@@ -225,9 +225,9 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 inline int shared_carveout = -1;
 
 inline void check_prepared(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(
-        std::string("cannot prepare the kernel: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch of another operator would be blamed
+  throw std::runtime_error(std::string("cannot prepare a kernel: ") + cudaGetErrorString(error));
 }
 
 // Blocks of a kernel that a processor of the current device holds at the same time; 0 where it cannot

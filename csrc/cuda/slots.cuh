@@ -113,7 +113,7 @@ struct Slots {
   static constexpr int kNothing = -1, kPadding = -2, kZeroRow = -3;
   static __device__ __forceinline__ int zero_row(int to) { return kZeroRow - to; }  // its inverse
 
-  // The i-th slot in reach: as what it is known, from what the partition says of it.
+  // Stores the i-th slot in reach from its entries in the partition.
   __device__ __forceinline__ void put(
       const Attention& a, int i, int token, int window, int query_row, int key_row) const {
     int2 as_query{-2, 0}, as_key{-1, 0};
@@ -189,8 +189,8 @@ struct Slots {
     return filled;
   }
 
-  // Starts the copy of a head's column of the table: first of all, since what is behind the tiles of all
-  // blocks comes late.
+  // Starts the copy of a head's column of the table: before all others, or it would queue behind the tiles of
+  // all blocks.
   __device__ void start_column(const Attention& a, int head, float* to) const {
     const float* from = a.table + head;
     if (a.table == nullptr && threadIdx.x == 0) to[0] = 0;
@@ -202,11 +202,15 @@ struct Slots {
     start_column(a, int(blockIdx.x % unsigned(a.heads)), table);
     copy_async_commit();
   }
-  // Multiplies what the thread has copied, once it is there.
+  // Multiplies what the thread has copied, once it is there. Where all keys of a query have the same huge
+  // negative bias, as masks have it, its rounding would be all that is left of their scores.
   __device__ void scale_column(const Attention& a, float factor, float* x) const {
+    constexpr float kLeast = -1e5f;
 #pragma unroll 1
-    for (int i = int(threadIdx.x); a.table != nullptr && i < a.table_rows; i += int(blockDim.x))
-      x[i] *= factor;
+    for (int i = int(threadIdx.x); a.table != nullptr && i < a.table_rows; i += int(blockDim.x)) {
+      const bool is_huge = x[i] < kLeast && x[i] > -INFINITY;  // NaN stays
+      x[i] = (is_huge ? kLeast : x[i]) * factor;
+    }
   }
 };
 
@@ -474,6 +478,7 @@ struct Results {
         if (rows[lane_index() / 4 + 8 * half] <= Slots::kZeroRow)
 #pragma unroll
           for (int n = 0; n < D / 8; ++n) x[n][2 * half] = x[n][2 * half + 1] = 0;
+      __syncwarp();  // stmatrix takes whole warps
     }
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
@@ -495,8 +500,8 @@ struct Results {
   }
 };
 
-// Starts the copy of one number per row of a block's strips. Ends with a warp whose lanes go on together:
-// with one strip, half of them have nothing to copy.
+// Starts the copy of one number per row of a block's strips. Ends with a converged warp, as ldmatrix needs:
+// with one strip, half of the lanes have nothing to copy.
 __device__ __forceinline__ void load_numbers(float* to, const float* source, const int* row) {
   const int slot = int(threadIdx.x);
   if (slot < int(blockDim.x) / 2) {

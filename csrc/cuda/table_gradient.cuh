@@ -10,7 +10,7 @@ namespace greenmim::cuda {
 
 constexpr int kEntries = 32;  // of the table, that a block adds up
 constexpr int kSlices = 8;    // of the sums that a block adds: side by side, and then in order
-// Sums that a block adds up at most, where there are more than a few runs of them.
+// The least sums of a run: runs have 64 to 127 of them, or all where there is one run.
 constexpr int64_t kRun = 64;
 
 // Where many blocks leave sums they are added in two levels: runs of them, and then the runs. One run:

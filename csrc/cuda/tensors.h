@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cuda_runtime.h>
+#include "primitives.cuh"
 
 namespace greenmim::cuda {
 
@@ -22,8 +22,7 @@ inline Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, {0
 
 inline int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "cannot ask the device: ", cudaGetErrorString(error));
+  check_prepared(cudaDeviceGetAttribute(&value, which, device));
   return value;
 }
 

@@ -19,6 +19,7 @@ constexpr int64_t kSearchEffort = 1000;
 constexpr int64_t kTileRows = 16;   // rows of a tensor core tile
 constexpr int64_t kBlockRows = 64;  // rows of the largest tile; larger groups loop over blocks
 constexpr int64_t kLargestUseful = 256;
+constexpr char kChanged[] = "visible was changed while its windows were packed";
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -259,7 +260,7 @@ void Grouping::fill(int32_t* token_index, int32_t* window_id, int32_t* query_row
       const int32_t window = window_of(image, line, column);
       const int64_t slot = next_slot[window]++;
       if (slot >= end_slot[window]) {
-        throw std::invalid_argument("visible was changed while its windows were packed");
+        throw std::invalid_argument(kChanged);
       }
       token_index[slot] = token++;
       window_id[slot] = window;
@@ -267,6 +268,7 @@ void Grouping::fill(int32_t* token_index, int32_t* window_id, int32_t* query_row
       query_row[slot] = place + table_centre_;
       key_row[slot] = -place;
     });
+    if (token != num_tokens_) throw std::invalid_argument(kChanged);
   }
 }
 

@@ -77,7 +77,8 @@ def draw_crop(
             break
     else:  # the largest crop in the middle
         least, most = config.crop_ratio
-        wide, high = min(width, round(height * most)), min(height, round(width / least))
+        wide = min(width, max(1, round(height * most)))
+        high = min(height, max(1, round(width / least)))
         top, left = (height - high) // 2, (width - wide) // 2
     return Crop(top, left, high, wide, flip=uniform().item() < config.flip)
 
@@ -109,7 +110,7 @@ def read_crop(
     Raises:
         OSError and others from Pillow: the file is too large, corrupt, truncated or no image.
     """
-    with opened(file, most) as image:
+    with opened(file, most, "; raise --data.max-pixels to read it") as image:
         if not isinstance(image, JpegImageFile):  # which a phone's MPO is, too
             image.load()  # some formats hold their EXIF block behind the pixels
         lies = orientation(image)

@@ -45,24 +45,31 @@ SWAPPED = (5, 6, 7, 8)  # height and width
 
 
 @contextlib.contextmanager
-def opened(file: str | os.PathLike | io.BytesIO, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def opened(
+    file: str | os.PathLike | io.BytesIO, most: int = MAX_PIXELS, advice: str = ""
+) -> Iterator[Image.Image]:
     """Open a picture without loading its pixels.
+
+    Args:
+        advice: What to do about one of more than `most` pixels; ends its error.
 
     Raises:
         OSError: more than `most` pixels. Others from Pillow: corrupt, truncated or no image.
     """
-    # Above twice its limit Pillow refuses by itself.
-    if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < most:
-        Image.MAX_IMAGE_PIXELS = most
+    before = Image.MAX_IMAGE_PIXELS
+    # Above its own limit Pillow warns of what is refused here, above twice that it refuses.
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(file) as image:
             if image.width * image.height > most:
                 raise Image.DecompressionBombError
+            Image.MAX_IMAGE_PIXELS = before and max(before, most)  # of what else is in the file
             yield image
     except Image.DecompressionBombError:
-        raise OSError(
-            f"it has more than {most / 1e6:g} million pixels; raise --data.max-pixels to read it"
-        ) from None
+        limit = f"{most / 1e6:g} million" if most >= 1e6 else most
+        raise OSError(f"it has more than {limit} pixels{advice}") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 _chatter: set[bytes] = set()

@@ -94,6 +94,8 @@ def find_images(root: str | Path, ignored: Counter[str] | None = None) -> Names:
     root = Path(root)
     if not os.path.exists(root):
         raise UserError(f"There is no folder {root}; pass the folder with the images.")
+    if not root.is_dir() and not root.is_file():
+        raise UserError(f"{root} is neither an image file nor a folder; pass a folder with images.")
     if not root.is_dir():
         raise UserError(
             f"{root} is a file; pass the folder with the images, or a tar file that is not"

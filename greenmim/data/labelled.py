@@ -175,7 +175,7 @@ def find_classes(source: Source, file: str | None, option: str = "data.classes")
         text = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"--{option} {file} cannot be read: {one_line(error)}.") from error
-    found = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    found = [line for line in text.split("\n") if line.strip()]
     if len(found) < 2 or len(set(found)) < len(found):
         twice = next((name for name, count in Counter(found).items() if count > 1), None)
         what = f"names {twice} twice" if twice else "names fewer than two classes"

@@ -163,7 +163,7 @@ def make_loader(
     workers: int,
     pin_memory: bool,
 ) -> DataLoader:
-    """A loader over the rest of the run: its workers live until the end, not one epoch."""
+    """A loader over all that the sampler yields; its workers live until that ends."""
     # Batches come from the order's readers in turn, and go to the workers in turn.
     readers = READERS * sampler.accumulate
     dataset.source.expect(readers // math.gcd(max(workers, 1), readers))

@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
@@ -56,6 +56,8 @@ _INFO_FILES = ("_info.json", "info.json")
 _WITH_INFO_FILES = ("http:", "https:", "file:")  # URLs, beside which another file can be asked for
 _COUNTING_THREADS = 8
 _MOST_IMAGES = 2**40  # of a shard: sums of them are int64
+# Splits of an info file, by the option that names it; training images are of the first there is.
+_SPLITS = {"val_root": ("validation", "val", "test", "train")}
 _META = re.compile("__[^/]*__($|/)")  # which WebDataset keeps for itself
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 
@@ -72,7 +74,7 @@ def find_source(config: ImagesConfig, option: str = "data.root") -> Source:
     root = config.root
     assert root is not None  # or it was told before
     try:
-        return _find_source(root, config.num_samples)
+        return _find_source(root, config.num_samples, _SPLITS.get(name, ("train",)))
     except OSError as error:
         problem = _error(root, f"it cannot be read: {one_line(error)}")
         raise _of_option(problem, root, option) from error
@@ -89,7 +91,7 @@ def _of_option(error: UserError, root: str, option: str) -> UserError:
     return UserError(f"{dashes(option)} {root}: {text}")
 
 
-def _find_source(root: str, num_samples: int | None) -> Source:
+def _find_source(root: str, num_samples: int | None, splits: Sequence[str]) -> Source:
     prefix, slash, rest = root.partition("/")
     prefix = prefix.lower() if slash and not os.path.isdir(root) else ""
     if num_samples is not None and prefix != "wds":
@@ -101,7 +103,7 @@ def _find_source(root: str, num_samples: int | None) -> Source:
     if prefix == "tar":
         return Tars(root, rest)
     if prefix == "wds":
-        return find_shards(root, rest, num_samples)
+        return find_shards(root, rest, num_samples, splits)
     if root.lower().endswith(".tar") and not os.path.isdir(root):
         return Tars(root, root)
     return Folder(root)
@@ -128,7 +130,7 @@ class Tars(Source):
         for number, name in enumerate(self.tars):
             try:
                 with open(name, "rb") as file:
-                    for member in members_in(file):
+                    for member in members_in(file, ignored=self._ignored):
                         if is_image(member.name):
                             found.append((os.fsencode(member.name), number, *member[1:]))
                         else:
@@ -214,9 +216,15 @@ class HuggingFace(Source):
         data = data.select_columns([*images[:1], *classes[:1]])
         return data.cast_column(self._image, datasets.Image(decode=False))
 
+    @functools.cached_property
+    def _classes(self) -> Any:
+        """The column of classes alone: a row of all columns reads the image, too."""
+        return self._data.select_columns([self._class])
+
     def __getstate__(self) -> dict:
         # Another process, perhaps elsewhere, loads it from its own cache; a fork shares the map.
-        return {name: value for name, value in self.__dict__.items() if name != "_data"}
+        rows = ("_data", "_classes")
+        return {name: value for name, value in self.__dict__.items() if name not in rows}
 
     def __len__(self) -> int:
         return self._length
@@ -225,12 +233,14 @@ class HuggingFace(Source):
         return f"{self.root}/{index}"
 
     def open(self, index: int) -> str | io.BytesIO:
-        image = self._row(index)[self._image]
+        image = self._data[int(index)][self._image]
+        if image is None:
+            raise OSError("the row has no image")
         return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
 
     def label(self, index: int) -> str | None:
         """That of the first column of classes."""
-        number = self._row(index).get(self._class)
+        number = None if self._class is None else self._classes[int(index)][self._class]
         if number is None or number < 0:  # as they say that there is none
             return None
         return self._data.features[self._class].int2str(number)
@@ -239,7 +249,7 @@ class HuggingFace(Source):
         if self._class is None:
             return [None] * len(self)
         names = self._data.features[self._class].names
-        numbers = self._data[self._class]
+        numbers = self._classes[self._class]
         return [None if number is None or number < 0 else names[number] for number in numbers]
 
     def classes(self) -> list[str]:
@@ -248,9 +258,6 @@ class HuggingFace(Source):
 
     def files(self) -> Iterator[str]:
         return iter((self.name, self.split, str(self._data._fingerprint)))
-
-    def _row(self, index: int) -> dict:
-        return self._data[int(index)]
 
 
 class Shard(NamedTuple):
@@ -405,10 +412,12 @@ def _read_member(shard: Shard, member: Member) -> bytes:
     return read_part(shard.file, member.offset, member.size)
 
 
-def find_shards(root: str, pattern: str, num_samples: int | None) -> Shards:
+def find_shards(
+    root: str, pattern: str, num_samples: int | None, splits: Sequence[str] = ("train",)
+) -> Shards:
     """Shards from a folder of them, or a path or URL in WebDataset's notation.
 
-    Of a folder, the training split of its info file, in timm's form, or all its tars. Images are
+    Of a folder, the first of `splits` in its info file, in timm's form, or all its tars. Images are
     `num_samples` in all, else as many as the info file says, else counted.
     """
     try:
@@ -419,11 +428,13 @@ def find_shards(root: str, pattern: str, num_samples: int | None) -> Shards:
         ) from error
     is_folder = os.path.isdir(pattern)
     # A stated number needs no file, which may be far away.
-    known = {}
+    chosen: list[str] = []
+    known: dict[str, int] = {}
     if num_samples is None or is_folder:
-        known = _known_lengths(root, pattern if is_folder else os.path.dirname(pattern))
+        folder = pattern if is_folder else os.path.dirname(pattern)
+        chosen, known = _known_lengths(root, folder, splits if is_folder else ())
     if is_folder:
-        names = sorted(known or (f for f in os.listdir(pattern) if f.endswith(".tar")))
+        names = sorted(chosen or (f for f in os.listdir(pattern) if f.endswith(".tar")))
         urls = [os.path.join(pattern, name) for name in names]
     else:
         try:
@@ -457,7 +468,7 @@ def open_shard(url: str) -> Shard:
     damage = None
     try:
         try:
-            for member in members_in(file):
+            for member in members_in(file, ignored=ignored):
                 members.append(member)
         except DamagedTar as error:
             damage = str(error)
@@ -492,7 +503,7 @@ def of_samples(
                 ignored[kind_of(member.name)] += 1
     for _, members_of_one in itertools.groupby(data, lambda m: m.name[: -len(_field(m))]):
         sample = list(members_of_one)
-        fields: dict[str, Member] = {}  # of two of one name the first, as there
+        fields: dict[str, Member] = {}  # of duplicate names the first; webdataset raises
         for member in sample:
             fields.setdefault(_field(member).lower(), member)
         images = [member for member in fields.values() if is_image(member.name)]
@@ -542,24 +553,53 @@ def _is_file(url: str) -> bool:
     return _SCHEME.match(url) is None
 
 
-def _known_lengths(root: str, folder: str) -> dict[str, int]:
-    """Images of the shards of the training split by the shards' names, from an info file."""
+def _known_lengths(
+    root: str, folder: str, wanted: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """From an info file: the shards of the first wanted split, or of the only one there is, and
+    images of the shards of all splits by the shards' names; nothing where there is no such file.
+
+    Where none is wanted, one that can be read will do.
+    """
     for name in _INFO_FILES:
         path = os.path.join(folder, name)
         text = _text_of(path)
         if text is None:
             continue
+        split = "train"
         try:
-            split = json.loads(text)["splits"]["train"]
-            known = dict(zip(split["filenames"], map(int, split["shard_lengths"]), strict=True))
-            if not all(isinstance(n, str) and 0 <= known[n] < _MOST_IMAGES for n in known):
-                raise ValueError("a name is no text, or a length no number of images")
-            return known
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+            content = json.loads(text)
+            if not isinstance(content, dict) or "splits" not in content:  # of something else
+                continue
+            splits = dict(content["splits"])
+            known = {}
+            for other, facts in splits.items():
+                with contextlib.suppress(*_NO_SPLIT):  # it may say less of this one
+                    known[other] = _lengths_of(facts)
+            only = next(iter(splits)) if len(splits) == 1 else split
+            split = next((name for name in wanted if name in splits), only)
+            if wanted or not known:
+                known |= {split: _lengths_of(splits[split])}
+            chosen = known.get(split, {})
+            # Its own last, should two splits name a shard alike.
+            parts = [*known.values(), chosen]
+            return list(chosen), {name: length for part in parts for name, length in part.items()}
+        except _NO_SPLIT as error:
             why = f"{type(error).__name__}: {one_line(error)[:200]}"
-            what = f"{path} has no splits.train with filenames and shard_lengths ({why})"
+            what = f"{path} has no splits.{split} with filenames and shard_lengths ({why})"
             raise _error(root, f"{what}; put it right or take it away") from error
-    return {}
+    return [], {}
+
+
+_NO_SPLIT = (ValueError, LookupError, TypeError, OverflowError, RecursionError)
+
+
+def _lengths_of(split: Any) -> dict[str, int]:
+    """Images of the shards of a split by the shards' names; one of `_NO_SPLIT` on a bad one."""
+    known = dict(zip(split["filenames"], map(int, split["shard_lengths"]), strict=True))
+    if not all(isinstance(name, str) and 0 <= known[name] < _MOST_IMAGES for name in known):
+        raise ValueError("a name is no text, or a length no number of images")
+    return known
 
 
 def _text_of(path: str) -> bytes | None:

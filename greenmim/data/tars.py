@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tarfile
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -17,6 +18,9 @@ R = TypeVar("R")
 
 # Seconds until what could not be opened is tried again: there may be thousands of images in it.
 AGAIN_AFTER = 60.0
+_MOST_OF_A_HEADER = 2**24
+_READ_WHOLE = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE}
+_READ_WHOLE |= {tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
 
 
 class Member(NamedTuple):
@@ -31,17 +35,36 @@ class DamagedTar(Exception):
     """What is no tar, or ends before its end; what was found before is good."""
 
 
-def members_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
+class _Header(tarfile.TarInfo):
+    """tarfile's, which reads a long name or extended header whole, whatever its size."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+        header: Any = super().frombuf(buf, encoding, errors)
+        most = _MOST_OF_A_HEADER if header.type in _READ_WHOLE else math.inf
+        if not 0 <= header.size <= most:
+            raise tarfile.ReadError(f"a header claims {header.size} bytes")
+        return header
+
+
+def members_in(
+    file: BinaryIO, prefix: str = "", ignored: Counter[str] | None = None
+) -> Iterator[Member]:
     """The files in a tar, and in tars in it, in the order they are stored.
 
-    Hidden files are left out, and sparse ones, which no image is.
+    Hidden files and those in hidden folders are left out, and links, and sparse files, which no
+    image is.
+
+    Args:
+        ignored: Counts what is hidden and the links.
 
     Raises:
         DamagedTar: it is no tar, a compressed one, or damaged: cut short, wherever, or overwritten.
     """
     what = prefix.removesuffix("/") or "it"
+    ignored = Counter() if ignored is None else ignored
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")
+        archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header)
     except tarfile.TarError as error:
         raise DamagedTar(f"{what} is no tar file, or a compressed one ({error})") from error
     end, count = file.seek(0, os.SEEK_END), 0
@@ -51,14 +74,21 @@ def members_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
                 archive.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
                 if member.offset_data + member.size > end and not member.issparse():
                     raise tarfile.ReadError("unexpected end of data")
-                base = os.path.basename(member.name)
-                if not member.isreg() or member.issparse() or base.startswith("."):
+                if member.size < 0:  # as an extended header says; it would go round for ever
+                    raise tarfile.ReadError(f"a header claims {member.size} bytes")
+                if member.islnk() or member.issym():
+                    ignored["link"] += 1
+                if not member.isreg() or member.issparse():
+                    continue
+                parts = member.name.split("/")
+                if any(part.startswith(".") and part not in (".", "..") for part in parts):
+                    ignored["hidden"] += 1
                     continue
                 name = prefix + member.name.removeprefix("./")
                 count += 1
-                if base.lower().endswith(".tar"):
+                if name.lower().endswith(".tar"):
                     inside: Any = archive.extractfile(member)  # it is a file
-                    for inner in members_in(inside, name + "/"):
+                    for inner in members_in(inside, name + "/", ignored):
                         yield inner._replace(offset=member.offset_data + inner.offset)
                 else:
                     yield Member(name, member.offset_data, member.size)
@@ -66,7 +96,7 @@ def members_in(file: BinaryIO, prefix: str = "") -> Iterator[Member]:
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("the mark of its end is missing")
-    except (tarfile.TarError, ValueError) as error:  # of numbers in a header
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # of numbers in a header
         raise DamagedTar(f"{what} is damaged after {count} whole files ({error})") from error
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from greenmim.checkpoint import write_atomic
 from greenmim.evaluation.classifiers import knn_pieces
 from greenmim.evaluation.features import Features
-from greenmim.messages import columns
+from greenmim.messages import columns, drawable
 
 # So many classes have their names on the picture; of more than the other number none is drawn.
 _NAMED, _DRAWN = 60, 2000
@@ -25,8 +25,8 @@ class Accuracy(NamedTuple):
 
     Attributes:
         top1, top5: shares of images, 0 to 1. A score of minus infinity is never among the first.
-        confusion: images by (true class, class taken for); those of a class that nobody learned are
-            missing.
+        confusion: images by (true class, class taken for), -1 where the best score is NaN or minus
+            infinity; those of a class that nobody learned are missing.
     """
 
     top1: float
@@ -60,7 +60,9 @@ class Tally:
         hits = (best.indices == answers[:, None]) & (best.values > -torch.inf)
         self.images += len(scores)
         self._right += torch.stack([hits[:, :number].any(1).sum() for number in (1, 5)]).cpu()
-        self._confusion.update(zip(answers.tolist(), best.indices[:, 0].tolist(), strict=True))
+        # NaN is above all others there, and above minus infinity it is not.
+        taken = best.indices[:, 0].where(best.values[:, 0] > -torch.inf, -1)
+        self._confusion.update(zip(answers.tolist(), taken.tolist(), strict=True))
 
     def merge(self, other: Tally) -> None:
         """Add what another one has counted."""
@@ -118,6 +120,7 @@ def by_class(accuracy: Accuracy, classes: Iterable[str]) -> list[dict[str, Any]]
     rows = []
     for number, name in enumerate(names):
         images, right = taken[number].total(), taken[number].pop(number, 0)
+        del taken[number][-1]
         ((other, count),) = taken[number].most_common(1) or [(-1, 0)]
         rows.append(
             {
@@ -160,19 +163,17 @@ def draw(accuracy: Accuracy, classes: Iterable[str], title: str, path: Path) -> 
     names = list(classes)
     if len(names) > _DRAWN:
         return False
-    shares = np.zeros((len(names), len(names)))
+    shares = np.zeros((len(names), len(names) + 1))  # the last, -1, is of no class
     for pair, count in accuracy.confusion.items():
         shares[pair] = count
     shares /= np.maximum(shares.sum(1, keepdims=True), 1)
     side = min(max(4.0, 0.22 * len(names) + 2.0), 15.0)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    image = axes.imshow(shares[:, :-1], vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set(xlabel="taken for", ylabel="class", title=title)
     if len(names) <= _NAMED:
-        # Names of folders may hold what is no text, or what looks like mathematics.
-        texts = [name.encode(errors="replace").decode() for name in names]
-        texts = [name if len(name) <= 24 else f"{name[:21]}..." for name in texts]
+        texts = [drawable(name, 24) for name in names]
         options: dict[str, Any] = {"labels": texts, "fontsize": 8, "parse_math": False}
         axes.set_xticks(range(len(names)), rotation=90, **options)
         axes.set_yticks(range(len(names)), **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,12 +27,14 @@ def knn_pieces(
     """As `knn_scores`, a few images at a time: float32 [b, K], whose rows follow one another."""
     leave_out = features is None
     there = len(train) - leave_out
+    if k < 1:
+        raise ValueError(f"k is {k}; it has to be at least 1")
     if k > there:
         raise ValueError(f"k is {k} and there are {there} neighbours")
     train = F.normalize(train.float(), dim=1)
     features = train if features is None else F.normalize(features.float(), dim=1)
     rows = max(1, _AT_ONCE // len(train))
-    for start in range(0, len(features), rows):
+    for start in range(0, max(len(features), 1), rows):
         part = features[start : start + rows].to(train.device)
         similarity = part @ train.T
         if leave_out:
@@ -70,7 +72,7 @@ def knn_scores(
         for a class without one.
 
     Raises:
-        ValueError: there are fewer neighbours than k.
+        ValueError: k is below 1, or there are fewer neighbours.
     """
     return torch.cat(list(knn_pieces(train, labels, features, num_classes, k, temperature)))
 
@@ -98,7 +100,7 @@ def linear_probe(
     answers: Tensor,
     num_classes: int,
     *,
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    rates: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     epochs: int = 100,
     batch_size: int = 256,
     seed: int = 0,
@@ -129,10 +131,13 @@ def linear_probe(
         Scores float32 [m, K] of the chosen rate, all rates, and the chosen one.
 
     Raises:
-        ValueError: there are fewer than two images.
+        ValueError: there are fewer than two images, or no rate.
     """
     if len(train) < 2:
         raise ValueError(f"there are {len(train)} images to learn from; at least 2 are needed")
+    if not rates:
+        raise ValueError("there is no learning rate; give at least one")
+    train, features = train.float(), features.float()
     device, count = train.device, len(rates)
     draw = torch.Generator().manual_seed(seed)
     mixed = torch.randperm(len(train), generator=draw).to(device)
@@ -148,7 +153,7 @@ def linear_probe(
     optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
     batches = -(-len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-    lr = torch.tensor(rates * 2, device=device)
+    lr = torch.tensor([*rates, *rates], device=device)
 
     def scores_of(some: Tensor, layers: slice) -> Tensor:
         """[b, C] -> [layers, b, K]."""
@@ -184,7 +189,8 @@ def linear_probe(
             (top1 / len(answers)).tolist(),
         )
         found = [Rate(*row) for row in zip(rates, *columns, strict=True)]
-        best = max(found, key=lambda rate: (rate.choosing, -rate.loss))
+        # A rate that diverged is never the best one, whatever the index of a NaN is right by.
+        best = max(found, key=lambda r: (not math.isnan(r.loss), r.choosing, -r.loss))
         chosen = count + found.index(best)
         parts = [
             scores_of(part, slice(chosen, chosen + 1))[0] for part in features.split(batch_size)

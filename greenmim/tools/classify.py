@@ -22,7 +22,6 @@ from greenmim.tools.measured import (
     ClassifiedData,
     all_unknown,
     check_options,
-    placed,
     precision_for,
     read_as_trained,
     sweep_over,
@@ -31,7 +30,7 @@ from greenmim.tools.measured import (
     unknown_classes,
     write_result,
 )
-from greenmim.training.startup import choose_device
+from greenmim.training.startup import PRECISIONS, choose_device, place
 from greenmim.training.train import told_of_memory
 
 
@@ -83,7 +82,7 @@ def classify_images(
         images = LabelledImages(
             source, read_as_trained(data, run), network.config.image_hw, data.crop
         )
-        network = placed(network, chosen, processes)
+        network = place(network, processes.device, PRECISIONS[chosen])
         numbers = {name: number for number, name in enumerate(names)}
         with (
             told_of_memory(processes.device, "lower --data.batch-size"),

@@ -13,7 +13,7 @@ from greenmim.checkpoint import (
     save_safetensors,
 )
 from greenmim.guards import UserError
-from greenmim.tools.loading import check_output, check_there, read_weights
+from greenmim.tools.loading import check_output, check_there, not_written, read_weights
 
 OUTPUT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -63,6 +63,11 @@ def convert_file(
         raise UserError(
             f"{input} does not say what it is; pass --source official, timm or greenmim."
         )
+    if merge_order == "row-major" and source != "official":
+        raise UserError(
+            f"--merge-order row-major is of official weights, and {input} is --source {source};"
+            " leave it out."
+        )
     try:
         converted = convert_checkpoint(
             weights, source=source, target=target, merge_order=merge_order
@@ -77,5 +82,5 @@ def convert_file(
         else:
             save_atomic({"model": converted}, output)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error}.") from error
+        raise not_written(output, error) from error
     return len(converted)

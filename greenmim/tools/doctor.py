@@ -15,13 +15,15 @@ from greenmim_kernels import automatic, available_backends
 from greenmim_kernels.backends import (
     ENVIRONMENT_VARIABLE,
     OPERATORS,
-    PREFERENCE,
     automatic_backend,
     cpu_capability,
     load_library,
 )
 
-PACKAGES = ("torchvision", "timm", "numpy", "triton", "safetensors", "jsonargparse", "tensorboard")
+PACKAGES = (
+    *("torchvision", "timm", "numpy", "triton", "safetensors", "pillow", "matplotlib"),
+    *("jsonargparse", "tensorboard", "filelock", "submitit", "webdataset", "datasets"),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -41,8 +43,8 @@ def report() -> str:
         [
             (
                 "cpu",
-                f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads and"
-                f" {torch.backends.cpu.get_cpu_capability()}",
+                f"{len(os.sched_getaffinity(0))} cores, torch uses {torch.get_num_threads()}"
+                f" threads and {torch.backends.cpu.get_cpu_capability()}",
             ),
             *(("gpu", text) for text in _gpus()),
         ]
@@ -81,8 +83,7 @@ def _choices() -> list[str]:
             rows.append((device, operator, *chosen))
     lines = _table(rows)
     if not has_gpu:
-        order = ", ".join(PREFERENCE["cuda"])
-        lines.append(f"  cuda  no GPU here; with one, the first of these that works: {order}")
+        lines.append("  cuda  no GPU here; see the table below")
     return lines
 
 

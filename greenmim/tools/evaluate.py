@@ -26,7 +26,6 @@ from greenmim.tools.measured import (
     LabelledData,
     all_unknown,
     check_options,
-    placed,
     precision_for,
     read_as_trained,
     sweep_over,
@@ -35,7 +34,7 @@ from greenmim.tools.measured import (
     unknown_classes,
     write_result,
 )
-from greenmim.training.startup import PRECISIONS, choose_device
+from greenmim.training.startup import PRECISIONS, choose_device, place
 from greenmim.training.train import told_of_memory
 
 
@@ -119,7 +118,7 @@ def probe(
     Raises:
         UserError: a file is missing or unreadable, or there are no labels or too few images.
     """
-    rates = lr if isinstance(lr, tuple) else (lr,)
+    rates = (lr,) if isinstance(lr, (int, float)) else tuple(lr)
 
     def classify(train: Tensor, labels: Tensor, values: Tensor, answers: Tensor, classes: int):
         if len(train) < 2:
@@ -133,11 +132,7 @@ def probe(
         how = {"lr": best.lr, "epochs": epochs, "seed": seed, "rates": rows}
         return measure([scores], answers), how
 
-    positive = {
-        "epochs": epochs,
-        "images-per-update": images_per_update,
-        "lr": min(rates, default=0),
-    }
+    positive = {"epochs": epochs, "images-per-update": images_per_update, "lr": rates}
     options = (features, device, precision, overwrite, positive)
     return _evaluate("probe", checkpoint, data, Path(output), classify, *options)
 
@@ -152,7 +147,7 @@ def _evaluate(
     device: str,
     precision: str,
     overwrite: bool,
-    positive: dict[str, float],
+    positive: dict[str, Any],
 ) -> dict[str, Any] | None:
     folder = Path(kept) if kept else output.absolute().parent / "features"
     world = World.from_environment()
@@ -179,7 +174,7 @@ def _evaluate(
         with processes.agreed():
             network, run = load_encoder(checkpoint)
         config = read_as_trained(data, run)
-        network = placed(network, precision, processes)
+        network = place(network, processes.device, PRECISIONS[precision])
         with told_of_memory(processes.device, "lower --data.batch-size"):
             train, held_out = (
                 _features(

@@ -14,7 +14,13 @@ from greenmim.encoders import encoder_class
 from greenmim.guards import UserError
 from greenmim.initial import safetensors_facts, value_of
 from greenmim.messages import listed
-from greenmim.tools.loading import check_output, is_classifier, load_classifier, load_model
+from greenmim.tools.loading import (
+    check_output,
+    is_classifier,
+    load_classifier,
+    load_model,
+    not_written,
+)
 
 
 def export(
@@ -59,7 +65,7 @@ def export(
     try:
         save_safetensors(weights, output, facts)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error}.") from error
+        raise not_written(output, error) from error
     return facts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from greenmim.checkpoint import (
     run_command,
 )
 from greenmim.classifier import Classifier, head_of
-from greenmim.config import ModelConfig
+from greenmim.config import ModelConfig, model_config
 from greenmim.guards import UserError, first_line, one_line
 from greenmim.initial import (
     config_of,
@@ -24,7 +25,7 @@ from greenmim.initial import (
     safetensors_facts,
     value_of,
 )
-from greenmim.mim import GreenMIM, create_model
+from greenmim.mim import GreenMIM
 
 
 def check_output(
@@ -49,6 +50,13 @@ def check_output(
             raise UserError(f"--output: {file} is a folder; use another name.")
         if file.exists() and not overwrite:
             raise UserError(f"--output: {file} is there already; add --overwrite to replace it.")
+
+
+def not_written(output: Path, error: OSError) -> UserError:
+    """The error where a result cannot be written."""
+    # `checkpoint.write_atomic` names the file, too.
+    why = error.strerror or one_line(error).removeprefix(f"{output} could not be written: ")
+    return UserError(f"--output {output} cannot be written: {why.rstrip('.')}.")
 
 
 def check_there(path: Path) -> None:
@@ -111,19 +119,23 @@ def load_model(checkpoint: str | Path, name: str | None = None) -> tuple[GreenMI
 def _with_decoder(
     path: Path, content: Any, weights: dict[str, Any], name: str | None = None
 ) -> tuple[GreenMIM, dict[str, Any]]:
+    try:
+        named = None if name is None else model_config(name)
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
     if run_command(content) == "pretrain":
         run = _run_of(content)
         network = GreenMIM(ModelConfig(**run["model"]))
+        if named is not None and _sizes(named) != _sizes(network.config):
+            raise UserError(
+                f"--model {name}: {path} is of another model and says itself which; leave it out."
+            )
     elif run_command(content):
         raise UserError(f"{path} has no decoder: it is a checkpoint of `greenmim finetune`.")
-    elif name is None:
+    elif named is None:
         raise UserError(f"{path} does not say what model it is; pass --model with its name.")
     else:
-        run = {}
-        try:
-            network = create_model(name)
-        except (ValueError, KeyError) as error:
-            raise UserError(first_line(error)) from error
+        run, network = {}, GreenMIM(named)
     problems = []
     for source in ("greenmim", "official"):
         try:
@@ -132,6 +144,11 @@ def _with_decoder(
         except (RuntimeError, ValueError, KeyError) as error:
             problems.append(one_line(error))
     raise UserError(f"The checkpoint {path} is of another model: {problems[0][:300]}")
+
+
+def _sizes(config: ModelConfig) -> ModelConfig:
+    """The same for configurations of one model, however its image size is written."""
+    return dataclasses.replace(config, image_size=config.image_hw, drop_path=0.0)
 
 
 def load_encoder(checkpoint: str | Path) -> tuple[GreenMIM, dict[str, Any]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,16 +23,14 @@ from greenmim.data.images import Source
 from greenmim.data.labelled import CROP, LabelledCollate, LabelledImages, some_of
 from greenmim.evaluation.accuracy import Accuracy, by_class, draw, table
 from greenmim.evaluation.sweep import Sweep
-from greenmim.guards import UserError, one_line
+from greenmim.guards import UserError
 from greenmim.messages import dashes
 from greenmim.mim import GreenMIM
 from greenmim.processes import Processes
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, ImagesConfig
-from greenmim.tools.loading import check_output
-from greenmim.training.startup import PRECISIONS
-from greenmim_kernels.onednn import use_onednn
+from greenmim.tools.loading import check_output, not_written
+from greenmim.training.startup import PRECISIONS, autocast_for
 
-N = TypeVar("N", GreenMIM, Classifier)
 # The most unreadable files that are named on stderr.
 _NAMED = 10
 
@@ -92,12 +90,20 @@ def picture_of(output: str | Path) -> Path:
 
 
 def check_options(
-    data: ClassifiedData, output: Path, overwrite: bool, positive: dict[str, float]
+    data: ClassifiedData, output: Path, overwrite: bool, positive: dict[str, Any]
 ) -> None:
-    """Raises UserError for bad options before anything is read; `positive` must be above 0."""
-    for name, value in positive.items():
-        if not value > 0:
-            raise UserError(f"--{name} is {value}; it has to be above 0.")
+    """Raises UserError for bad options before anything is read.
+
+    Args:
+        positive: Numbers, or tuples of them, that must be above 0 and finite, by their options.
+    """
+    for name, given in positive.items():
+        if given == ():
+            raise UserError(f"--{name} is empty; give a number above 0.")
+        for value in given if isinstance(given, tuple) else (given,):
+            if not 0 < value < math.inf:
+                finite = " and finite" * isinstance(value, float)
+                raise UserError(f"--{name} is {value}; it has to be above 0{finite}.")
     for name in ("root", "val_root"):
         if not getattr(data, name, True):
             option = dashes(f"data.{name}")
@@ -106,6 +112,8 @@ def check_options(
         raise UserError(f"--data.crop is {data.crop}; it has to be above 0 and at most 1.")
     if data.batch_size < 1 or data.workers < 0:
         raise UserError("--data.batch-size has to be at least 1, and --data.workers 0 or more.")
+    if data.max_pixels < 1:
+        raise UserError(f"--data.max-pixels is {data.max_pixels}; it has to be at least 1.")
     check_output(output, [".json"], overwrite, picture_of(output))
 
 
@@ -126,14 +134,6 @@ def read_as_trained(data: ClassifiedData, run: dict[str, Any]) -> ImagesConfig:
     )
 
 
-def placed(network: N, precision: str, processes: Processes) -> N:
-    """The network on its device, as fast as it goes there."""
-    network = network.to(processes.device)
-    if processes.device.type == "cpu" and precision == "fp32":
-        use_onednn(network, network.encoder.one_node_block)
-    return network
-
-
 @contextlib.contextmanager
 def sweep_over(
     network: GreenMIM | Classifier,
@@ -149,9 +149,7 @@ def sweep_over(
     collate = LabelledCollate(network.planner, finish if in_loader else None)
     later = None if in_loader else finish
     sweep = Sweep(images, collate, data.batch_size, data.workers, later, processes)
-    autocast = functools.partial(
-        torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "fp32"
-    )
+    autocast = autocast_for(device, PRECISIONS[precision])
     quiet = None if processes.world.is_main else True
     with tqdm(total=len(images), desc=images.source.root, unit="img", disable=quiet) as bar:
         yield sweep, autocast, lambda count: bar.update(min(count, len(images) - bar.n))
@@ -195,7 +193,7 @@ def write_result(
     output: Path,
 ) -> dict[str, Any]:
     """Write the file and the picture; what is in the file."""
-    result = {
+    result: dict[str, Any] = {
         **facts,
         "top1": found.top1,
         "top5": found.top5,
@@ -206,14 +204,24 @@ def write_result(
         "unreadable": unreadable,
         "greenmim": greenmim.__version__,
     }
+    result = _as_json(result)
     title = f"{facts['task']}, top-1 {100 * found.top1:.1f} %"
     try:
-        save_text(json.dumps(result, indent=1) + "\n", output)
+        save_text(json.dumps(result, indent=1, allow_nan=False) + "\n", output)
         if not draw(found, classes, title, picture_of(output)):
             picture_of(output).unlink(missing_ok=True)  # of an earlier result with fewer classes
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {one_line(error)}.") from error
+        raise not_written(output, error) from error
     return result
+
+
+def _as_json(value: Any) -> Any:
+    """The same with null for what JSON has no number for, as the loss of a rate that diverged."""
+    if isinstance(value, dict):
+        return {name: _as_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tell(text: str) -> None:

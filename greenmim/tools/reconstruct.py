@@ -7,10 +7,9 @@ import functools
 import itertools
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +21,11 @@ from greenmim.data.decode import named_chatter, open_fitted
 from greenmim.data.sources import PREFIXES, find_source
 from greenmim.guards import UserError, one_line
 from greenmim.launch import World
-from greenmim.masking import random_visible
+from greenmim.masking import draw_visible
+from greenmim.messages import drawable
 from greenmim.pictures import shown
 from greenmim.recipe import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from greenmim.tools.loading import check_output, load_model
+from greenmim.tools.loading import check_output, load_model, not_written
 from greenmim.training.startup import choose_device
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
@@ -89,7 +89,8 @@ def reconstruct(
     pictures = torch.stack([normalise(picture, mean, std) for _, picture in named])
     rng = np.random.default_rng(seed)
     try:
-        visible = random_visible(rng, network.config.num_units, mask_ratio, batch=len(named))
+        kind = run.get("mask", {}).get("kind", "random")
+        visible = draw_visible(rng, network.config.unit_grid, mask_ratio, len(named), kind)
     except ValueError as error:
         raise UserError(f"--mask-ratio: {error}.") from error
     columns = shown(network, pictures.to(chosen), visible, mean, std, paste_visible)
@@ -164,11 +165,11 @@ def _draw(
                 axes.set_title(titles[column], fontsize=10, pad=5)
             if column == 0:
                 box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
-                name = textwrap.shorten(names[index], 28, placeholder="...")
-                axes.text(0.02, 0.02, name, fontsize=6, transform=axes.transAxes, bbox=box)
+                how: dict[str, Any] = {"fontsize": 6, "bbox": box, "parse_math": False}
+                name = drawable(names[index], 28)
+                axes.text(0.02, 0.02, name, transform=axes.transAxes, **how)
     kind = output.suffix.lower().removeprefix(".")
     try:
         write_atomic(lambda beside: figure.savefig(beside, format=kind), output)
     except OSError as error:
-        why = error.strerror or one_line(error)
-        raise UserError(f"--output {output} cannot be written: {why}.") from error
+        raise not_written(output, error) from error

@@ -9,7 +9,7 @@ from greenmim.data.sampler import EpochSampler
 from greenmim.guards import user_errors
 from greenmim.recipe import RunRecipe
 from greenmim.training.log import check_trackers
-from greenmim.training.run_folder import RunFolder, find_checkpoint, read_run_checkpoint
+from greenmim.training.run_folder import RunFolder, find_checkpoint
 from greenmim.training.startup import TASKS, precision_of, restore, scaled_rates
 
 
@@ -27,9 +27,7 @@ def dry_run(
     images = task.find()
     folder = RunFolder(recipe.folder)
     found = find_checkpoint(folder, resume, task.command)
-    state = found.state
-    if found.checkpoint and state is None:
-        state = read_run_checkpoint(found.checkpoint, task.command)
+    state = found.content(task.command)
     notes = task.build(images, state)
     recipe, model, source = task.recipe, task.model.train(), task.dataset.source
     with user_errors():

@@ -281,6 +281,12 @@ class Found(NamedTuple):
     notes: tuple[str, ...] = ()
     state: dict[str, Any] | None = None
 
+    def content(self, command: str) -> dict[str, Any] | None:
+        """The checkpoint's, read now if it was not yet; None for a new run. Raises UserError."""
+        if self.checkpoint and self.state is None:
+            return read_run_checkpoint(self.checkpoint, command)
+        return self.state
+
 
 def find_checkpoint(folder: RunFolder, resume: str | None, command: str = "pretrain") -> Found:
     """Where a command's run resumes from.

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -37,7 +37,6 @@ from greenmim.training.run_folder import (
     check_same_model,
     find_checkpoint,
     progress_of,
-    read_run_checkpoint,
     restore_moments,
 )
 from greenmim.training.task import Task
@@ -46,6 +45,7 @@ from greenmim_kernels.host_memory import keep_freed_memory
 from greenmim_kernels.onednn import use_onednn
 
 TASKS: dict[type[RunRecipe], type[Task]] = {Recipe: Pretraining, FinetuneRecipe: Finetuning}
+N = TypeVar("N", bound=nn.Module)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -125,14 +125,14 @@ def prepare(
         state = found.state  # too large to be sent: the others read it themselves
         return images, found._replace(state=None)
 
-    images, (checkpoint, told, _) = processes.from_main(look)
+    images, found = processes.from_main(look)
+    checkpoint = found.checkpoint
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     progress = Progress()
     with processes.agreed():
-        if checkpoint and state is None:
-            state = read_run_checkpoint(checkpoint, task.command)
-        notes = [*told, *task.build(images, state)]
+        state = found._replace(state=state).content(task.command)
+        notes = [*found.notes, *task.build(images, state)]
         recipe, model = task.recipe, task.model
         with user_errors():
             sampler = EpochSampler.of(recipe, task.dataset.source, world.rank, world.size)
@@ -149,11 +149,9 @@ def prepare(
     if resume is not None and state is None:
         notes.append(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
 
-    model.to(device)
     if device.type == "cpu":
         keep_freed_memory()
-        if precision == torch.float32:
-            use_onednn(model, model.encoder.one_node_block)
+    place(model, device, precision)
     task.placed(processes)
     wrapped_model = distribute(model, recipe, processes.alone)
     optimizer = make_optimizer(task.parameter_groups(), recipe.optim)
@@ -162,9 +160,7 @@ def prepare(
         restore_moments(model, optimizer, checkpoint, processes)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    autocast = functools.partial(
-        torch.autocast, device.type, precision, enabled=precision != torch.float32
-    )
+    autocast = autocast_for(device, precision)
     make = functools.partial(GraphedPasses, processes) if recipe.cuda_graph else Passes
     trained = [p for p in model.parameters() if p.requires_grad]
     passes = make(task.loss, wrapped_model, trained, autocast, scaler, recipe.optim.accumulate)
@@ -301,6 +297,20 @@ def choose_device(name: str, world: World) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def place(model: N, device: torch.device, precision: torch.dtype) -> N:
+    """A model on its device, as fast as it goes there."""
+    model = model.to(device)
+    if device.type == "cpu" and precision == torch.float32:
+        use_onednn(model, model.encoder.one_node_block)
+    return model
+
+
+def autocast_for(device: torch.device, precision: torch.dtype) -> Callable[[], torch.autocast]:
+    """What makes the context of a forward pass in this precision."""
+    enabled = precision != torch.float32
+    return functools.partial(torch.autocast, device.type, precision, enabled=enabled)
 
 
 def chosen_backend(recipe: RunRecipe) -> contextlib.AbstractContextManager[None]:

@@ -202,13 +202,17 @@ def inspect(compiled) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
 
+        # nvdisasm lies beside cuobjdump, which looks for it on PATH.
+        environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+
         def dump(*options: str) -> str:
             command = [str(tools / "cuobjdump"), *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=environment
+            )
+            return done.stdout
 
         registers = re.findall(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:\d+", dump("-res-usage"))[0]
-        # nvdisasm lies beside cuobjdump, which looks for it on PATH.
-        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
         sass = dump("-sass")
     code = instructions(sass)
     count = {

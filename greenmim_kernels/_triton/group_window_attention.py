@@ -1,8 +1,9 @@
-"""Block-diagonal window attention in Triton: groups of at most 64 slots, in one tile.
+"""Block-diagonal window attention in Triton: groups that fit one tile.
 
 A program takes one head of one group and loops over images. The bias tile, with -inf between
 windows, stays in registers for all of them, and the backward pass sums its gradient there. Scores
-are in base 2. Larger groups go to `long_groups`.
+are scaled by log2(e), for exp2. Others go to `long_groups`; backward's limit is
+`LARGEST_BACKWARD_TILE`.
 """
 
 import triton

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.tune` writes the table, `launch_table.json`; nothing is tuned during a step. A
 class is "<kernel>-<tile>-<head dim>-<precision>". The tile is the least of 16, 32 and 64 that holds
-a group, or "long". The precision is "16bit" or "fp32". The suffix "@80" is for devices before
-sm_90, whose tensor cores take smaller tiles.
+a group, or "long". The precision is "16bit" or "fp32". The suffix "@80" is for devices without
+wgmma or tcgen05: those before sm_90, and sm_120 and newer. Their products take smaller tiles and
+keep both operands in registers.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ LARGEST_BACKWARD_TILE = {
     "16bit": {16: 64, 32: 64, 64: 32},
     "fp32": {16: 32, 32: 64, 64: 32},
 }
-# Limits of a multiprocessor: registers, warps, programs, and bytes of shared memory.
-REGISTERS, WARPS, PROGRAMS, SHARED = 65_536, 64, 32, {80: 167_936, 90: 233_472}
+# Limits of a multiprocessor: registers and programs, and by `_limits` warps and shared memory.
+REGISTERS, PROGRAMS = 65_536, 32
 # The cost of a program's setup and table gradient, measured in images.
 SETUP_IMAGES = 3
 
@@ -55,15 +56,20 @@ def launch_table(architecture: int) -> dict[str, Launch]:
 
 
 def _stored_name(name: str, architecture: int) -> str:
-    return name if architecture >= 90 else f"{name}@80"
+    return name if has_wide_products(architecture) else f"{name}@80"
+
+
+def has_wide_products(architecture: int) -> bool:
+    """Whether tensor cores take operands from shared memory, by wgmma (sm_90) or tcgen05."""
+    return 90 <= architecture < 120
 
 
 def save(table: dict[str, Launch], architecture: int) -> None:
-    """Replace launches for this kind of device, sm_90 and newer or older; the other kind's stay."""
+    """Replace launches for this kind of device, with wide products or not; the other's stay."""
     stored = json.loads(TABLE.read_text())
     for name, value in table.items():
         if value != launch_table(architecture)[name]:
-            if architecture >= 90:  # older devices used this entry too, and keep it
+            if has_wide_products(architecture):  # other devices used this entry too, and keep it
                 stored.setdefault(_stored_name(name, 80), stored[name])
             stored[_stored_name(name, architecture)] = dataclasses.asdict(value)
     write_json(TABLE, dict(sorted(stored.items(), key=lambda item: item[0].partition("@"))))
@@ -73,7 +79,7 @@ def write_json(path: pathlib.Path, content: dict) -> None:
     """Write a file, whole or not at all; objects that hold no others take a line each."""
     text = json.dumps(content, indent=1)
     text = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text)
-    beside = path.with_suffix(".tmp")
+    beside = path.with_suffix(f".{os.getpid()}.tmp")  # another process may write it too
     with beside.open("w") as out:
         out.write(text + "\n")
         out.flush()
@@ -118,13 +124,22 @@ def num_processors(device: torch.device) -> int:
 
 def resident(found: dict, warps: int, architecture: int) -> int:
     """Programs that a multiprocessor holds, from a kernel's "registers" and "shared_bytes"."""
-    per_warp = 32 * 8 * -(-found["registers"] // 8)  # registers are given out eight a thread
+    # registers are allocated in units of eight per thread
+    per_warp = 32 * 8 * -(-found["registers"] // 8)
+    most_warps, shared = _limits(architecture)
     return min(
-        REGISTERS // per_warp // 4 * 4 // warps,  # and evenly to four schedulers
-        WARPS // warps,
+        REGISTERS // per_warp // 4 * 4 // warps,  # split evenly over four schedulers
+        most_warps // warps,
         PROGRAMS,
-        SHARED[80 if architecture < 90 else 90] // (found["shared_bytes"] + 1024),
+        shared // (found["shared_bytes"] + 1024),
     )
+
+
+def _limits(architecture: int) -> tuple[int, int]:
+    """Warps and bytes of shared memory of a multiprocessor."""
+    if architecture in (86, 89) or architecture >= 120:
+        return 48, 102_400
+    return 64, 233_472 if architecture >= 90 else 167_936
 
 
 def expected_filled(groups: int, tokens: int, slots: int) -> int:
@@ -143,7 +158,7 @@ def pairs_of(blocks: int) -> tuple[int, int]:
 
 @functools.cache
 def images_per_program(batch: int, programs: int, places: int) -> int:
-    """The images per program that make waves x (setup + images) least.
+    """The number of images per program that minimizes waves x (setup + images).
 
     programs: how many each run of images needs. places: how many the GPU holds at once.
     """

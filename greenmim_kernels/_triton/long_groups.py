@@ -1,13 +1,13 @@
-"""Block-diagonal window attention in Triton for groups of more than 64 slots (windows of 14).
+"""Block-diagonal window attention in Triton for groups that do not fit one tile (windows of 14).
 
-A program takes a block of slots and goes over its band: the slots of the same windows, which follow
-each other, as slots are sorted by window. Forward, keys are taken with a running softmax. Backward
-there is a kernel for the queries, one for keys and values, and one for the bias table, each with
-sums of its own: no atomics on grad_qkv.
+A program takes a block of slots and loops over its band: the slots of its windows, which are
+adjacent because slots are sorted by window. Forward uses an online softmax. Backward there is a
+kernel for the queries, one for keys and values, and one for the bias table, which takes one pair of
+blocks; each has sums of its own: no atomics on grad_qkv.
 
 With one mask for the batch, `expand_bias_kernel` first writes the bias of all pairs of a group's
 slots, -inf between windows. An image then reads tiles of it, 16 bytes at a time, instead of looking
-its pairs up in the table, which takes more instructions than their attention.
+pairs up in the table, which costs more instructions than the attention itself.
 """
 
 from typing import NamedTuple
@@ -35,8 +35,8 @@ from .primitives import (
 )
 from .table_gradient import add_to_table, clear_row
 
-# Tiles start at multiples of ALIGNMENT slots and have LARGEST_TILE of them at most. `reach_of` says
-# what of a group they may reach.
+# Tiles start at multiples of ALIGNMENT and span at most LARGEST_TILE slots. `reach_of` bounds where
+# they end.
 ALIGNMENT = tl.constexpr(16)
 LARGEST_TILE = tl.constexpr(64)
 
@@ -64,7 +64,7 @@ def find_band(part, place, slots, num_slots):
 
 @triton.jit
 def reach_of(num_slots):
-    """Slots of a group that tiles may reach: rows and columns of its expanded bias."""
+    """Upper bound on the end of a tile: the side of a group's expanded bias."""
     return (num_slots - 1) // ALIGNMENT * ALIGNMENT + LARGEST_TILE
 
 
@@ -91,6 +91,7 @@ def expand_bias_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
+    """The bias of all pairs of a group's slots, times log2(e), -inf between windows."""
     place = locate(1, num_groups, 1, NUM_HEADS, False)
     first, k_first = tl.program_id(1) * QUERIES, tl.program_id(2) * KEYS
     slots = load_block(part, place, first, num_slots, GATHERED, QUERIES)
@@ -112,7 +113,7 @@ def pair_bias(
         p_tile = expanded_tile(
             p_expanded, place, first, k_first, num_groups, num_slots, BLOCK, BLOCK
         )
-        # The next image reads it again, and rows that many programs share pass by meanwhile.
+        # Read again for the next image; keep it in L1 while q, k and v stream through.
         b_bias = tl.load(p_tile, eviction_policy="evict_last")
     else:
         b_bias = bias_tile(p_table, place.head, slots, keys, NUM_HEADS, p_table is not None)
@@ -159,7 +160,7 @@ def grad_score(b_p, b_v, b_do, b_delta, PRECISION: tl.constexpr):
 def slot_offsets(
     image, place, first, num_groups, num_slots, NUM_HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Where the numbers of slots stand that the queries' kernel leaves for the others. [BLOCK]"""
+    """Offsets of these slots in p_slot_lse and p_slot_delta. [BLOCK]"""
     group = (image * NUM_HEADS + place.head) * num_groups + place.group
     return group * num_slots + first + tl.arange(0, BLOCK)
 
@@ -190,6 +191,7 @@ def long_attention_fwd_kernel(
     PER_IMAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Output and lse of a block of queries."""
     k, v = (q, q) if PACKED else (k, v)
     blocks = tl.cdiv(num_slots, BLOCK)
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE, blocks)
@@ -240,7 +242,9 @@ def long_attention_bwd_query_kernel(
     p_expanded,
     p_out,
     p_lse,
-    p_slot_lse,  # fp32 [batch, heads, groups, slots], in base 2; 0 where nothing asks
+    # fp32 [batch, heads, groups, slots], base 2; 0 in slots that hold no query, unset in blocks
+    # without a window
+    p_slot_lse,
     p_slot_delta,  # likewise: sum_d out grad_out
     grad_q,  # Rows, or None
     batch,
@@ -260,6 +264,7 @@ def long_attention_bwd_query_kernel(
     NEED_QKV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """grad_q of a block, and lse and delta per slot."""
     k, v = (q, q) if PACKED else (k, v)
     blocks = tl.cdiv(num_slots, BLOCK)
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE, blocks)
@@ -278,6 +283,10 @@ def long_attention_bwd_query_kernel(
             b_lse = tl.load(p_l, mask=slots.m_token, other=0.0) * 1.4426950408889634
             if NEED_QKV:
                 b_dq = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+                # The output is rounded, and delta with it: rows of dS then add up to b_off and not to
+                # zero, which a large logit scale multiplies. P k takes it away again.
+                b_pk = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+                b_off = tl.zeros([BLOCK], tl.float32)
                 for k_first in range(band.first, band.end, BLOCK):
                     keys = load_block(part, place, k_first, num_slots, GATHERED, BLOCK)
                     b_bias = pair_bias(
@@ -290,6 +299,11 @@ def long_attention_bwd_query_kernel(
                     b_p = attention(b_q, b_k, b_lse, b_bias, scale_log2, PRECISION)
                     b_ds = grad_score(b_p, b_v, b_do, b_delta, PRECISION)
                     b_dq += product(b_ds.to(b_k.dtype), b_k, PRECISION)
+                    if b_q.dtype != tl.float32:
+                        b_pk += product(b_p.to(b_k.dtype), b_k, PRECISION)
+                        b_off += tl.sum(b_ds, 1)
+                b_dq -= b_off[:, None] * b_pk
+                b_delta += b_off
                 dq_rows = head_rows(grad_q, image, place, num_rows, 0, NUM_HEADS, DIM, PACKED)
                 store_rows(dq_rows, b_dq * scale, slots, DIM, HEAD_DIM, GATHERED)
             o_slot = slot_offsets(image, place, first, num_groups, num_slots, NUM_HEADS, BLOCK)
@@ -329,6 +343,7 @@ def long_attention_bwd_key_kernel(
     PER_IMAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """grad_k and grad_v of a block of keys."""
     k, v = (q, q) if PACKED else (k, v)
     grad_v = grad_k if PACKED else grad_v
     blocks = tl.cdiv(num_slots, BLOCK)
@@ -407,6 +422,7 @@ def long_attention_bwd_table_kernel(
     PER_IMAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """dS of one pair of blocks, summed over images, added to this program's row."""
     k, v = (q, q) if PACKED else (k, v)
     blocks = tl.cdiv(num_slots, BLOCK)
     place = locate(batch, num_groups, images, NUM_HEADS, PER_IMAGE, blocks * blocks)

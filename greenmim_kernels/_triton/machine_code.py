@@ -1,7 +1,7 @@
 """Reads the machine code of a compiled kernel.
 
-It looks for two faults around Hopper's asynchronous products (wgmma), which Triton has made: a
-product may read data newer or older than its operands. Neither shows in the results of every run.
+It looks for two Triton bugs around Hopper's asynchronous wgmma: operands overwritten while they are
+read, and a missing proxy fence. Neither is visible in the results of every run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *([^;]*);")
 _PRODUCT = re.compile(r"HMMA|HGMMA|UTCHMMA")
+# Instructions that write two registers. A conversion names its result's type first, unless that has
+# 32 bits.
+_PAIR = re.compile(
+    r"\.64|\.WIDE|MT?88\.2$|^CS2R|^D(?:ADD|MUL|FMA)|^F2I\.[SU]64|^I2F\.F64|^F2F\.F64\."
+)
 # Instructions that write no register.
 _NO_RESULT = (
     "ST",
@@ -43,7 +48,8 @@ def instructions(sass: str) -> list[Instruction]:
 def overwritten_operands(code: list[Instruction]) -> list[str]:
     """Instructions that write a register while a product may still read it (triton PR 11781).
 
-    A product that takes its left operand from four registers reads them until the next wait.
+    A product that takes its left operand from four registers reads them until a wait for all
+    products. The code is read from top to bottom: loops are not followed.
     """
     being_read: set[int] = set()
     found = []
@@ -53,7 +59,8 @@ def overwritten_operands(code: list[Instruction]) -> list[str]:
             if left:
                 being_read |= set(range(int(left[1]), int(left[1]) + 4))
         elif operation.startswith("WARPGROUP.DEPBAR"):
-            being_read.clear()
+            if operands.strip().endswith("0x0"):  # at 0x1 the last product may still be in flight
+                being_read.clear()
         elif not operation.startswith(_NO_RESULT):
             to = re.match(r"(?:U?P\w+, *)?R(\d+)\b", operands)
             if to and being_read & set(range(int(to[1]), int(to[1]) + _width(operation))):
@@ -65,18 +72,20 @@ def _width(operation: str) -> int:
     """How many registers an instruction writes."""
     if ".128" in operation or operation.endswith(("M88.4", "MT88.4")):
         return 4
-    return 2 if ".64" in operation or ".WIDE" in operation or operation.startswith("CS2R") else 1
+    return 2 if _PAIR.search(operation) else 1
 
 
 def proxy_fence(ptx: str) -> bool | None:
-    """Whether a fence stands between the wait for an asynchronous copy and the next product.
+    """Whether a fence stands between every wait for an asynchronous copy and the next product.
 
     The product reads shared memory through another proxy than the copy writes through (triton PR
     9610; Triton 3.6 leaves the fence out). None without such a copy, or without a wgmma after it.
+    The code is read from top to bottom: loops are not followed.
     """
-    _, copied, after = ptx.partition("cp.async.wait_group")
-    before, product, _ = after.partition("wgmma.mma_async")
-    return "fence.proxy.async" in before if copied and product else None
+    _, *after_waits = ptx.split("cp.async.wait_group")
+    parts = [after.partition("wgmma.mma_async") for after in after_waits]
+    fenced = ["fence.proxy.async" in before for before, product, _ in parts if product]
+    return all(fenced) if fenced else None
 
 
 def loop_length(code: list[Instruction]) -> int:

@@ -37,14 +37,16 @@ from .sparse_depthwise_conv import conv_kernel, conv_sums_kernel
 from .table_gradient import add_rows
 
 LOG2_E = math.log2(math.e)
-# The most elements of an expanded bias: 64 MiB. With many windows of three axes it would outgrow
-# the operator's inputs. The batch size plays no part: a short last batch would need other kernels.
+# The most elements of an expanded bias: 64 MiB. For many 3-D windows it would outgrow the inputs.
+# Independent of the batch size, so that a short last batch uses the same kernels.
 LARGEST_EXPANDED = 1 << 24
 
 
 def _copy(x: Tensor, token_index: Tensor, num_tokens: int, out: Tensor, scatter: bool) -> Tensor:
-    if out.numel() == 0 or x.numel() == 0:
+    if out.numel() == 0:
         return out
+    if x.numel() == 0:
+        return out.zero_()
     num_slots, channels = token_index.shape[1] * token_index.shape[2], out.shape[-1]
     block_channels = min(triton.next_power_of_2(channels), 256)
     block_slots = max(1, 2048 // block_channels)
@@ -118,12 +120,14 @@ class _Problem:
         slots = self.partitions * self.num_groups * self.num_slots
         tensors = [x for x in (self.q, self.k, self.v) if x is not None]
         reach = max(self.num_rows * x.stride(-2 if packed else 1) for x in tensors)
-        if max(reach, slots) >= 2**31:
-            raise ValueError(
-                "the triton backend takes images whose q, k and v span fewer than 2**31 values, and"
-                " partitions of fewer than 2**31 slots in all; use another backend"
-            )
+        reach = max(reach, self.num_rows * self.channels)  # of the output
         self.table_rows = 0 if self.table is None else len(self.table)
+        if max(reach, slots, self.table_rows * self.num_heads) >= 2**31:
+            raise ValueError(
+                "the triton backend takes images whose q, k, v and the output span fewer than 2**31"
+                " values each, partitions of fewer than 2**31 slots in all and bias tables of fewer"
+                " than 2**31 values; use another backend"
+            )
         largest = 64
         if self.backward:
             largest = LARGEST_BACKWARD_TILE[precision_of(self.q.dtype)][self.tile_dim]
@@ -140,7 +144,7 @@ class _Problem:
     def launch(self, kernel: str, pairs: bool = False, **more) -> tuple[tuple, tuple, dict]:
         """Grid, sizes and constants of a kernel, by its name in the launch table.
 
-        pairs: whether there is a program for each pair of blocks.
+        pairs: one program per pair of blocks instead of per block.
         """
         device = self.q.device
         name = class_name(kernel, self.tile, self.tile_dim, self.q.dtype)
@@ -161,6 +165,11 @@ class _Problem:
                 launch.resident * num_processors(device),
             )
         grid = (self.num_heads * programs * self.num_groups * triton.cdiv(self.batch, images),)
+        if grid[0] >= 2**31:
+            raise ValueError(
+                f"the triton backend runs fewer than 2**31 programs at once, not {grid[0]}; use"
+                " another backend"
+            )
         constants = {
             "NUM_HEADS": self.num_heads,
             "DIM": self.head_dim,

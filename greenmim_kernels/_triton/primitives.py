@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 # Integers of a call, never constants of a compiled kernel: a short last batch compiles nothing.
-# They cannot be a tuple, whose elements Triton specializes all the same.
+# They cannot be a tuple, whose elements Triton specializes all the same: `Rows` is one, so q, k and
+# v apart compile again where a stride becomes, or stops being, 1 or a multiple of 16.
 SIZES = ("batch", "num_rows", "num_groups", "num_slots", "images")
 
 
@@ -26,8 +27,8 @@ class Partition(NamedTuple):
 class Rows(NamedTuple):
     """q, k, v or a gradient of one, [batch, rows, heads, DIM].
 
-    Elements from one image, row and head to the next are not read where all three are packed into
-    one tensor, which each of the three then names.
+    Strides `image`, `row`, `head` are in elements. They are unused when q, k and v are packed into
+    one tensor; all three then point to it.
     """
 
     p: tl.tensor
@@ -44,7 +45,7 @@ class HeadRows(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a program works: a head, a group, images from `first` up to `end`."""
+    """What a program works on: a head, a group, and images `first` to `end` - 1."""
 
     head: tl.tensor
     group: tl.tensor  # of an image
@@ -59,13 +60,14 @@ class Slots(NamedTuple):
     row: tl.tensor  # in its image; -1 where there is none
     query_window: tl.tensor  # of a token; -2 where there is none
     key_window: tl.tensor  # of a token or of padding that attends; -1 where there is none
-    query_row: tl.tensor  # the bias table's row of a pair is a query's number and a key's
+    query_row: tl.tensor  # a pair's row in the bias table is query_row[i] + key_row[j]
     key_row: tl.tensor
-    m_token: tl.tensor  # of a window: is read
-    m_write: tl.tensor  # or as zeros: padding of gathered groups, tokens in no window
+    m_token: tl.tensor  # a token in a window: its row is read
+    # is written: as m_token, or zeros (padding of gathered groups, tokens in no window)
+    m_write: tl.tensor
     low: tl.tensor  # least and greatest window
     high: tl.tensor
-    any_row: tl.tensor  # whether any is written
+    any_row: tl.tensor  # whether any slot is written
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def locate(batch, num_groups, images, NUM_HEADS: tl.constexpr, PER_IMAGE: tl.con
 
 @triton.jit
 def number_of(place, NUM_HEADS: tl.constexpr):
-    """This program's number, those of a head after each other."""
+    """This program's index, with all programs of a head consecutive."""
     return place.head * (tl.num_programs(0) // NUM_HEADS) + tl.program_id(0) // NUM_HEADS
 
 
@@ -94,8 +96,8 @@ def number_of(place, NUM_HEADS: tl.constexpr):
 def nothing(place):
     """A zero that the compiler does not know.
 
-    A block that is loaded again at an offset of it is loaded again, and not kept in registers
-    through the loop over images: 32 of a thread's, for the entries of a tile.
+    Loading a block again at this offset really reloads it; otherwise its entries would stay in
+    registers, 32 per thread, through the loop over images.
     """
     return tl.minimum(place.end - place.first, 0).to(tl.int32)
 
@@ -173,7 +175,7 @@ def load_rows(x, slots, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def is_padding(slots):
-    """Of a window, but no token."""
+    """Padding that attends: in a window, but not a token."""
     return slots.key_window > slots.query_window + 1
 
 
@@ -188,7 +190,7 @@ def load_key_rows(
     DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Likewise of k or v, where padding has a value."""
+    """As `load_rows`, for k or v, with p_pad's value in padding that attends."""
     b_x = load_rows(x, slots, DIM, HEAD_DIM)
     if p_pad is not None:
         o_d = tl.arange(0, HEAD_DIM)
@@ -263,7 +265,7 @@ def bias_tile(
 
 @triton.jit
 def product(b_left, b_right, PRECISION: tl.constexpr):
-    """[M, K] @ [K, N] in fp32 sums; true fp32 products for fp32 unless PRECISION says otherwise."""
+    """[M, K] @ [K, N], accumulated in fp32; fp32 inputs are not rounded to TF32."""
     return tl.dot(b_left, b_right, input_precision=PRECISION, out_dtype=tl.float32)
 
 
@@ -284,7 +286,7 @@ def write_forward(
     GATHERED: tl.constexpr,
 ):
     """Output, and the logarithm of the softmax's denominator."""
-    # What is in no window has no sum, and is written as zeros.
+    # Slots in no window have no sum, and are written as zeros.
     b_factor = tl.where(slots.m_token, 1.0 / b_sum, 0.0)
     out = out_rows(p_out, image, place, num_rows, NUM_HEADS, DIM)
     store_rows(out, b_acc * b_factor[:, None], slots, DIM, HEAD_DIM, GATHERED)

@@ -1,7 +1,7 @@
 """The bias table's gradient, with the same bits every time.
 
-The pairs of a tile meet in few entries of the table in no given order, and float sums would depend
-on it. So a program scales its tile by a power of two to 41 bits and adds integers, which do not,
+Many pairs of a tile share an entry, and float atomics would add them in any order. So a program
+scales its tile by a power of two to 41-bit integers, whose sum is exact in any order, and adds them
 into a row of its own. The rows are then added in float64, in a fixed order.
 """
 
@@ -18,7 +18,7 @@ BLOCK_ROWS = 16
 
 @triton.jit
 def clear_row(p_partial, program, TABLE_ROWS: tl.constexpr):
-    """Zeros, before anything is added: all threads write, and `add_to_table` waits for them."""
+    """Zero this program's row; `add_to_table` has the barrier that orders it before the atomics."""
     p_row = p_partial + program.to(tl.int64) * TABLE_ROWS
     for first in tl.static_range(0, TABLE_ROWS, 256):
         o_row = first + tl.arange(0, 256)
@@ -29,11 +29,11 @@ def clear_row(p_partial, program, TABLE_ROWS: tl.constexpr):
 def add_to_table(p_partial, p_power, program, b_grad, b_entry, m_pair, TABLE_ROWS: tl.constexpr):
     """Add a tile of the bias' gradient to this program's own row, which `clear_row` has cleared.
 
-    `p_power` takes the power of two that the row is in (NaN, where the tile is not finite). Pairs
-    without an entry are zero, or not finite beside a token that is not.
+    `p_power` receives the row's scale, a power of two, or NaN if the tile is not finite. Pairs
+    outside m_pair are zero, or non-finite next to a non-finite token.
     """
     largest = tl.max(tl.max(tl.abs(b_grad), 1), 0)
-    # A NaN may lose a maximum; a sum never forgets it.
+    # max may drop a NaN; a sum keeps it.
     total = tl.sum(tl.sum(b_grad * 0.0, 1), 0)
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     exponent = tl.maximum(exponent, -80)

@@ -16,6 +16,8 @@ struct Results {
   float shuffled[32][2];
   float copied_16[32][4], copied_8[32][2], copied_4[32];
   uint32_t voted[32];
+  uint32_t stored[32][4], loaded[32][4];  // stmatrix, read by ldmatrix and 16 bytes at a time
+  int32_t same[32];
   float exp2[32], log2[32], reciprocal[32];
 };
 
@@ -65,6 +67,20 @@ __global__ void conformance_kernel(const float* numbers, Results* results) {
   results->copied_4[lane] = copies[128 + lane];
   for (int i = 0; i < 2; ++i) results->copied_8[lane][i] = copies[160 + 2 * lane + i];
   results->voted[lane] = __ballot_sync(0xFFFFFFFF, lane * 7 % 5 < 2);
+  // A tile of 16 x 16, of which rows are 48 bytes apart: those of a matrix in different banks.
+  __syncwarp();
+  const SharedAddress tile = shared_address(matrix);
+  const auto half_row = [&](unsigned row, unsigned half) { return tile + row * 48 + half * 16; };
+  const SharedAddress own = half_row(unsigned(lane) % 16, unsigned(lane) / 16);
+  uint32_t quarters[4];
+  for (int i = 0; i < 4; ++i) quarters[i] = uint32_t(lane * 4 + i) * 0x01010193u;
+  store_matrices(quarters, own, half_row);
+  __syncwarp();
+  load_matrices<false>(results->stored[lane], own);
+  const uint4 loaded = load_16(own);
+  const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+  for (int i = 0; i < 4; ++i) results->loaded[lane][i] = words[i];
+  results->same[lane] = same_in_warp(37);
   results->exp2[lane] = lane == 0 ? exp2_fast(-INFINITY) : exp2_fast(x);
   results->log2[lane] = lane == 0 ? log2_fast(0) : log2_fast(fabsf(y) + 0.5f);
   results->reciprocal[lane] = lane == 0 ? reciprocal_fast(0) : reciprocal_fast(y);

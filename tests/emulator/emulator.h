@@ -71,9 +71,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 using cudaStream_t = void*;
 
 namespace emulator {
@@ -496,6 +493,10 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic_bytes, const std::functi
   block = nullptr;
 }
 
+inline void whole_warp(unsigned members) {
+  if (members != 0xFFFFFFFF) stop("a collective of a part of a warp");
+}
+
 // Atomics order nothing but themselves.
 template <class T>
 inline T atomic_add(T* address, T value) {
@@ -520,9 +521,11 @@ inline T atomic_add(T* address, T value) {
 #define __syncthreads() emulator::sync_threads(EMULATOR_PLACE)
 #define __syncwarp() emulator::sync_warp(EMULATOR_PLACE)
 #define __shfl_xor_sync(members, value, mask) \
-  emulator::shuffle(EMULATOR_PLACE, value, emulator::lane() ^ (mask))
-#define __shfl_sync(members, value, source) emulator::shuffle(EMULATOR_PLACE, value, source)
-#define __ballot_sync(members, value) emulator::ballot(EMULATOR_PLACE, value)
+  (emulator::whole_warp(members), emulator::shuffle(EMULATOR_PLACE, value, emulator::lane() ^ (mask)))
+#define __shfl_sync(members, value, source) \
+  (emulator::whole_warp(members), emulator::shuffle(EMULATOR_PLACE, value, source))
+#define __ballot_sync(members, value) \
+  (emulator::whole_warp(members), emulator::ballot(EMULATOR_PLACE, value))
 #define __clz(x) __builtin_clz(unsigned(x))
 #define __ffs(x) __builtin_ffs(x)
 #define __clzll(x) __builtin_clzll(x)

@@ -149,6 +149,8 @@ int main(int, char** arguments) {
         1, 32, 0, nullptr);
   if (name == "absent-lane")
     launch(+[] { results[threadIdx.x] = __shfl_sync(0xFFFFFFFF, 1.0f, 40); }, 1, 32, 0, nullptr);
+  if (name == "part-of-a-warp")
+    launch(+[] { results[threadIdx.x] = __shfl_sync(0xFFFF, 1.0f, 0); }, 1, 32, 0, nullptr);
   if (name == "beyond-shared-memory")
     launch(
         +[] {

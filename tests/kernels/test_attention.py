@@ -185,6 +185,34 @@ def test_a_nan_stays_in_its_window():
     assert out[0, ~hit].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_gathered_groups_of_one_slot(backend):
+    """An axis of size 1 has any stride in a contiguous tensor: it leads nowhere."""
+    part = gk.group_partition(torch.ones(20, 30, dtype=torch.bool), 1, group_size=1)
+    assert part.group_size == 1
+    x = torch.randn(2, 1, part.num_groups, 3 * 32).transpose(1, 2)
+    assert x.is_contiguous() and x.stride(2) != 96
+    x.requires_grad_()
+    table = torch.zeros(part.table_rows, 2)
+    with gk.use_backend(backend):
+        out = gk.block_diagonal_attention(x, table, part, 2)
+        out.sum().backward()
+    assert torch.equal(out, x[..., 64:])  # one key: its value
+    assert (x.grad[..., 64:] == 1).all() and (x.grad[..., :64] == 0).all()
+
+
+def test_subnormal_float16_where_a_thread_flushes_them():
+    x = torch.full((1, 1, 6), 2.0**-20, dtype=torch.float16)
+    part = gk.group_partition(torch.ones(1, 1, dtype=torch.bool), 1)
+    usual = torch.set_flush_denormal(True)
+    try:
+        with gk.use_backend("cpp"):
+            out = gk.group_window_attention(x, None, part, 1)
+    finally:
+        torch.set_flush_denormal(False)
+    assert usual and (out == 2.0**-20).all()
+
+
 def test_large_scores_do_not_overflow():
     inputs = make_inputs(Case())
     inputs.qkv[..., : 2 * 64] *= 40.0

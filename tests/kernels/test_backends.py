@@ -181,6 +181,16 @@ def test_what_triton_takes_for_true(monkeypatch):
     assert not backends.triton_interprets()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask")
+def test_a_gpu_that_cannot_be_asked_is_an_error():
+    """No C++ exception may reach ctypes: it would end the process."""
+    if backends.library_file("_C_cuda") is None:
+        pytest.skip("without the CUDA module")
+    for _ in range(2):  # an error is not kept as an answer
+        with pytest.raises(RuntimeError, match="CUDA|driver|kernel"):
+            backends._cuda_fits(0, torch.float32, 32, 49, 169)
+
+
 def test_what_fits_a_gpu_is_asked_while_tracing(monkeypatch):
     """The question is the library's, which Dynamo cannot look into."""
     asked = []

@@ -52,6 +52,7 @@ def selftest(name: str, kind: str = "plain", order: int = 0):
         ("ended-lanes", 0, "ended while its warp waits"),
         ("ended-lanes", 1, "lanes that have ended"),
         ("absent-lane", 0, "a lane that is not there"),
+        ("part-of-a-warp", 0, "a part of a warp"),
         ("copies-never-waited-for", 0, "before it waited for its cp.async"),
         ("misaligned-copy", 0, "no multiples"),
         ("misaligned-ldmatrix", 0, "no multiple of 16"),

@@ -194,6 +194,15 @@ def test_gather_and_scatter(dtype, per_image, channels, backend):
 
 
 @kernel_test
+@pytest.mark.usefixtures("poisoned_memory")
+def test_slots_of_no_tokens_are_zero():
+    index = torch.full((1, 3, 5), -1, dtype=torch.int32, device=DEVICE)
+    x = torch.empty(2, 0, 8, device=DEVICE)
+    out = operator("group_gather", VARIANT["triton"])(x, index)
+    assert out.shape == (2, 3, 5, 8) and (out == 0).all()
+
+
+@kernel_test
 def test_empty_groups_and_empty_batch(backend):
     case = Case(stage=2, shifted=True)
     window, shift = case.window_and_shift()

@@ -13,9 +13,13 @@ from window_cases import swin, window_inputs
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 import greenmim_kernels as gk
 from greenmim_kernels._triton import operators
 from greenmim_kernels._triton.launch import launch_table
+from greenmim_kernels._triton.long_groups import reach_of
 from greenmim_kernels.testing import Case, Inputs, make_inputs, relative_error, run
 
 CASES = [
@@ -80,6 +84,19 @@ def test_the_expanded_bias(case, gathered):
     found = expanded.permute(1, 2, 3, 0)
     torch.testing.assert_close(found[:, :slots, :slots], bias)
     assert (found[:, slots:] == -math.inf).all() and (found[:, :, slots:] == -math.inf).all()
+
+
+@triton.jit
+def reaches_kernel(p_reach, COUNT: tl.constexpr):
+    o_size = tl.arange(0, COUNT)
+    tl.store(p_reach + o_size, reach_of(o_size + 1))
+
+
+@kernel_test
+def test_the_host_and_the_kernels_agree_how_far_tiles_reach():
+    found = torch.empty(1024, dtype=torch.int32, device=DEVICE)
+    reaches_kernel[(1,)](found, 1024)
+    assert found.tolist() == [operators.reach_of(size) for size in range(1, 1025)]
 
 
 @kernel_test

@@ -13,7 +13,16 @@ from budget import plain_results
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_backends import DEVICE, INTERPRETED, kernel_test
-from window_cases import HEADS, Windows, problems, swin, volume, window_inputs
+from window_cases import (
+    HEADS,
+    Windows,
+    problems,
+    scale_error,
+    similar_keys,
+    swin,
+    volume,
+    window_inputs,
+)
 
 import greenmim_kernels as gk
 from greenmim_kernels.testing import assert_within_budget, relative_error, run
@@ -138,6 +147,17 @@ def test_a_logit_scale_of_100_keeps_its_gradient(backend):
     with gk.use_backend("reference"):
         plain, exact = run(inputs, cosine), run(inputs.to(torch.float64), cosine)
     assert_within_budget(actual, plain, exact, factor=3)
+
+
+@kernel_test
+def test_a_large_scale_keeps_its_gradient_in_long_groups(backend):
+    """Rows of the scores' gradient add up to zero, though the output is rounded to 16 bits."""
+    inputs = similar_keys(10, 112, torch.bfloat16, DEVICE)
+    qkv = inputs.qkv.requires_grad_()
+    with gk.use_backend(backend):
+        out = gk.group_window_attention(qkv, inputs.table, inputs.part, 1, 100.0)
+    (grad,) = torch.autograd.grad(out, qkv, inputs.grad_out)
+    assert scale_error(grad, inputs, 100.0) < 0.2  # 1.3 where delta keeps the output's rounding
 
 
 @kernel_test

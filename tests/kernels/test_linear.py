@@ -292,9 +292,9 @@ def test_a_bias_may_have_strides_and_must_fit():
     ("change", "said"),
     [
         ({"grad": torch.zeros(6, 4)}, "grad must be"),
-        ({"grad": torch.zeros(5, 3)}, "grad and x must have as many rows"),
+        ({"grad": torch.zeros(5, 3)}, "grad and x must agree in all axes but the last"),
         ({"hidden": torch.zeros(6, 8)}, "hidden must be"),
-        ({"slope": torch.zeros(5, 7)}, "slope and x must have as many rows"),
+        ({"slope": torch.zeros(5, 7)}, "slope and x must agree in all axes but the last"),
         ({"slope": torch.zeros(6, 7).double()}, "slope must be float32"),
         ({"weight2": torch.zeros(3, 8)}, "weight2 must be"),
     ],

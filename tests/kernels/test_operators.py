@@ -175,6 +175,29 @@ def test_the_backward_leaves_out_what_nobody_asked_for():
         assert found == [needs[0]] * 3 + [*needs[1:]]
 
 
+@pytest.mark.parametrize("three", [False, True])
+def test_copy_on_write_tensors(three):
+    """None is written to, and none is copied within threads, where PyTorch forbids it."""
+    inputs = make_inputs(Case())
+    for name in ("group_window_attention", "group_window_attention_backward"):
+        arguments = operator_arguments(name, inputs, three=three)
+        expected = operator(name)(*arguments)
+        lazy = [
+            torch._lazy_clone(x.clone()) if isinstance(x, torch.Tensor) else x for x in arguments
+        ]
+        for found, one in zip(operator(name)(*lazy), expected, strict=True):
+            assert torch.equal(found, one)
+
+
+def test_k_and_v_go_together():
+    arguments = operator_arguments("group_window_attention", make_inputs(Case()), three=True)
+    for one in (1, 2):
+        with pytest.raises(RuntimeError, match="pass both k and v, or neither"):
+            operator("group_window_attention")(
+                *(None if i == one else x for i, x in enumerate(arguments))
+            )
+
+
 def test_second_derivative():
     inputs = make_inputs(Case())
     qkv = inputs.qkv.requires_grad_()
@@ -236,7 +259,7 @@ def test_errors_of_batches_and_groups():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("token_index", 768, "token 768"),
+        ("token_index", 768, "holds 768, but an image has 768 tokens"),
         ("token_index", 1, "twice"),
         ("query_row", 200, "outside the 169 rows"),
         ("key_row", -200, "outside the 169 rows"),

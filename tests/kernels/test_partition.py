@@ -420,14 +420,15 @@ def test_time_is_linear_in_images():
     assert best_time(many, 10) < 3 * 8 * best_time(few, 10)
 
 
-def test_what_changes_while_it_is_packed_is_told(monkeypatch):
+@pytest.mark.parametrize("change", [True, False])
+def test_what_changes_while_it_is_packed_is_told(change, monkeypatch):
     """Another thread may write to the array: nothing is written outside of the result."""
     visible = np.zeros((14, 14), dtype=bool)
     visible[:3] = True
     real = _planner._fill
 
     def fill(*arguments):
-        visible[:] = True
+        visible[:] = change
         return real(*arguments)
 
     monkeypatch.setattr(_planner, "_fill", fill)

@@ -228,7 +228,7 @@ def test_the_kernel_refuses_neighbours_that_would_leave_its_memory_or_are_not_mu
         (2, lambda weight: weight.double(), r"weight must be \[C, 9\]"),
         (3, lambda neighbours: neighbours.long(), "int32"),
         (3, lambda neighbours: neighbours[..., :8], r"must be \[1 or B, N, 9\]"),
-        (3, lambda neighbours: neighbours.repeat(3, 1, 1), "3 partitions for a batch of 2"),
+        (3, lambda neighbours: neighbours.repeat(3, 1, 1), "must be 1 or the batch size, 2, got 3"),
     ],
 )
 def test_the_kernel_refuses_what_does_not_fit(number, change, message):

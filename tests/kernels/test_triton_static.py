@@ -7,6 +7,8 @@ a diff: `python -m greenmim_kernels._triton.ahead_of_time` rewrites those of the
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import pathlib
 import re
 import shutil
@@ -28,6 +30,7 @@ from triton.runtime.jit import create_function_from_signature
 
 import greenmim_kernels as gk
 from greenmim_kernels._triton import ahead_of_time, long_groups, operators, table_gradient
+from greenmim_kernels._triton import launch as launches_of
 from greenmim_kernels._triton.launch import (
     HEAD_DIMS,
     LARGEST_BACKWARD_TILE,
@@ -35,6 +38,7 @@ from greenmim_kernels._triton.launch import (
     images_per_program,
     launch_table,
     resident,
+    write_json,
 )
 from greenmim_kernels._triton.machine_code import (
     instructions,
@@ -77,6 +81,45 @@ def test_blocks_of_long_groups_are_tiles_of_the_expanded_bias():
             if "-long-" in name:
                 assert launch.block <= long_groups.LARGEST_TILE.value, name
                 assert launch.block % long_groups.ALIGNMENT.value == 0, name
+
+
+def test_devices_without_wide_products_share_launches():
+    """sm_120 has neither wgmma nor tcgen05; its launches are those of sm_80."""
+    older, newer = launch_table(80), launch_table(90)
+    assert older != newer
+    assert all(launch_table(architecture) == older for architecture in (86, 89, 120, 121))
+    assert all(launch_table(architecture) == newer for architecture in (100, 103, 110))
+
+
+def test_launches_of_sm_120_leave_those_of_sm_90(tmp_path, monkeypatch):
+    file = tmp_path / "table.json"
+    shipped = dataclasses.asdict(launch_table(90)["fwd-64-64-fp32"])
+    file.write_text(json.dumps({"fwd-64-64-fp32": shipped}))
+    monkeypatch.setattr(launches_of, "TABLE", file)
+    found = launches_of.Launch(**{**shipped, "stages": 7})
+    launch_table.cache_clear()
+    try:
+        launches_of.save({"fwd-64-64-fp32": found}, 120)
+    finally:
+        launch_table.cache_clear()
+    expected = {"fwd-64-64-fp32": shipped, "fwd-64-64-fp32@80": dataclasses.asdict(found)}
+    assert json.loads(file.read_text()) == expected
+
+
+def test_two_processes_write_a_file_beside_files_of_their_own(tmp_path, monkeypatch):
+    file, beside = tmp_path / "table.json", []
+    replace = pathlib.Path.replace
+
+    def record(self, target):
+        beside.append(self)
+        return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", record)
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        write_json(file, {"process": process})
+        assert json.loads(file.read_text()) == {"process": process}
+    assert len(set(beside)) == 2 and list(tmp_path.iterdir()) == [file]
 
 
 def test_figures_of_both_versions_are_committed():
@@ -194,6 +237,24 @@ def test_programs_that_a_processor_holds(registers, shared, warps, expected):
     assert resident(found, warps, 90) == expected
 
 
+@pytest.mark.parametrize("architecture", [86, 89, 120])
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [(32, 0, 4, 12), (32, 0, 8, 6), (128, 0, 4, 4), (32, 50_176, 4, 2), (32, 50_177, 4, 1)],
+)
+def test_programs_that_a_smaller_processor_holds(registers, shared, warps, expected, architecture):
+    """48 warps, and 100 KB of shared memory."""
+    found = {"registers": registers, "shared_bytes": shared}
+    assert resident(found, warps, architecture) == expected
+
+
+def test_no_launch_outgrows_a_smaller_processor():
+    """Devices of sm_86, sm_89 and sm_120, with 99 KB for a program, take the launches of sm_80."""
+    for figures in COMMITTED.values():
+        for name, by_architecture in figures["launches"].items():
+            assert by_architecture["80"]["shared_bytes"] <= 101_376, name
+
+
 @pytest.mark.parametrize(
     "flag", ["GATHERED", "PER_IMAGE", "HAS_TABLE", "NEED_QKV", "NEED_TABLE", "DIM"]
 )
@@ -207,6 +268,12 @@ def test_the_variants_that_are_not_in_the_figures_compile(flag):
             flags["NEED_TABLE"] = False
         if not name.startswith("bwd_table") or flag in ("GATHERED", "PER_IMAGE", "DIM"):
             assert ahead_of_time.compile_launch(name, 90, **flags).asm["cubin"]
+
+
+def test_a_look_at_machine_code_leaves_the_environment():
+    before = dict(os.environ)
+    assert ahead_of_time.inspect(ahead_of_time.compile_copy(80))["instructions"] > 0
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("scatter", [False, True])
@@ -299,6 +366,41 @@ def test_another_batch_or_mask_compiles_nothing(window, per_image, launches, mon
     assert all(other == keys[0] for other in keys)
 
 
+def problem_of(
+    rows: int = 16, heads: int = 1, groups: int = 1, table_rows: int = 9
+) -> operators._Problem:
+    """Tensors without memory: q, k and v apart and head by head, of 32 columns, and no windows."""
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    shape, strides = (1, rows, heads, 32), (rows * heads * 32, 32, rows * 32, 1)
+    qkv = (torch.empty_strided(shape, strides, device="meta") for _ in range(3))
+    table = torch.empty(table_rows, heads, device="meta")
+    slots = [numbers(1, groups, 4) for _ in range(4)]
+    return operators._Problem(*qkv, table, None, *slots, heads, 4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("fits", "too_large"),
+    [
+        ({"rows": 2**25}, {"rows": 2**25, "heads": 2}),  # 2^30 rows of the output, and 2^31
+        ({"rows": 2**26 - 1}, {"rows": 2**26}),
+        ({"table_rows": 2**30}, {"table_rows": 2**30, "heads": 2}),
+    ],
+)
+def test_offsets_of_more_than_32_bits_are_refused(fits, too_large):
+    problem_of(**fits)
+    with pytest.raises(ValueError, match=r"q, k, v and the output span fewer than 2\*\*31"):
+        problem_of(**too_large)
+
+
+def test_more_programs_than_a_grid_has_are_refused():
+    assert problem_of(heads=8, groups=2**28 - 1).launch("fwd")[0] == (2**31 - 8,)
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 programs at once, not 2147483648"):
+        problem_of(heads=8, groups=2**28).launch("fwd")
+
+
 def test_empty_groups_of_a_capacity_are_no_reason_for_longer_programs(launches, monkeypatch):
     """Swin-B at stage 1: 12 or 13 of 23 groups hold tokens."""
     monkeypatch.setattr(operators, "num_processors", lambda _: 132)
@@ -366,6 +468,7 @@ def test_images_fill_whole_waves(batch, programs, places, expected):
 
 PRODUCT = "        /*0{at}*/         HGMMA.64x32x16.F32.BF16 R88, R24, gdesc[UR8], R88 ;\n"
 WAIT = "        /*0500*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+FENCED = ("cp.async.wait_group 1;", "fence.proxy.async.shared::cta;", "wgmma.mma_async")
 
 
 @pytest.mark.parametrize(
@@ -382,6 +485,17 @@ WAIT = "        /*0500*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
         ("STG.E.128 [R24.64], R4 ;", False),
         ("LDSM.16.MT88.4 R20, [R2] ;", False),
         ("LDSM.16.MT88.4 R22, [R2] ;", True),
+        ("LDSM.16.M88.2 R23, [R2] ;", True),
+        ("LDSM.16.MT88.2 R22, [R2] ;", False),
+        ("LDSM.16.M88 R23, [R2] ;", False),
+        ("DMUL R23, R2, R4 ;", True),
+        ("F2I.S64.TRUNC R23, R2 ;", True),
+        ("F2I.TRUNC.NTZ R23, R2 ;", False),
+        ("I2F.F64.S64 R23, R2 ;", True),
+        ("I2F.S64 R23, R2 ;", False),
+        ("F2F.F64.F32 R23, R2 ;", True),
+        ("F2F.F32.F64 R23, R2 ;", False),
+        ("SHF.R.U64 R23, R2, 0x3, R4 ;", False),
     ],
 )
 def test_an_operand_that_is_overwritten_is_found(instruction, overwrites):
@@ -393,6 +507,8 @@ def test_an_operand_that_is_overwritten_is_found(instruction, overwrites):
     assert bool(found(PRODUCT.format(at=300), line, WAIT)) == overwrites
     assert found(PRODUCT.format(at=300), WAIT, line) == []
     assert found(line, PRODUCT.format(at=450), WAIT) == []
+    # The wait for all but one product may be for another.
+    assert bool(found(PRODUCT.format(at=300), WAIT.replace("0x0 ", "0x1 "), line)) == overwrites
     from_memory = "        /*0300*/    HGMMA.64x32x16.F32.BF16 R88, gdesc[UR4], RZ, !UPT ;\n"
     assert found(from_memory, line, WAIT) == []
 
@@ -405,6 +521,11 @@ def test_an_operand_that_is_overwritten_is_found(instruction, overwrites):
         (("fence.proxy.async.shared::cta;", "cp.async.wait_group 1;", "wgmma.mma_async"), False),
         (("fence.proxy.async.shared::cta;", "wgmma.mma_async"), None),
         (("cp.async.wait_group 1;", "mma.sync"), None),
+        ((*FENCED, *FENCED), True),
+        ((*FENCED, "cp.async.wait_group 0;", "wgmma.mma_async"), False),
+        (("cp.async.wait_group 1;", "wgmma.mma_async", *FENCED), False),
+        (("cp.async.wait_group 1;", *FENCED, "wgmma.mma_async"), True),
+        ((*FENCED, "cp.async.wait_group 0;"), True),
     ],
 )
 def test_a_missing_proxy_fence_is_found(lines, expected):

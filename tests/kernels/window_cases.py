@@ -46,6 +46,34 @@ def linear_rows(coords: Tensor, window) -> Tensor:
     return rows
 
 
+def similar_keys(window: int, group_size: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """Queries and keys near one direction, values far from zero: scores' gradients cancel."""
+    torch.manual_seed(0)
+    grid = torch.ones(window, window, dtype=torch.bool)
+    part = gk.group_partition(grid, window, group_size=group_size)
+    near = torch.nn.functional.normalize(torch.randn(32), dim=0)
+    q, k = (
+        torch.nn.functional.normalize(near + 0.3 * torch.randn(window**2, 32) / 32**0.5, dim=-1)
+        for _ in range(2)
+    )
+    qkv = torch.cat([q, k, torch.randn(window**2, 32) + 3], -1)[None]
+    table = torch.randn(part.table_rows, 1)
+    grad_out = torch.randn(1, window**2, 32)
+    return Inputs(qkv.to(device, dtype), table.to(device), grad_out.to(device, dtype),
+                  part.to(device), 1)  # fmt: skip
+
+
+def scale_error(grad_qkv: Tensor, inputs: Inputs, scale: float) -> float:
+    """How far a scale's gradient, the sum of q and q's gradient over the scale, is off."""
+    exact = inputs.to(torch.float64)
+    qkv = exact.qkv.detach().requires_grad_()
+    with gk.use_backend("reference"):
+        out = gk.group_window_attention(qkv, exact.table, exact.part, 1, scale)
+    (expected,) = torch.autograd.grad(out, qkv, exact.grad_out)
+    found, right = ((exact.qkv * x.double())[..., :32].sum().item() for x in (grad_qkv, expected))
+    return abs(found / right - 1)
+
+
 @st.composite
 def problems(draw) -> Windows:
     """Windows of every kind: empty slots, left-out tokens, labels, tables by place or by index."""

@@ -279,6 +279,20 @@ def test_what_is_changed_inside_a_block_later_counts(how):
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
+def test_hooks_of_all_modules_are_called():
+    """As profilers and counters of FLOPs register them."""
+    block, x, part = block_call(small().float())
+    assert is_one_node(block(x, part))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        assert not is_one_node(block(x, part))
+    finally:
+        handle.remove()
+    assert {block.norm1, block.attn.qkv, block.mlp, block.mlp.fc1, block.mlp.act} <= set(seen)
+    assert is_one_node(block(x, part))
+
+
 def test_a_block_keeps_its_stochastic_depth():
     model = small(drop_path=0.5).float()
     use_onednn(model, SwinBlock)

@@ -142,6 +142,12 @@ def test_crops_of_any_shape_are_drawn_as_torchvision_draws_them(scale, ratio):
             assert draw_crop(height, width, config) == (*expected, flip)
 
 
+@pytest.mark.parametrize(("height", "width", "ratio"), [(90, 1, (2, 3)), (1, 90, (0.2, 0.4))])
+def test_the_largest_crop_of_a_line_is_not_empty(height, width, ratio):
+    crop = draw_crop(height, width, DataConfig(root="-", crop_ratio=ratio))
+    assert (crop.height, crop.width) == (1, 1)
+
+
 @pytest.mark.parametrize("crop", [(0, 0, 1, 1), (479, 639, 1, 1), (0, 5, 480, 1), (7, 0, 1, 640)])
 def test_crops_of_one_pixel_a_column_or_a_row(crop):
     box = Crop(*crop, flip=False)

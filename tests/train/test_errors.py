@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from greenmim.checkpoint import write_atomic
 from greenmim.cli import main
 from greenmim.guards import UserError, exit_code
 from greenmim.launch import World
+from greenmim.tools.loading import not_written
 from greenmim.training import run_folder, startup
 from greenmim.training.run_folder import RunFolder
 
@@ -277,6 +279,44 @@ def test_one_of_several_processes_tells_what_a_dry_run_found(
         assert ("no folder" in capsys.readouterr().err) == (rank == "0")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+        (
+            "SLURM_PROCID",
+            "SLURM_LOCALID",
+            "SLURM_STEP_NUM_TASKS",
+            "SLURM_STEP_ID",
+            "SLURM_STEP_NODELIST",
+        ),
+    ],
+)
+def test_one_job_is_submitted_not_one_by_each_process(
+    names, tiny: Path, photos: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    for rank in ("0", "1"):
+        for name, value in zip(names, (rank, rank, "2", "0", "a"), strict=False):
+            monkeypatch.setenv(name, value)
+        assert main(pretrain(tiny, photos, tmp_path / "run", "--launcher", "slurm")) == 2
+        told = "--launcher slurm starts the processes itself; call it without torchrun or srun."
+        assert (told in capsys.readouterr().err) == (rank == "0")
+
+
+def test_what_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+    output = tmp_path / "a.pth"
+
+    def fail(path: Path) -> None:
+        raise RuntimeError("PytorchStreamWriter failed.")
+
+    with pytest.raises(OSError) as error:
+        write_atomic(fail, output)
+    said = f"--output {output} cannot be written: PytorchStreamWriter failed."
+    assert str(not_written(output, error.value)) == said
+    full = OSError(errno.ENOSPC, "No space left on device", ".a.pth.12")
+    assert str(not_written(output, full)).endswith("cannot be written: No space left on device.")
+
+
 def test_more_updates_than_asked_for(
     finished_run: Path, tiny: Path, photos: Path, tmp_path: Path, capsys
 ) -> None:
@@ -372,6 +412,11 @@ def test_reconstruct(finished_run: Path, photos: Path, tmp_path: Path, capsys) -
     assert "--model" in text(checkpoint=str(tmp_path / "other.pth"))
     named = ("--model", "greenmim_swin_tiny_patch4_window7_224")
     assert "another model" in text(str(tmp_path / "other.pth"), str(photos), "p.png", *named)
+    assert "is of another model and says itself which; leave it out" in text(
+        last, str(photos), "p.png", *named
+    )
+    assert "unknown model 'swim'" in text(last, str(photos), "p.png", "--model", "swim")
+    assert "/dev/null is neither an image file nor a folder" in text(images="/dev/null")
     (tmp_path / "bad.png").write_text("no picture")
     assert "bad.png cannot be read" in text(images=str(tmp_path / "bad.png"))
     assert not list(tmp_path.glob("*p.png"))
@@ -402,6 +447,9 @@ def test_convert(finished_run: Path, tmp_path: Path, capsys) -> None:
     assert "no folder" in text(output="nowhere/o.pth")
     assert "not --source official" in text("--source", "official")
     assert "mxnet" in text("--target", "mxnet")
+    # Its own merging is Swin's, and would be permuted.
+    order = text("--merge-order", "row-major")
+    assert f"row-major is of official weights, and {last} is --source greenmim" in order
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
     assert "pass --source" in text(input=str(tmp_path / "other.pth"))
     (tmp_path / "bad.pth").write_bytes(b"rubbish")

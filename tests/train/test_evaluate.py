@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from crew import command, losses, records, run_crew
+from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -44,7 +45,9 @@ from greenmim.launch import World
 from greenmim.mim import GreenMIM
 from greenmim.processes import Processes
 from greenmim.recipe import DataConfig
+from greenmim.tools.evaluate import probe
 from greenmim.tools.loading import load_encoder, load_model
+from greenmim.tools.measured import LabelledData
 from tests.archives import write_tar
 
 # Others differ from these in width and depth alone; a SwinV2's weights do not tell its windows.
@@ -116,6 +119,9 @@ def test_each_image_is_told_by_the_others():
         torch.testing.assert_close(scores[number], alone[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="k is 60 and there are 59 neighbours"):
         knn_scores(train, labels, None, 7, k=60)
+    with pytest.raises(ValueError, match="k is 0; it has to be at least 1"):
+        knn_scores(train, labels, None, 7, k=0)
+    assert knn_scores(train, labels, train[:0], 7).shape == (0, 7)
 
 
 def test_the_probe_is_as_good_as_scikit_learns_regression():
@@ -191,6 +197,21 @@ def test_the_probe_of_a_few_images_and_of_batches_of_one():
     assert one.top1 > 0.9
     with pytest.raises(ValueError, match="at least 2"):
         linear_probe(train[:1], labels[:1], train, labels, 3)
+    with pytest.raises(ValueError, match="give at least one"):
+        linear_probe(train, labels, train, labels, 3, rates=())
+    half, *_ = linear_probe(train.half(), labels, train.half(), labels, 3, epochs=3)
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rates", [[1e39, 0.1], [0.1, 1e39]])
+def test_a_rate_that_diverges_is_not_chosen(rates):
+    """Its scores are NaN, of which the first counts as the best: that of most images' class."""
+    train = torch.randn(60, 8, generator=torch.Generator().manual_seed(3))
+    labels = (torch.arange(60) < 12).long()
+    scores, found, best = linear_probe(train, labels, train, labels, 2, rates=rates, epochs=9)
+    (wild,) = (rate for rate in found if rate.lr == 1e39)
+    assert math.isnan(wild.loss) and wild.choosing >= best.choosing
+    assert best.lr == 0.1 and scores.isfinite().all()
 
 
 def test_accuracies_by_hand():
@@ -207,6 +228,23 @@ def test_accuracies_by_hand():
     assert rows[3] == {"class": "d", "images": 0, "top1": None, "taken_for": None, "taken": 0}
     assert [line.split()[0] for line in table(rows).splitlines()] == ["class", "c", "b", "a"]
     assert "2 more" in table(rows, most=1)
+
+
+def test_scores_that_say_nothing_are_taken_for_nothing(tmp_path):
+    nan, no = math.nan, -math.inf
+    scores = torch.tensor([[nan, nan], [no, no], [0.1, 0.9], [nan, 0.5]])
+    accuracy = measure([scores], torch.tensor([0, 0, 0, 1]))
+    assert accuracy.top1 == 0.0
+    assert accuracy.confusion == {(0, -1): 2, (0, 1): 1, (1, -1): 1}
+    first, second = by_class(accuracy, ["a", "b"])
+    assert first == {"class": "a", "images": 3, "top1": 0.0, "taken_for": "b", "taken": 1}
+    assert second == {"class": "b", "images": 1, "top1": 0.0, "taken_for": None, "taken": 0}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "imshow", lambda axes, shares, **_: drawn.append(shares) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw(accuracy, ["a", "b"], "", tmp_path / "a.png")
+    np.testing.assert_allclose(drawn[0], [[0, 1 / 3], [0, 0]])
 
 
 def test_pictures_of_many_classes_and_of_odd_names(tmp_path):
@@ -443,6 +481,8 @@ def test_a_shard_that_is_down_is_named(options, tmp_path, monkeypatch, capsys):
         (["--checkpoint", "gone.pth"], "There is no checkpoint gone.pth."),
         (["--checkpoint", "{flat}/0.png"], "cannot be read"),
         (["--data.crop", "1.5"], "--data.crop is 1.5"),
+        (["--data.max-pixels", "0"], "--data.max-pixels is 0; it has to be at least 1."),
+        (["--temperature", ".nan"], "--temperature is nan; it has to be above 0 and finite."),
     ],
 )
 def test_errors_are_told(changed, said, options, tmp_path, capsys):
@@ -464,10 +504,25 @@ def test_data_must_be_named(options, capsys):
     without = options[:place] + options[place + 2 :]
     assert main(["probe", *without]) == 2
     assert "--data.val-root is missing" in capsys.readouterr().err
-    assert main(["probe", *options, "--lr", "[]"]) == 2
-    assert "--lr" in capsys.readouterr().err
+    for given, said in (
+        ("[]", "--lr is empty; give a number above 0."),
+        (".inf", "--lr is inf; it has to be above 0 and finite."),
+        ("[.nan, 0.1]", "--lr is nan; it has to be above 0 and finite."),
+        ("[0.1, -1]", "--lr is -1.0; it has to be above 0"),
+    ):
+        assert main(["probe", *options, "--lr", given]) == 2
+        assert said in capsys.readouterr().err
     assert main(["probe", *options, "--lr", "0.1", "--epochs", "2"]) == 0
-    assert [rate["lr"] for rate in found(Path(options[-1]).parent)["rates"]] == [0.1]
+    output = Path(options[-1])
+    assert [rate["lr"] for rate in found(output.parent)["rates"]] == [0.1]
+    # From Python a list will do; what JSON has no number for is null.
+    place = dict(zip(options[::2], options[1::2], strict=True))
+    data = LabelledData(root=place["--data.root"], val_root=place["--data.val-root"], workers=0)
+    more = {"lr": [1e38, 0.1], "epochs": 9, "device": "cpu", "overwrite": True}
+    result = probe(place["--checkpoint"], data, output, **more)
+    text = output.read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text) == result and result["rates"][0]["loss"] is None
 
 
 def test_two_processes_find_what_one_does(options, tmp_path):

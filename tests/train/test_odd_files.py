@@ -11,6 +11,7 @@ import socket
 import struct
 import tarfile
 import time
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -150,15 +151,24 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(pixels: int) -> None:
     head = struct.pack(">II", pixels, 1)
     crc = zlib.crc32(b"IHDR" + head + data[24:29])
     wide = io.BytesIO(data[:16] + head + data[24:29] + struct.pack(">I", crc) + data[33:])
-    with pytest.raises(OSError, match=r"more than 120 million pixels; raise --data.max-p"):
+    with pytest.raises(OSError, match=r"^it has more than 120 million pixels$"):
         open_rgb(wide)
+    wide.seek(0)
+    with pytest.raises(OSError, match=r"more than 120 million pixels; raise --data.max-pixels to"):
+        dataset.read_crop(wide, (8, 8), None, False)
 
 
 def test_the_limit_of_pixels_can_be_raised_above_pillows(monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert open_rgb(saved(Image.new("L", (8, 8)), "PNG"), 64).size == (8, 8)
-    with pytest.raises(OSError, match="more than 6.3e-05 million"):
+    with pytest.raises(OSError, match="more than 63 pixels"):
         open_rgb(saved(Image.new("L", (8, 8)), "PNG"), 63)
+    # It is others' limit, too, and they are told of it by us alone.
+    assert Image.MAX_IMAGE_PIXELS == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(OSError, match="more than 15 pixels"):
+            open_rgb(saved(Image.new("L", (4, 4)), "PNG"), 15)
 
 
 def test_what_a_decoder_prints_is_shown_once_with_the_files_name(capfd, monkeypatch) -> None:
@@ -284,6 +294,47 @@ def test_a_header_that_was_overwritten_is_damage(data) -> None:
     whole[start + at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(DamagedTar):
         list(members_in(io.BytesIO(whole)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.REGTYPE])
+@pytest.mark.parametrize("size", [2**70, 2**40, 2**25, -1024])
+def test_a_header_that_claims_more_than_there_is_is_damage(kind: bytes, size: int) -> None:
+    """tarfile reads such headers whole, and goes round for ever where a file ends before it."""
+    header = tarfile.TarInfo("a.jpg")
+    header.type, header.size = kind, size
+    tar = tar_of(FILES).rstrip(b"\0")
+    tar += bytes(-len(tar) % tarfile.BLOCKSIZE) + header.tobuf(tarfile.GNU_FORMAT)
+    with pytest.raises(DamagedTar, match="damaged after 4 whole files"):
+        list(members_in(io.BytesIO(tar + tar_of({}))))
+    with pytest.raises(DamagedTar):
+        list(members_in(io.BytesIO(header.tobuf(tarfile.GNU_FORMAT) + tar_of({}))))
+
+
+@pytest.mark.parametrize("size", ["-1024", str(2**70)])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE])
+def test_a_size_of_an_extended_header_is_checked(kind: bytes, size: str) -> None:
+    header = tarfile.TarInfo("a.jpg")
+    header.type, header.pax_headers = kind, {"size": size}
+    whole = header.tobuf(tarfile.PAX_FORMAT) + tar_of(FILES)
+    with pytest.raises(DamagedTar):
+        list(members_in(io.BytesIO(whole)))
+
+
+def test_hidden_folders_and_links_in_a_tar_are_counted(tmp_path: Path) -> None:
+    names = ["./a.jpg", ".thumbs/1.jpg", "d/.cache/e/2.jpg", "d/.3.jpg", "../b.jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+        for name, kind in (("c.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a.jpg"
+            archive.addfile(link)
+    source = Tars("tar/x", str(tmp_path / "a.tar"))
+    assert list(source.names) == ["a.jpg", "../b.jpg"]
+    assert source.notes() == ["ignored in tar/x: 3 hidden, 2 link"]
+    shard = open_shard(str(tmp_path / "a.tar"))
+    shard.file.close()
+    assert shard.ignored == {"hidden": 3, "link": 2}
 
 
 def test_a_cut_tar_is_refused_with_what_is_left(tmp_path: Path) -> None:

@@ -223,6 +223,12 @@ def test_an_info_file_beside_shards_behind_a_url_is_read(shards: Path, url: str)
     write_info(shards)
     source = source_of(root)
     assert source.shards.tolist() == [3, 3, 3, 3] and not source.assumed
+    info = json.loads((shards / "_info.json").read_text())
+    for split in ("validation", "test"):
+        info["splits"][split] = info["splits"]["train"]
+    del info["splits"]["train"]
+    (shards / "_info.json").write_text(json.dumps(info))
+    assert source_of(root).shards.tolist() == [3, 3, 3, 3]
     assert [read(source, number) for number in range(12)] == list(ALL.values())
     (shards / "_info.json").write_text("<html>")
     with pytest.raises(UserError, match="_info.json has no splits.train"):

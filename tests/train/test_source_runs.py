@@ -182,7 +182,7 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     (tmp_path / "nothing").mkdir()
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "_info.json").write_text("{}")
+    (tmp_path / "bad" / "_info.json").write_text('{"splits": {}}')
     write_tar(tmp_path / "empty.tar", {"notes.txt": b"none"})
     (tmp_path / "text.tar").write_text("this is no tar")
     (tmp_path / "folders" / "a.tar").mkdir(parents=True)

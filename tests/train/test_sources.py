@@ -18,11 +18,11 @@ from greenmim.data.dataset import AugmentedImages, Finish
 from greenmim.data.images import Source
 from greenmim.data.loader import Batch, Collate, make_loader
 from greenmim.data.sampler import EpochSampler, shard_order
-from greenmim.data.sources import find_source
+from greenmim.data.sources import HuggingFace, find_source
 from greenmim.data.tars import read_part
 from greenmim.guards import UserError
 from greenmim.planning import Planner
-from greenmim.recipe import DataConfig, MaskConfig
+from greenmim.recipe import DataConfig, ImagesConfig, MaskConfig
 from tests.archives import write_tar
 
 CONFIG = ModelConfig(
@@ -119,6 +119,39 @@ def test_a_folder_of_shards_and_its_info_file(shards: Path) -> None:
         source.open(6)
 
 
+def test_the_splits_of_an_info_file(shards: Path) -> None:
+    def info(**splits: int) -> None:
+        """A shard for each split, and a split of which less is said."""
+        known = {
+            name: {"filenames": [f"train-{number}.tar"], "shard_lengths": [3]}
+            for name, number in splits.items()
+        }
+        more = {"other": {"num_samples": 5}} if len(splits) > 1 else {}
+        (shards / "_info.json").write_text(json.dumps({"splits": known | more}))
+
+    def taken(val_root: bool = False) -> str:
+        config = DataConfig(root=f"wds/{shards}")
+        if val_root:
+            config = ImagesConfig(root="-", val_root=config.root)
+        source = find_source(config, "data.val_root" if val_root else "data.root")
+        return "".join(Path(url).name[6] for url in source.urls)
+
+    for name in ("validation", "val", "test"):
+        info(train=0, **{name: 2})
+        assert (taken(), taken(val_root=True)) == ("0", "2")
+    info(train=0, dev=2)
+    assert taken() == taken(val_root=True) == "0"
+    info(validation=3)
+    assert taken() == "3"
+    info(a=0, b=2)
+    with pytest.raises(UserError, match="_info.json has no splits.train with"):
+        taken()
+    (shards / "_info.json").unlink()
+    for text in ('{"version": 1}', "[1]"):  # of something else
+        (shards / "info.json").write_text(text)
+        assert taken() == "0123"
+
+
 def test_a_stated_number_is_spread_over_the_shards_without_counting(shards: Path) -> None:
     source = source_of(f"wds/{shards}/train-{{0..3}}.tar", num_samples=14)
     assert source.shards.tolist() == [4, 4, 3, 3]
@@ -151,6 +184,22 @@ def test_hugging_face(tmp_path: Path, monkeypatch) -> None:
     for given in (source, pickle.loads(pickle.dumps(source))):
         assert sorted(read(given, i) for i in range(len(given))) == sorted(ALL.values())
     assert source.path(3) == f"hfds/{tmp_path}/hub/3"
+
+
+def test_a_label_of_hugging_face_reads_no_image(monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    rows = {"image": [{"bytes": ALL["00.png"], "path": None}, None], "label": [1, 0]}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data)
+    source = source_of("hfds/x")
+    with pytest.raises(OSError, match="the row has no image"):
+        source.open(1)
+    assert read(source, 0) == ALL["00.png"]
+    given = pickle.loads(pickle.dumps(source))
+    assert given._classes.column_names == ["label"]
+    monkeypatch.setattr(HuggingFace, "_data", None)
+    assert [given.label(0), given.label(1)] == ["b", "a"]
 
 
 # ---- order --------------------------------------------------------------------------------------
