@@ -3,7 +3,7 @@
     apt-get download openclipart-png && dpkg-deb -x openclipart-png_*.deb clip
     python -m benchmarks.findings prepare --drawings clip/usr/share/openclipart/png --data data
     python -m benchmarks.findings run --data data --runs runs/findings    # an hour of two cores
-    python -m benchmarks.findings tune --data data --runs runs/findings   # an hour more, after it
+    python -m benchmarks.findings tune --data data --runs runs/findings   # two hours more, after it
 
 The data are Debian's 8,000 drawings in folders, public domain. One in five of each folder is held
 out. Pre-training sees all others, without their labels; kNN and probe tell ten kinds of drawings

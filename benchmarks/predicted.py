@@ -26,6 +26,7 @@ have taken 180 us forward and 720 us backward on an H200, where they took 271 an
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -481,7 +482,8 @@ def beside_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     PAGE.write_text(page())
     print(f"written to {PAGE}")
 
