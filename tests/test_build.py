@@ -152,7 +152,7 @@ def test_what_is_cleaned_is_built_again(tmp_path):
     """By `make test` after `make clean`, which leaves what was made to be given away."""
 
     def lines(target: str, environment: str = ".venv") -> list[str]:
-        command = ["make", "-n", target, f"VENV={environment}"]
+        command = ["make", "--no-print-directory", "-n", target, f"VENV={environment}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

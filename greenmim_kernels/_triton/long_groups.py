@@ -283,7 +283,7 @@ def long_attention_bwd_query_kernel(
             b_lse = tl.load(p_l, mask=slots.m_token, other=0.0) * 1.4426950408889634
             if NEED_QKV:
                 b_dq = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-                # The output is rounded, and delta with it: rows of dS add up to b_off then, not to 0,
+                # The output is rounded, and delta with it: rows of dS add up to b_off, not to 0,
                 # which a large logit scale multiplies. P k takes it away again.
                 b_pk = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
                 b_off = tl.zeros([BLOCK], tl.float32)

@@ -262,10 +262,10 @@ def test_opcheck_backward(needed, rows):
     ("change", "said"),
     [
         ({"grad": torch.zeros(6, 8)}, "grad must be"),
-        ({"grad": torch.zeros(5, 7)}, "as many rows"),
+        ({"grad": torch.zeros(5, 7)}, "must agree in all axes but the last"),
         ({"x": torch.zeros(6, 4)}, "x must be"),
         ({"x": torch.zeros(6, 5).double()}, "x must be float32"),
-        ({"x": torch.zeros(3, 2, 5)}, "as many rows"),
+        ({"x": torch.zeros(3, 2, 5)}, "must agree in all axes but the last"),
         ({"weight": torch.zeros(7)}, "weight must be"),
         ({"weight": torch.zeros(7, 0)}, "must not be empty"),
     ],
