@@ -259,7 +259,11 @@ def test_errors_of_batches_and_groups():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("token_index", 768, "token 768|holds 768"),
+        (
+            "token_index",
+            768,
+            "token 768 which the image does not have|holds 768, but an image has 768 tokens",
+        ),
         ("token_index", 1, "twice"),
         ("query_row", 200, "outside the 169 rows"),
         ("key_row", -200, "outside the 169 rows"),
